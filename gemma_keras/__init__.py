@@ -1,0 +1,47 @@
+"""Gemma as a Keras 3 model, on JAX, TensorFlow or PyTorch.
+
+Names load when they are first used, so `gemma_keras.config` and `gemma_keras.checkpoints` work
+without starting a Keras backend.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gemma_keras.backbone import GemmaBackbone
+    from gemma_keras.causal_lm import GemmaCausalLM
+    from gemma_keras.checkpoints import open_checkpoint
+    from gemma_keras.config import GemmaConfig, LayerSpec
+    from gemma_keras.tokenizer import GemmaCausalLMPreprocessor, GemmaTokenizer
+
+__all__ = [
+    "GemmaBackbone",
+    "GemmaCausalLM",
+    "GemmaCausalLMPreprocessor",
+    "GemmaConfig",
+    "GemmaTokenizer",
+    "LayerSpec",
+    "open_checkpoint",
+]
+
+_HOMES = {
+    "GemmaBackbone": "backbone",
+    "GemmaCausalLM": "causal_lm",
+    "GemmaCausalLMPreprocessor": "tokenizer",
+    "GemmaConfig": "config",
+    "GemmaTokenizer": "tokenizer",
+    "LayerSpec": "config",
+    "open_checkpoint": "checkpoints",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gemma_keras' has no attribute {name!r}")
+    return getattr(import_module(f"gemma_keras.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

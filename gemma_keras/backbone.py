@@ -1,0 +1,192 @@
+"""`GemmaBackbone`: token ids to hidden states, for every Gemma that a `GemmaConfig` describes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import keras
+import keras_hub
+import numpy as np
+from keras import ops
+
+from gemma_keras.checkpoints.names import WeightSpec, weight_specs
+from gemma_keras.config import GemmaConfig
+from gemma_keras.errors import CheckpointError
+from gemma_keras.layers import GemmaDecoderBlock, RMSNorm
+
+
+@keras.saving.register_keras_serializable(package="gemma_keras")
+class GemmaBackbone(keras_hub.models.Backbone):
+    """A Gemma without its task: a `keras_hub.models.Backbone`.
+
+    Called on `{"token_ids": int (batch, length), "padding_mask": int (batch, length)}` it returns
+    the normed hidden states, float `(batch, length, hidden_dim)`.
+
+    Args:
+        config: a `GemmaConfig`, its `to_dict()`, or the name of a published size.
+        dtype: Keras dtype policy of computations and weights.
+        kernel_initializer: of every matrix and the embedding; `"zeros"` is quick when weights are
+            loaded next.
+    """
+
+    def __init__(
+        self,
+        config: GemmaConfig | Mapping[str, Any] | str,
+        dtype=None,
+        kernel_initializer="glorot_uniform",
+        **kwargs,
+    ) -> None:
+        if isinstance(config, str):
+            config = GemmaConfig.named(config)
+        elif not isinstance(config, GemmaConfig):
+            config = GemmaConfig.from_dict(config)
+
+        # === Layers ===
+        self.token_embedding = keras_hub.layers.ReversibleEmbedding(
+            config.vocabulary_size,
+            config.hidden_dim,
+            tie_weights=config.tied_head,
+            embeddings_initializer=(
+                keras.initializers.RandomNormal(stddev=0.02)
+                if kernel_initializer == "glorot_uniform"
+                else kernel_initializer
+            ),
+            logit_soft_cap=config.final_soft_cap,
+            dtype=dtype,
+            name="token_embedding",
+        )
+        self.transformer_layers = [
+            GemmaDecoderBlock(
+                spec,
+                config.hidden_dim,
+                config.norm_epsilon,
+                kernel_initializer,
+                dtype=dtype,
+                name=f"decoder_block_{i}",
+            )
+            for i, spec in enumerate(config.layers)
+        ]
+        self.layer_norm = RMSNorm(config.norm_epsilon, dtype=dtype, name="final_norm")
+
+        # === Functional model ===
+        token_ids = keras.Input((None,), dtype="int32", name="token_ids")
+        padding_mask = keras.Input((None,), dtype="int32", name="padding_mask")
+        x = self._embed(config, token_ids)
+        for block in self.transformer_layers:
+            x = block(x, padding_mask=padding_mask)
+        super().__init__(
+            inputs={"token_ids": token_ids, "padding_mask": padding_mask},
+            outputs=self.layer_norm(x),
+            dtype=dtype,
+            **kwargs,
+        )
+
+        # === Config ===
+        self.config = config
+
+    def _embed(self, config: GemmaConfig, token_ids):
+        x = self.token_embedding(token_ids)
+        # Rounded to the compute dtype, as the original rounds it: 25.25, not 25.298, in bfloat16.
+        return x * ops.cast(config.embedding_scale, x.dtype)
+
+    # --- the same layers with a cache ---
+
+    def empty_cache(self, batch_size, capacity) -> tuple:
+        """Zeroed keys and values for each layer, `(batch, capacity, kv_heads, head_dim)` each."""
+        return tuple(
+            tuple(
+                ops.zeros(
+                    (batch_size, capacity, spec.num_kv_heads, spec.head_dim),
+                    dtype=self.compute_dtype,
+                )
+                for _ in range(2)
+            )
+            for spec in self.config.layers
+        )
+
+    def call_with_cache(self, token_ids, cache, start):
+        """Run tokens at positions `start` onwards, over what the cache holds before them.
+
+        Args:
+            token_ids: int `(batch, length)`.
+            cache: as `empty_cache` or an earlier call returned it.
+            start: int, position of the first token.
+
+        Returns:
+            The normed hidden states `(batch, length, hidden_dim)` and the updated cache.
+        """
+        x = self._embed(self.config, token_ids)
+        new_cache = []
+        for block, layer_cache in zip(self.transformer_layers, cache, strict=True):
+            x, layer_cache = block(x, cache=layer_cache, start=start)
+            new_cache.append(layer_cache)
+        return self.layer_norm(x), tuple(new_cache)
+
+    # --- weights by canonical name ---
+
+    def variable(self, name: str):
+        """The Keras variable that holds the weight of a canonical name, such as `layers.3.mlp.up`."""
+        layer, attribute = self._locate(name)
+        return getattr(layer, attribute)
+
+    def _locate(self, name: str):
+        if name == "token_embedding":
+            return self.token_embedding, "embeddings"
+        if name == "head":
+            return self.token_embedding, "reverse_embeddings"
+        if name == "final_norm":
+            return self.layer_norm, "scale"
+        match = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
+        if not match:
+            raise KeyError(name)
+        layer = self.transformer_layers[int(match[1])]
+        for part in match[2].split("."):
+            layer = getattr(layer, "output_dense" if part == "output" else part)
+        return layer, "scale" if isinstance(layer, RMSNorm) else "kernel"
+
+    def load_weight_source(self, weights: Mapping[str, np.ndarray]) -> None:
+        """Assign every weight, a tensor at a time.
+
+        Args:
+            weights: canonical name to array; see `gemma_keras.checkpoints.names`.
+
+        Raises:
+            CheckpointError: a weight is missing or of another shape.
+        """
+        for name, spec in weight_specs(self.config).items():
+            if name not in weights:
+                raise CheckpointError(f"the weights lack {name}")
+            array = weights[name]
+            if array.shape != spec.shape:
+                raise CheckpointError(f"{name} has shape {array.shape}, expected {spec.shape}")
+            self.variable(name).assign(array.T if name == "head" else array)
+
+    def weight_source(self) -> Mapping[str, np.ndarray]:
+        """This model's weights by canonical name, read as float32 when asked for, LoRA merged."""
+        return _BackboneWeights(self)
+
+    def default_lora_layer_names(self) -> list[str]:
+        """Names of the layers that `enable_lora` adapts unless it is told others."""
+        return ["query", "value"]
+
+    def get_config(self):
+        return super().get_config() | {"config": self.config.to_dict()}
+
+
+class _BackboneWeights(Mapping[str, np.ndarray]):
+    def __init__(self, backbone: GemmaBackbone) -> None:
+        self._backbone = backbone
+        self.specs: dict[str, WeightSpec] = weight_specs(backbone.config)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        variable = self._backbone.variable(name)  # a LoRA layer's kernel is the merged one
+        array = ops.convert_to_numpy(ops.cast(variable, "float32"))
+        return array.T if name == "head" else array
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)

@@ -1,0 +1,96 @@
+"""What every checkpoint format is read into: a configuration, lazy weights, a tokenizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from gemma_keras.checkpoints.names import FileFormat, WeightSpec, weight_specs
+from gemma_keras.config import GemmaConfig
+from gemma_keras.errors import CheckpointError
+
+
+class WeightSource(Mapping[str, np.ndarray]):
+    """Canonical names to float32 arrays, each read from its file when it is asked for.
+
+    Args:
+        config: what the weights must fit.
+        file_format: whose names and transforms the file uses.
+        file_shapes: name in the file to row-major shape, for all its tensors.
+        read: reads one tensor of the file, by its name there, as float32.
+        ignore: names in the file that are allowed to be left over.
+
+    Raises:
+        CheckpointError: a weight is missing, left over, or of another shape.
+    """
+
+    def __init__(
+        self,
+        config: GemmaConfig,
+        file_format: FileFormat,
+        file_shapes: Mapping[str, tuple[int, ...]],
+        read: Callable[[str], np.ndarray],
+        ignore: Callable[[str], bool] = lambda name: False,
+    ) -> None:
+        self.config = config
+        self.specs = weight_specs(config)
+        self._format: FileFormat = file_format
+        self._read = read
+        left_over = {name for name in file_shapes if not ignore(name)}
+        for spec in self.specs.values():
+            self._check(spec, file_shapes)
+            left_over.discard(spec.file_name(file_format))
+        if left_over:
+            raise CheckpointError(
+                f"the checkpoint holds {len(left_over)} tensors that this model has no place for: "
+                f"{', '.join(sorted(left_over)[:5])}"
+            )
+
+    def _check(self, spec: WeightSpec, file_shapes: Mapping[str, tuple[int, ...]]) -> None:
+        name = spec.file_name(self._format)
+        found = file_shapes.get(name)
+        if found is None:
+            raise CheckpointError(f"the checkpoint lacks the tensor {name}")
+        if tuple(found) != spec.file_shape:
+            raise CheckpointError(
+                f"the tensor {name} has shape {list(found)}; the configuration asks for "
+                f"{list(spec.file_shape)}"
+            )
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        spec = self.specs[name]
+        array = self._read(spec.file_name(self._format))
+        array = spec.from_file(array, self._format)
+        if not np.isfinite(array).all():
+            raise CheckpointError(
+                f"the tensor {spec.file_name(self._format)} holds values that are not finite"
+            )
+        return array
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk.
+
+    Attributes:
+        config: its architecture.
+        weights: canonical name to float32 array, read when asked for.
+        tokenizer_model: the SentencePiece model, serialized; `None` if the checkpoint has none.
+        instruction_tuned: whether it was tuned to follow Gemma's turn template.
+        provenance: where it came from, for people and for the bundle.
+    """
+
+    config: GemmaConfig
+    weights: Mapping[str, np.ndarray]
+    tokenizer_model: bytes | None
+    instruction_tuned: bool
+    provenance: dict[str, Any]

@@ -1,0 +1,303 @@
+"""The layers of a Gemma, each as short as its mathematics.
+
+Shapes are written as comments where they change. `length` counts the tokens of this call,
+`total` the tokens that keys and values cover: with a cache its capacity, else `length`.
+"""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+from keras import ops
+
+from gemma_keras.config import LayerSpec
+
+_MASKED = -1e30
+
+
+@keras.saving.register_keras_serializable(package="gemma_keras")
+class RMSNorm(keras.layers.Layer):
+    """`x / rms(x) * (1 + scale)`, computed in float32 whatever the dtype of `x`.
+
+    Root mean square layer normalization (Zhang and Sennrich, 2019, arXiv:1910.07467), with
+    Gemma's scale, which is stored less 1.
+
+    Args:
+        epsilon: added to the mean square.
+    """
+
+    def __init__(self, epsilon: float = 1e-6, **kwargs) -> None:
+        super().__init__(**kwargs)
+        self.epsilon = epsilon
+
+    def build(self, input_shape) -> None:
+        self.scale = self.add_weight(
+            name="scale", shape=(input_shape[-1],), initializer="zeros", trainable=True
+        )
+        super().build(input_shape)
+
+    def call(self, x):
+        x32 = ops.cast(x, "float32")
+        mean_square = ops.mean(ops.square(x32), axis=-1, keepdims=True)
+        normed = x32 * ops.rsqrt(mean_square + self.epsilon)
+        return ops.cast(normed * (1.0 + ops.cast(self.scale, "float32")), x.dtype)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return super().get_config() | {"epsilon": self.epsilon}
+
+
+def rotate(x, positions, theta: float, scale: float):
+    """Rotary position embedding over halves (Su et al., 2021, arXiv:2104.09864).
+
+    Args:
+        x: float `(batch, length, heads, head_dim)`.
+        positions: int `(length,)`, absolute.
+        theta: base of the frequencies `theta ** (-2i / head_dim)`.
+        scale: positions are divided by it.
+
+    Returns:
+        A tensor like `x`.
+    """
+    head_dim = x.shape[-1]
+    frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float32) / head_dim) / scale
+    angles = ops.cast(positions, "float32")[:, None] * ops.convert_to_tensor(
+        frequencies, dtype="float32"
+    )
+    cos = ops.cos(angles)[:, None, :]  # (length, 1, head_dim / 2)
+    sin = ops.sin(angles)[:, None, :]
+    first, second = ops.split(ops.cast(x, "float32"), 2, axis=-1)
+    rotated = ops.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    )
+    return ops.cast(rotated, x.dtype)
+
+
+@keras.saving.register_keras_serializable(package="gemma_keras")
+class GemmaAttention(keras.layers.Layer):
+    """Causal grouped-query attention with rotary positions and, where the spec says so, a window.
+
+    Args:
+        spec: heads, scales and window.
+        hidden_dim: width of the residual stream.
+        norm_epsilon: of the query and key norms.
+        kernel_initializer: of the four matrices.
+    """
+
+    def __init__(
+        self,
+        spec: LayerSpec,
+        hidden_dim: int,
+        norm_epsilon: float = 1e-6,
+        kernel_initializer="glorot_uniform",
+        **kwargs,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.spec = spec
+        self.hidden_dim = hidden_dim
+
+        def dense(units: int, name: str):
+            return keras.layers.Dense(
+                units,
+                use_bias=False,
+                kernel_initializer=kernel_initializer,
+                dtype=self.dtype_policy,
+                name=name,
+            )
+
+        self.query = dense(spec.num_heads * spec.head_dim, "query")
+        self.key = dense(spec.num_kv_heads * spec.head_dim, "key")
+        self.value = dense(spec.num_kv_heads * spec.head_dim, "value")
+        self.output_dense = dense(hidden_dim, "attention_output")
+        if spec.qk_norm:
+            self.query_norm = RMSNorm(norm_epsilon, dtype=self.dtype_policy, name="query_norm")
+            self.key_norm = RMSNorm(norm_epsilon, dtype=self.dtype_policy, name="key_norm")
+
+    def build(self, input_shape) -> None:
+        spec = self.spec
+        for layer in (self.query, self.key, self.value):
+            layer.build((None, None, self.hidden_dim))
+        self.output_dense.build((None, None, spec.num_heads * spec.head_dim))
+        if spec.qk_norm:
+            self.query_norm.build((None, None, spec.num_heads, spec.head_dim))
+            self.key_norm.build((None, None, spec.num_kv_heads, spec.head_dim))
+        super().build(input_shape)
+
+    def call(self, x, padding_mask=None, cache=None, start=0):
+        """Attend from the tokens of `x`, at positions `start` onwards.
+
+        Args:
+            x: float `(batch, length, hidden_dim)`.
+            padding_mask: int or bool `(batch, total)`, false where a key is padding; or `None`.
+            cache: keys and values of earlier tokens, each `(batch, total, kv_heads, head_dim)`;
+                or `None`, which means there are none.
+            start: int, position of the first token of `x`.
+
+        Returns:
+            The output `(batch, length, hidden_dim)` and the updated cache (`None` without one).
+        """
+        spec = self.spec
+        batch, length = ops.shape(x)[0], ops.shape(x)[1]
+        positions = ops.arange(length, dtype="int32") + ops.cast(start, "int32")
+
+        def heads(tensor, count):
+            return ops.reshape(tensor, (batch, length, count, spec.head_dim))
+
+        query = heads(self.query(x), spec.num_heads)
+        key = heads(self.key(x), spec.num_kv_heads)
+        value = heads(self.value(x), spec.num_kv_heads)
+        if spec.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        query = rotate(query, positions, spec.rope_theta, spec.rope_scale)
+        key = rotate(key, positions, spec.rope_theta, spec.rope_scale)
+
+        if cache is None:
+            key_positions = positions
+        else:
+            past_key, past_value = cache
+            key = ops.slice_update(past_key, (0, start, 0, 0), ops.cast(key, past_key.dtype))
+            value = ops.slice_update(past_value, (0, start, 0, 0), ops.cast(value, past_value.dtype))
+            cache = (key, value)
+            key_positions = ops.arange(ops.shape(key)[1], dtype="int32")
+        mask = self._mask(positions, key_positions, padding_mask)
+        attended = self._attend(query, key, value, mask)
+        return self.output_dense(ops.reshape(attended, (batch, length, -1))), cache
+
+    def _mask(self, positions, key_positions, padding_mask):
+        """True where a query may look: bool `(batch or 1, 1, 1, length, total)`."""
+        distance = positions[:, None] - key_positions[None, :]
+        mask = distance >= 0
+        if self.spec.sliding_window is not None:
+            mask = ops.logical_and(mask, distance < self.spec.sliding_window)
+        mask = mask[None, None, None]
+        if padding_mask is not None:
+            keys = ops.cast(padding_mask, "bool")[:, None, None, None, :]
+            mask = ops.logical_and(mask, keys)
+        return mask
+
+    def _attend(self, query, key, value, mask):
+        spec = self.spec
+        batch, length = ops.shape(query)[0], ops.shape(query)[1]
+        group = spec.num_heads // spec.num_kv_heads
+        query = ops.reshape(query, (batch, length, spec.num_kv_heads, group, spec.head_dim))
+        scores = ops.einsum("btkgh,bskh->bkgts", query, key)
+        scores = ops.cast(scores, "float32") * spec.query_scale
+        if spec.attention_soft_cap is not None:  # before the mask, or masked scores come back
+            scores = ops.tanh(scores / spec.attention_soft_cap) * spec.attention_soft_cap
+        weights = ops.softmax(ops.where(mask, scores, _MASKED), axis=-1)
+        # (batch, length, kv_heads, group, head_dim)
+        return ops.einsum("bkgts,bskh->btkgh", ops.cast(weights, value.dtype), value)
+
+    def compute_output_shape(self, input_shape, *args, **kwargs):
+        return input_shape
+
+
+@keras.saving.register_keras_serializable(package="gemma_keras")
+class GatedMLP(keras.layers.Layer):
+    """`down(gelu(gate(x)) * up(x))`, GELU in its tanh approximation (Shazeer, 2020,
+    arXiv:2002.05202).
+
+    Args:
+        ffw_dim: width of the hidden layer.
+        hidden_dim: width of the residual stream.
+        kernel_initializer: of the three matrices.
+    """
+
+    def __init__(self, ffw_dim: int, hidden_dim: int, kernel_initializer="glorot_uniform", **kwargs):
+        super().__init__(**kwargs)
+        self.ffw_dim = ffw_dim
+        self.hidden_dim = hidden_dim
+
+        def dense(units: int, name: str):
+            return keras.layers.Dense(
+                units,
+                use_bias=False,
+                kernel_initializer=kernel_initializer,
+                dtype=self.dtype_policy,
+                name=name,
+            )
+
+        self.gate = dense(ffw_dim, "gate")
+        self.up = dense(ffw_dim, "up")
+        self.down = dense(hidden_dim, "down")
+
+    def build(self, input_shape) -> None:
+        self.gate.build((None, None, self.hidden_dim))
+        self.up.build((None, None, self.hidden_dim))
+        self.down.build((None, None, self.ffw_dim))
+        super().build(input_shape)
+
+    def call(self, x):
+        return self.down(ops.gelu(self.gate(x), approximate=True) * self.up(x))
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+
+@keras.saving.register_keras_serializable(package="gemma_keras")
+class GemmaDecoderBlock(keras.layers.Layer):
+    """One block: attention and MLP, each normed before, and after where the spec says so.
+
+    Args:
+        spec: the block's sizes and switches.
+        hidden_dim: width of the residual stream.
+        norm_epsilon: of every norm.
+        kernel_initializer: of every matrix.
+    """
+
+    def __init__(
+        self,
+        spec: LayerSpec,
+        hidden_dim: int,
+        norm_epsilon: float = 1e-6,
+        kernel_initializer="glorot_uniform",
+        **kwargs,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.spec = spec
+        self.hidden_dim = hidden_dim
+
+        def norm(name: str):
+            return RMSNorm(norm_epsilon, dtype=self.dtype_policy, name=name)
+
+        self.pre_attention_norm = norm("pre_attention_norm")
+        self.pre_ffw_norm = norm("pre_ffw_norm")
+        if spec.post_norms:
+            self.post_attention_norm = norm("post_attention_norm")
+            self.post_ffw_norm = norm("post_ffw_norm")
+        self.attention = GemmaAttention(
+            spec,
+            hidden_dim,
+            norm_epsilon,
+            kernel_initializer,
+            dtype=self.dtype_policy,
+            name="attention",
+        )
+        self.mlp = GatedMLP(
+            spec.ffw_dim, hidden_dim, kernel_initializer, dtype=self.dtype_policy, name="mlp"
+        )
+
+    def build(self, input_shape) -> None:
+        shape = (None, None, self.hidden_dim)
+        for layer in self._layers:
+            layer.build(shape)
+        super().build(input_shape)
+
+    def call(self, x, padding_mask=None, cache=None, start=0):
+        """As `GemmaAttention.call`, for the whole block; without a cache returns `x` alone."""
+        attended, new_cache = self.attention(
+            self.pre_attention_norm(x), padding_mask=padding_mask, cache=cache, start=start
+        )
+        if self.spec.post_norms:
+            attended = self.post_attention_norm(attended)
+        x = x + attended
+        fed = self.mlp(self.pre_ffw_norm(x))
+        if self.spec.post_norms:
+            fed = self.post_ffw_norm(fed)
+        x = x + fed
+        return x if cache is None else (x, new_cache)
+
+    def compute_output_shape(self, input_shape, *args, **kwargs):
+        return input_shape
