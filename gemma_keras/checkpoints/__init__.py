@@ -23,9 +23,9 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
         ConfigError: it is not a Gemma.
     """
     if source == "sample":
-        from gemma_keras.checkpoints.sample import sample_path
+        from gemma_keras.checkpoints.sample import open_sample
 
-        source = sample_path()
+        return open_sample()
     path = Path(source)
     if not path.exists():
         raise CheckpointError(

@@ -13,8 +13,8 @@ import dataclasses
 import math
 import mmap
 import os
+import reprlib
 import struct
-
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,16 @@ _SCALARS: dict[int, tuple[str, type | str]] = {
     12: ("<d", "<f8"),
 }
 _STRING, _ARRAY = 8, 9
-_MAX_NAME = 1 << 16
+_MAX_KEY, _MAX_TENSOR_NAME = 1 << 16, 1 << 8
+_MAX_ALIGNMENT = 1 << 20
 _DEQUANTIZE_BYTES = 4 << 20
+_NUMBERS = (
+    "attention.key_length",
+    "attention.layer_norm_rms_epsilon",
+    "rope.freq_base",
+    "rope.freq_base_swa",
+    "rope.scaling.factor",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,28 +70,40 @@ class GGUFFile:
         tensors: name to `TensorInfo`.
 
     Raises:
-        CheckpointError: not a GGUF file, cut short, or declaring sizes that the file cannot hold.
+        CheckpointError: not a file, not GGUF, cut short, or declaring sizes that it cannot hold.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        with self.path.open("rb") as file:
-            self.size = os.fstat(file.fileno()).st_size
-            if self.size < 24:
-                raise CheckpointError(f"{self.path} is not a GGUF file: it has {self.size} bytes")
-            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        try:
+            if not self.path.is_file():
+                raise CheckpointError(f"{self.path} is not a file")
+            with self.path.open("rb") as file:
+                self.size = os.fstat(file.fileno()).st_size
+                if self.size < 24:
+                    raise CheckpointError(
+                        f"{self.path} is not a GGUF file: it has {self.size} bytes"
+                    )
+                self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error}") from error
         header = _Header(self._bytes, self.path)
         magic, version, num_tensors, num_keys = struct.unpack_from("<4sIQQ", self._bytes)
         if magic != b"GGUF":
             raise CheckpointError(f"{self.path} is not a GGUF file: it begins with {magic!r}")
+        if version & 0xFFFF == 0:
+            raise CheckpointError(f"{self.path} is a big-endian GGUF; little-endian can be read")
         if version not in (2, 3):
             raise CheckpointError(f"{self.path} is GGUF version {version}; 2 and 3 can be read")
         header.position = 24
         self.metadata = header.read_metadata(num_keys)
         infos = header.read_tensor_infos(num_tensors)
         alignment = self.metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment < 8 or alignment % 8:
-            raise CheckpointError(f"{self.path} declares an alignment of {alignment!r}")
+        if not isinstance(alignment, int) or not 8 <= alignment <= _MAX_ALIGNMENT or alignment % 8:
+            raise CheckpointError(
+                f"{self.path} declares an alignment of {reprlib.repr(alignment)}; it must be a "
+                f"multiple of 8 up to {_MAX_ALIGNMENT}"
+            )
         data = -(-header.position // alignment) * alignment
         self.tensors = {
             name: self._locate(name, dims, kind, data + offset)
@@ -95,7 +115,7 @@ class GGUFFile:
             tensor_type = gguf.GGMLQuantizationType(kind)
         except ValueError:
             raise CheckpointError(
-                f"tensor {name} of {self.path} has type {kind}, which the gguf package does not know"
+                f"tensor {name} of {self.path} has type {kind}, unknown to the gguf package"
             ) from None
         block, block_bytes = gguf.GGML_QUANT_SIZES[tensor_type]
         if dims[0] % block:
@@ -129,7 +149,9 @@ class GGUFFile:
         try:
             for first in range(0, info.num_bytes // block_bytes, step):
                 piece = raw[first * block_bytes : (first + step) * block_bytes]
-                values = gguf.dequantize(piece.reshape(1, -1), info.type)
+                # Whether the values are finite is for the caller to judge, not numpy's warnings.
+                with np.errstate(over="ignore", invalid="ignore"):
+                    values = gguf.dequantize(piece.reshape(1, -1), info.type)
                 out[first * block : first * block + values.size] = values.ravel()
         except NotImplementedError:
             raise CheckpointError(
@@ -160,13 +182,20 @@ class _Header:
     def _scalar(self, form: str) -> Any:
         return struct.unpack_from(form, self._data, self._advance(struct.calcsize(form)))[0]
 
-    def _string(self) -> str:
+    def _string(self, longest: int | None = None) -> str:
         length = self._scalar("<Q")
         start = self._advance(length)
+        if longest is not None and length > longest:
+            raise CheckpointError(
+                f"{self._path} is corrupt: it has a name of {length:,} bytes at {start:,}, the "
+                f"longest allowed has {longest:,}"
+            )
         try:
             return self._data[start : start + length].decode()
         except UnicodeDecodeError:
-            raise CheckpointError(f"{self._path} is corrupt: a name is not UTF-8") from None
+            raise CheckpointError(
+                f"{self._path} is corrupt: the {length:,} bytes of text at {start:,} are not UTF-8"
+            ) from None
 
     def _value(self, kind: int) -> Any:
         if kind in _SCALARS:
@@ -197,7 +226,7 @@ class _Header:
         self._check_count(count, 13)
         metadata: dict[str, Any] = {}
         for _ in range(count):
-            key = self._string()
+            key = self._string(_MAX_KEY)
             if key in metadata:
                 raise CheckpointError(f"{self._path} is corrupt: {key[:80]} is there twice")
             metadata[key] = self._value(self._scalar("<I"))
@@ -207,16 +236,18 @@ class _Header:
         self._check_count(count, 32)
         infos: dict[str, tuple[list[int], int, int]] = {}
         for _ in range(count):
-            name = self._string()
+            name = self._string(_MAX_TENSOR_NAME)
+            if name in infos:
+                raise CheckpointError(f"{self._path} is corrupt: tensor {name} is there twice")
             num_dims = self._scalar("<I")
             if not 1 <= num_dims <= 4:
                 raise CheckpointError(
-                    f"{self._path} is corrupt: tensor {name[:80]} has {num_dims} dimensions"
+                    f"{self._path} is corrupt: tensor {name} has {num_dims} dimensions"
                 )
             dims = [self._scalar("<Q") for _ in range(num_dims)]
-            if name in infos or not all(0 < d < 1 << 40 for d in dims):
+            if not all(0 < d < 1 << 40 for d in dims):
                 raise CheckpointError(
-                    f"{self._path} is corrupt: tensor {name[:80]} has dimensions {dims}"
+                    f"{self._path} is corrupt: tensor {name} has dimensions {dims}"
                 )
             infos[name] = (dims, self._scalar("<I"), self._scalar("<Q"))
         return infos
@@ -230,10 +261,9 @@ def read_gguf(path: str | os.PathLike[str]) -> Checkpoint:
         ConfigError: it holds another architecture.
     """
     file = GGUFFile(path)
+    _check_numbers(file)
     try:
-        config = GemmaConfig.from_gguf(
-            file.metadata, tied_head="output.weight" not in file.tensors
-        )
+        config = GemmaConfig.from_gguf(file.metadata, tied_head="output.weight" not in file.tensors)
     except TypeError as error:
         raise CheckpointError(f"{path} has metadata of a wrong type: {error}") from error
     weights = WeightSource(
@@ -246,15 +276,39 @@ def read_gguf(path: str | os.PathLike[str]) -> Checkpoint:
         config=config,
         weights=weights,
         tokenizer_model=build_sentencepiece_model(file.metadata),
-        instruction_tuned="<start_of_turn>" in file.metadata.get("tokenizer.chat_template", ""),
+        instruction_tuned="<start_of_turn>" in _text(file, "tokenizer.chat_template", ""),
         provenance={
             "format": "gguf",
             "file": file.path.name,
-            "name": file.metadata.get("general.name", file.path.stem),
-            "license": file.metadata.get("general.license", "gemma"),
+            "name": _text(file, "general.name", file.path.stem),
+            "license": _text(file, "general.license", "gemma"),
             "tensor_types": _count_types(file),
         },
     )
+
+
+def _check_numbers(file: GGUFFile) -> None:
+    """Refuse, by name, the keys that `GemmaConfig.from_gguf` could not calculate with."""
+    kind = file.metadata.get("general.architecture")
+    for key in _NUMBERS:
+        value = file.metadata.get(f"{kind}.{key}", 1)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+            raise CheckpointError(
+                f"{file.path} has {kind}.{key} = {reprlib.repr(value)}; it must be a positive "
+                "number"
+            )
+    num_layers = file.metadata.get(f"{kind}.block_count", 0)
+    if isinstance(num_layers, int) and num_layers > len(file.tensors):
+        raise CheckpointError(
+            f"{file.path} declares {num_layers:,} layers but holds {len(file.tensors):,} tensors"
+        )
+
+
+def _text(file: GGUFFile, key: str, default: str) -> str:
+    value = file.metadata.get(key, default)
+    if not isinstance(value, str):
+        raise CheckpointError(f"{file.path} has {key} = {reprlib.repr(value)}; it must be text")
+    return value
 
 
 def _count_types(file: GGUFFile) -> dict[str, int]:
@@ -262,5 +316,3 @@ def _count_types(file: GGUFFile) -> dict[str, int]:
     for info in file.tensors.values():
         counts[info.type.name] = counts.get(info.type.name, 0) + 1
     return dict(sorted(counts.items()))
-
-

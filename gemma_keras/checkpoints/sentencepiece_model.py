@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 from gemma_keras.errors import CheckpointError
 
-_USER_DEFINED = 4
+_USER_DEFINED, _BYTE = 4, 6
 _TYPES = range(1, 7)
 _SPACE = "\u2581"
 
@@ -20,43 +22,76 @@ def build_sentencepiece_model(metadata: Mapping[str, Any]) -> bytes:
     that SentencePiece matches the piece against.
 
     Raises:
-        CheckpointError: the keys are missing, of unequal lengths, or describe another tokenizer.
+        CheckpointError: the keys are missing, of unequal lengths, describe another tokenizer, or
+            one that SentencePiece refuses.
     """
+    import sentencepiece
     from sentencepiece import sentencepiece_model_pb2 as proto
 
     if metadata.get("tokenizer.ggml.model") != "llama":
         raise CheckpointError(
-            f"the tokenizer is {metadata.get('tokenizer.ggml.model')!r}; Gemma's is a "
+            f"the tokenizer is {reprlib.repr(metadata.get('tokenizer.ggml.model'))}; Gemma's is a "
             "SentencePiece model, which GGUF calls 'llama'"
         )
-    columns = [metadata.get(f"tokenizer.ggml.{key}") for key in ("tokens", "scores", "token_type")]
-    if not all(isinstance(column, list) for column in columns):
-        raise CheckpointError("the GGUF metadata lacks the tokens, scores or types of a tokenizer")
-    if len({len(column) for column in columns if column is not None}) != 1:
-        raise CheckpointError("the tokenizer's tokens, scores and types have unequal lengths")
+    tokens, scores, kinds = (_column(metadata, key) for key in ("tokens", "scores", "token_type"))
+    if not len(tokens) == len(scores) == len(kinds):
+        raise CheckpointError(
+            f"the tokenizer has {len(tokens):,} tokens, {len(scores):,} scores and {len(kinds):,} "
+            "types; they must be equally many"
+        )
 
     model = proto.ModelProto()
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     trainer.model_type = trainer.BPE
-    trainer.byte_fallback = True
+    trainer.byte_fallback = _BYTE in kinds
     trainer.split_digits = True
     trainer.allow_whitespace_only_pieces = True
-    trainer.pad_id = metadata.get("tokenizer.ggml.padding_token_id", 0)
-    trainer.eos_id = metadata.get("tokenizer.ggml.eos_token_id", 1)
-    trainer.bos_id = metadata.get("tokenizer.ggml.bos_token_id", 2)
-    trainer.unk_id = metadata.get("tokenizer.ggml.unknown_token_id", 3)
+    trainer.pad_id = _token_id(metadata, "padding_token_id", 0, len(tokens))
+    trainer.eos_id = _token_id(metadata, "eos_token_id", 1, len(tokens))
+    trainer.bos_id = _token_id(metadata, "bos_token_id", 2, len(tokens))
+    trainer.unk_id = _token_id(metadata, "unknown_token_id", 3, len(tokens))
     trainer.pad_piece, trainer.eos_piece = "<pad>", "<eos>"
     trainer.bos_piece, trainer.unk_piece = "<bos>", "<unk>"
     normalizer.name = "identity"
     normalizer.add_dummy_prefix = False
     normalizer.remove_extra_whitespaces = False
     normalizer.escape_whitespaces = True
-    for index, (token, score, kind) in enumerate(zip(*columns, strict=True)):
-        if kind not in _TYPES or not isinstance(token, str):
-            raise CheckpointError(f"token {index} of the vocabulary has the unknown type {kind!r}")
+    for index, (token, score, kind) in enumerate(zip(tokens, scores, kinds, strict=True)):
+        if kind not in _TYPES:
+            raise CheckpointError(f"token {index} of the vocabulary has the unknown type {kind}")
+        if not math.isfinite(score):
+            raise CheckpointError(f"token {index} of the vocabulary has the score {score}")
         if index == trainer.unk_id:
             kind = model.SentencePiece.UNKNOWN
         piece = token.replace(" ", _SPACE) if kind == _USER_DEFINED else token
         model.pieces.add(piece=piece, score=score, type=kind)
     trainer.vocab_size = len(model.pieces)
-    return model.SerializeToString()
+    serialized = model.SerializeToString()
+    try:
+        sentencepiece.SentencePieceProcessor(model_proto=serialized)
+    except RuntimeError as error:
+        raise CheckpointError(f"SentencePiece refuses the tokenizer: {error}") from error
+    return serialized
+
+
+_ITEMS = {"tokens": str, "scores": float, "token_type": int}
+
+
+def _column(metadata: Mapping[str, Any], key: str) -> list[Any]:
+    column = metadata.get(f"tokenizer.ggml.{key}")
+    if not isinstance(column, list) or set(map(type, column)) != {_ITEMS[key]}:
+        raise CheckpointError(
+            f"tokenizer.ggml.{key} must be an array of {_ITEMS[key].__name__}, found "
+            f"{reprlib.repr(column)}"
+        )
+    return column
+
+
+def _token_id(metadata: Mapping[str, Any], key: str, default: int, vocabulary_size: int) -> int:
+    value = metadata.get(f"tokenizer.ggml.{key}", default)
+    if type(value) is not int or not 0 <= value < vocabulary_size:
+        raise CheckpointError(
+            f"tokenizer.ggml.{key} is {reprlib.repr(value)}; the vocabulary's ids end at "
+            f"{vocabulary_size - 1}"
+        )
+    return value

@@ -87,6 +87,7 @@ class Checkpoint:
         tokenizer_model: the SentencePiece model, serialized; `None` if the checkpoint has none.
         instruction_tuned: whether it was tuned to follow Gemma's turn template.
         provenance: where it came from, for people and for the bundle.
+        notices: licence files that came with the weights and must travel on: name to content.
     """
 
     config: GemmaConfig
@@ -94,3 +95,4 @@ class Checkpoint:
     tokenizer_model: bytes | None
     instruction_tuned: bool
     provenance: dict[str, Any]
+    notices: Mapping[str, bytes] = dataclasses.field(default_factory=dict)

@@ -1,0 +1,31 @@
+"""Run a Gemma bundle on a small device: onnxruntime, numpy and sentencepiece, no Keras."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edge_demo.bundle import Bundle
+    from edge_demo.engine import Engine
+    from edge_demo.generator import Generator
+    from edge_demo.sampling import Sampler
+
+__all__ = ["Bundle", "Engine", "Generator", "Sampler"]
+
+_HOMES = {
+    "Bundle": "bundle",
+    "Engine": "engine",
+    "Generator": "generator",
+    "Sampler": "sampling",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'edge_demo' has no attribute {name!r}")
+    return getattr(import_module(f"edge_demo.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

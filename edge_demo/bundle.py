@@ -1,0 +1,318 @@
+"""The bundle: one folder with graphs, weights, tokenizer and `bundle.json`; its schema and reader.
+
+`bundle.json` is data about files that may come from anywhere, so nothing in it is believed before
+it is checked: file names stay inside the folder, sizes are compared before anything is opened, and
+every file's SHA-256 is compared before it is used. The check of a large file is remembered with the
+file's size, modification time and inode, so the next start need not read it all again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from edge_demo.errors import BundleError
+
+FORMAT = "gemma-keras-bundle"
+FORMAT_VERSION = 1
+MANIFEST = "bundle.json"
+_MAX_MANIFEST = 16 << 20
+_ALWAYS_HASH = 8 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of a graph.
+
+    Attributes:
+        name: in the graph.
+        dtype: numpy's name, such as `int64`.
+        shape: numbers, and names for the dimensions that change from call to call.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphSpec:
+    """One ONNX file and its contract."""
+
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeSpec:
+    """A rotary table that the engine makes and the graph reads.
+
+    The graph's inputs `{name}.cos` and `{name}.sin` are float32 `[positions, dims]`, of
+    `position * frequency`, with frequencies `theta ** (-i / dims) / scale`, i from 0 to dims - 1.
+    """
+
+    name: str
+    theta: float
+    scale: float
+    dims: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatTemplate:
+    """Gemma's turn template, `<start_of_turn>ROLE\\nTEXT<end_of_turn>\\n`, as data.
+
+    Attributes:
+        start_of_turn: control token id.
+        end_of_turn: control token id, which ends an answer too.
+        user: the user's role name.
+        model: the model's role name.
+    """
+
+    start_of_turn: int
+    end_of_turn: int
+    user: str
+    model: str
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerSpec:
+    """The tokenizer's file and the ids that generation needs."""
+
+    file: str
+    bos: int
+    stop: tuple[int, ...]
+    chat: ChatTemplate | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: its manifest is checked, its files have the declared sizes.
+
+    Attributes:
+        path: the folder.
+        name: of the model.
+        recipe: how its weights are stored, such as `int8`.
+        context_length: the longest sequence, in tokens.
+        vocabulary_size: of the logits.
+        engine: the graph that `edge_demo.engine` runs.
+        ropes: the rotary tables it needs.
+        tokenizer: file and ids.
+        files: name to (bytes, SHA-256).
+        manifest: all of `bundle.json`, for people: plan, provenance, quality, licence.
+    """
+
+    path: Path
+    name: str
+    recipe: str
+    context_length: int
+    vocabulary_size: int
+    engine: GraphSpec
+    ropes: tuple[RopeSpec, ...]
+    tokenizer: TokenizerSpec
+    files: Mapping[str, tuple[int, str]]
+    manifest: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Bundle:
+        """Read and check `bundle.json`, and the presence and size of every file it lists.
+
+        Raises:
+            BundleError: the folder is no bundle, of another version, or incomplete.
+        """
+        folder = Path(path)
+        manifest = _read_manifest(folder)
+        try:
+            bundle = _parse(folder, manifest)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BundleError(
+                f"{folder / MANIFEST} is damaged: {type(error).__name__} {error}"
+            ) from error
+        for name, (size, _) in bundle.files.items():
+            bundle._check_size(name, size)
+        for name in (bundle.engine.file, bundle.tokenizer.file):
+            if name not in bundle.files:
+                raise BundleError(f"{folder / MANIFEST} uses {name} but does not list it")
+        return bundle
+
+    def _check_size(self, name: str, expected: int) -> None:
+        file = self.path / name
+        try:
+            found = file.stat().st_size
+        except FileNotFoundError:
+            raise BundleError(
+                f"the bundle {self.path} lacks the file {name}; export or copy it again"
+            ) from None
+        if not file.is_file():
+            raise BundleError(f"{name} in the bundle {self.path} is not a file")
+        if found != expected:
+            raise BundleError(
+                f"{name} in the bundle {self.path} has {found:,} bytes, not {expected:,}; "
+                "export or copy it again"
+            )
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all its files, in bytes."""
+        return sum(size for size, _ in self.files.values())
+
+    def verify(self, *, use_memory: bool = True) -> None:
+        """Compare every file with its SHA-256.
+
+        Args:
+            use_memory: whether a large file that was checked before, and has kept its size,
+                modification time and inode, may be passed over.
+
+        Raises:
+            BundleError: a file has changed.
+        """
+        memory = _VerifiedFiles()
+        for name, (size, expected) in self.files.items():
+            file = self.path / name
+            if use_memory and size > _ALWAYS_HASH and memory.knows(file, expected):
+                continue
+            with file.open("rb") as stream:
+                found = hashlib.file_digest(stream, "sha256").hexdigest()
+            if found != expected:
+                raise BundleError(
+                    f"{name} in the bundle {self.path} has changed since it was exported "
+                    f"(SHA-256 {found[:12]}…, expected {expected[:12]}…); export or copy it again"
+                )
+            if size > _ALWAYS_HASH:
+                memory.remember(file, expected)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not folder.exists():
+        raise BundleError(f"the bundle {folder} does not exist")
+    if not path.is_file():
+        raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}")
+    if path.stat().st_size > _MAX_MANIFEST:
+        raise BundleError(f"{path} is larger than a manifest can be")
+    try:
+        manifest = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path} is not JSON: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise BundleError(f"{path} does not describe a {FORMAT}")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise BundleError(
+            f"{path} has format version {manifest.get('format_version')!r}; this edge-demo reads "
+            f"{FORMAT_VERSION}"
+        )
+    return manifest
+
+
+def _parse(folder: Path, manifest: dict[str, Any]) -> Bundle:
+    model, tokenizer = manifest["model"], manifest["tokenizer"]
+    chat = tokenizer["chat"]
+    return Bundle(
+        path=folder,
+        name=str(model["name"]),
+        recipe=str(manifest["recipe"]),
+        context_length=_count(model["context_length"]),
+        vocabulary_size=_count(model["vocabulary_size"]),
+        engine=_graph(manifest["graphs"]["engine"]),
+        ropes=tuple(
+            RopeSpec(str(r["name"]), float(r["theta"]), float(r["scale"]), _count(r["dims"]))
+            for r in manifest["ropes"]
+        ),
+        tokenizer=TokenizerSpec(
+            file=_plain_name(tokenizer["file"]),
+            bos=_index(tokenizer["bos"]),
+            stop=tuple(_index(i) for i in tokenizer["stop"]),
+            chat=None
+            if chat is None
+            else ChatTemplate(
+                _index(chat["start_of_turn"]),
+                _index(chat["end_of_turn"]),
+                str(chat["user"]),
+                str(chat["model"]),
+            ),
+        ),
+        files={
+            _plain_name(name): (_index(entry["bytes"]), str(entry["sha256"]))
+            for name, entry in manifest["files"].items()
+        },
+        manifest=manifest,
+    )
+
+
+def _graph(data: Mapping[str, Any]) -> GraphSpec:
+    def tensors(entries: list[Any]) -> tuple[TensorSpec, ...]:
+        return tuple(
+            TensorSpec(
+                str(e["name"]),
+                str(e["dtype"]),
+                tuple(d if isinstance(d, str) else _count(d) for d in e["shape"]),
+            )
+            for e in entries
+        )
+
+    return GraphSpec(_plain_name(data["file"]), tensors(data["inputs"]), tensors(data["outputs"]))
+
+
+def _plain_name(name: Any) -> str:
+    if not isinstance(name, str) or not name or Path(name).name != name or "\\" in name:
+        raise BundleError(f"the bundle names a file outside its folder: {name!r}")
+    return name
+
+
+def _count(value: Any) -> int:
+    if _index(value) == 0:
+        raise ValueError("a size must not be 0")
+    return value
+
+
+def _index(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 50:
+        raise ValueError(f"{value!r} is not a size or an index")
+    return value
+
+
+class _VerifiedFiles:
+    """Large files whose SHA-256 was checked, in `$XDG_CACHE_HOME/gemma-keras/verified.json`.
+
+    Losing it, or failing to write it, only costs time.
+    """
+
+    _MOST = 64
+
+    def __init__(self) -> None:
+        cache = os.environ.get("XDG_CACHE_HOME")
+        self._path = (Path(cache) if cache else Path.home() / ".cache") / "gemma-keras/verified.json"
+        try:
+            self._entries = dict(json.loads(self._path.read_bytes()))
+        except (OSError, ValueError, TypeError):
+            self._entries = {}
+
+    @staticmethod
+    def _stamp(file: Path, sha256: str) -> list[Any]:
+        stat = file.stat()
+        return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, sha256]
+
+    def knows(self, file: Path, sha256: str) -> bool:
+        return self._entries.get(str(file.resolve())) == self._stamp(file, sha256)
+
+    def remember(self, file: Path, sha256: str) -> None:
+        key = str(file.resolve())
+        self._entries.pop(key, None)
+        self._entries[key] = self._stamp(file, sha256)
+        while len(self._entries) > self._MOST:
+            self._entries.pop(next(iter(self._entries)))
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(
+                "w", dir=self._path.parent, prefix="verified.", delete=False
+            ) as file_:
+                json.dump(self._entries, file_)
+            os.replace(file_.name, self._path)
+        except OSError:
+            pass

@@ -1,0 +1,362 @@
+"""`edge-demo`: generate, chat, bench, score and inspect a bundle.
+
+Nothing heavy is imported before it is known that it will be used, so `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from edge_demo.errors import EdgeError, RequestError
+
+if TYPE_CHECKING:
+    from edge_demo.bundle import Bundle
+    from edge_demo.generator import Generation, Generator
+    from edge_demo.sampling import Sampler
+
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status is 0, 1 for a failure, 2 for a bad request, 130 for Ctrl-C."""
+    arguments = _parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = arguments.run
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+    try:
+        return run(arguments)
+    except EdgeError as error:
+        print(f"edge-demo: {error}", file=sys.stderr)
+        return 2 if isinstance(error, RequestError) else 1
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
+    except (OSError, MemoryError) as error:
+        print(f"edge-demo: {error or 'out of memory'}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="edge-demo", description="Run a Gemma bundle on this device, with onnxruntime."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], text: str):
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.add_argument("bundle", metavar="BUNDLE", help="the folder that export-onnx wrote")
+        sub.add_argument("--json", action="store_true", help="print one JSON object, for programs")
+        sub.set_defaults(run=run)
+        return sub
+
+    def engine_options(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--threads", type=_positive, metavar="N", help="threads for an operator (default: cores)"
+        )
+
+    def sampling_options(sub: argparse.ArgumentParser, defaults: Sampling) -> None:
+        group = sub.add_argument_group("sampling")
+        group.add_argument(
+            "--max-tokens", type=_positive, default=defaults.max_tokens, metavar="N",
+            help="the most tokens to generate (default: %(default)s)",
+        )
+        group.add_argument(
+            "--temperature", type=float, default=defaults.temperature, metavar="T",
+            help="0 is greedy (default: %(default)s)",
+        )
+        group.add_argument(
+            "--top-k", type=int, default=defaults.top_k, metavar="K",
+            help="choose among the K most likely; 0 is all (default: %(default)s)",
+        )
+        group.add_argument(
+            "--top-p", type=float, default=defaults.top_p, metavar="P",
+            help="choose among the most likely that together have probability P "
+            "(default: %(default)s)",
+        )
+        group.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
+
+    sub = command("generate", _generate, "Continue a prompt.")
+    sub.add_argument("--prompt", metavar="TEXT", help="what to continue (default: read stdin)")
+    engine_options(sub)
+    sampling_options(sub, Sampling(128, 0.0, 0, 1.0))
+
+    sub = command("chat", _chat, "Talk in turns, or, with a base model, continue text in turns.")
+    engine_options(sub)
+    sampling_options(sub, Sampling(512, 1.0, 64, 0.95))
+
+    sub = command("bench", _bench, "Measure load time, prefill, decode and memory.")
+    engine_options(sub)
+    sub.add_argument("--prompt-tokens", type=_positive, default=512, metavar="N")
+    sub.add_argument("--decode-tokens", type=_positive, default=64, metavar="N")
+    sub.add_argument("--repeats", type=_positive, default=3, metavar="N")
+
+    sub = command("score", _score, "Perplexity of a text, by windows.")
+    engine_options(sub)
+    sub.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text")
+    sub.add_argument(
+        "--length", type=_positive, default=512, metavar="N",
+        help="tokens in a window, the beginning-of-sequence token included (default: %(default)s)",
+    )
+    sub.add_argument(
+        "--stride", type=_positive, metavar="N",
+        help="tokens from one window to the next (default: half the length)",
+    )
+    sub.add_argument("--windows", type=_positive, metavar="N", help="stop after as many windows")
+
+    sub = command("inspect", _inspect, "Show what a bundle holds.")
+    sub.add_argument("--verify", action="store_true", help="compare every file with its SHA-256")
+    return parser
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """A command's sampling defaults."""
+
+    max_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
+# --- generate and chat --------------------------------------------------------------------------
+
+
+def _sampler(arguments: argparse.Namespace) -> Sampler:
+    from edge_demo.sampling import Sampler
+
+    return Sampler(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
+
+
+def _load(arguments: argparse.Namespace) -> tuple[Bundle, Generator, float]:
+    start = time.perf_counter()
+    from edge_demo.bundle import Bundle
+    from edge_demo.engine import Engine
+    from edge_demo.generator import Generator
+    from edge_demo.tokenizer import Tokenizer
+
+    bundle = Bundle.open(arguments.bundle)
+    engine = Engine(bundle, arguments.threads)
+    generator = Generator(engine, Tokenizer(bundle))
+    return bundle, generator, time.perf_counter() - start
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from edge_demo.generator import Generation
+    from edge_demo.terminal import note, show
+
+    sampler = _sampler(arguments)
+    prompt = arguments.prompt
+    if prompt is None:
+        if sys.stdin.isatty():
+            raise RequestError("give a prompt with --prompt, or on stdin")
+        prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
+    _, generator, load_s = _load(arguments)
+    generation = Generation(generator.tokenizer.encode(prompt))
+    pieces = generator.stream(generation.prompt_ids, sampler, arguments.max_tokens, generation)
+    status = 0
+    if not arguments.json:
+        show(prompt)
+    try:
+        for piece in pieces:
+            if not arguments.json:
+                show(piece)
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    if arguments.json:
+        print(json.dumps(_report(generation, load_s)))
+    else:
+        show("\n")
+        note(_summary(generation, load_s))
+    return status
+
+
+def _report(generation: Generation, load_s: float) -> dict[str, Any]:
+    from edge_demo.bench import peak_rss_bytes
+
+    return {
+        "prompt_ids": generation.prompt_ids,
+        "ids": generation.ids,
+        "text": generation.text,
+        "finish_reason": generation.finish_reason,
+        "timings": {
+            "load_s": load_s,
+            "ttft_s": generation.prefill_s,
+            "prefill_tokens_per_s": generation.prefill_tokens_per_s,
+            "decode_tokens_per_s": generation.decode_tokens_per_s,
+        },
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+
+
+def _summary(generation: Generation, load_s: float) -> str:
+    from edge_demo.bench import peak_rss_bytes
+    from edge_demo.terminal import megabytes
+
+    speed = generation.decode_tokens_per_s
+    parts = [
+        f"load {load_s:.1f} s",
+        f"first token {generation.prefill_s:.1f} s",
+        f"{speed:.0f} tokens/s" if speed else f"{len(generation.ids)} tokens",
+        megabytes(peak_rss_bytes()),
+    ]
+    return " · ".join(parts)
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    from edge_demo.generator import Generation
+    from edge_demo.terminal import note, show
+
+    sampler = _sampler(arguments)
+    bundle, generator, _ = _load(arguments)
+    tuned = bundle.tokenizer.chat is not None
+    note(
+        f"{bundle.name} ({bundle.recipe}), "
+        + (
+            "instruction-tuned: answers in Gemma's turn template."
+            if tuned
+            else "a base model: it continues the text you write, it was not taught to answer."
+        )
+        + " Ctrl-C stops an answer, Ctrl-D ends."
+    )
+    turns: list[tuple[str, str]] = []
+    while True:
+        message = _read_turn()
+        if message is None:
+            return 0
+        if not message.strip():
+            continue
+        turns.append(("user", message))
+        if tuned:
+            ids = generator.tokenizer.encode_chat(turns)
+        else:
+            ids = generator.tokenizer.encode("".join(text for _, text in turns))
+        generation = Generation(ids)
+        try:
+            for piece in generator.stream(ids, sampler, arguments.max_tokens, generation):
+                if not arguments.json:
+                    show(piece)
+        except KeyboardInterrupt:
+            pass
+        except RequestError as error:
+            turns.pop()
+            note(f"{error}. The last message was left out.")
+            continue
+        if arguments.json:
+            print(json.dumps(_report(generation, 0.0)), flush=True)
+        else:
+            show("\n")
+            note(f"[{generation.finish_reason}] {len(generation.ids)} tokens")
+        turns.append(("model", generation.text))
+
+
+def _read_turn() -> str | None:
+    try:
+        if sys.stdin.isatty():
+            import readline  # noqa: F401 - line editing for input()
+
+            return input("> ")
+        line = sys.stdin.readline()
+        return line.rstrip("\n") if line else None
+    except EOFError:
+        print()
+        return None
+    except KeyboardInterrupt:
+        print()
+        return ""
+
+
+# --- measure and look ---------------------------------------------------------------------------
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from edge_demo.bench import bench
+    from edge_demo.bundle import Bundle
+    from edge_demo.terminal import megabytes
+
+    result = bench(
+        Bundle.open(arguments.bundle),
+        arguments.threads,
+        arguments.prompt_tokens,
+        arguments.decode_tokens,
+        arguments.repeats,
+    )
+    if arguments.json:
+        print(json.dumps(dataclasses.asdict(result)))
+        return 0
+    print(f"load          {result.load_s:8.2f} s")
+    print(f"first token   {result.ttft_s:8.2f} s        after {result.prompt_tokens} tokens")
+    print(f"prefill       {result.prefill_tokens_per_s:8.1f} tokens/s")
+    print(f"decode        {result.decode_tokens_per_s:8.1f} tokens/s")
+    print(f"peak memory   {megabytes(result.peak_rss_bytes):>8}")
+    return 0
+
+
+def _score(arguments: argparse.Namespace) -> int:
+    from edge_demo.score import score
+
+    try:
+        with open(arguments.text, "rb") as file:
+            text = file.read().decode("utf-8")
+    except (FileNotFoundError, IsADirectoryError):
+        raise RequestError(f"the text {arguments.text} is not a file") from None
+    except UnicodeDecodeError as error:
+        raise RequestError(f"the text {arguments.text} is not UTF-8: {error}") from error
+    _, generator, _ = _load(arguments)
+
+    def show_progress(done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            end = "\n" if done == total else ""
+            print(f"\rwindow {done} of {total}", end=end, file=sys.stderr, flush=True)
+
+    result = score(
+        generator.engine,
+        generator.tokenizer.spec.bos,
+        generator.tokenizer.encode(text, bos=False),
+        arguments.length,
+        arguments.stride or max(1, arguments.length // 2),
+        arguments.windows,
+        show_progress,
+    )
+    if arguments.json:
+        print(json.dumps({"perplexity": result.perplexity} | dataclasses.asdict(result)))
+        return 0
+    print(
+        f"perplexity {result.perplexity:.4f}  (nll {result.nll:.5f} nats a token, "
+        f"{result.tokens:,} tokens, {result.windows:,} windows)"
+    )
+    return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from edge_demo.bundle import Bundle
+    from edge_demo.inspect import describe
+
+    bundle = Bundle.open(arguments.bundle)
+    if arguments.verify:
+        bundle.verify(use_memory=False)
+    if arguments.json:
+        print(json.dumps(dict(bundle.manifest)))
+    else:
+        print(describe(bundle, verified=arguments.verify))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,200 @@
+"""The engine: one onnxruntime session and its key-value buffers. It knows token ids and no text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from edge_demo.bundle import Bundle
+from edge_demo.errors import BundleError, EdgeError, RequestError
+from edge_demo.kv_cache import KVCache
+
+_PREFILL_CHUNK = 512
+_SCORE_CHUNK = 64  # 67 MB of logits for a vocabulary of 262 144
+
+
+class Engine:
+    """Feeds tokens to a bundle's engine graph and returns logits.
+
+    A token's keys and values are written in place, so a step allocates and copies nothing but its
+    own activations.
+
+    Args:
+        bundle: opened; its files are checked against their hashes here.
+        threads: for one operator; `None` lets onnxruntime take the physical cores.
+
+    Attributes:
+        tokens: the ids whose keys and values are in the buffers.
+
+    Raises:
+        BundleError: a file has changed, or the graph does not keep its contract.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+        bundle.verify()
+        self.bundle = bundle
+        self.tokens: list[int] = []
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        if threads:
+            options.intra_op_num_threads = threads
+        try:
+            self._session = ort.InferenceSession(
+                str(bundle.path / bundle.engine.file), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # onnxruntime's errors share no base class of their own
+            raise BundleError(
+                f"onnxruntime {ort.__version__} cannot load {bundle.engine.file}: {error}"
+            ) from error
+        self._check_contract()
+        self._cache = KVCache(bundle.engine, bundle.ropes, bundle.context_length)
+        self._decode_call: _Call | None = None
+
+    def _check_contract(self) -> None:
+        graph = self.bundle.engine
+        for role, specs, found in (
+            ("input", graph.inputs, self._session.get_inputs()),
+            ("output", graph.outputs, self._session.get_outputs()),
+        ):
+            if {s.name for s in specs} != {f.name for f in found}:
+                raise BundleError(f"{graph.file} has other {role}s than bundle.json says")
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens it can hold."""
+        return self.bundle.context_length
+
+    def prefill(self, ids: Sequence[int]) -> np.ndarray:
+        """Add tokens after those it holds.
+
+        Args:
+            ids: at least one.
+
+        Returns:
+            Logits after the last of them, float32 `(vocabulary_size,)`.
+
+        Raises:
+            RequestError: they do not fit the context, or an id is outside the vocabulary.
+        """
+        self._admit(ids)
+        logits = np.empty(0, np.float32)
+        for first in range(0, len(ids), _PREFILL_CHUNK):
+            chunk = ids[first : first + _PREFILL_CHUNK]
+            logits = self._run(chunk, range(len(chunk) - 1, len(chunk)))[0]
+        return logits
+
+    def decode(self, token: int) -> np.ndarray:
+        """Add one token.
+
+        Returns:
+            Logits after it, float32 `(vocabulary_size,)`; the array is used again by the next call.
+
+        Raises:
+            RequestError: the context is full, or the id is outside the vocabulary.
+        """
+        self._admit((token,))
+        self._reserve(1)
+        if self._decode_call is None:
+            self._decode_call = _Call(self, 1, 1)
+        logits = self._decode_call.run((token,), range(0, 1))
+        return logits[0]
+
+    def all_logits(self, ids: Sequence[int]) -> Iterator[np.ndarray]:
+        """Add tokens and yield the logits after each of them, in chunks of bounded size.
+
+        Yields:
+            float32 `(chunk, vocabulary_size)`, together one row for each id.
+        """
+        self._admit(ids)
+        for first in range(0, len(ids), _SCORE_CHUNK):
+            chunk = ids[first : first + _SCORE_CHUNK]
+            yield self._run(chunk, range(len(chunk)))
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        if not 0 <= length <= len(self.tokens):
+            raise ValueError(f"cannot rewind {len(self.tokens)} tokens to {length}")
+        del self.tokens[length:]
+
+    @property
+    def cache_bytes(self) -> int:
+        """What keys, values and rotary tables take now, in bytes."""
+        return self._cache.num_bytes
+
+    def _admit(self, ids: Sequence[int]) -> None:
+        total = len(self.tokens) + len(ids)
+        if not ids:
+            raise RequestError("there are no tokens to run; the prompt is empty")
+        if total > self.context_length:
+            raise RequestError(
+                f"the text has {total:,} tokens, the bundle's context holds "
+                f"{self.context_length:,}; shorten it"
+            )
+        for token in ids:
+            if not 0 <= token < self.bundle.vocabulary_size:
+                raise RequestError(
+                    f"token id {token} is outside the vocabulary of {self.bundle.vocabulary_size:,}"
+                )
+
+    def _reserve(self, more: int) -> None:
+        if self._cache.reserve(len(self.tokens) + more):
+            self._decode_call = None  # it is bound to the old buffers
+
+    def _run(self, ids: Sequence[int], positions: range) -> np.ndarray:
+        self._reserve(len(ids))
+        return _Call(self, len(ids), len(positions)).run(ids, positions)
+
+
+class _Call:
+    """One binding of the session to buffers for `length` tokens and `num_logits` rows of logits."""
+
+    def __init__(self, engine: Engine, length: int, num_logits: int) -> None:
+        self._engine = engine
+        self._session = engine._session
+        self._input_ids = np.zeros((1, length), np.int64)
+        self._seqlens_k = np.zeros(1, np.int32)
+        self._total = np.zeros((), np.int32)
+        self._positions = np.zeros(num_logits, np.int64)
+        self._logits = np.empty((1, num_logits, engine.bundle.vocabulary_size), np.float32)
+        self._binding = self._session.io_binding()
+        cache = engine._cache
+        inputs: dict[str, np.ndarray] = {
+            "input_ids": self._input_ids,
+            "seqlens_k": self._seqlens_k,
+            "total_sequence_length": self._total,
+            "logit_positions": self._positions,
+            **cache.tables,
+        }
+        # An OrtValue on the CPU shares the array's memory: what is written there is what is read.
+        self._values: list[Any] = []
+        for name, array in inputs.items():
+            self._binding.bind_ortvalue_input(name, self._share(array))
+        for name, array in cache.buffers.items():
+            value = self._share(array)
+            self._binding.bind_ortvalue_input(name, value)
+            self._binding.bind_ortvalue_output(
+                name.replace("past_key_values.", "present."), value
+            )
+        self._binding.bind_ortvalue_output("logits", self._share(self._logits))
+
+    def _share(self, array: np.ndarray) -> Any:
+        value = ort.OrtValue.ortvalue_from_numpy(array)
+        self._values.append(value)
+        return value
+
+    def run(self, ids: Sequence[int], positions: range) -> np.ndarray:
+        tokens = self._engine.tokens
+        total = len(tokens) + len(ids)
+        self._input_ids[0] = ids
+        self._seqlens_k[0] = total - 1
+        self._total[...] = total
+        self._positions[:] = positions
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:  # onnxruntime's errors share no base class of their own
+            raise EdgeError(f"onnxruntime could not run the model: {error}") from error
+        tokens.extend(ids)
+        return self._logits[0]

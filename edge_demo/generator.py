@@ -1,0 +1,132 @@
+"""The generator: token ids in, tokens and their text out, one at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from edge_demo.engine import Engine
+from edge_demo.errors import RequestError
+from edge_demo.sampling import Sampler
+from edge_demo.tokenizer import TextStream, Tokenizer
+
+FinishReason = Literal["stop", "length", "context", "interrupted"]
+
+
+@dataclasses.dataclass
+class Generation:
+    """One answer, filled in as it grows.
+
+    Attributes:
+        prompt_ids: what it continues.
+        ids: the tokens generated so far, the stop token not among them.
+        text: their text.
+        finish_reason: a stop token came, `max_tokens` was reached, or the context was full;
+            `interrupted` until then.
+        reused_tokens: tokens of the prompt that an earlier answer had left in the engine.
+        prefill_s: from the start to the first token.
+        decode_s: from the first token to the last.
+    """
+
+    prompt_ids: list[int]
+    ids: list[int] = dataclasses.field(default_factory=list)
+    text: str = ""
+    finish_reason: FinishReason = "interrupted"
+    reused_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+    @property
+    def prefill_tokens_per_s(self) -> float | None:
+        """Prompt tokens computed a second."""
+        computed = len(self.prompt_ids) - self.reused_tokens
+        return computed / self.prefill_s if self.prefill_s else None
+
+    @property
+    def decode_tokens_per_s(self) -> float | None:
+        """Tokens a second after the first; `None` while there is no second."""
+        return (len(self.ids) - 1) / self.decode_s if self.decode_s and len(self.ids) > 1 else None
+
+
+class Generator:
+    """Continues prompts on one engine.
+
+    Args:
+        engine: whose tokens are kept between calls: a prompt that begins as the last one did
+            costs only what is new.
+        tokenizer: of the same bundle.
+    """
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+
+    def stream(
+        self,
+        prompt_ids: Sequence[int],
+        sampler: Sampler,
+        max_tokens: int,
+        generation: Generation | None = None,
+    ) -> Iterator[str]:
+        """Yield the answer's text as it comes; pieces may be empty.
+
+        Args:
+            prompt_ids: to continue; at least one.
+            sampler: chooses each token.
+            max_tokens: the most to generate.
+            generation: filled in while the text is yielded.
+
+        Raises:
+            RequestError: the prompt is empty or does not fit the context.
+        """
+        if max_tokens < 1:
+            raise RequestError(f"the number of tokens to generate must be positive, not {max_tokens}")
+        out = generation or Generation(list(prompt_ids))
+        start = time.perf_counter()
+        reused = _common_prefix(self.engine.tokens, prompt_ids)
+        reused = min(reused, max(0, len(prompt_ids) - 1))  # the last token has to give its logits
+        self.engine.rewind(reused)
+        out.reused_tokens = reused
+        logits = self.engine.prefill(list(prompt_ids)[reused:])
+        text = TextStream(self.tokenizer)
+        while True:
+            token = sampler.pick(logits)
+            now = time.perf_counter()
+            if not out.prefill_s:
+                out.prefill_s = now - start
+            if token in self.tokenizer.spec.stop:
+                out.finish_reason = "stop"
+                break
+            out.ids.append(token)
+            out.decode_s = now - start - out.prefill_s
+            piece = text.push(token)
+            out.text += piece
+            yield piece
+            if len(out.ids) >= max_tokens:
+                out.finish_reason = "length"
+                break
+            if len(self.engine.tokens) >= self.engine.context_length:
+                out.finish_reason = "context"
+                break
+            logits = self.engine.decode(token)
+        rest = text.flush()
+        out.text += rest
+        yield rest
+
+    def generate(self, prompt_ids: Sequence[int], sampler: Sampler, max_tokens: int) -> Generation:
+        """The whole answer at once; arguments and errors as `stream`."""
+        generation = Generation(list(prompt_ids))
+        for _ in self.stream(prompt_ids, sampler, max_tokens, generation):
+            pass
+        return generation
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    count = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        count += 1
+    return count

@@ -1,0 +1,28 @@
+"""Showing a model's words on a terminal without letting them steer it."""
+
+from __future__ import annotations
+
+import sys
+
+# Escape sequences in generated text could move the cursor or set the title: control characters
+# other than newline and tab are shown as their pictures (U+2400 block) instead.
+_VISIBLE = {c: 0x2400 + c for c in range(0x20) if c not in (0x09, 0x0A)} | {0x7F: 0x2421}
+_VISIBLE |= {c: 0xFFFD for c in range(0x80, 0xA0)}
+
+
+def show(text: str) -> None:
+    """Write generated text to stdout at once; as it is unless stdout is a terminal."""
+    sys.stdout.write(text.translate(_VISIBLE) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+def note(text: str) -> None:
+    """Write a line about the run to stderr, dimmed on a terminal."""
+    if sys.stderr.isatty():
+        text = f"\x1b[2m{text}\x1b[0m"
+    print(text, file=sys.stderr, flush=True)
+
+
+def megabytes(num_bytes: int) -> str:
+    """A size for people, in decimal units."""
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.0f} MB"

@@ -1,0 +1,18 @@
+"""From a Gemma checkpoint or a Keras model to a bundle of ONNX graphs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from export.pipeline import ExportResult, export_onnx
+
+__all__ = ["ExportResult", "export_onnx"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'export' has no attribute {name!r}")
+    from export import pipeline
+
+    return getattr(pipeline, name)

@@ -1,0 +1,186 @@
+"""Writing a bundle: a folder that gets its final name only when everything in it is right."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from edge_demo.bundle import FORMAT, FORMAT_VERSION, MANIFEST, GraphSpec, RopeSpec
+from export.errors import ExportError, ExportRequestError
+from export.quantize.formats import Plan, plan_to_json
+from gemma_keras.chat import GEMMA_TURNS
+from gemma_keras.checkpoints import Checkpoint
+from gemma_keras.checkpoints.names import parameter_count
+
+TOKENIZER_FILE = "tokenizer.model"
+NOTICE_FILE = "GEMMA_NOTICE.txt"
+_NOTICE = """\
+Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms
+
+This folder holds a Model Derivative of Gemma: the weights of {name}, converted to ONNX and stored
+as {recipe} by gemma-keras. Whoever passes it on has to pass on this notice and the Terms of Use
+with it, and may use it only as the Gemma Prohibited Use Policy allows
+(ai.google.dev/gemma/prohibited_use_policy).
+"""
+
+
+@contextlib.contextmanager
+def unfinished_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A fresh folder beside `out` that becomes `out` when the block ends well, and else vanishes.
+
+    Raises:
+        ExportRequestError: `out` exists and is not to be overwritten, or is not a bundle.
+    """
+    check_out(out, overwrite=overwrite)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(out)
+    folder = out.parent / f".{out.name}.{os.getpid()}.partial"
+    folder.mkdir()
+    try:
+        yield folder
+        _sync(folder)
+        if out.exists():
+            old = out.parent / f".{out.name}.{os.getpid()}.old.partial"
+            out.rename(old)
+            folder.rename(out)
+            shutil.rmtree(old)
+        else:
+            folder.rename(out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_out(out: Path, *, overwrite: bool) -> None:
+    """Refuse an output path that is taken.
+
+    Raises:
+        ExportRequestError: it exists and is not to be overwritten, or is not a bundle.
+    """
+    if not (out.exists() or out.is_symlink()):
+        return
+    if not overwrite:
+        raise ExportRequestError(f"{out} exists already; choose another folder, or add --overwrite")
+    if not (out / MANIFEST).is_file():
+        raise ExportRequestError(f"{out} is not a bundle, so it will not be overwritten; move it")
+
+
+def _remove_abandoned(out: Path) -> None:
+    """Clear away what an export that was killed has left beside `out`."""
+    for folder in out.parent.glob(f".{out.name}.*.partial"):
+        pid = folder.name.removeprefix(f".{out.name}.").split(".")[0]
+        if pid.isdigit() and not _is_running(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def write_tokenizer(folder: Path, checkpoint: Checkpoint, vocabulary_size: int) -> dict[str, Any]:
+    """Write the SentencePiece model; returns the manifest's entry about it.
+
+    Raises:
+        ExportError: the checkpoint has none, or it does not fit the model.
+    """
+    import sentencepiece
+
+    if checkpoint.tokenizer_model is None:
+        raise ExportError(
+            "the checkpoint has no SentencePiece model (tokenizer.model); a bundle needs one"
+        )
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_proto=checkpoint.tokenizer_model)
+    except Exception as error:  # sentencepiece raises RuntimeError or its own, by version
+        raise ExportError(f"tokenizer.model is not a SentencePiece model: {error}") from error
+    if model.vocab_size() > vocabulary_size:
+        raise ExportError(
+            f"the tokenizer has {model.vocab_size():,} pieces, the model's vocabulary "
+            f"{vocabulary_size:,}"
+        )
+    (folder / TOKENIZER_FILE).write_bytes(checkpoint.tokenizer_model)
+    chat = None
+    stop = [model.eos_id()]
+    if checkpoint.instruction_tuned:
+        turns = GEMMA_TURNS
+        ids = {piece: model.piece_to_id(piece) for piece in (turns.start_of_turn, turns.end_of_turn)}
+        if model.unk_id() in ids.values():
+            raise ExportError("the tokenizer lacks the tokens of Gemma's turn template")
+        chat = {
+            "start_of_turn": ids[turns.start_of_turn],
+            "end_of_turn": ids[turns.end_of_turn],
+            "user": turns.user,
+            "model": turns.model,
+        }
+        stop.append(chat["end_of_turn"])
+    return {"file": TOKENIZER_FILE, "bos": model.bos_id(), "stop": stop, "chat": chat}
+
+
+def write_notices(folder: Path, checkpoint: Checkpoint, recipe: str) -> dict[str, Any]:
+    """Write the Gemma notice, and those that came with the weights; returns the manifest's entry."""
+    name = checkpoint.provenance.get("name", "a Gemma model")
+    (folder / NOTICE_FILE).write_text(_NOTICE.format(name=name, recipe=recipe), encoding="utf-8")
+    for file, content in checkpoint.notices.items():
+        (folder / file).write_bytes(content)
+    return {"name": checkpoint.provenance.get("license", "gemma"), "notice": NOTICE_FILE}
+
+
+def write_manifest(
+    folder: Path,
+    checkpoint: Checkpoint,
+    recipe: str,
+    plan: Plan,
+    graphs: Mapping[str, GraphSpec],
+    ropes: Iterator[RopeSpec] | list[RopeSpec],
+    tokenizer: Mapping[str, Any],
+    licence: Mapping[str, Any],
+    max_context: int,
+    quality: Mapping[str, Any] | None,
+) -> None:
+    """Write `bundle.json` about the files that are in the folder."""
+    config = checkpoint.config
+    files = {}
+    for path in sorted(folder.iterdir()):
+        if path.name != MANIFEST:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
+    manifest = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "model": {
+            "name": checkpoint.provenance.get("name", "Gemma"),
+            "parameters": parameter_count(config),
+            "vocabulary_size": config.vocabulary_size,
+            "context_length": max_context,
+            "config": config.to_dict(),
+        },
+        "recipe": recipe,
+        "plan": plan_to_json(plan),
+        "graphs": {name: dataclasses.asdict(graph) for name, graph in graphs.items()},
+        "ropes": [dataclasses.asdict(rope) for rope in ropes],
+        "tokenizer": dict(tokenizer),
+        "provenance": checkpoint.provenance,
+        "license": dict(licence),
+        "quality": None if quality is None else dict(quality),
+        "files": files,
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,116 @@
+"""`export-onnx`: a checkpoint to a bundle.
+
+Nothing heavy is imported before the arguments are known to be good, so `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Export; the exit status is 0, 1 for a failure, 2 for a bad request, 130 for Ctrl-C."""
+    arguments = _parser().parse_args(argv)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    signal.signal(signal.SIGTERM, _as_interrupt)
+    try:
+        return _export(arguments)
+    except KeyboardInterrupt:
+        print("export-onnx: interrupted; nothing was kept", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _as_interrupt(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="export-onnx",
+        description="Turn a Gemma checkpoint into a bundle that edge-demo runs.",
+    )
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a .gguf file, a folder with config.json and safetensors, or 'sample'",
+    )
+    parser.add_argument("out", metavar="OUT", help="the folder to write")
+    parser.add_argument(
+        "--recipe", default="int8", help="int8 or fp32: how weights are stored (default: int8)"
+    )
+    parser.add_argument(
+        "--max-context", type=int, metavar="N", help="longest sequence, in tokens (default: the model's)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a bundle that stands there")
+    parser.add_argument(
+        "--no-verify",
+        dest="verify",
+        action="store_false",
+        help="do not run the bundle and compare it with the Keras model",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object, for programs")
+    return parser
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from export.errors import ExportError, ExportRequestError
+    from gemma_keras.errors import ModelError
+
+    try:
+        from export.progress import ShowProgress
+
+        with ShowProgress() as show:
+            show.stage("opening")
+            from export.pipeline import export_onnx
+
+            result = export_onnx(
+                arguments.source,
+                arguments.out,
+                arguments.recipe,
+                max_context=arguments.max_context,
+                overwrite=arguments.overwrite,
+                verify=arguments.verify,
+                on_progress=show,
+            )
+    except (ExportRequestError, ModelError) as error:
+        print(f"export-onnx: {error}", file=sys.stderr)
+        return 2
+    except (ExportError, OSError, MemoryError) as error:
+        print(f"export-onnx: {error or 'out of memory'}", file=sys.stderr)
+        return 1
+    except ImportError as error:
+        print(
+            f"export-onnx: a package is missing ({error}); run: pip install gemma-keras[export]",
+            file=sys.stderr,
+        )
+        return 1
+    _print_result(result, arguments.json)
+    return 0
+
+
+def _print_result(result, as_json: bool) -> None:
+    quality = result.quality
+    if as_json:
+        entry = dataclasses.asdict(result) | {"path": str(result.path)}
+        print(json.dumps(entry))
+        return
+    print(f"{result.path}: {result.recipe}, {result.num_bytes / 1e6:,.0f} MB")
+    if quality:
+        print(
+            f"mean KL {quality.mean_kl:.2g} nats, same top token {quality.same_top_token:.1%}, "
+            f"greatest logit difference {quality.max_logit_difference:.2g} (logits spread "
+            f"{quality.logit_spread:.2g}), {quality.tokens} tokens, {quality.against}"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

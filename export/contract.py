@@ -1,0 +1,92 @@
+"""Names, shapes and dtypes of each graph's inputs and outputs, computed from the configuration.
+
+Two graphs stand over the same weights:
+
+* `model.onnx`, the interchange graph, keeps the names that onnxruntime-genai, Optimum and
+  transformers.js read. Its past grows by concatenation and it returns logits for all positions.
+* `engine.onnx` is what `edge_demo` runs: keys and values live in buffers of fixed capacity that are
+  input and output at once, the rotary tables are inputs (so they grow with the buffers instead of
+  being stored for the longest context), and logits are computed only where they are asked for.
+"""
+
+from __future__ import annotations
+
+from edge_demo.bundle import GraphSpec, RopeSpec, TensorSpec
+from gemma_keras.config import GemmaConfig, LayerSpec
+
+INTERCHANGE_FILE = "model.onnx"
+ENGINE_FILE = "engine.onnx"
+WEIGHTS_FILE = "model.onnx_data"
+
+
+def ropes(config: GemmaConfig) -> dict[tuple[float, float, int], RopeSpec]:
+    """The distinct rotary tables of the model, keyed by `rope_key` of the layers that use them."""
+    tables: dict[tuple[float, float, int], RopeSpec] = {}
+    for layer in config.layers:
+        key = rope_key(layer)
+        if key not in tables:
+            tables[key] = RopeSpec(
+                f"rope.{len(tables)}", layer.rope_theta, layer.rope_scale, layer.head_dim // 2
+            )
+    return tables
+
+
+def rope_key(layer: LayerSpec) -> tuple[float, float, int]:
+    """What two layers must share to share a rotary table."""
+    return layer.rope_theta, layer.rope_scale, layer.head_dim
+
+
+def interchange_contract(config: GemmaConfig) -> GraphSpec:
+    """The contract of `model.onnx`."""
+    return GraphSpec(
+        INTERCHANGE_FILE,
+        inputs=(
+            TensorSpec("input_ids", "int64", ("batch", "sequence")),
+            TensorSpec("attention_mask", "int64", ("batch", "total")),
+            *_key_values(config, "past_key_values", "past"),
+        ),
+        outputs=(
+            TensorSpec("logits", "float32", ("batch", "sequence", config.vocabulary_size)),
+            *_key_values(config, "present", "total"),
+        ),
+    )
+
+
+def engine_contract(config: GemmaConfig) -> GraphSpec:
+    """The contract of `engine.onnx`.
+
+    `seqlens_k` is the number of tokens each row will have after the call, less 1, as
+    `GroupQueryAttention` counts; `logit_positions` picks positions within the call.
+    """
+    tables = [
+        TensorSpec(f"{rope.name}.{part}", "float32", ("rope_length", rope.dims))
+        for rope in ropes(config).values()
+        for part in ("cos", "sin")
+    ]
+    return GraphSpec(
+        ENGINE_FILE,
+        inputs=(
+            TensorSpec("input_ids", "int64", ("batch", "sequence")),
+            TensorSpec("seqlens_k", "int32", ("batch",)),
+            TensorSpec("total_sequence_length", "int32", ()),
+            TensorSpec("logit_positions", "int64", ("num_logits",)),
+            *tables,
+            *_key_values(config, "past_key_values", "capacity"),
+        ),
+        outputs=(
+            TensorSpec("logits", "float32", ("batch", "num_logits", config.vocabulary_size)),
+            *_key_values(config, "present", "capacity"),
+        ),
+    )
+
+
+def _key_values(config: GemmaConfig, prefix: str, length: str) -> list[TensorSpec]:
+    return [
+        TensorSpec(
+            f"{prefix}.{i}.{part}",
+            "float32",
+            ("batch", layer.num_kv_heads, length, layer.head_dim),
+        )
+        for i, layer in enumerate(config.layers)
+        for part in ("key", "value")
+    ]

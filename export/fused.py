@@ -1,0 +1,328 @@
+"""The fused lowering: a configuration and stored weights to a graph of onnxruntime's operators.
+
+It reads top to bottom as the model does (`gemma_keras.layers`), and is independent of Keras.
+Operators of the domain `com.microsoft` are documented in onnxruntime's ContribOperators.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from edge_demo.bundle import GraphSpec, TensorSpec
+from export.contract import ENGINE_FILE, rope_key, ropes
+from export.quantize.formats import Plan, rows_and_inputs
+from export.weights_file import WeightsFile
+from gemma_keras.checkpoints.names import weight_specs
+from gemma_keras.config import GemmaConfig, LayerSpec
+
+OPSETS = {"": 23, "com.microsoft": 1}
+_IR_VERSION = 11
+_MICROSOFT = "com.microsoft"
+_INT8_ACTIVATIONS = 4
+
+
+def build_graph(
+    config: GemmaConfig, plan: Plan, weights: WeightsFile, contract: GraphSpec, max_context: int
+) -> ir.Model:
+    """The model as one graph that keeps `contract` and points into `weights`.
+
+    Args:
+        config: the model's.
+        plan: the formats its weights were stored in.
+        weights: where they are stored.
+        contract: one of `export.contract`.
+        max_context: length of the rotary tables that the interchange graph holds, in tokens.
+    """
+    return _FusedGraph(config, plan, weights, contract, max_context).build()
+
+
+class _FusedGraph:
+    def __init__(
+        self,
+        config: GemmaConfig,
+        plan: Plan,
+        weights: WeightsFile,
+        contract: GraphSpec,
+        max_context: int,
+    ) -> None:
+        self.config = config
+        self.plan = plan
+        self.weights = weights
+        self.contract = contract
+        self.max_context = max_context
+        self.specs = weight_specs(config)
+        self.for_engine = contract.file == ENGINE_FILE
+        self.inputs = {spec.name: _graph_value(spec) for spec in contract.inputs}
+        self.nodes: list[ir.Node] = []
+        self.initializers: dict[str, ir.Value] = {}
+
+    # --- the model, in order ---
+
+    def build(self) -> ir.Model:
+        config = self.config
+        seqlens, total = self._lengths()
+        tables = self._rope_tables()
+        presents: list[ir.Value] = []
+
+        residual = self._embed(self.inputs["input_ids"])
+        normed = self._norm("layers.0.pre_attention_norm", residual)
+        for i, layer in enumerate(config.layers):
+            name = f"layers.{i}"
+            attended, present = self._attention(
+                i, layer, normed, tables[rope_key(layer)], seqlens, total
+            )
+            presents += present
+            if layer.post_norms:
+                attended = self._norm(f"{name}.post_attention_norm", attended)
+            normed, residual = self._add_and_norm(f"{name}.pre_ffw_norm", attended, residual)
+            fed = self._mlp(i, normed)
+            if layer.post_norms:
+                fed = self._norm(f"{name}.post_ffw_norm", fed)
+            last = i + 1 == len(config.layers)
+            next_norm = "final_norm" if last else f"layers.{i + 1}.pre_attention_norm"
+            normed, residual = self._add_and_norm(next_norm, fed, residual)
+        return self._model([self._logits(normed), *presents])
+
+    def _lengths(self) -> tuple[ir.Value, ir.Value]:
+        """`seqlens_k` and `total_sequence_length` as `GroupQueryAttention` takes them."""
+        if self.for_engine:
+            return self.inputs["seqlens_k"], self.inputs["total_sequence_length"]
+        mask = self.inputs["attention_mask"]
+        axis = self._constant("axis_1", np.array([1], np.int64))
+        count = self._op("ReduceSum", [mask, axis], "attention_mask.count", keepdims=0)
+        one = self._constant("one", np.array(1, np.int64))
+        seqlens = self._op("Sub", [count, one], "attention_mask.count_less_1")
+        shape = self._op("Shape", [mask], "attention_mask.shape")
+        index = self._constant("index_1", np.array(1, np.int64))
+        total = self._op("Gather", [shape, index], "attention_mask.total", axis=0)
+        int32 = int(ir.DataType.INT32)
+        return (
+            self._op("Cast", [seqlens], "seqlens_k", to=int32),
+            self._op("Cast", [total], "total_sequence_length", to=int32),
+        )
+
+    def _rope_tables(self) -> dict[tuple[float, float, int], tuple[ir.Value, ir.Value]]:
+        tables = {}
+        for key, rope in ropes(self.config).items():
+            if self.for_engine:
+                tables[key] = (self.inputs[f"{rope.name}.cos"], self.inputs[f"{rope.name}.sin"])
+                continue
+            # Made from constants, so a runtime computes them once, when it loads the graph.
+            bounds = [
+                self._constant(f"{rope.name}.{part}", np.array(value, np.float32))
+                for part, value in (("start", 0), ("limit", self.max_context), ("step", 1))
+            ]
+            positions = self._op("Range", bounds, f"{rope.name}.positions")
+            axis = self._constant("axis_1", np.array([1], np.int64))
+            column = self._op("Unsqueeze", [positions, axis], f"{rope.name}.column")
+            frequencies = rope.theta ** (-np.arange(rope.dims, dtype=np.float32) / rope.dims)
+            row = self._constant(
+                f"{rope.name}.frequencies", (frequencies / rope.scale)[None].astype(np.float32)
+            )
+            angles = self._op("Mul", [column, row], f"{rope.name}.angles")
+            tables[key] = (
+                self._op("Cos", [angles], f"{rope.name}.cos"),
+                self._op("Sin", [angles], f"{rope.name}.sin"),
+            )
+        return tables
+
+    def _embed(self, input_ids: ir.Value) -> ir.Value:
+        fmt = self.plan["token_embedding"]
+        if fmt.quantized:
+            rows = self._op(
+                "GatherBlockQuantized",
+                [
+                    self._weight("token_embedding.rows"),
+                    input_ids,
+                    self._weight("token_embedding.scales"),
+                ],
+                "embedded",
+                domain=_MICROSOFT,
+                bits=fmt.bits,
+                block_size=fmt.block_size,
+                gather_axis=0,
+                quantize_axis=1,
+            )
+        else:
+            rows = self._op("Gather", [self._weight("token_embedding"), input_ids], "embedded")
+        scale = self._constant(
+            "embedding_scale", np.array(self.config.embedding_scale, np.float32)
+        )
+        return self._op("Mul", [rows, scale], "embedded.scaled")
+
+    def _attention(
+        self,
+        i: int,
+        layer: LayerSpec,
+        x: ir.Value,
+        table: tuple[ir.Value, ir.Value],
+        seqlens: ir.Value,
+        total: ir.Value,
+    ) -> tuple[ir.Value, list[ir.Value]]:
+        name = f"layers.{i}.attention"
+        query = self._matmul(f"{name}.query", x)
+        key = self._matmul(f"{name}.key", x)
+        value = self._matmul(f"{name}.value", x)
+        if layer.qk_norm:
+            query = self._head_norm(f"{name}.query_norm", query, layer.head_dim)
+            key = self._head_norm(f"{name}.key_norm", key, layer.head_dim)
+        past = [self.inputs[f"past_key_values.{i}.{part}"] for part in ("key", "value")]
+        outputs = [f"{name}.attended", f"present.{i}.key", f"present.{i}.value"]
+        attributes: dict[str, int | float] = {
+            "num_heads": layer.num_heads,
+            "kv_num_heads": layer.num_kv_heads,
+            "scale": layer.query_scale,
+            "do_rotary": 1,
+            "rotary_interleaved": 0,
+        }
+        if layer.sliding_window is not None:
+            attributes["local_window_size"] = layer.sliding_window
+        if layer.attention_soft_cap is not None:
+            attributes["softcap"] = layer.attention_soft_cap
+        attended, *present = self._ops(
+            "GroupQueryAttention",
+            [query, key, value, *past, seqlens, total, *table],
+            outputs,
+            domain=_MICROSOFT,
+            **attributes,
+        )
+        return self._matmul(f"{name}.output", attended), present
+
+    def _mlp(self, i: int, x: ir.Value) -> ir.Value:
+        name = f"layers.{i}.mlp"
+        gate = self._op(
+            "Gelu", [self._matmul(f"{name}.gate", x)], f"{name}.gelu", approximate="tanh"
+        )
+        gated = self._op("Mul", [gate, self._matmul(f"{name}.up", x)], f"{name}.gated")
+        return self._matmul(f"{name}.down", gated)
+
+    def _logits(self, hidden: ir.Value) -> ir.Value:
+        if self.for_engine:
+            hidden = self._op(
+                "Gather", [hidden, self.inputs["logit_positions"]], "hidden.picked", axis=1
+            )
+        table = "token_embedding" if self.config.tied_head else "head"
+        cap = self.config.final_soft_cap
+        out = "logits" if cap is None else "logits.uncapped"
+        if self.plan[table].quantized:
+            logits = self._matmul_nbits(table, hidden, out)
+        else:
+            logits = self._op(
+                "FusedMatMul", [hidden, self._weight(table)], out, domain=_MICROSOFT, transB=1
+            )
+        if cap is None:
+            return logits
+        factor = self._constant("final_soft_cap", np.array(cap, np.float32))
+        scaled = self._op("Div", [logits, factor], "logits.scaled")
+        return self._op("Mul", [self._op("Tanh", [scaled], "logits.tanh"), factor], "logits")
+
+    # --- parts ---
+
+    def _matmul(self, name: str, x: ir.Value) -> ir.Value:
+        if self.plan[name].quantized:
+            return self._matmul_nbits(name, x, f"{name}.out")
+        return self._op("MatMul", [x, self._weight(name)], f"{name}.out")
+
+    def _matmul_nbits(self, name: str, x: ir.Value, out: str) -> ir.Value:
+        fmt = self.plan[name]
+        num_rows, num_inputs = rows_and_inputs(self.specs[name])
+        return self._op(
+            "MatMulNBits",
+            [x, self._weight(f"{name}.quantized"), self._weight(f"{name}.scales")],
+            out,
+            domain=_MICROSOFT,
+            N=num_rows,
+            K=num_inputs,
+            bits=fmt.bits,
+            block_size=fmt.block_size,
+            accuracy_level=_INT8_ACTIVATIONS,
+        )
+
+    def _norm(self, name: str, x: ir.Value) -> ir.Value:
+        return self._op(
+            "RMSNormalization",
+            [x, self._weight(name)],
+            f"{name}.out",
+            axis=-1,
+            epsilon=self.config.norm_epsilon,
+        )
+
+    def _head_norm(self, name: str, x: ir.Value, head_dim: int) -> ir.Value:
+        """The norm of each head by itself: `(batch, length, heads * head_dim)` in and out."""
+        split = self._constant(f"shape.heads.{head_dim}", np.array([0, 0, -1, head_dim], np.int64))
+        merge = self._constant("shape.merged", np.array([0, 0, -1], np.int64))
+        heads = self._op("Reshape", [x, split], f"{name}.heads")
+        return self._op("Reshape", [self._norm(name, heads), merge], f"{name}.merged")
+
+    def _add_and_norm(self, name: str, x: ir.Value, residual: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """The norm of `x + residual`, and the sum itself."""
+        normed, _, _, total = self._ops(
+            "SkipSimplifiedLayerNormalization",
+            [x, residual, self._weight(name)],
+            [f"{name}.out", "", "", f"{name}.residual"],
+            domain=_MICROSOFT,
+            epsilon=self.config.norm_epsilon,
+        )
+        return normed, total
+
+    # --- bookkeeping ---
+
+    def _weight(self, name: str) -> ir.Value:
+        if name not in self.initializers:
+            self.initializers[name] = self.weights.initializer(name)
+        return self.initializers[name]
+
+    def _constant(self, name: str, array: np.ndarray) -> ir.Value:
+        if name not in self.initializers:
+            tensor = ir.tensor(array, name=name)
+            self.initializers[name] = ir.val(
+                name, tensor.dtype, array.shape, const_value=tensor
+            )
+        return self.initializers[name]
+
+    def _op(
+        self, op_type: str, inputs: Sequence[ir.Value], output: str, domain: str = "", **attributes
+    ) -> ir.Value:
+        return self._ops(op_type, inputs, [output], domain, **attributes)[0]
+
+    def _ops(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value],
+        outputs: Sequence[str],
+        domain: str = "",
+        **attributes,
+    ) -> Sequence[ir.Value]:
+        node = ir.node(
+            op_type,
+            inputs,
+            attributes,
+            domain=domain,
+            outputs=[ir.val(name) for name in outputs],
+            name=outputs[0],
+        )
+        self.nodes.append(node)
+        return node.outputs
+
+    def _model(self, outputs: Sequence[ir.Value]) -> ir.Model:
+        for value, spec in zip(outputs, self.contract.outputs, strict=True):
+            if value.name != spec.name:
+                raise AssertionError(f"the graph ends in {value.name}, the contract in {spec.name}")
+            value.dtype = ir.DataType.from_numpy(np.dtype(spec.dtype))
+            value.shape = ir.Shape(spec.shape)
+        graph = ir.Graph(
+            [self.inputs[spec.name] for spec in self.contract.inputs],
+            outputs,
+            nodes=self.nodes,
+            initializers=list(self.initializers.values()),
+            opset_imports=OPSETS,
+            name="gemma",
+        )
+        return ir.Model(graph, ir_version=_IR_VERSION, producer_name="gemma-keras")
+
+
+def _graph_value(spec: TensorSpec) -> ir.Value:
+    return ir.val(spec.name, ir.DataType.from_numpy(np.dtype(spec.dtype)), spec.shape)

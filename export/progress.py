@@ -1,0 +1,66 @@
+"""Showing how far an export is, on stderr."""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+_STAGES = {
+    "opening": "opening the checkpoint",
+    "weights": "storing the weights",
+    "graphs": "writing the graphs",
+    "verification": "comparing with the Keras model",
+}
+
+
+class ShowProgress:
+    """A bar for each stage on a terminal, else a line for each; a context manager.
+
+    Called with a stage and the share of it that is done.
+    """
+
+    def __init__(self) -> None:
+        self._stage = ""
+        self._task: TaskID | None = None
+        self._bars: Progress | None = None
+        if sys.stderr.isatty():
+            self._bars = Progress(
+                TextColumn("{task.description:<32}"),
+                BarColumn(),
+                TextColumn("{task.percentage:>3.0f} %"),
+                TimeElapsedColumn(),
+                console=Console(stderr=True),
+            )
+
+    def __enter__(self) -> ShowProgress:
+        if self._bars:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._finish()
+        if self._bars:
+            self._bars.stop()
+
+    def stage(self, name: str) -> None:
+        """Begin a stage, and end the one before."""
+        self(name, 0.0)
+
+    def __call__(self, stage: str, share: float) -> None:
+        if stage != self._stage:
+            self._finish()
+            self._stage = stage
+            label = _STAGES.get(stage, stage)
+            if self._bars:
+                self._task = self._bars.add_task(label, total=1.0)
+            else:
+                print(f"{label} …", file=sys.stderr, flush=True)
+        if self._bars and self._task is not None:
+            self._bars.update(self._task, completed=share)
+
+    def _finish(self) -> None:
+        if self._bars and self._task is not None:
+            self._bars.update(self._task, completed=1.0)
+        self._task = None

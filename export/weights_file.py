@@ -1,0 +1,85 @@
+"""The bundle's one file of weights: tensors appended as they are made, shared by all graphs."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import onnx_ir as ir
+
+# Large tensors begin on a page, so that a runtime can map them one by one.
+_PAGE = 4096
+_SMALL = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies in the weights file."""
+
+    dtype: ir.DataType
+    shape: tuple[int, ...]
+    offset: int
+    num_bytes: int
+
+
+class WeightsFile:
+    """A weights file being written; a context manager.
+
+    Attributes:
+        tensors: name to `StoredTensor`, in the order written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tensors: dict[str, StoredTensor] = {}
+        self._file = path.open("wb")
+        self._position = 0
+
+    def __enter__(self) -> WeightsFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def add(self, name: str, array: np.ndarray) -> None:
+        """Append a tensor under a new name."""
+        if name in self.tensors:
+            raise ValueError(f"{name} is stored already")
+        data = np.ascontiguousarray(array)
+        alignment = _PAGE if data.nbytes >= _PAGE else _SMALL
+        padding = -self._position % alignment
+        self._file.write(bytes(padding))
+        offset = self._position + padding
+        self._file.write(memoryview(data).cast("B"))
+        self._position = offset + data.nbytes
+        self.tensors[name] = StoredTensor(
+            ir.DataType.from_numpy(data.dtype), data.shape, offset, data.nbytes
+        )
+
+    def add_view(self, name: str, of: str, shape: tuple[int, ...]) -> None:
+        """Name the bytes of a stored tensor a second time, under another shape."""
+        stored = self.tensors[of]
+        if np.prod(shape) != np.prod(stored.shape):
+            raise ValueError(f"{name}: {shape} and {stored.shape} differ in size")
+        self.tensors[name] = dataclasses.replace(stored, shape=shape)
+
+    def initializer(self, name: str) -> ir.Value:
+        """A graph initializer that points at the stored tensor."""
+        stored = self.tensors[name]
+        tensor = ir.ExternalTensor(
+            self.path.name,
+            stored.offset,
+            stored.num_bytes,
+            stored.dtype,
+            shape=ir.Shape(stored.shape),
+            name=name,
+            base_dir=self.path.parent,
+        )
+        return ir.val(name, stored.dtype, stored.shape, const_value=tensor)

@@ -1,0 +1,81 @@
+"""One pytest run in four parts: the Keras tests once on each backend, everything else once.
+
+`make test` starts an xdist worker for each part, whose environment holds `KERAS_BACKEND` and
+`GEMMA_TEST_PART` (`keras` or `rest`). Plain `pytest` runs all tests in one process, the Keras tests
+on the backend of the environment.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter, defaultdict
+
+import pytest
+
+PART = os.environ.get("GEMMA_TEST_PART")
+if PART:  # the parts share the processor
+    for variable in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
+        os.environ.setdefault(variable, "1")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_collection_modifyitems(config, items):
+    """In a worker, keep the tests of its part."""
+    if not PART:
+        return
+    wanted = [item for item in items if ("keras" in item.keywords) == (PART == "keras")]
+    config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
+    items[:] = wanted
+
+
+# --- what really ran, in the summary -------------------------------------------------------------
+
+_backends = pytest.StashKey[dict[str, str]]()
+
+
+def _running_backend() -> str:
+    keras = sys.modules.get("keras")
+    return keras.config.backend() if keras else "none"
+
+
+def pytest_configure(config):
+    config.stash[_backends] = {}
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["backend"] = _running_backend()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    """In the xdist controller: a worker has ended and says which backend it ran on."""
+    output = getattr(node, "workeroutput", {})
+    node.config.stash[_backends][node.gateway.id] = output.get("backend", "crashed")
+
+
+def _worker(report) -> str:
+    node = getattr(report, "node", None)
+    return node.gateway.id if node else "main"
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    backends = config.stash[_backends] or {"main": _running_backend()}
+    counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    figures = []
+    for outcome, reports in terminalreporter.stats.items():
+        for report in reports:
+            if not isinstance(report, pytest.TestReport) or not outcome:
+                continue
+            counts[_worker(report)][outcome] += 1
+            figures += [f"{_worker(report)}: {k}: {v}" for k, v in report.user_properties]
+    terminalreporter.section("parts")
+    for worker, backend in sorted(backends.items()):
+        outcomes = ", ".join(f"{n} {outcome}" for outcome, n in counts[worker].items())
+        terminalreporter.write_line(
+            f"{worker} (Keras backend: {backend}): {outcomes or 'no tests'}"
+        )
+    for line in sorted(figures):
+        terminalreporter.write_line(line)

@@ -1,0 +1,226 @@
+"""The Keras model against transformers' model of the same weights, for each generation."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+import torch
+from keras import ops
+
+from gemma_keras import GemmaBackbone, GemmaCausalLM
+from tests.models import GENERATIONS, WINDOW, write_tiny_hf
+
+pytestmark = pytest.mark.keras
+
+LENGTH = 24
+each_generation = pytest.mark.parametrize("generation", GENERATIONS)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Generation to (our model, transformers' model), each made once."""
+    made = {}
+
+    def get(generation, tied=True):
+        if (generation, tied) not in made:
+            folder = tmp_path_factory.mktemp(generation)
+            reference = write_tiny_hf(folder, generation, tied=tied)
+            made[generation, tied] = GemmaCausalLM.from_preset(folder, dtype="float32"), reference
+        return made[generation, tied]
+
+    return get
+
+
+def random_ids(batch_size=3, length=LENGTH, seed=1):
+    return np.random.default_rng(seed).integers(4, 300, (batch_size, length)).astype("int32")
+
+
+def reference_logits(reference, ids):
+    with torch.no_grad():
+        return reference(torch.tensor(ids, dtype=torch.int64)).logits.float().numpy()
+
+
+def relative_difference(found, expected):
+    """Greatest difference in units of the expected values' standard deviation."""
+    assert found.shape == expected.shape
+    return np.abs(found - expected).max() / expected.std()
+
+
+@each_generation
+def test_logits_are_those_of_transformers(tiny, generation, record_property):
+    model, reference = tiny(generation)
+    ids = random_ids()
+    difference = relative_difference(model.logits(ids), reference_logits(reference, ids))
+    record_property(f"{generation} logits, greatest difference / spread", f"{difference:.1e}")
+    assert difference < 1e-4
+
+
+@each_generation
+def test_logits_with_a_head_of_its_own_are_those_of_transformers(tiny, generation):
+    model, reference = tiny(generation, tied=False)
+    ids = random_ids()
+    assert relative_difference(model.logits(ids), reference_logits(reference, ids)) < 1e-4
+
+
+@each_generation
+def test_right_padding_changes_nothing_before_it(tiny, generation):
+    model, _ = tiny(generation)
+    ids = random_ids()
+    mask = np.ones_like(ids)
+    mask[1, 15:] = 0
+    padded = ops.convert_to_numpy(model({"token_ids": ids * mask, "padding_mask": mask}))
+    alone = model.logits(ids[1:2, :15])
+    np.testing.assert_allclose(padded[1:2, :15], alone, atol=1e-4)
+
+
+@each_generation
+@pytest.mark.parametrize("prefill", [1, WINDOW - 1, WINDOW, WINDOW + 1])
+def test_call_in_chunks_over_a_cache_equals_the_whole_call(tiny, generation, prefill):
+    backbone = tiny(generation)[0].backbone
+    ids = random_ids()
+    cache = backbone.empty_cache(len(ids), LENGTH + 2)
+    start, outputs = 0, []
+    for length in [prefill, *[1] * (LENGTH - 3 - prefill), 3]:
+        hidden, cache = backbone.call_with_cache(ids[:, start : start + length], cache, start)
+        outputs.append(ops.convert_to_numpy(hidden))
+        start += length
+    whole = ops.convert_to_numpy(backbone({"token_ids": ids, "padding_mask": np.ones_like(ids)}))
+    assert relative_difference(np.concatenate(outputs, axis=1), whole) < 1e-4
+
+
+# --- generate ------------------------------------------------------------------------------------
+
+
+def pad(rows, length):
+    token_ids = np.zeros((len(rows), length), "int32")
+    padding_mask = np.zeros((len(rows), length), "int32")
+    for i, row in enumerate(rows):
+        token_ids[i, : len(row)] = row
+        padding_mask[i, : len(row)] = 1
+    return {"token_ids": token_ids, "padding_mask": padding_mask}
+
+
+def without_preprocessor(model, **compile_arguments):
+    bare = GemmaCausalLM(model.backbone)
+    bare.compile(**compile_arguments)
+    return bare
+
+
+def reference_greedy(reference, row, length, **arguments):
+    ids = torch.tensor(row[None], dtype=torch.int64)
+    ids = reference.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_length=length,
+        do_sample=False,
+        **({"eos_token_id": None} | arguments),
+    )
+    return ids[0].numpy()
+
+
+@each_generation
+def test_greedy_generation_of_unequal_prompts_is_that_of_transformers(tiny, generation):
+    model, reference = tiny(generation)
+    rows = [random_ids(1, length, seed=length)[0] for length in (3, WINDOW, 16)]
+    inputs = pad(rows, LENGTH + 8)
+    found = without_preprocessor(model).generate(inputs, stop_token_ids=None)["token_ids"]
+    expected = [reference_greedy(reference, row, LENGTH + 8) for row in rows]
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_generation_ends_a_row_at_its_stop_token(tiny):
+    model, reference = tiny("gemma3")
+    row = random_ids(1, 5)[0]
+    free = reference_greedy(reference, row, LENGTH)
+    stop = int(free[9])
+    end = int(np.flatnonzero(free[5:] == stop)[0]) + 5
+    bare = without_preprocessor(model)
+    found = bare.generate(pad([row], LENGTH), stop_token_ids=[stop])
+    np.testing.assert_array_equal(found["token_ids"][0, : end + 1], free[: end + 1])
+    np.testing.assert_array_equal(found["padding_mask"][0], np.arange(LENGTH) <= end)
+
+
+def test_top_k_sampling_depends_on_its_seed_alone(tiny):
+    model, _ = tiny("gemma3")
+
+    def sample(seed):
+        bare = without_preprocessor(model, sampler=keras_hub.samplers.TopKSampler(k=5, seed=seed))
+        return bare.generate(pad([random_ids(1, 5)[0]], LENGTH), stop_token_ids=None)["token_ids"]
+
+    first, again, other = sample(1), sample(1), sample(2)
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+
+
+def test_generate_takes_and_gives_text(tiny):
+    model, reference = tiny("gemma3")
+    model.compile(sampler="greedy")
+    tokenizer = model.preprocessor.tokenizer
+    prompt = "the bread"
+    row = np.array([tokenizer.start_token_id, *tokenizer(prompt)], "int32")
+    text = model.generate(prompt, max_length=LENGTH)
+    expected = reference_greedy(reference, row, LENGTH, eos_token_id=tokenizer.end_token_id)
+    assert text == tokenizer.detokenize(expected[1:])
+
+
+# --- saving, dtypes ------------------------------------------------------------------------------
+
+
+@each_generation
+def test_save_to_preset_round_trip_gives_the_same_bits(tiny, generation, tmp_path):
+    model, _ = tiny(generation, tied=generation != "gemma2")
+    model.save_to_preset(str(tmp_path))
+    loaded = GemmaCausalLM.from_preset(str(tmp_path), dtype="float32")
+    ids = random_ids()
+    np.testing.assert_array_equal(loaded.logits(ids), model.logits(ids))
+    assert loaded.backbone.config == model.backbone.config
+    text = "Seven small stones"
+    np.testing.assert_array_equal(
+        loaded.preprocessor.tokenizer(text), model.preprocessor.tokenizer(text)
+    )
+
+
+@each_generation
+def test_weight_source_gives_back_the_weights_that_were_loaded(tiny, generation):
+    model, _ = tiny(generation, tied=False)
+    copy = GemmaBackbone(model.backbone.config, dtype="float32", kernel_initializer="zeros")
+    copy.load_weight_source(model.backbone.weight_source())
+    ids = {"token_ids": random_ids(), "padding_mask": np.ones((3, LENGTH), "int32")}
+    np.testing.assert_array_equal(
+        ops.convert_to_numpy(copy(ids)), ops.convert_to_numpy(model.backbone(ids))
+    )
+
+
+@each_generation
+def test_bfloat16_errs_no_more_than_transformers_in_bfloat16(generation, tmp_path, record_property):
+    reference = write_tiny_hf(tmp_path, generation)
+    model = GemmaCausalLM.from_preset(tmp_path, dtype="bfloat16")
+    ids = random_ids()
+    exact = reference_logits(reference, ids)
+    theirs = reference_logits(reference.to(torch.bfloat16), ids)
+    ours = model.logits(ids)
+
+    def error(found, expected):
+        return np.sqrt(np.mean(np.square(found - expected))) / exact.std()
+
+    figures = error(ours, exact), error(theirs, exact), error(ours, theirs)
+    record_property(
+        f"{generation} bfloat16 logits, rms difference / spread",
+        "{:.4f} from float32, transformers {:.4f}, from each other {:.4f}".format(*figures),
+    )
+    assert figures[0] < 1.5 * figures[1]
+    assert figures[2] < 0.1
+
+
+def test_embedding_scale_is_rounded_to_the_dtype_of_the_model(tiny):
+    config = dataclasses.replace(tiny("gemma3")[0].backbone.config, embedding_scale=640**0.5)
+    for dtype, scale in ("bfloat16", 25.25), ("float32", np.float32(640**0.5)):
+        backbone = GemmaBackbone(config, dtype=dtype)
+        backbone.token_embedding.embeddings.assign(np.ones((config.vocabulary_size, 96)))
+        embed = keras.Function(backbone.inputs, backbone.transformer_layers[0].input)
+        embedded = embed({"token_ids": [[5]], "padding_mask": [[1]]})
+        np.testing.assert_array_equal(ops.convert_to_numpy(ops.cast(embedded, "float32")), scale)

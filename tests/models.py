@@ -1,0 +1,148 @@
+"""Small random Gemmas of each generation, written as transformers writes them.
+
+They are made so that a mistake shows: key-value heads neither one nor all, heads times head_dim
+not the hidden width, a window shorter than half the text, more layers than the window pattern,
+norm scales and soft caps that matter, a norm epsilon that is nobody's default.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+VOCABULARY_SIZE = 300
+WINDOW = 7
+GENERATIONS = ("gemma", "gemma2", "gemma3")
+
+_SENTENCES = (
+    "The gardener waters the young trees before the sun is high.",
+    "A boat went down the river, and nobody on the bank waved to it.",
+    "Seven small stones lay on the table; she counted them twice.",
+    "When the rain stopped, the children ran out to look for snails.",
+    "Bread rises slowly in a cold kitchen, so the baker began at four.",
+    "He wrote the number 1984 on the door and went back to sleep.",
+    "Is the shop still open? It closes at five on Fridays.",
+    "The old bridge was built of oak, the new one is built of steel.",
+)
+TEXT = "\n".join(_SENTENCES)
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY_SIZE,
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-3,
+    "attn_implementation": "eager",
+}
+
+
+def hf_config(generation: str, tied: bool = True):
+    """The transformers configuration of the small model of a generation."""
+    import transformers
+
+    common = _COMMON | {"tie_word_embeddings": tied}
+    if generation == "gemma":
+        return transformers.GemmaConfig(
+            num_hidden_layers=3,
+            rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+            **common,
+        )
+    if generation == "gemma2":
+        return transformers.Gemma2Config(
+            num_hidden_layers=5,
+            query_pre_attn_scalar=20,
+            sliding_window=WINDOW,
+            attn_logit_softcapping=2.0,
+            final_logit_softcapping=6.0,
+            rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+            **common,
+        )
+    if generation == "gemma3":
+        return transformers.Gemma3TextConfig(
+            num_hidden_layers=8,
+            query_pre_attn_scalar=20,
+            sliding_window=WINDOW,
+            rope_parameters={
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 2000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+            **common,
+        )
+    raise ValueError(f"generation must be one of {GENERATIONS}, not {generation!r}")
+
+
+def tiny_hf(generation: str, seed: int = 0, tied: bool = True):
+    """A small random transformers model in float32, in evaluation mode."""
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_config(
+        hf_config(generation, tied), attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 1:  # transformers starts norms at 0, which hides them
+                parameter.copy_(0.4 * noise + (8 if name == "model.norm.weight" else 0))
+            elif "embed_tokens" in name or "lm_head" in name:
+                # Small, so that the layers decide and a tied head does not repeat its input.
+                parameter.copy_(0.05 * noise)
+            else:
+                # Queries and keys large enough that attention is far from uniform.
+                gain = 1.5 if "q_proj" in name or "k_proj" in name else 1.0
+                parameter.copy_(gain * noise / parameter.shape[1] ** 0.5)
+    return model
+
+
+def tiny_tokenizer_model() -> bytes:
+    """A SentencePiece model of `VOCABULARY_SIZE` pieces with Gemma's conventions."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(_SENTENCES),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=VOCABULARY_SIZE,
+        byte_fallback=True,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        pad_piece="<pad>",
+        eos_piece="<eos>",
+        bos_piece="<bos>",
+        unk_piece="<unk>",
+        user_defined_symbols=[],
+        num_threads=1,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def write_tiny_hf(folder: Path, generation: str, seed: int = 0, tied: bool = True):
+    """Write a small random model as a Hugging Face folder, tokenizer included.
+
+    Args:
+        folder: to write to; made if it is not there.
+        generation: one of `GENERATIONS`.
+        seed: of the weights.
+        tied: whether the head is the embedding table.
+
+    Returns:
+        The transformers model that was written.
+    """
+    model = tiny_hf(generation, seed, tied)
+    model.save_pretrained(folder)
+    (Path(folder) / "tokenizer.model").write_bytes(tiny_tokenizer_model())
+    return model
