@@ -287,7 +287,9 @@ class _VerifiedFiles:
 
     def __init__(self) -> None:
         cache = os.environ.get("XDG_CACHE_HOME")
-        self._path = (Path(cache) if cache else Path.home() / ".cache") / "gemma-keras/verified.json"
+        self._path = (
+            Path(cache) if cache else Path.home() / ".cache"
+        ) / "gemma-keras/verified.json"
         try:
             self._entries = dict(json.loads(self._path.read_bytes()))
         except (OSError, ValueError, TypeError):

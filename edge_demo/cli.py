@@ -25,7 +25,7 @@ INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit status is 0, 1 for a failure, 2 for a bad request, 130 for Ctrl-C."""
+    """Run one command; exit status 0, 1 for a failure, 2 for a bad request, 130 for Ctrl-C."""
     arguments = _parser().parse_args(argv)
     run: Callable[[argparse.Namespace], int] = arguments.run
     if hasattr(sys.stdout, "reconfigure"):
@@ -61,25 +61,40 @@ def _parser() -> argparse.ArgumentParser:
 
     def engine_options(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(
-            "--threads", type=_positive, metavar="N", help="threads for an operator (default: cores)"
+            "--threads",
+            type=_positive,
+            metavar="N",
+            help="threads for an operator (default: cores)",
         )
 
     def sampling_options(sub: argparse.ArgumentParser, defaults: Sampling) -> None:
         group = sub.add_argument_group("sampling")
         group.add_argument(
-            "--max-tokens", type=_positive, default=defaults.max_tokens, metavar="N",
+            "--max-tokens",
+            type=_positive,
+            default=defaults.max_tokens,
+            metavar="N",
             help="the most tokens to generate (default: %(default)s)",
         )
         group.add_argument(
-            "--temperature", type=float, default=defaults.temperature, metavar="T",
+            "--temperature",
+            type=float,
+            default=defaults.temperature,
+            metavar="T",
             help="0 is greedy (default: %(default)s)",
         )
         group.add_argument(
-            "--top-k", type=int, default=defaults.top_k, metavar="K",
+            "--top-k",
+            type=int,
+            default=defaults.top_k,
+            metavar="K",
             help="choose among the K most likely; 0 is all (default: %(default)s)",
         )
         group.add_argument(
-            "--top-p", type=float, default=defaults.top_p, metavar="P",
+            "--top-p",
+            type=float,
+            default=defaults.top_p,
+            metavar="P",
             help="choose among the most likely that together have probability P "
             "(default: %(default)s)",
         )
@@ -104,11 +119,16 @@ def _parser() -> argparse.ArgumentParser:
     engine_options(sub)
     sub.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text")
     sub.add_argument(
-        "--length", type=_positive, default=512, metavar="N",
+        "--length",
+        type=_positive,
+        default=512,
+        metavar="N",
         help="tokens in a window, the beginning-of-sequence token included (default: %(default)s)",
     )
     sub.add_argument(
-        "--stride", type=_positive, metavar="N",
+        "--stride",
+        type=_positive,
+        metavar="N",
         help="tokens from one window to the next (default: half the length)",
     )
     sub.add_argument("--windows", type=_positive, metavar="N", help="stop after as many windows")

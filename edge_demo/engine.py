@@ -99,7 +99,7 @@ class Engine:
         self._reserve(1)
         if self._decode_call is None:
             self._decode_call = _Call(self, 1, 1)
-        logits = self._decode_call.run((token,), range(0, 1))
+        logits = self._decode_call.run((token,), range(1))
         return logits[0]
 
     def all_logits(self, ids: Sequence[int]) -> Iterator[np.ndarray]:
@@ -175,9 +175,7 @@ class _Call:
         for name, array in cache.buffers.items():
             value = self._share(array)
             self._binding.bind_ortvalue_input(name, value)
-            self._binding.bind_ortvalue_output(
-                name.replace("past_key_values.", "present."), value
-            )
+            self._binding.bind_ortvalue_output(name.replace("past_key_values.", "present."), value)
         self._binding.bind_ortvalue_output("logits", self._share(self._logits))
 
     def _share(self, array: np.ndarray) -> Any:

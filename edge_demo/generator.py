@@ -82,7 +82,9 @@ class Generator:
             RequestError: the prompt is empty or does not fit the context.
         """
         if max_tokens < 1:
-            raise RequestError(f"the number of tokens to generate must be positive, not {max_tokens}")
+            raise RequestError(
+                f"the number of tokens to generate must be positive, not {max_tokens}"
+            )
         out = generation or Generation(list(prompt_ids))
         start = time.perf_counter()
         reused = _common_prefix(self.engine.tokens, prompt_ids)

@@ -1,4 +1,4 @@
-"""The keys and values of the tokens seen so far, in buffers that the graph reads and writes in place."""
+"""Keys and values of the tokens seen so far, in buffers the graph reads and writes in place."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ import sys
 # Escape sequences in generated text could move the cursor or set the title: control characters
 # other than newline and tab are shown as their pictures (U+2400 block) instead.
 _VISIBLE = {c: 0x2400 + c for c in range(0x20) if c not in (0x09, 0x0A)} | {0x7F: 0x2421}
-_VISIBLE |= {c: 0xFFFD for c in range(0x80, 0xA0)}
+_VISIBLE |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 
 def show(text: str) -> None:

@@ -121,7 +121,9 @@ def write_tokenizer(folder: Path, checkpoint: Checkpoint, vocabulary_size: int) 
     stop = [model.eos_id()]
     if checkpoint.instruction_tuned:
         turns = GEMMA_TURNS
-        ids = {piece: model.piece_to_id(piece) for piece in (turns.start_of_turn, turns.end_of_turn)}
+        ids = {
+            piece: model.piece_to_id(piece) for piece in (turns.start_of_turn, turns.end_of_turn)
+        }
         if model.unk_id() in ids.values():
             raise ExportError("the tokenizer lacks the tokens of Gemma's turn template")
         chat = {
@@ -135,7 +137,7 @@ def write_tokenizer(folder: Path, checkpoint: Checkpoint, vocabulary_size: int) 
 
 
 def write_notices(folder: Path, checkpoint: Checkpoint, recipe: str) -> dict[str, Any]:
-    """Write the Gemma notice, and those that came with the weights; returns the manifest's entry."""
+    """Write the Gemma notice and those that came with the weights; returns the manifest's entry."""
     name = checkpoint.provenance.get("name", "a Gemma model")
     (folder / NOTICE_FILE).write_text(_NOTICE.format(name=name, recipe=recipe), encoding="utf-8")
     for file, content in checkpoint.notices.items():

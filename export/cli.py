@@ -48,9 +48,14 @@ def _parser() -> argparse.ArgumentParser:
         "--recipe", default="int8", help="int8 or fp32: how weights are stored (default: int8)"
     )
     parser.add_argument(
-        "--max-context", type=int, metavar="N", help="longest sequence, in tokens (default: the model's)"
+        "--max-context",
+        type=int,
+        metavar="N",
+        help="longest sequence, in tokens (default: the model's)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a bundle that stands there")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a bundle that stands there"
+    )
     parser.add_argument(
         "--no-verify",
         dest="verify",

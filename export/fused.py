@@ -148,9 +148,7 @@ class _FusedGraph:
             )
         else:
             rows = self._op("Gather", [self._weight("token_embedding"), input_ids], "embedded")
-        scale = self._constant(
-            "embedding_scale", np.array(self.config.embedding_scale, np.float32)
-        )
+        scale = self._constant("embedding_scale", np.array(self.config.embedding_scale, np.float32))
         return self._op("Mul", [rows, scale], "embedded.scaled")
 
     def _attention(
@@ -257,7 +255,9 @@ class _FusedGraph:
         heads = self._op("Reshape", [x, split], f"{name}.heads")
         return self._op("Reshape", [self._norm(name, heads), merge], f"{name}.merged")
 
-    def _add_and_norm(self, name: str, x: ir.Value, residual: ir.Value) -> tuple[ir.Value, ir.Value]:
+    def _add_and_norm(
+        self, name: str, x: ir.Value, residual: ir.Value
+    ) -> tuple[ir.Value, ir.Value]:
         """The norm of `x + residual`, and the sum itself."""
         normed, _, _, total = self._ops(
             "SkipSimplifiedLayerNormalization",
@@ -278,9 +278,7 @@ class _FusedGraph:
     def _constant(self, name: str, array: np.ndarray) -> ir.Value:
         if name not in self.initializers:
             tensor = ir.tensor(array, name=name)
-            self.initializers[name] = ir.val(
-                name, tensor.dtype, array.shape, const_value=tensor
-            )
+            self.initializers[name] = ir.val(name, tensor.dtype, array.shape, const_value=tensor)
         return self.initializers[name]
 
     def _op(

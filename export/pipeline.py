@@ -6,10 +6,11 @@ import dataclasses
 import errno
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -18,7 +19,8 @@ from export import bundle as writer
 from export.contract import WEIGHTS_FILE, engine_contract, interchange_contract, ropes
 from export.errors import ExportError, ExportRequestError
 from export.fused import build_graph
-from export.quantize.formats import plan_bytes, plan_for_recipe
+from export.quantize.formats import plan_bytes, plan_for_recipe, recipe_named
+from export.start_keras import start_keras
 from export.store import store_weights
 from export.weights_file import WeightsFile
 from gemma_keras.checkpoints import Checkpoint, open_checkpoint
@@ -88,9 +90,16 @@ def export_onnx(
     with _told_in_a_sentence(out), writer.unfinished_folder(out, overwrite=overwrite) as folder:
         tokenizer = writer.write_tokenizer(folder, checkpoint, config.vocabulary_size)
         licence = writer.write_notices(folder, checkpoint, recipe)
+        recipe_is_balanced = recipe_named(recipe).balanced
+        if verify or recipe_is_balanced:
+            on_progress("keras", 0)
+            start_keras()
+        source_weights = checkpoint.weights
+        if recipe_is_balanced:
+            source_weights = _balanced(checkpoint, on_progress)
         with WeightsFile(folder / WEIGHTS_FILE) as weights:
             store_weights(
-                config, checkpoint.weights, plan, weights, lambda d, n: on_progress("weights", d / n)
+                config, source_weights, plan, weights, lambda d, n: on_progress("weights", d / n)
             )
         graphs = {"interchange": interchange_contract(config), "engine": engine_contract(config)}
         for number, contract in enumerate(graphs.values()):
@@ -128,6 +137,25 @@ def _open(source) -> tuple[Checkpoint, GemmaCausalLM | None]:
     if isinstance(source, (str, os.PathLike)):
         return open_checkpoint(source), None
     return source.as_checkpoint(), source
+
+
+def _balanced(checkpoint: Checkpoint, on_progress: Progress) -> Mapping[str, np.ndarray]:
+    import sentencepiece
+
+    from export.quantize.balance import BalancedWeights
+    from export.quantize.calibrate import TEXT, channel_rms
+
+    on_progress("calibration", 0)
+    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=checkpoint.tokenizer_model)
+    ids = [tokenizer.bos_id(), *tokenizer.encode(TEXT.read_text(encoding="utf-8"))]
+    config = checkpoint.config
+    rms = channel_rms(
+        config,
+        checkpoint.weights,
+        ids[: config.context_length],
+        lambda done, total: on_progress("calibration", done / total),
+    )
+    return BalancedWeights(config, checkpoint.weights, rms)
 
 
 def _verify(folder: Path, checkpoint: Checkpoint, model: GemmaCausalLM | None, recipe: str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from rich.console import Console
@@ -9,6 +10,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 _STAGES = {
     "opening": "opening the checkpoint",
+    "keras": "starting Keras",
+    "calibration": "measuring the activations",
     "weights": "storing the weights",
     "graphs": "writing the graphs",
     "verification": "comparing with the Keras model",
@@ -31,7 +34,8 @@ class ShowProgress:
                 BarColumn(),
                 TextColumn("{task.percentage:>3.0f} %"),
                 TimeElapsedColumn(),
-                console=Console(stderr=True),
+                # its own copy of stderr: native libraries' is kept back while they load
+                console=Console(file=os.fdopen(os.dup(2), "w", encoding="utf-8")),
             )
 
     def __enter__(self) -> ShowProgress:

@@ -57,7 +57,7 @@ class WeightsFile:
         padding = -self._position % alignment
         self._file.write(bytes(padding))
         offset = self._position + padding
-        self._file.write(memoryview(data).cast("B"))
+        self._file.write(data.reshape(-1).view(np.uint8).data)
         self._position = offset + data.nbytes
         self.tensors[name] = StoredTensor(
             ir.DataType.from_numpy(data.dtype), data.shape, offset, data.nbytes

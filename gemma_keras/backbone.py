@@ -1,8 +1,11 @@
 """`GemmaBackbone`: token ids to hidden states, for every Gemma that a `GemmaConfig` describes."""
 
+# Keras's operations are typed as if they returned None or a PyTree.
+# pyright: reportOptionalOperand=false, reportOptionalSubscript=false, reportOperatorIssue=false
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportReturnType=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalCall=false
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -127,24 +130,15 @@ class GemmaBackbone(keras_hub.models.Backbone):
     # --- weights by canonical name ---
 
     def variable(self, name: str):
-        """The Keras variable that holds the weight of a canonical name, such as `layers.3.mlp.up`."""
-        layer, attribute = self._locate(name)
-        return getattr(layer, attribute)
-
-    def _locate(self, name: str):
+        """The Keras variable that holds a weight, by canonical name, such as `layers.3.mlp.up`."""
         if name == "token_embedding":
-            return self.token_embedding, "embeddings"
+            return self.token_embedding.embeddings
         if name == "head":
-            return self.token_embedding, "reverse_embeddings"
+            return self.token_embedding.reverse_embeddings
         if name == "final_norm":
-            return self.layer_norm, "scale"
-        match = re.fullmatch(r"layers\.(\d+)\.(.+)", name)
-        if not match:
-            raise KeyError(name)
-        layer = self.transformer_layers[int(match[1])]
-        for part in match[2].split("."):
-            layer = getattr(layer, "output_dense" if part == "output" else part)
-        return layer, "scale" if isinstance(layer, RMSNorm) else "kernel"
+            return self.layer_norm.scale
+        _, index, within = name.split(".", 2)
+        return self.transformer_layers[int(index)].variable(within)
 
     def load_weight_source(self, weights: Mapping[str, np.ndarray]) -> None:
         """Assign every weight, a tensor at a time.

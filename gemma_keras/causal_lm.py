@@ -1,5 +1,9 @@
 """`GemmaCausalLM`: a Gemma that predicts the next token; `fit`, `generate`, `export`."""
 
+# Keras's operations are typed as if they returned None or a PyTree.
+# pyright: reportOptionalOperand=false, reportOptionalSubscript=false, reportOperatorIssue=false
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportReturnType=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalCall=false
 from __future__ import annotations
 
 import os

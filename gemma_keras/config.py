@@ -248,8 +248,8 @@ _HF_INERT = frozenset(
     architectures attention_dropout bos_token_id cache_implementation chunk_size_feed_forward dtype
     eos_token_id id2label initializer_range is_encoder_decoder label2id model_type name_or_path
     output_attentions output_hidden_states pad_token_id problem_type return_dict torch_dtype
-    transformers_version unk_token_id use_cache quantization_config
-    """.split()
+    transformers_version unk_token_id use_cache
+    """.split()  # noqa: SIM905 - as a list it would fill the screen
 )
 # Keys whose only value we can honour is the one Gemma has.
 _HF_FIXED: dict[str, tuple[Any, ...]] = {
@@ -344,7 +344,8 @@ def _from_hf(data: Mapping[str, Any]) -> GemmaConfig:
     return config
 
 
-def _layer_kinds(num_layers: int, global_every: int) -> list[str]:
+def _layer_kinds(num_layers: int, global_every: Any) -> list[str]:
+    _require_positive_int("sliding_window_pattern", global_every)
     return [
         "full_attention" if (i + 1) % global_every == 0 else "sliding_attention"
         for i in range(num_layers)

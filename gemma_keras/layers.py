@@ -4,6 +4,10 @@ Shapes are written as comments where they change. `length` counts the tokens of 
 `total` the tokens that keys and values cover: with a cache its capacity, else `length`.
 """
 
+# Keras's operations are typed as if they returned None or a PyTree.
+# pyright: reportOptionalOperand=false, reportOptionalSubscript=false, reportOperatorIssue=false
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportReturnType=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalCall=false
 from __future__ import annotations
 
 import keras
@@ -69,9 +73,7 @@ def rotate(x, positions, theta: float, scale: float):
     cos = ops.cos(angles)[:, None, :]  # (length, 1, head_dim / 2)
     sin = ops.sin(angles)[:, None, :]
     first, second = ops.split(ops.cast(x, "float32"), 2, axis=-1)
-    rotated = ops.concatenate(
-        [first * cos - second * sin, second * cos + first * sin], axis=-1
-    )
+    rotated = ops.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return ops.cast(rotated, x.dtype)
 
 
@@ -158,7 +160,9 @@ class GemmaAttention(keras.layers.Layer):
         else:
             past_key, past_value = cache
             key = ops.slice_update(past_key, (0, start, 0, 0), ops.cast(key, past_key.dtype))
-            value = ops.slice_update(past_value, (0, start, 0, 0), ops.cast(value, past_value.dtype))
+            value = ops.slice_update(
+                past_value, (0, start, 0, 0), ops.cast(value, past_value.dtype)
+            )
             cache = (key, value)
             key_positions = ops.arange(ops.shape(key)[1], dtype="int32")
         mask = self._mask(positions, key_positions, padding_mask)
@@ -205,7 +209,9 @@ class GatedMLP(keras.layers.Layer):
         kernel_initializer: of the three matrices.
     """
 
-    def __init__(self, ffw_dim: int, hidden_dim: int, kernel_initializer="glorot_uniform", **kwargs):
+    def __init__(
+        self, ffw_dim: int, hidden_dim: int, kernel_initializer="glorot_uniform", **kwargs
+    ):
         super().__init__(**kwargs)
         self.ffw_dim = ffw_dim
         self.hidden_dim = hidden_dim
@@ -301,3 +307,17 @@ class GemmaDecoderBlock(keras.layers.Layer):
 
     def compute_output_shape(self, input_shape, *args, **kwargs):
         return input_shape
+
+    # --- by canonical name ---
+
+    def sublayer(self, name: str) -> keras.layers.Layer:
+        """The layer of a canonical name within a block, such as `attention.query`."""
+        layer = self
+        for part in name.split("."):
+            layer = getattr(layer, "output_dense" if part == "output" else part)
+        return layer
+
+    def variable(self, name: str):
+        """The Keras variable that holds the weight of a canonical name within a block."""
+        layer = self.sublayer(name)
+        return layer.scale if isinstance(layer, RMSNorm) else layer.kernel

@@ -1,5 +1,9 @@
 """Gemma's SentencePiece tokenizer and the preprocessor that packs text for `fit` and `generate`."""
 
+# Keras's operations are typed as if they returned None or a PyTree.
+# pyright: reportOptionalOperand=false, reportOptionalSubscript=false, reportOperatorIssue=false
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportReturnType=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalCall=false
 from __future__ import annotations
 
 import keras

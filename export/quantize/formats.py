@@ -38,11 +38,35 @@ class Format:
         return blocks * (self.block_size * self.bits // 8 + 4)
 
 
-FLOAT32 = Format(32)
-INT8 = Format(8, 32)
-RECIPES: dict[str, Format] = {"fp32": FLOAT32, "int8": INT8}
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A named way to store a model.
+
+    Attributes:
+        format: of every matrix and table.
+        balanced: whether activations are balanced first; see `export.quantize.balance`.
+    """
+
+    format: Format
+    balanced: bool
+
+
+RECIPES = {"fp32": Recipe(Format(32), balanced=False), "int8": Recipe(Format(8, 32), balanced=True)}
 
 Plan = Mapping[str, Format]
+
+
+def recipe_named(name: str) -> Recipe:
+    """The recipe of that name.
+
+    Raises:
+        ExportRequestError: there is none.
+    """
+    if name not in RECIPES:
+        raise ExportRequestError(
+            f"no recipe is called {name!r}; choose one of {', '.join(RECIPES)}"
+        )
+    return RECIPES[name]
 
 
 def plan_for_recipe(recipe: str, config: GemmaConfig) -> dict[str, Format]:
@@ -51,14 +75,8 @@ def plan_for_recipe(recipe: str, config: GemmaConfig) -> dict[str, Format]:
     Raises:
         ExportRequestError: there is no such recipe, or the model does not fit its blocks.
     """
-    if recipe not in RECIPES:
-        raise ExportRequestError(
-            f"no recipe is called {recipe!r}; choose one of {', '.join(RECIPES)}"
-        )
-    chosen = RECIPES[recipe]
-    plan = {
-        spec.name: chosen for spec in weight_specs(config).values() if spec.kind != "norm"
-    }
+    chosen = recipe_named(recipe).format
+    plan = {spec.name: chosen for spec in weight_specs(config).values() if spec.kind != "norm"}
     block = plan["token_embedding"].block_size
     if block and config.hidden_dim % block:
         # Gather reads unpadded rows, the head's matrix product padded ones: the one stored table
@@ -83,7 +101,9 @@ def plan_bytes(plan: Plan, config: GemmaConfig) -> int:
 
 def rows_and_inputs(spec: WeightSpec) -> tuple[int, int]:
     """Outputs and inputs of a matrix; rows and width of a table."""
-    return (spec.shape[1], spec.shape[0]) if spec.kind == "matrix" else (spec.shape[0], spec.shape[1])
+    return (
+        (spec.shape[1], spec.shape[0]) if spec.kind == "matrix" else (spec.shape[0], spec.shape[1])
+    )
 
 
 def plan_to_json(plan: Plan) -> dict[str, Any]:

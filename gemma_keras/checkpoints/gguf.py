@@ -261,11 +261,8 @@ def read_gguf(path: str | os.PathLike[str]) -> Checkpoint:
         ConfigError: it holds another architecture.
     """
     file = GGUFFile(path)
-    _check_numbers(file)
-    try:
-        config = GemmaConfig.from_gguf(file.metadata, tied_head="output.weight" not in file.tensors)
-    except TypeError as error:
-        raise CheckpointError(f"{path} has metadata of a wrong type: {error}") from error
+    _check_metadata(file)
+    config = GemmaConfig.from_gguf(file.metadata, tied_head="output.weight" not in file.tensors)
     weights = WeightSource(
         config,
         "gguf",
@@ -287,7 +284,7 @@ def read_gguf(path: str | os.PathLike[str]) -> Checkpoint:
     )
 
 
-def _check_numbers(file: GGUFFile) -> None:
+def _check_metadata(file: GGUFFile) -> None:
     """Refuse, by name, the keys that `GemmaConfig.from_gguf` could not calculate with."""
     kind = file.metadata.get("general.architecture")
     for key in _NUMBERS:
@@ -297,6 +294,11 @@ def _check_numbers(file: GGUFFile) -> None:
                 f"{file.path} has {kind}.{key} = {reprlib.repr(value)}; it must be a positive "
                 "number"
             )
+    tokens = file.metadata.get("tokenizer.ggml.tokens", [])
+    if not isinstance(tokens, list):
+        raise CheckpointError(
+            f"{file.path} has tokenizer.ggml.tokens = {reprlib.repr(tokens)}; it must be an array"
+        )
     num_layers = file.metadata.get(f"{kind}.block_count", 0)
     if isinstance(num_layers, int) and num_layers > len(file.tensors):
         raise CheckpointError(

@@ -167,7 +167,11 @@ def weight_specs(config: GemmaConfig) -> dict[str, WeightSpec]:
     table_shape = (config.vocabulary_size, config.hidden_dim)
     specs = [
         WeightSpec(
-            "token_embedding", table_shape, "table", "model.embed_tokens.weight", "token_embd.weight"
+            "token_embedding",
+            table_shape,
+            "table",
+            "model.embed_tokens.weight",
+            "token_embd.weight",
         )
     ]
     for i, layer in enumerate(config.layers):

@@ -38,7 +38,11 @@ def read_safetensors_folder(folder: Path) -> Checkpoint:
             raise CheckpointError(f"{shard} cannot be read as safetensors: {error}") from error
     # Multimodal Gemma 3 keeps the text tower under a prefix, beside a vision tower.
     prefix = next(
-        (p for p in ("language_model.model.", "model.language_model.") if any(n.startswith(p) for n in shapes)),
+        (
+            p
+            for p in ("language_model.model.", "model.language_model.")
+            if any(n.startswith(p) for n in shapes)
+        ),
         "model.",
     )
     names = {("model." + n.removeprefix(prefix) if n.startswith(prefix) else n): n for n in shapes}
@@ -57,7 +61,12 @@ def read_safetensors_folder(folder: Path) -> Checkpoint:
         weights=WeightSource(config, "hf", {n: shapes[f] for n, f in names.items()}, read, ignore),
         tokenizer_model=_tokenizer(folder),
         instruction_tuned=_has_turn_template(folder),
-        provenance={"format": "safetensors", "file": folder.name, "name": folder.name, "license": "gemma"},
+        provenance={
+            "format": "safetensors",
+            "file": folder.name,
+            "name": folder.name,
+            "license": "gemma",
+        },
     )
 
 

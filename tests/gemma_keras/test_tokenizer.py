@@ -308,6 +308,19 @@ def test_a_long_run_of_spaces_takes_the_longest_pieces_first(length, ours, peer)
     assert _peer_ids(peer, " " * length) != ours.encode(" " * length)
 
 
+def test_pieces_scores_and_types_are_those_of_the_file(ours):
+    metadata, ids = GGUFFile(sample_path()).metadata, range(ours.get_piece_size())
+    pieces = [token.replace(" ", SPACE) for token in metadata["tokenizer.ggml.tokens"]]
+    assert ours.id_to_piece(list(ids)) == pieces
+    assert ours.get_score(list(ids)) == metadata["tokenizer.ggml.scores"]
+    kinds = metadata["tokenizer.ggml.token_type"]
+    assert kinds[ours.unk_id()] == 3 and ours.is_unknown(ours.unk_id())
+    assert [i for i in ids if ours.is_control(i)] == [
+        i for i in ids if kinds[i] == 3 and i != ours.unk_id()
+    ]
+    assert [i for i in ids if ours.is_byte(i)] == [i for i in ids if kinds[i] == 6]
+
+
 def test_the_special_ids_are_gemmas(ours):
     assert (ours.pad_id(), ours.eos_id(), ours.bos_id(), ours.unk_id()) == (0, 1, 2, 3)
     assert [ours.id_to_piece(i) for i in range(4)] == ["<pad>", "<eos>", "<bos>", "<unk>"]

@@ -1,0 +1,50 @@
+# make demo    export the real sample model and let it speak
+# make test    the whole test suite, on JAX, TensorFlow and PyTorch
+# make check   format, lint and types, then the tests: what CI runs
+# make clean   remove what these made
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PROMPT ?= The three primary colors are
+BUNDLE := build/sample-int8
+CODE   := $(wildcard export/*.py export/quantize/*.py gemma_keras/*.py gemma_keras/checkpoints/*.py)
+
+.PHONY: demo test check lint format clean
+
+demo: $(BUNDLE)/bundle.json
+	@echo "==> Speaking: edge-demo generate $(BUNDLE) --prompt \"$(PROMPT)\""
+	@$(BIN)/edge-demo generate $(BUNDLE) --max-tokens 64 --prompt "$(PROMPT)"
+
+$(BUNDLE)/bundle.json: $(CODE) | $(VENV)/installed-demo
+	@echo "==> Exporting: export-onnx sample $(BUNDLE)"
+	@$(BIN)/export-onnx sample $(BUNDLE) --overwrite
+
+$(VENV)/installed-demo: pyproject.toml
+	@echo "==> Installing what the demo needs (about 2 GB, once)"
+	@$(PYTHON) tools/make_venv.py $(VENV) export,sample
+	@touch $@
+
+$(VENV)/installed-dev: pyproject.toml
+	@echo "==> Installing what development needs (about 4 GB, once)"
+	@$(PYTHON) tools/make_venv.py $(VENV) dev
+	@touch $@ $(VENV)/installed-demo
+
+# One pytest over four processes: the tests of the Keras side run in three of them, one a backend,
+# and everything else in the fourth. See tests/conftest.py.
+test: $(VENV)/installed-dev
+	@$(BIN)/pytest $(PYTEST_PARTS) $(PYTEST_ARGS)
+
+check: lint test
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis

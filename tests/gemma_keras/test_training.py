@@ -1,0 +1,128 @@
+"""Fine-tuning on strings: all weights, and LoRA."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from gemma_keras import GemmaBackbone, GemmaCausalLM
+from tests.models import TEXT, write_tiny_hf
+
+pytestmark = pytest.mark.keras
+
+LINES = TEXT.splitlines()
+LENGTH = 80  # longer than the longest line
+LORA_LAYERS = 5 * 2  # queries and values of five decoder blocks
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("training")
+    write_tiny_hf(folder, "gemma2")
+    return folder
+
+
+def load(folder):
+    keras.utils.set_random_seed(0)
+    return GemmaCausalLM.from_preset(folder, dtype="float32", sequence_length=LENGTH)
+
+
+def fit(model, learning_rate):
+    model.compile(optimizer=keras.optimizers.Adam(learning_rate))
+    history = model.fit(LINES, batch_size=4, epochs=4, shuffle=False, verbose=0)
+    return history.history["loss"]
+
+
+def loss_by_hand(model):
+    """Mean cross-entropy of every next token of the lines, end tokens included."""
+    tokenizer = model.preprocessor.tokenizer
+    token_ids = np.zeros((len(LINES), LENGTH + 1), "int32")
+    real = np.zeros(token_ids.shape, "bool")
+    for i, line in enumerate(LINES):
+        ids = [tokenizer.start_token_id, *tokenizer(line), tokenizer.end_token_id]
+        token_ids[i, : len(ids)], real[i, : len(ids)] = ids, True
+    inputs = {"token_ids": token_ids[:, :-1], "padding_mask": real[:, :-1].astype("int32")}
+    logits = ops.convert_to_numpy(model(inputs)).astype("float64")
+    log_probabilities = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    chosen = np.take_along_axis(log_probabilities, token_ids[:, 1:, None], axis=-1)[..., 0]
+    return -chosen[real[:, 1:]].mean()
+
+
+def random_ids():
+    return np.random.default_rng(0).integers(4, 300, (2, 20)).astype("int32")
+
+
+def test_the_loss_counts_every_real_token_and_no_padding(folder):
+    model = load(folder)
+    model.compile(
+        loss=keras.losses.SparseCategoricalCrossentropy(
+            from_logits=True, reduction="mean_with_sample_weight"
+        )
+    )
+    loss = model.evaluate(LINES, batch_size=len(LINES), verbose=0, return_dict=True)["loss"]
+    assert loss == pytest.approx(loss_by_hand(model), rel=1e-4)
+
+
+def test_fit_on_strings_lowers_the_loss(folder):
+    model = load(folder)
+    before = loss_by_hand(model)
+    losses = fit(model, learning_rate=3e-3)
+    assert losses[-1] < 0.7 * losses[0]
+    assert loss_by_hand(model) < 0.7 * before
+
+
+# --- LoRA ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lora(folder):
+    """A model after LoRA fine-tuning, and what it was before."""
+    model = load(folder)
+    loss = loss_by_hand(model)
+    weights = {name: array.copy() for name, array in model.backbone.weight_source().items()}
+    model.backbone.enable_lora(4)
+    frozen = [ops.convert_to_numpy(v).copy() for v in model.non_trainable_variables]
+    fit(model, learning_rate=1e-2)
+    return SimpleNamespace(
+        model=model, before=SimpleNamespace(loss=loss, weights=weights, frozen=frozen)
+    )
+
+
+def test_lora_trains_two_small_matrices_of_each_query_and_value(lora):
+    names = [variable.name for variable in lora.model.trainable_variables]
+    assert sorted(names) == ["lora_kernel_a"] * LORA_LAYERS + ["lora_kernel_b"] * LORA_LAYERS
+
+
+def test_lora_lowers_the_loss(lora):
+    assert loss_by_hand(lora.model) < 0.95 * lora.before.loss
+
+
+def test_lora_leaves_every_other_weight_alone(lora):
+    for variable, old in zip(lora.model.non_trainable_variables, lora.before.frozen, strict=True):
+        np.testing.assert_array_equal(ops.convert_to_numpy(variable), old)
+
+
+def test_weight_source_of_a_lora_model_is_merged(lora):
+    weights = lora.model.backbone.weight_source()
+    changed = {n for n, old in lora.before.weights.items() if np.abs(weights[n] - old).max() > 1e-3}
+    assert changed == {
+        f"layers.{i}.attention.{name}"
+        for i in range(LORA_LAYERS // 2)
+        for name in ("query", "value")
+    }
+    plain = GemmaBackbone(lora.model.backbone.config, dtype="float32", kernel_initializer="zeros")
+    plain.load_weight_source(weights)
+    found, expected = GemmaCausalLM(plain).logits(random_ids()), lora.model.logits(random_ids())
+    assert np.abs(found - expected).max() < 1e-4 * expected.std()
+
+
+def test_a_saved_lora_adapter_gives_the_same_logits_when_loaded(lora, folder, tmp_path):
+    path = str(tmp_path / "adapter.lora.h5")
+    lora.model.backbone.save_lora_weights(path)
+    other = load(folder)
+    other.backbone.load_lora_weights(path)
+    np.testing.assert_array_equal(other.logits(random_ids()), lora.model.logits(random_ids()))
