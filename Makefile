@@ -6,7 +6,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-PROMPT ?= The three primary colors are
+PROMPT ?= Once upon a time, in a small house by the sea,
+SAMPLING ?= --max-tokens 64 --temperature 0.7 --top-k 40 --seed 3
 BUNDLE := build/sample-int8
 CODE   := $(wildcard export/*.py export/quantize/*.py gemma_keras/*.py gemma_keras/checkpoints/*.py)
 
@@ -14,7 +15,7 @@ CODE   := $(wildcard export/*.py export/quantize/*.py gemma_keras/*.py gemma_ker
 
 demo: $(BUNDLE)/bundle.json
 	@echo "==> Speaking: edge-demo generate $(BUNDLE) --prompt \"$(PROMPT)\""
-	@$(BIN)/edge-demo generate $(BUNDLE) --max-tokens 64 --prompt "$(PROMPT)"
+	@$(BIN)/edge-demo generate $(BUNDLE) $(SAMPLING) --prompt "$(PROMPT)"
 
 $(BUNDLE)/bundle.json: $(CODE) | $(VENV)/installed-demo
 	@echo "==> Exporting: export-onnx sample $(BUNDLE)"

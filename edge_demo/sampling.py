@@ -58,14 +58,14 @@ class Sampler:
             int `(n,)` ids and float64 `(n,)` probabilities that sum to 1.
         """
         keep = min(self.top_k or logits.size, logits.size)
-        if keep < logits.size:
-            ids = np.argpartition(logits, logits.size - keep)[logits.size - keep :]
-        else:
-            ids = np.arange(logits.size)
+        least = np.partition(logits, logits.size - keep)[logits.size - keep]
+        ids = np.flatnonzero(logits >= least)
         # Equal logits in order of their ids, so that a seed gives the same text everywhere.
-        ids = ids[np.lexsort((ids, -logits[ids]))]
-        scaled = logits[ids].astype(np.float64) / self.temperature
-        weights = np.exp(scaled - scaled[0])
+        ids = ids[np.argsort(-logits[ids], kind="stable")[:keep]]
+        below = logits[ids].astype(np.float64) - logits[ids[0]]
+        with np.errstate(over="ignore"):  # a temperature near 0 takes what is below to -inf
+            scaled = below / self.temperature
+        weights = np.exp(scaled)
         probabilities = weights / weights.sum()
         if self.top_p < 1:
             before = np.cumsum(probabilities) - probabilities

@@ -59,6 +59,12 @@ def windows(num_tokens: int, length: int, stride: int) -> Iterator[tuple[int, in
         first += stride
 
 
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Log-probabilities of the last axis, in nats: float64 of the same shape."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
 def token_log_probabilities(logits: np.ndarray, targets: Sequence[int]) -> np.ndarray:
     """Log-probability of each target under its row of logits, in nats: float64 `(rows,)`."""
     peak = logits.max(axis=-1, keepdims=True)

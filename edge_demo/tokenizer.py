@@ -50,7 +50,7 @@ class Tokenizer:
 
         Lone surrogates, which stand for bytes that were no UTF-8, become U+FFFD.
         """
-        clean = text.encode("utf-8", "replace").decode("utf-8")
+        clean = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
         ids = self._model.encode(clean)
         return [self.spec.bos, *ids] if bos else ids
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from edge_demo.bundle import Bundle
 from edge_demo.engine import Engine
+from edge_demo.score import log_softmax
 from edge_demo.tokenizer import Tokenizer
 from export.errors import ExportError
 from gemma_keras.causal_lm import GemmaCausalLM
@@ -49,7 +50,7 @@ def compare_logits(reference: np.ndarray, found: np.ndarray, against: str) -> Qu
     for first in range(0, len(reference), _BATCH):
         p, q = reference[first : first + _BATCH], found[first : first + _BATCH]
         greatest = max(greatest, float(np.abs(p - q).max()))
-        log_p, log_q = _log_softmax(p), _log_softmax(q)
+        log_p, log_q = log_softmax(p), log_softmax(q)
         divergences.append((np.exp(log_p) * (log_p - log_q)).sum(axis=-1))
     return Quality(
         max_logit_difference=greatest,
@@ -59,11 +60,6 @@ def compare_logits(reference: np.ndarray, found: np.ndarray, against: str) -> Qu
         tokens=len(reference),
         against=against,
     )
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
 def verify(bundle: Bundle, model: GemmaCausalLM, recipe: str) -> Quality:

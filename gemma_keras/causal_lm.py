@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -15,7 +14,7 @@ import keras_hub
 from keras import ops
 
 from gemma_keras.backbone import GemmaBackbone
-from gemma_keras.checkpoints import Checkpoint, open_checkpoint
+from gemma_keras.checkpoints import Checkpoint, is_keras_preset, open_checkpoint
 from gemma_keras.tokenizer import GemmaCausalLMPreprocessor, GemmaTokenizer
 
 if TYPE_CHECKING:
@@ -29,12 +28,21 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
     Args:
         backbone: the model.
         preprocessor: packs text; `None` if the model is used on token ids only.
+        instruction_tuned: whether it was tuned to follow Gemma's turn template.
+        provenance: where its weights came from; export passes it on.
     """
 
     backbone_cls = GemmaBackbone
     preprocessor_cls = GemmaCausalLMPreprocessor
 
-    def __init__(self, backbone, preprocessor=None, **kwargs) -> None:
+    def __init__(
+        self,
+        backbone,
+        preprocessor=None,
+        instruction_tuned: bool = False,
+        provenance: dict[str, Any] | None = None,
+        **kwargs,
+    ) -> None:
         # === Layers ===
         self.backbone = backbone
         self.preprocessor = preprocessor
@@ -47,9 +55,9 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
             **kwargs,
         )
 
-        # === What a checkpoint adds; export passes it on ===
-        self.provenance: dict[str, Any] = {"format": "keras", "name": self.name, "license": "gemma"}
-        self.instruction_tuned = False
+        # === What a checkpoint adds ===
+        self.instruction_tuned = instruction_tuned
+        self.provenance = provenance or {"format": "keras", "name": self.name, "license": "gemma"}
 
     def compile(
         self, optimizer="auto", loss="auto", *, weighted_metrics="auto", sampler="greedy", **kwargs
@@ -78,8 +86,10 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
             CheckpointError: it is missing, damaged or of another shape than it declares.
             ConfigError: it is not a Gemma.
         """
-        if _is_keras_preset(preset):
-            return super().from_preset(preset, load_weights=load_weights, dtype=dtype, **kwargs)
+        if is_keras_preset(preset):
+            if dtype is not None:
+                kwargs["dtype"] = dtype
+            return super().from_preset(str(preset), load_weights=load_weights, **kwargs)
         return cls.from_checkpoint(
             open_checkpoint(preset), load_weights, dtype, sequence_length, **kwargs
         )
@@ -98,10 +108,19 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
             preprocessor = GemmaCausalLMPreprocessor(
                 GemmaTokenizer(proto=checkpoint.tokenizer_model), sequence_length=sequence_length
             )
-        model = cls(backbone, preprocessor, **kwargs)
-        model.provenance = dict(checkpoint.provenance)
-        model.instruction_tuned = checkpoint.instruction_tuned
-        return model
+        return cls(
+            backbone,
+            preprocessor,
+            instruction_tuned=checkpoint.instruction_tuned,
+            provenance=dict(checkpoint.provenance),
+            **kwargs,
+        )
+
+    def get_config(self):
+        return super().get_config() | {
+            "instruction_tuned": self.instruction_tuned,
+            "provenance": dict(self.provenance),
+        }
 
     def as_checkpoint(self) -> Checkpoint:
         """This model as a `Checkpoint` whose weights are read from it, LoRA merged."""
@@ -197,7 +216,3 @@ def _mask_until_stop(token_ids, padding_mask, stop_token_ids):
     return ops.equal(ops.cumsum(stops, axis=-1) - stops, 0)
 
 
-def _is_keras_preset(preset) -> bool:
-    path = Path(preset)
-    # KerasHub's folders hold a config.json too; theirs names a registered class.
-    return (path / "task.json").exists() or (path / "model.weights.h5").exists()

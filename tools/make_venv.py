@@ -31,7 +31,9 @@ def main(folder: str, extras: str) -> int:
     for line in pip.stdout:
         lines.append(line)
         if _TELLING.match(line):
-            print(f"[{time.monotonic() - start:4.0f} s] {line.strip()[:100]}", flush=True)
+            if "Installing collected" in line:
+                line = f"Installing {line.count(',') + 1} packages; takes a minute or two"
+            print(f"[{time.monotonic() - start:4.0f} s] {line.strip()[:90]}", flush=True)
     if pip.wait():
         sys.stderr.writelines(lines[-30:])
         print("\npip failed; what it said last stands above", file=sys.stderr)

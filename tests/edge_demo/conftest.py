@@ -1,0 +1,66 @@
+"""Bundles for these tests, made once a run by processes of their own and shared by the workers."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import filelock
+import pytest
+
+from edge_demo.bundle import Bundle
+from edge_demo.engine import Engine
+from edge_demo.generator import Generator
+from edge_demo.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parents[2]
+
+
+def made_once(tmp_path_factory, name: str, module: str, *before: str, after: tuple = ()) -> Path:
+    """The folder that `python -m MODULE *before FOLDER *after` makes."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with filelock.FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            unfinished = folder.with_suffix(".partial")
+            command = [sys.executable, "-m", module, *before, str(unfinished), *after]
+            subprocess.run(command, cwd=ROOT, check=True)
+            unfinished.rename(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bundles(tmp_path_factory) -> Path:
+    """A folder of the bundles that `make_bundles` writes."""
+    return made_once(tmp_path_factory, "tiny-bundles", "tests.edge_demo.make_bundles")
+
+
+@pytest.fixture(scope="session")
+def sample_bundle(tmp_path_factory) -> Path:
+    """The real Gemma 3 270M as int8."""
+    options = ("--recipe", "int8", "--no-verify")
+    return made_once(
+        tmp_path_factory, "sample-int8", "export.cli", "sample", after=options
+    )
+
+
+@pytest.fixture(scope="session")
+def sample_generator(sample_bundle) -> Generator:
+    return generator(sample_bundle)
+
+
+@pytest.fixture(scope="package", autouse=True)
+def cache_home(tmp_path_factory):
+    """Remembers checked files for these tests only."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
+
+
+def generator(bundle: Path) -> Generator:
+    """On an engine of its own."""
+    opened = Bundle.open(bundle)
+    return Generator(Engine(opened, threads=1), Tokenizer(opened))

@@ -1,0 +1,54 @@
+"""Writes the small random bundles of these tests: `python -m tests.edge_demo.make_bundles FOLDER`.
+
+A process of its own, so that the tests' stays free of what an export needs.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+from sentencepiece import sentencepiece_model_pb2 as proto
+
+from export import export_onnx
+from tests.models import GENERATIONS, tiny_tokenizer_model, write_tiny_hf
+
+SHORT_CONTEXT = 16
+
+
+def main(folder: Path) -> None:
+    """Write `GENERATION-RECIPE` for each of them, `short` (fp32) and `chat` (int8)."""
+    folder.mkdir()
+    for generation in GENERATIONS:
+        source = folder / f"tiny-{generation}"
+        write_tiny_hf(source, generation)
+        for recipe in ("fp32", "int8"):
+            export_onnx(source, folder / f"{generation}-{recipe}", recipe, verify=False)
+    export_onnx(source, folder / "short", "fp32", max_context=SHORT_CONTEXT, verify=False)
+    tuned = folder / "tiny-chat"
+    shutil.copytree(source, tuned)
+    (tuned / "tokenizer.model").write_bytes(chat_tokenizer_model())
+    (tuned / "chat_template.jinja").write_text("{{ bos_token }}<start_of_turn>user\n…")
+    export_onnx(tuned, folder / "chat", "int8", verify=False)
+
+
+def chat_tokenizer_model() -> bytes:
+    """The small tokenizer, whose last pieces become the control tokens of turns and two spaces."""
+    model = proto.ModelProto.FromString(tiny_tokenizer_model())
+    kinds = proto.ModelProto.SentencePiece
+    for index, (piece, kind) in enumerate(
+        (
+            ("<start_of_turn>", kinds.CONTROL),
+            ("<end_of_turn>", kinds.CONTROL),
+            ("\u2581\u2581", kinds.USER_DEFINED),
+        ),
+        start=-3,
+    ):
+        entry = model.pieces[index]
+        entry.piece, entry.type = piece, kind
+    return model.SerializeToString()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

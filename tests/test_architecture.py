@@ -1,0 +1,268 @@
+"""Who may import whom, what that costs at start, and what goes into the wheel.
+
+The rules are data; the code is read with `ast`, or started in a fresh process.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.gguf_files import metadata, tensors, write_gguf
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PACKAGES = ("gemma_keras", "export", "edge_demo")
+
+# What a package may import of the others: a package, or one module of it.
+MAY_IMPORT = {"gemma_keras": (), "edge_demo": (), "export": ("gemma_keras", "edge_demo.bundle")}
+# What one place may import beyond that.
+EXCEPTIONS = {
+    # runs the bundle it has written, as the device will
+    "export.verify": ("edge_demo.engine", "edge_demo.tokenizer", "edge_demo.errors"),
+    # the method that Keras users know; imports only when it is called
+    "gemma_keras.causal_lm:GemmaCausalLM.export": ("export",),
+}
+# Which dependencies each package stands on: of the distribution itself, and extras.
+EXTRAS = {"edge_demo": (), "gemma_keras": ("keras", "sample"), "export": ("export", "sample")}
+# Distributions that bring a top-level module under another name; keras-nlp is a name of keras-hub.
+BROUGHT_BY = {"keras_hub": "keras-nlp", "google": "protobuf"}
+ON_THE_DEVICE = {"onnxruntime", "numpy", "sentencepiece"}
+
+KERAS = ("keras", "keras_hub", "tensorflow", "jax", "torch")
+NOT_ON_THE_DEVICE = (*KERAS, "onnx", "onnx_ir", "gguf", "safetensors", "gemma_keras", "export")
+
+
+# --- what is written -----------------------------------------------------------------------------
+
+
+class Import(NamedTuple):
+    """One imported module: by which module, inside which function, if any."""
+
+    by: str
+    function: str
+    module: str
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    for package in PACKAGES:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            yield ".".join(parts).removesuffix(".__init__"), path
+
+
+def imports_of(name: str, tree: ast.AST, is_package: bool) -> Iterator[Import]:
+    """Every import below `tree`, those of functions and of `TYPE_CHECKING` blocks too."""
+
+    def visit(node: ast.AST, scope: str, in_function: bool) -> Iterator[Import]:
+        function = scope if in_function else ""
+        if isinstance(node, ast.Import):
+            yield from (Import(name, function, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = name.split(".")[: None if is_package else -1]
+                parents = parents[: len(parents) - node.level + 1]
+                base = ".".join([*parents, *filter(None, [base])])
+            # `from package import module` imports a module that only the file system knows
+            for alias in node.names:
+                inner = f"{base}.{alias.name}"
+                yield Import(name, function, inner if inner in MODULES else base)
+        is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        if is_function or isinstance(node, ast.ClassDef):
+            scope = f"{scope}.{node.name}".lstrip(".")
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, scope, in_function or is_function)
+
+    return visit(tree, "", False)
+
+
+MODULES = dict(modules())
+IMPORTS = [
+    found
+    for name, path in MODULES.items()
+    for found in imports_of(name, ast.parse(path.read_text()), path.name == "__init__.py")
+]
+
+
+def top(module: str) -> str:
+    return module.split(".")[0]
+
+
+def is_within(module: str, allowed: tuple[str, ...]) -> bool:
+    return any(module == a or module.startswith(f"{a}.") for a in allowed)
+
+
+def test_the_imports_of_all_three_packages_were_read():
+    assert {top(name) for name in MODULES} == set(PACKAGES)
+    assert Import("export.store", "", "export.quantize.formats") in IMPORTS
+    assert Import("export.verify", "verify", "keras") in IMPORTS
+    assert Import("export.pipeline", "", "export.bundle") in IMPORTS  # from export import bundle
+
+
+@pytest.mark.parametrize(
+    ("line", "module"),
+    [
+        ("from .formats import Plan", "export.quantize.formats"),
+        ("from . import formats", "export.quantize.formats"),
+        ("from .. import bundle", "export.bundle"),
+        ("def f():\n  import edge_demo.engine as e", "edge_demo.engine"),
+        ("if TYPE_CHECKING:\n  from edge_demo import engine", "edge_demo.engine"),
+    ],
+)
+def test_every_way_to_write_an_import_is_read(line, module):
+    found = imports_of("export.quantize.balance", ast.parse(line), is_package=False)
+    assert [i.module for i in found] == [module]
+
+
+def test_packages_import_each_other_only_as_the_architecture_says():
+    wrong = [
+        found
+        for found in IMPORTS
+        if top(found.module) in PACKAGES
+        and top(found.module) != top(found.by)
+        and not is_within(found.module, MAY_IMPORT[top(found.by)])
+        and not is_within(found.module, EXCEPTIONS.get(found.by, ()))
+        and not is_within(found.module, EXCEPTIONS.get(f"{found.by}:{found.function}", ()))
+    ]
+    assert not wrong
+
+
+def test_export_reads_of_edge_demo_only_the_bundle_but_for_verification():
+    users = {i.by for i in IMPORTS if top(i.by) == "export" and top(i.module) == "edge_demo"}
+    of_bundle = {i.by for i in IMPORTS if i.module == "edge_demo.bundle" and top(i.by) == "export"}
+    assert users - of_bundle <= {"export.verify"}
+
+
+# --- dependencies --------------------------------------------------------------------------------
+
+
+def distribution_name(requirement: str) -> str:
+    return re.match(r"[A-Za-z0-9._-]+", requirement)[0].lower()
+
+
+def declared(extra: str) -> set[str]:
+    """Names of the distributions of an extra, those of the extras it includes too."""
+    names = set()
+    for requirement in PROJECT["project"]["optional-dependencies"][extra]:
+        if included := re.match(r"gemma-keras\[(.*)\]", requirement):
+            names |= {name for e in included[1].split(",") for name in declared(e)}
+        else:
+            names.add(distribution_name(requirement))
+    return names
+
+
+def third_party(package: str) -> set[str]:
+    return {
+        top(i.module)
+        for i in IMPORTS
+        if top(i.by) == package and top(i.module) not in {*PACKAGES, *sys.stdlib_module_names}
+    }
+
+
+def test_the_device_needs_three_packages_and_edge_demo_imports_no_others():
+    assert {distribution_name(r) for r in PROJECT["project"]["dependencies"]} == ON_THE_DEVICE
+    assert third_party("edge_demo") <= ON_THE_DEVICE
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_what_a_package_imports_is_among_its_declared_dependencies(package):
+    allowed = ON_THE_DEVICE.union(*(declared(extra) for extra in EXTRAS[package]))
+    brings = importlib.metadata.packages_distributions()
+    for module in third_party(package):
+        distributions = {BROUGHT_BY.get(module)} | {d.lower() for d in brings[module]}
+        assert distributions & allowed, f"{package} imports {module}, declared nowhere"
+
+
+def test_the_wheel_holds_the_three_packages_and_no_tests():
+    build = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert set(build) == {"packages"}
+    assert sorted(build["packages"]) == sorted(PACKAGES)
+    assert PROJECT["project"]["scripts"] == {
+        "export-onnx": "export.cli:main",
+        "edge-demo": "edge_demo.cli:main",
+    }
+
+
+# --- what a fresh process loads ------------------------------------------------------------------
+
+
+def loaded_after(code: str, *arguments: str) -> set[str]:
+    """Top-level modules, and this project's modules, that a new process has after `code`."""
+    code += "\nimport sys, json; sys.stderr.write('\\n' + json.dumps(sorted(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    names = json.loads(done.stderr.splitlines()[-1])
+    return {top(name) for name in names} | {n for n in names if top(n) in PACKAGES}
+
+
+def test_edge_demo_with_all_its_modules_loads_nothing_of_the_notebook():
+    code = """
+import importlib, pkgutil, edge_demo
+for module in pkgutil.walk_packages(edge_demo.__path__, "edge_demo."):
+    importlib.import_module(module.name)
+"""
+    loaded = loaded_after(code)
+    assert {name for name in MODULES if top(name) == "edge_demo"} <= loaded
+    assert loaded >= ON_THE_DEVICE
+    assert not loaded & set(NOT_ON_THE_DEVICE)
+
+
+@pytest.mark.parametrize("name", ["gemma_keras", "gemma_keras.config", "gemma_keras.checkpoints"])
+def test_configuration_and_checkpoints_start_no_keras(name):
+    loaded = loaded_after(f"import {name}")
+    assert name in loaded
+    assert not loaded & set(KERAS)
+
+
+def test_reading_a_gguf_starts_no_keras(tmp_path):
+    meta = metadata("gemma3", 2)
+    path = write_gguf(tmp_path / "tiny.gguf", meta, tensors(meta))
+    code = """
+import sys
+from gemma_keras import open_checkpoint
+checkpoint = open_checkpoint(sys.argv[1])
+assert checkpoint.weights["layers.1.mlp.up"].shape == (96, 160)
+"""
+    loaded = loaded_after(code, str(path))
+    assert "gguf" in loaded
+    assert not loaded & set(KERAS)
+
+
+EDGE_COMMANDS = [[], ["generate"], ["chat"], ["bench"], ["score"], ["inspect"]]
+
+
+@pytest.mark.parametrize(
+    ("module", "command"),
+    [("export.cli", []), *(("edge_demo.cli", command) for command in EDGE_COMMANDS)],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_help_loads_nothing_heavy(module, command):
+    code = f"""
+import {module} as cli
+try:
+    cli.main({[*command, "--help"]!r})
+except SystemExit as end:
+    assert end.code == 0
+else:
+    raise AssertionError("--help did not end the command")
+"""
+    loaded = loaded_after(code)
+    assert module in loaded
+    assert not loaded & {*KERAS, *ON_THE_DEVICE, "onnx", "onnx_ir", "gguf", "rich"}
