@@ -8,10 +8,12 @@ file's size, modification time and inode, so the next start need not read it all
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
+import reprlib
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -149,6 +151,10 @@ class Bundle:
             raise BundleError(
                 f"the bundle {self.path} lacks the file {name}; export or copy it again"
             ) from None
+        except OSError as error:
+            raise BundleError(
+                f"{reprlib.repr(name)} in the bundle {self.path} cannot be read: {error.strerror}"
+            ) from error
         if not file.is_file():
             raise BundleError(f"{name} in the bundle {self.path} is not a file")
         if found != expected:
@@ -204,8 +210,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise BundleError(f"{path} does not describe a {FORMAT}")
     if manifest.get("format_version") != FORMAT_VERSION:
         raise BundleError(
-            f"{path} has format version {manifest.get('format_version')!r}; this edge-demo reads "
-            f"{FORMAT_VERSION}"
+            f"{path} has format version {reprlib.repr(manifest.get('format_version'))}; this "
+            f"edge-demo reads {FORMAT_VERSION}"
         )
     return manifest
 
@@ -221,7 +227,7 @@ def _parse(folder: Path, manifest: dict[str, Any]) -> Bundle:
         vocabulary_size=_count(model["vocabulary_size"]),
         engine=_graph(manifest["graphs"]["engine"]),
         ropes=tuple(
-            RopeSpec(str(r["name"]), float(r["theta"]), float(r["scale"]), _count(r["dims"]))
+            RopeSpec(str(r["name"]), _factor(r["theta"]), _factor(r["scale"]), _count(r["dims"]))
             for r in manifest["ropes"]
         ),
         tokenizer=TokenizerSpec(
@@ -260,8 +266,11 @@ def _graph(data: Mapping[str, Any]) -> GraphSpec:
 
 
 def _plain_name(name: Any) -> str:
-    if not isinstance(name, str) or not name or Path(name).name != name or "\\" in name:
-        raise BundleError(f"the bundle names a file outside its folder: {name!r}")
+    good = isinstance(name, str) and name.isprintable() and "\\" not in name
+    if not good or name in ("", "..") or Path(name).name != name:
+        raise BundleError(
+            f"the bundle names a file that cannot be in its folder: {reprlib.repr(name)}"
+        )
     return name
 
 
@@ -273,8 +282,14 @@ def _count(value: Any) -> int:
 
 def _index(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 50:
-        raise ValueError(f"{value!r} is not a size or an index")
+        raise ValueError(f"{reprlib.repr(value)} is not a size or an index")
     return value
+
+
+def _factor(value: Any) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 1e-6 < value < 1e12:
+        raise ValueError(f"{reprlib.repr(value)} is not a rotary base or scale")
+    return float(value)
 
 
 class _VerifiedFiles:
@@ -286,14 +301,13 @@ class _VerifiedFiles:
     _MOST = 64
 
     def __init__(self) -> None:
-        cache = os.environ.get("XDG_CACHE_HOME")
-        self._path = (
-            Path(cache) if cache else Path.home() / ".cache"
-        ) / "gemma-keras/verified.json"
-        try:
+        self._path: Path | None = None
+        self._entries: dict[str, Any] = {}
+        with contextlib.suppress(OSError, ValueError, TypeError, RuntimeError):
+            # RuntimeError: the user has no home, or the JSON is nested without end
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+            self._path = cache / "gemma-keras/verified.json"
             self._entries = dict(json.loads(self._path.read_bytes()))
-        except (OSError, ValueError, TypeError):
-            self._entries = {}
 
     @staticmethod
     def _stamp(file: Path, sha256: str) -> list[Any]:
@@ -309,12 +323,19 @@ class _VerifiedFiles:
         self._entries[key] = self._stamp(file, sha256)
         while len(self._entries) > self._MOST:
             self._entries.pop(next(iter(self._entries)))
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(
-                "w", dir=self._path.parent, prefix="verified.", delete=False
-            ) as file_:
-                json.dump(self._entries, file_)
-            os.replace(file_.name, self._path)
-        except OSError:
-            pass
+        if self._path is not None:
+            with contextlib.suppress(OSError):
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                _replace(self._path, json.dumps(self._entries))
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file that others may be reading, whole or not at all."""
+    handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f"{path.stem}.")
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(unfinished, path)
+    except OSError:
+        os.unlink(unfinished)
+        raise

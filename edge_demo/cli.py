@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from edge_demo.errors import EdgeError, RequestError
+from edge_demo.terminal import complain
 
 if TYPE_CHECKING:
     from edge_demo.bundle import Bundle
@@ -26,28 +28,54 @@ INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; exit status 0, 1 for a failure, 2 for a bad request, 130 for Ctrl-C."""
+    _prepare_streams()
     arguments = _parser().parse_args(argv)
     run: Callable[[argparse.Namespace], int] = arguments.run
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     try:
-        return run(arguments)
+        status = run(arguments)
+        sys.stdout.flush()
+        return status
     except EdgeError as error:
-        print(f"edge-demo: {error}", file=sys.stderr)
+        complain(error)
         return 2 if isinstance(error, RequestError) else 1
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # whoever read our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _drop_unwritten()
         return 1
     except (OSError, MemoryError) as error:
-        print(f"edge-demo: {error or 'out of memory'}", file=sys.stderr)
+        complain(error if str(error) else "out of memory")
+        _drop_unwritten()
         return 1
+
+
+def _prepare_streams() -> None:
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # whoever started us has closed it
+            setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
+    for stream in (sys.stdin, sys.stdout):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")
+
+
+def _drop_unwritten() -> None:
+    """Forget output that cannot be written, which Python would try again, and complain, at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Complains in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}; see {self.prog} --help\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="edge-demo", description="Run a Gemma bundle on this device, with onnxruntime."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -149,9 +177,12 @@ class Sampling:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return value
 
 
@@ -244,7 +275,7 @@ def _chat(arguments: argparse.Namespace) -> int:
     from edge_demo.terminal import note, show
 
     sampler = _sampler(arguments)
-    bundle, generator, _ = _load(arguments)
+    bundle, generator, load_s = _load(arguments)
     tuned = bundle.tokenizer.chat is not None
     note(
         f"{bundle.name} ({bundle.recipe}), "
@@ -279,7 +310,7 @@ def _chat(arguments: argparse.Namespace) -> int:
             note(f"{error}. The last message was left out.")
             continue
         if arguments.json:
-            print(json.dumps(_report(generation, 0.0)), flush=True)
+            print(json.dumps(_report(generation, load_s)), flush=True)
         else:
             show("\n")
             note(f"[{generation.finish_reason}] {len(generation.ids)} tokens")
@@ -287,19 +318,27 @@ def _chat(arguments: argparse.Namespace) -> int:
 
 
 def _read_turn() -> str | None:
+    asked = sys.stdin.isatty()
     try:
-        if sys.stdin.isatty():
+        if asked and sys.stdout.isatty():
             import readline  # noqa: F401 - line editing for input()
 
             return input("> ")
+        if asked:  # stdout is for a program
+            print("> ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.readline()
-        return line.rstrip("\n") if line else None
+        if line:
+            return line.rstrip("\n")
     except EOFError:
-        print()
-        return None
+        pass
     except KeyboardInterrupt:
-        print()
+        if not asked:
+            raise
+        print(file=sys.stderr)
         return ""
+    if asked:
+        print(file=sys.stderr)
+    return None
 
 
 # --- measure and look ---------------------------------------------------------------------------
@@ -367,6 +406,7 @@ def _score(arguments: argparse.Namespace) -> int:
 def _inspect(arguments: argparse.Namespace) -> int:
     from edge_demo.bundle import Bundle
     from edge_demo.inspect import describe
+    from edge_demo.terminal import show
 
     bundle = Bundle.open(arguments.bundle)
     if arguments.verify:
@@ -374,7 +414,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(dict(bundle.manifest)))
     else:
-        print(describe(bundle, verified=arguments.verify))
+        show(describe(bundle, verified=arguments.verify) + "\n")
     return 0
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
-from edge_demo.bundle import Bundle
+from edge_demo.bundle import Bundle, TensorSpec
 from edge_demo.errors import BundleError, EdgeError, RequestError
 from edge_demo.kv_cache import KVCache
 
 _PREFILL_CHUNK = 512
 _SCORE_CHUNK = 64  # 67 MB of logits for a vocabulary of 262 144
+_MOST_THREADS = 1024
+_DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(int32)": "int32"}
 
 
 class Engine:
@@ -31,15 +34,18 @@ class Engine:
 
     Raises:
         BundleError: a file has changed, or the graph does not keep its contract.
+        RequestError: `threads` is out of range.
     """
 
     def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+        if threads is not None and not 1 <= threads <= _MOST_THREADS:
+            raise RequestError(f"threads must be 1 to {_MOST_THREADS:,}, not {threads:,}")
         bundle.verify()
         self.bundle = bundle
         self.tokens: list[int] = []
         options = ort.SessionOptions()
-        options.log_severity_level = 3
-        if threads:
+        options.log_severity_level = 4  # errors are raised, they need not be printed too
+        if threads is not None:
             options.intra_op_num_threads = threads
         try:
             self._session = ort.InferenceSession(
@@ -55,12 +61,18 @@ class Engine:
 
     def _check_contract(self) -> None:
         graph = self.bundle.engine
-        for role, specs, found in (
-            ("input", graph.inputs, self._session.get_inputs()),
-            ("output", graph.outputs, self._session.get_outputs()),
+        for found, specs, bound in zip(
+            (self._session.get_inputs(), self._session.get_outputs()),
+            (graph.inputs, graph.outputs),
+            _bound_tensors(self.bundle),
+            strict=True,
         ):
-            if {s.name for s in specs} != {f.name for f in found}:
-                raise BundleError(f"{graph.file} has other {role}s than bundle.json says")
+            has = {(f.name, _DTYPES.get(f.type, f.type), tuple(f.shape)) for f in found}
+            for expected, whose in ((specs, "bundle.json says"), (bound, "the engine needs")):
+                wrong = has ^ {(s.name, s.dtype, s.shape) for s in expected}
+                if wrong:
+                    name = min(name for name, _, _ in wrong)
+                    raise BundleError(f"{graph.file} has not the {name!r} that {whose}")
 
     @property
     def context_length(self) -> int:
@@ -148,6 +160,33 @@ class Engine:
         return _Call(self, len(ids), len(positions)).run(ids, positions)
 
 
+def _bound_tensors(bundle: Bundle) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """The inputs and outputs that a call binds, with as many layers as the bundle has."""
+    past = [
+        dataclasses.replace(s, dtype="float32", shape=("batch", s.shape[1], "capacity", s.shape[3]))
+        for s in bundle.engine.inputs
+        if s.name.startswith("past_key_values.") and len(s.shape) == 4
+    ]
+    tables = [
+        TensorSpec(f"{rope.name}.{part}", "float32", ("rope_length", rope.dims))
+        for rope in bundle.ropes
+        for part in ("cos", "sin")
+    ]
+    inputs = [
+        TensorSpec("input_ids", "int64", ("batch", "sequence")),
+        TensorSpec("seqlens_k", "int32", ("batch",)),
+        TensorSpec("total_sequence_length", "int32", ()),
+        TensorSpec("logit_positions", "int64", ("num_logits",)),
+    ]
+    logits = TensorSpec("logits", "float32", ("batch", "num_logits", bundle.vocabulary_size))
+    present = [dataclasses.replace(s, name=_present(s.name)) for s in past]
+    return [*inputs, *tables, *past], [logits, *present]
+
+
+def _present(past: str) -> str:
+    return past.replace("past_key_values.", "present.")
+
+
 class _Call:
     """One binding of the session to buffers for `length` tokens and `num_logits` rows of logits."""
 
@@ -175,7 +214,7 @@ class _Call:
         for name, array in cache.buffers.items():
             value = self._share(array)
             self._binding.bind_ortvalue_input(name, value)
-            self._binding.bind_ortvalue_output(name.replace("past_key_values.", "present."), value)
+            self._binding.bind_ortvalue_output(_present(name), value)
         self._binding.bind_ortvalue_output("logits", self._share(self._logits))
 
     def _share(self, array: np.ndarray) -> Any:

@@ -2,7 +2,14 @@
 
 
 class EdgeError(Exception):
-    """Something failed for a reason worth one sentence; commands end with exit status 1."""
+    """Something failed for a reason worth one sentence; commands end with exit status 1.
+
+    Args:
+        message: the sentence; line breaks in it, which other libraries make, become spaces.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(line.strip() for line in message.splitlines()))
 
 
 class RequestError(EdgeError):

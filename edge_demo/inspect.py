@@ -5,7 +5,8 @@ from __future__ import annotations
 import collections
 from typing import Any
 
-from edge_demo.bundle import Bundle
+from edge_demo.bundle import MANIFEST, Bundle
+from edge_demo.errors import BundleError
 from edge_demo.terminal import megabytes
 
 
@@ -15,7 +16,19 @@ def describe(bundle: Bundle, *, verified: bool) -> str:
     Args:
         bundle: opened.
         verified: whether its files were compared with their hashes.
+
+    Raises:
+        BundleError: what only people read is missing or of another kind.
     """
+    try:
+        return _page(bundle, verified)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BundleError(
+            f"{bundle.path / MANIFEST} is damaged: {type(error).__name__} {error}"
+        ) from error
+
+
+def _page(bundle: Bundle, verified: bool) -> str:
     manifest = bundle.manifest
     model, quality = manifest["model"], manifest.get("quality")
     formats = collections.Counter(_format(entry) for entry in manifest["plan"].values())

@@ -39,7 +39,8 @@ class Tokenizer:
         self.spec = bundle.tokenizer
         path = bundle.path / self.spec.file
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+            self._model = sentencepiece.SentencePieceProcessor()
+            self._model.load_from_serialized_proto(path.read_bytes())
         except Exception as error:  # sentencepiece raises RuntimeError or its own, by version
             raise BundleError(f"{path} is not a SentencePiece model: {error}") from error
         if self._model.vocab_size() > bundle.vocabulary_size:

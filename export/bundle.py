@@ -61,14 +61,27 @@ def check_out(out: Path, *, overwrite: bool) -> None:
     """Refuse an output path that is taken.
 
     Raises:
-        ExportRequestError: it exists and is not to be overwritten, or is not a bundle.
+        ExportRequestError: it exists and is not to be overwritten, or is not a bundle, or lies
+            below something that is not a folder.
     """
     if not (out.exists() or out.is_symlink()):
+        parent = next(p for p in out.parents if p.exists())
+        if not parent.is_dir():
+            raise ExportRequestError(f"{parent} is not a folder, so {out} cannot be made in it")
         return
     if not overwrite:
         raise ExportRequestError(f"{out} exists already; choose another folder, or add --overwrite")
-    if not (out / MANIFEST).is_file():
+    if not _is_bundle(out):
         raise ExportRequestError(f"{out} is not a bundle, so it will not be overwritten; move it")
+
+
+def _is_bundle(folder: Path) -> bool:
+    """Whether its manifest is ours: a file of that name may be anybody's."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
 
 
 def _remove_abandoned(out: Path) -> None:
@@ -103,7 +116,7 @@ def write_tokenizer(folder: Path, checkpoint: Checkpoint, vocabulary_size: int) 
     """
     import sentencepiece
 
-    if checkpoint.tokenizer_model is None:
+    if not checkpoint.tokenizer_model:
         raise ExportError(
             "the checkpoint has no SentencePiece model (tokenizer.model); a bundle needs one"
         )
@@ -111,6 +124,11 @@ def write_tokenizer(folder: Path, checkpoint: Checkpoint, vocabulary_size: int) 
         model = sentencepiece.SentencePieceProcessor(model_proto=checkpoint.tokenizer_model)
     except Exception as error:  # sentencepiece raises RuntimeError or its own, by version
         raise ExportError(f"tokenizer.model is not a SentencePiece model: {error}") from error
+    if min(model.bos_id(), model.eos_id()) < 0:
+        raise ExportError(
+            "tokenizer.model has no beginning-of-sequence or no end-of-sequence token, which "
+            "Gemma's has"
+        )
     if model.vocab_size() > vocabulary_size:
         raise ExportError(
             f"the tokenizer has {model.vocab_size():,} pieces, the model's vocabulary "

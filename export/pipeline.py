@@ -77,8 +77,9 @@ def export_onnx(
         ModelError: the source cannot be used.
         ExportError: no space or memory, or the bundle differs from the model.
     """
-    out = Path(os.path.abspath(out))
-    writer.check_out(out, overwrite=overwrite)
+    out = Path(os.path.realpath(out))  # a link to a bundle stays, what it points at is replaced
+    with _told_in_a_sentence(out):
+        writer.check_out(out, overwrite=overwrite)
     checkpoint, model = _open(source)
     config = checkpoint.config
     plan = plan_for_recipe(recipe, config)
@@ -130,7 +131,8 @@ def export_onnx(
             quality = _verify(folder, checkpoint, model, recipe)
             write_manifest(quality)
             on_progress("verification", 1)
-    return ExportResult(out, recipe, Bundle.open(out).num_bytes, quality)
+        num_bytes = Bundle.open(folder).num_bytes
+    return ExportResult(out, recipe, num_bytes, quality)
 
 
 def _open(source) -> tuple[Checkpoint, GemmaCausalLM | None]:

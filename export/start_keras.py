@@ -29,7 +29,7 @@ def _native_stderr_kept_back() -> Iterator[None]:
         os.dup2(kept.fileno(), 2)
         try:
             yield
-        except BaseException:
+        except Exception:  # not for Ctrl-C
             os.dup2(saved, 2)
             kept.seek(0)
             os.write(2, kept.read())

@@ -62,6 +62,8 @@ class LayerSpec:
             _require_positive(name, getattr(self, name))
         if self.attention_soft_cap is not None:
             _require_positive("attention_soft_cap", self.attention_soft_cap)
+        for name in ("qk_norm", "post_norms"):
+            _require_bool(name, getattr(self, name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +100,7 @@ class GemmaConfig:
             _require_positive(name, getattr(self, name))
         if self.final_soft_cap is not None:
             _require_positive("final_soft_cap", self.final_soft_cap)
+        _require_bool("tied_head", self.tied_head)
 
     def to_dict(self) -> dict[str, Any]:
         """This configuration as plain JSON data; `from_dict` reads it back."""
@@ -258,6 +261,8 @@ _HF_FIXED: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False, None),
     "is_decoder": (False, True, None),
 }
+# The largest Gemma has 62; a file that asks for a billion must not fill the memory.
+_MAX_LAYERS = 1000
 _TANH_GELU = ("gelu_pytorch_tanh",)
 
 
@@ -269,7 +274,7 @@ def _from_hf(data: Mapping[str, Any]) -> GemmaConfig:
             raise ConfigError("a gemma3 config.json must have a text_config")
         data = {"model_type": "gemma3_text"} | dict(text)
         kind = data["model_type"]
-    if kind not in _HF_DEFAULTS:
+    if not isinstance(kind, str) or kind not in _HF_DEFAULTS:
         known = ", ".join([*_HF_DEFAULTS, "gemma3"])
         raise ConfigError(f"model_type is {kind!r}; this project reads {known}")
 
@@ -292,6 +297,8 @@ def _from_hf(data: Mapping[str, Any]) -> GemmaConfig:
 
     num_layers = take("num_hidden_layers")
     _require_positive_int("num_hidden_layers", num_layers)
+    if num_layers > _MAX_LAYERS:
+        raise ConfigError(f"num_hidden_layers is {num_layers}; no Gemma has over {_MAX_LAYERS}")
     head_dim = take("head_dim")
     kinds = take("layer_types") or _layer_kinds(
         num_layers,
@@ -301,19 +308,25 @@ def _from_hf(data: Mapping[str, Any]) -> GemmaConfig:
     )
     rest.pop("sliding_window_pattern", None)
     window = take("sliding_window")
-    if len(kinds) != num_layers or set(kinds) - {"full_attention", "sliding_attention"}:
+    if (
+        not isinstance(kinds, (list, tuple))
+        or len(kinds) != num_layers
+        or any(k not in ("full_attention", "sliding_attention") for k in kinds)
+    ):
         raise ConfigError(f"layer_types does not describe {num_layers} layers: {kinds!r}")
     if "sliding_attention" in kinds and window is None:
         raise ConfigError("layer_types has sliding_attention but sliding_window is null")
     ropes = _hf_ropes(kind, rest)
     hidden_dim = take("hidden_size")
     _require_positive_int("hidden_size", hidden_dim)
+    query_pre_attn_scalar = take("query_pre_attn_scalar", head_dim)
+    _require_positive("query_pre_attn_scalar", query_pre_attn_scalar)
     shared = {
         "num_heads": take("num_attention_heads"),
         "num_kv_heads": take("num_key_value_heads"),
         "head_dim": head_dim,
         "ffw_dim": take("intermediate_size"),
-        "query_scale": float(take("query_pre_attn_scalar", head_dim)) ** -0.5,
+        "query_scale": query_pre_attn_scalar**-0.5,
         "qk_norm": kind == "gemma3_text",
         "post_norms": kind != "gemma",
         "attention_soft_cap": take("attn_logit_softcapping"),
@@ -356,19 +369,18 @@ def _hf_ropes(kind: str, rest: dict[str, Any]) -> dict[str, tuple[float, float]]
     """Layer kind to (theta, scale), from the old keys or from `rope_parameters`; consumes both."""
     theta = rest.pop("rope_theta", None)
     local_theta = rest.pop("rope_local_base_freq", None)
-    scaling = rest.pop("rope_scaling", None)
-    parameters = rest.pop("rope_parameters", None) or {}
+    scaling = _mapping("rope_scaling", rest.pop("rope_scaling", None))
+    parameters = _mapping("rope_parameters", rest.pop("rope_parameters", None))
     if kind != "gemma3_text":
-        flat = {"rope_theta": theta} | dict(parameters)
-        if scaling:
-            flat |= dict(scaling)
-        rope = _one_rope(flat, default_theta=10_000.0)
+        given = {"rope_theta": theta} | parameters | scaling
+        rope = _one_rope(given, default_theta=10_000.0)
         return {"full_attention": rope, "sliding_attention": rope}
     ropes = {}
     for layer_kind, old_theta in (("full_attention", theta), ("sliding_attention", local_theta)):
-        given = {"rope_theta": old_theta} | dict(parameters.get(layer_kind) or {})
-        if layer_kind == "full_attention" and scaling:
-            given |= dict(scaling)
+        new = _mapping(f"rope_parameters.{layer_kind}", parameters.get(layer_kind))
+        given = {"rope_theta": old_theta} | new
+        if layer_kind == "full_attention":
+            given |= scaling
         ropes[layer_kind] = _one_rope(given, default_theta=_GEMMA3_THETA[layer_kind])
     unknown = set(parameters) - set(ropes)
     if unknown:
@@ -386,9 +398,19 @@ def _one_rope(given: dict[str, Any], *, default_theta: float) -> tuple[float, fl
             f"RoPE of type {rope_type!r} with {sorted(given)} is not one Gemma uses "
             "(default or linear)"
         )
-    if rope_type == "linear" and factor is None:
+    _require_positive("rope_theta", theta)
+    if rope_type == "default":
+        return float(theta), 1.0
+    if factor is None:
         raise ConfigError("linear RoPE scaling needs a factor")
-    return float(theta), float(factor) if rope_type == "linear" else 1.0
+    _require_positive("factor", factor)
+    return float(theta), float(factor)
+
+
+def _mapping(name: str, value: Any) -> dict[str, Any]:
+    if value is not None and not isinstance(value, Mapping):
+        raise ConfigError(f"{name} must be an object, found {value!r}")
+    return dict(value or {})
 
 
 # --- GGUF metadata ------------------------------------------------------------------------------
@@ -483,3 +505,8 @@ def _require_positive_int(name: str, value: Any) -> None:
 def _require_positive(name: str, value: Any) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e30:
         raise ConfigError(f"{name} must be a positive number, found {value!r}")
+
+
+def _require_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be true or false, found {value!r}")

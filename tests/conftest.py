@@ -62,20 +62,25 @@ def _worker(report) -> str:
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    backends = config.stash[_backends] or {"main": _running_backend()}
+    """Say for each worker its backend and counts, its failures, and the figures tests recorded."""
     counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    figures = []
+    failures, figures = [], []
     for outcome, reports in terminalreporter.stats.items():
         for report in reports:
-            if not isinstance(report, pytest.TestReport) or not outcome:
+            if not isinstance(report, (pytest.TestReport, pytest.CollectReport)) or not outcome:
                 continue
-            counts[_worker(report)][outcome] += 1
-            figures += [f"{_worker(report)}: {k}: {v}" for k, v in report.user_properties]
+            worker = _worker(report)
+            counts[worker][outcome] += 1
+            if outcome in ("failed", "error"):
+                failures.append(f"{worker}: {outcome}: {report.nodeid}")
+            figures += [f"{worker}: {k}: {v}" for k, v in getattr(report, "user_properties", ())]
     terminalreporter.section("parts")
-    for worker, backend in sorted(backends.items()):
+    for worker, backend in sorted(
+        (config.stash[_backends] or {"main": _running_backend()}).items()
+    ):
         outcomes = ", ".join(f"{n} {outcome}" for outcome, n in counts[worker].items())
         terminalreporter.write_line(
             f"{worker} (Keras backend: {backend}): {outcomes or 'no tests'}"
         )
-    for line in sorted(figures):
+    for line in sorted(failures) + sorted(figures):
         terminalreporter.write_line(line)

@@ -89,7 +89,7 @@ class BalancedWeights(Mapping[str, np.ndarray]):
 def _factors(rms: np.ndarray) -> np.ndarray:
     """The square roots of the channels' sizes, about 1 in the geometric mean: float32 `[in]`."""
     typical = float(np.median(rms)) or 1.0
-    sizes = np.clip(rms / typical, 1 / _WIDEST, _WIDEST)
+    sizes = np.clip(rms.astype(np.float64) / typical, 1 / _WIDEST, _WIDEST)
     logs = _STRENGTH * np.log(sizes)
     return np.exp(logs - logs.mean()).astype(np.float32)
 

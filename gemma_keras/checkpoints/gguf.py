@@ -42,7 +42,7 @@ _SCALARS: dict[int, tuple[str, type | str]] = {
 _STRING, _ARRAY = 8, 9
 _MAX_KEY, _MAX_TENSOR_NAME = 1 << 16, 1 << 8
 _MAX_ALIGNMENT = 1 << 20
-_DEQUANTIZE_BYTES = 4 << 20
+_DEQUANTIZE_BYTES = 256 << 10  # a piece and its float32 values stay in the cache
 _NUMBERS = (
     "attention.key_length",
     "attention.layer_norm_rms_epsilon",

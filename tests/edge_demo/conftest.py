@@ -41,9 +41,7 @@ def tiny_bundles(tmp_path_factory) -> Path:
 def sample_bundle(tmp_path_factory) -> Path:
     """The real Gemma 3 270M as int8."""
     options = ("--recipe", "int8", "--no-verify")
-    return made_once(
-        tmp_path_factory, "sample-int8", "export.cli", "sample", after=options
-    )
+    return made_once(tmp_path_factory, "sample-int8", "export.cli", "sample", after=options)
 
 
 @pytest.fixture(scope="session")

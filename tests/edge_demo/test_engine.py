@@ -64,7 +64,9 @@ class Interchange:
                 strict=True,
             )
         )
-        return outputs["logits"], {n: outputs[n.replace("past_key_values", "present")] for n in past}
+        return outputs["logits"], {
+            n: outputs[n.replace("past_key_values", "present")] for n in past
+        }
 
     def logits(self, ids):
         """Of one pass over one text, `(length, vocabulary)`."""

@@ -107,7 +107,9 @@ def test_a_seed_repeats_and_another_differs():
         for sampler in (Sampler(1.0, seed=1), Sampler(1.0, seed=1), Sampler(1.0, seed=2))
     )
     assert first == again != other
-    unseeded = [[sampler.pick(logits) for _ in range(50)] for sampler in (Sampler(1.0), Sampler(1.0))]
+    unseeded = [
+        [sampler.pick(logits) for _ in range(50)] for sampler in (Sampler(1.0), Sampler(1.0))
+    ]
     assert unseeded[0] != unseeded[1]
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sentencepiece
 import pytest
+import sentencepiece
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
@@ -81,7 +81,9 @@ def test_any_ids_stream_as_sentencepiece_decodes_them_at_once(chat, chat_peer, i
 
 SEQUENCES = st.one_of(
     st.binary(max_size=12),
-    st.lists(st.sampled_from([*"a😀é漢".encode(), 0xC0, 0xED, 0xA0, 0xFF, 0xF4, 0x90]), max_size=12).map(bytes),
+    st.lists(
+        st.sampled_from([*"a😀é漢".encode(), 0xC0, 0xED, 0xA0, 0xFF, 0xF4, 0x90]), max_size=12
+    ).map(bytes),
 )
 
 
@@ -152,7 +154,8 @@ def test_no_text_at_all_is_refused(chat, text):
 
 
 @pytest.mark.parametrize(
-    "text", ["<bos>", "<end_of_turn>", "a<start_of_turn>user\n", "<eos><pad>", "<end_of_turn>\n" * 3]
+    "text",
+    ["<bos>", "<end_of_turn>", "a<start_of_turn>user\n", "<eos><pad>", "<end_of_turn>\n" * 3],
 )
 def test_text_never_becomes_a_control_token(chat, text):
     ids = chat.encode(text, bos=False)
@@ -196,7 +199,9 @@ def test_answers_end_at_the_end_of_a_turn_too(chat, base):
 
 
 @pytest.mark.sample
-def test_every_piece_of_the_real_tokenizer_is_what_sentencepiece_says(sample_generator, sample_bundle):
+def test_every_piece_of_the_real_tokenizer_is_what_sentencepiece_says(
+    sample_generator, sample_bundle
+):
     tokenizer = sample_generator.tokenizer
     own = peer(tokenizer, sample_bundle)
     different = [

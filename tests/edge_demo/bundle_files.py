@@ -1,0 +1,58 @@
+"""Bundles with mistakes, made from copies of good ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+
+def copy_bundle(source: Path, folder: Path) -> Path:
+    """A copy to be spoiled."""
+    return Path(shutil.copytree(source, folder))
+
+
+def read_manifest(bundle: Path) -> Any:
+    return json.loads((bundle / "bundle.json").read_bytes())
+
+
+def edit_manifest(bundle: Path, edit: Callable[[Any], Any]) -> None:
+    """Change the parsed manifest in place, or by what `edit` returns."""
+    manifest = read_manifest(bundle)
+    changed = edit(manifest)
+    (bundle / "bundle.json").write_text(json.dumps(manifest if changed is None else changed))
+
+
+def declare(bundle: Path, name: str) -> None:
+    """List a file with the size and hash that it has."""
+    data = (bundle / name).read_bytes()
+    entry = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    edit_manifest(bundle, lambda manifest: manifest["files"].update({name: entry}))
+
+
+def rewrite(bundle: Path, name: str, data: bytes) -> None:
+    """Replace a file and say so in the manifest."""
+    (bundle / name).write_bytes(data)
+    declare(bundle, name)
+
+
+def flip_byte(file: Path, place: float = 0.5) -> None:
+    """Change one bit of one byte, `place` of the way into the file."""
+    with file.open("r+b") as stream:
+        offset = int(place * (file.stat().st_size - 1))
+        stream.seek(offset)
+        byte = stream.read(1)[0]
+        stream.seek(offset)
+        stream.write(bytes([byte ^ 1]))
+
+
+def edit_graph(bundle: Path, edit: Callable[[onnx.ModelProto], None]) -> None:
+    """Change the engine graph and say so in the manifest."""
+    model = onnx.load(bundle / "engine.onnx", load_external_data=False)
+    edit(model)
+    rewrite(bundle, "engine.onnx", model.SerializeToString())

@@ -1,0 +1,553 @@
+"""The commands: what they print for people and programs, and how they refuse."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from edge_demo.cli import main
+from edge_demo.score import score
+from tests.edge_demo.bundle_files import copy_bundle, edit_manifest, flip_byte, rewrite
+from tests.edge_demo.conftest import ROOT, generator
+
+COMMANDS = ("generate", "chat", "bench", "score", "inspect")
+REPORT = {"prompt_ids", "ids", "text", "finish_reason", "timings", "peak_rss_bytes"}
+TIMINGS = {"load_s", "ttft_s", "prefill_tokens_per_s", "decode_tokens_per_s"}
+EDGE_DEMO = [sys.executable, "-W", "error", "-m", "edge_demo.cli"]
+
+
+def edge_demo(*arguments, stdin=b"", status=0, **options):
+    """Run a command in a process of its own; its stdout and stderr as text."""
+    result = subprocess.run(
+        [*EDGE_DEMO, *map(str, arguments)],
+        cwd=ROOT,
+        input=stdin.encode() if isinstance(stdin, str) else stdin,
+        capture_output=True,
+        timeout=120,
+        **options,
+    )
+    out, err = result.stdout.decode(), result.stderr.decode()
+    assert result.returncode == status, err
+    assert "Traceback" not in err
+    return out, err
+
+
+def shell(script, *arguments):
+    """Run a script whose `"$@"` is the command; exit status, stdout and stderr."""
+    command = ["bash", "-c", script, "bash", *EDGE_DEMO, *map(str, arguments)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in result.stderr and "Exception ignored" not in result.stderr
+    return result.returncode, result.stdout, result.stderr
+
+
+@pytest.fixture
+def run(capfd):
+    """Run a command in this process: exit status, stdout and stderr."""
+
+    def run(*arguments):
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as exit_:
+            status = exit_.code
+        return status, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def run_json(run):
+    """Run a command that must succeed: the object on its last line of stdout."""
+
+    def run_json(*arguments):
+        status, out, err = run(*arguments, "--json")
+        assert (status, err) == (0, "")
+        return json.loads(out.splitlines()[-1])
+
+    return run_json
+
+
+@pytest.fixture
+def refused(run):
+    """Run a command that must be refused in one line on stderr, which names some things."""
+
+    def refused(*arguments, names, status=2):
+        found, out, err = run(*arguments)
+        assert found == status
+        assert err.count("\n") == 1 and err.startswith("edge-demo"), err
+        assert out == ""
+        for name in names:
+            assert str(name) in err
+
+    return refused
+
+
+@pytest.fixture
+def tiny(tiny_bundles):
+    return tiny_bundles / "gemma3-int8"
+
+
+# --- generate ------------------------------------------------------------------------------------
+
+
+def test_generate_reports_to_programs_what_python_finds(tiny, run_json):
+    report = run_json("generate", tiny, "--prompt", "The boat", "--max-tokens", 9)
+    assert set(report) == REPORT and set(report["timings"]) == TIMINGS
+    used = generator(tiny)
+    expected = used.generate(used.tokenizer.encode("The boat"), _greedy(), 9)
+    assert report["prompt_ids"] == expected.prompt_ids
+    assert report["ids"] == expected.ids and report["text"] == expected.text
+    assert report["finish_reason"] == "length"
+    assert all(value > 0 for value in report["timings"].values())
+    assert 20e6 < report["peak_rss_bytes"] < 64e9
+
+
+def _greedy():
+    from edge_demo.sampling import Sampler
+
+    return Sampler()
+
+
+def test_generate_prints_prompt_and_answer_and_its_speed_beside_them(tiny, run, run_json):
+    arguments = ("generate", tiny, "--prompt", "The boat", "--max-tokens", 9)
+    text = run_json(*arguments)["text"]
+    status, out, err = run(*arguments)
+    assert status == 0
+    assert out == f"The boat{text}\n"
+    assert err.count("\n") == 1 and "load" in err and "tokens/s" in err and "MB" in err
+
+
+def test_one_token_has_no_decode_speed(tiny, run_json, run):
+    arguments = ("generate", tiny, "--prompt", "The boat", "--max-tokens", 1)
+    assert run_json(*arguments)["timings"]["decode_tokens_per_s"] is None
+    assert "1 tokens" in run(*arguments)[2]
+
+
+def test_a_seed_repeats_and_another_differs(tiny, run_json):
+    texts = [
+        run_json(
+            "generate", tiny, "--prompt", "The", "--max-tokens", 20, "--temperature", 1,
+            "--top-k", 50, "--top-p", 0.95, "--seed", seed,
+        )["ids"]
+        for seed in (1, 1, 2)
+    ]  # fmt: skip
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    "stdin, text",
+    [(b"The boat", "The boat"), (b"", ""), (b"caf\xe9\n", "caf\ufffd\n"), ("é😀".encode(), "é😀")],
+)
+def test_a_prompt_comes_from_stdin(tiny, stdin, text):
+    out, _ = edge_demo("generate", tiny, "--max-tokens", 3, "--json", stdin=stdin)
+    assert json.loads(out)["prompt_ids"] == generator(tiny).tokenizer.encode(text)
+
+
+def test_an_argument_that_is_no_utf8_is_a_prompt_too(tiny):
+    command = [*EDGE_DEMO, "generate", tiny, "--max-tokens", "3", "--prompt", b"caf\xe9"]
+    for options in ([], ["--json"]):
+        result = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, timeout=60)
+        assert result.returncode == 0, result.stderr
+    expected = generator(tiny).tokenizer.encode("caf\ufffd")
+    assert json.loads(result.stdout)["prompt_ids"] == expected
+
+
+def test_control_characters_reach_a_pipe_as_they_are(tiny):
+    prompt = "a\x1b[2J\x07b"
+    out, _ = edge_demo("generate", tiny, "--prompt", prompt, "--max-tokens", 2)
+    assert out.startswith(prompt)
+
+
+@pytest.mark.sample
+def test_the_sample_speaks(sample_bundle):
+    prompt = "1, 2, 3, 4, 5, 6,"
+    out, _ = edge_demo("generate", sample_bundle, "--prompt", prompt, "--max-tokens", 16)
+    assert out == f"{prompt} 7, 8, 9, 10, 11\n"
+
+
+# --- chat ----------------------------------------------------------------------------------------
+
+
+def reports(out):
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_chat_with_a_tuned_model_keeps_the_turns(tiny_bundles):
+    bundle = tiny_bundles / "chat"
+    out, err = edge_demo(
+        "chat", bundle, "--json", "--max-tokens", 6, "--seed", 5, stdin="Hi!\n\n  \nBoat?"
+    )
+    first, second = reports(out)
+    assert "instruction-tuned" in err and "continues" not in err
+    encode = generator(bundle).tokenizer.encode_chat
+    assert first["prompt_ids"] == encode([("user", "Hi!")])
+    assert second["prompt_ids"] == encode(
+        [("user", "Hi!"), ("model", first["text"]), ("user", "Boat?")]
+    )
+    assert set(first) == set(second) == REPORT
+    assert first["timings"]["load_s"] == second["timings"]["load_s"] > 0
+
+
+def test_chat_with_a_base_model_continues_the_text_and_says_so(tiny):
+    out, err = edge_demo(
+        "chat", tiny, "--json", "--max-tokens", 4, "--seed", 5, stdin="The boat\nwas\n"
+    )
+    first, second = reports(out)
+    assert "a base model: it continues" in err and "instruction-tuned" not in err
+    encode = generator(tiny).tokenizer.encode
+    assert first["prompt_ids"] == encode("The boat")
+    assert second["prompt_ids"] == encode(f"The boat{first['text']}was")
+
+
+def test_chat_prints_an_answer_a_turn_to_people(tiny_bundles):
+    options = ("--max-tokens", 6, "--seed", 5)
+    bundle = tiny_bundles / "chat"
+    answers = [
+        r["text"]
+        for r in reports(edge_demo("chat", bundle, "--json", *options, stdin="Hi\nBoat\n")[0])
+    ]
+    out, err = edge_demo("chat", bundle, *options, stdin="Hi\nBoat\n")
+    assert out == "".join(f"{answer}\n" for answer in answers)
+    assert err.count("6 tokens") == 2 and "[length]" in err
+
+
+def test_a_message_that_does_not_fit_is_left_out_and_the_chat_goes_on(tiny_bundles):
+    stdin = "The\n" + "gardener " * 30 + "\nboat\n"
+    out, err = edge_demo("chat", tiny_bundles / "short", "--json", "--max-tokens", 2, stdin=stdin)
+    first, second = reports(out)
+    assert "context holds 16" in err and "left out" in err
+    encode = generator(tiny_bundles / "short").tokenizer.encode
+    assert second["prompt_ids"] == encode(f"The{first['text']}boat")
+
+
+def test_chat_reads_what_is_no_utf8(tiny):
+    out, _ = edge_demo("chat", tiny, "--json", "--max-tokens", 2, stdin=b"caf\xe9\n")
+    assert reports(out)[0]["prompt_ids"] == generator(tiny).tokenizer.encode("caf\ufffd")
+
+
+def test_chat_without_a_word_ends_well(tiny):
+    assert edge_demo("chat", tiny, stdin="")[0] == ""
+
+
+# --- bench, score and inspect --------------------------------------------------------------------
+
+BENCH = {
+    "load_s", "ttft_s", "prefill_tokens_per_s", "decode_tokens_per_s", "peak_rss_bytes",
+    "prompt_tokens", "decode_tokens", "repeats",
+}  # fmt: skip
+
+
+def test_bench_measures_everything_it_promises(tiny, run, run_json):
+    arguments = (
+        "bench", tiny, "--prompt-tokens", 20, "--decode-tokens", 5, "--repeats", 2, "--threads", 1,
+    )  # fmt: skip
+    found = run_json(*arguments)
+    assert set(found) == BENCH
+    assert all(value > 0 for value in found.values())
+    assert (found["prompt_tokens"], found["decode_tokens"], found["repeats"]) == (20, 5, 2)
+    assert found["prefill_tokens_per_s"] == pytest.approx(20 / found["ttft_s"])
+    status, out, _ = run(*arguments)
+    assert status == 0
+    for word in ("load", "first token", "after 20 tokens", "prefill", "decode", "peak memory"):
+        assert word in out
+
+
+@pytest.mark.sample
+def test_bench_of_the_sample_knows_how_large_it_is(sample_bundle):
+    options = ("--prompt-tokens", 16, "--decode-tokens", 2, "--repeats", 1, "--json")
+    found = json.loads(edge_demo("bench", sample_bundle, *options)[0])
+    assert 300e6 < found["peak_rss_bytes"] < 4e9
+
+
+def test_score_reports_what_python_finds(tiny, tmp_path, run, run_json):
+    text = "The gardener waters the young trees – before the sun is high.\n" * 3
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    used = generator(tiny)
+    ids = used.tokenizer.encode(text, bos=False)
+    for options, arguments in (
+        (("--length", 32), (32, 16)),
+        (("--length", 33), (33, 16)),
+        (("--length", 32, "--stride", 31, "--windows", 2), (32, 31, 2)),
+        (("--length", 2), (2, 1)),
+    ):
+        found = run_json("score", tiny, "--text", tmp_path / "text.txt", *options)
+        assert set(found) == {"perplexity", "nll", "tokens", "windows"}
+        expected = score(used.engine, 2, ids, *arguments)
+        assert (found["tokens"], found["windows"]) == (expected.tokens, expected.windows)
+        # another number of threads rounds otherwise
+        assert found["nll"] == pytest.approx(expected.nll, abs=0.02)
+        assert found["perplexity"] == pytest.approx(math.exp(found["nll"]))
+    status, out, err = run("score", tiny, "--text", tmp_path / "text.txt", "--length", 32)
+    assert (status, err) == (0, "") and f"{len(ids)} tokens" in out and "perplexity" in out
+
+
+@pytest.mark.sample
+def test_score_of_the_sample_on_english_is_that_of_a_language_model(sample_bundle):
+    options = ("--text", ROOT / "LICENSE", "--length", 128, "--windows", 2, "--json")
+    found = json.loads(edge_demo("score", sample_bundle, *options)[0])
+    assert found["tokens"] == 127 + 64
+    assert 1 < found["perplexity"] < 20
+
+
+def test_inspect_shows_what_the_manifest_says(tiny, tiny_bundles, run, run_json):
+    assert run_json("inspect", tiny) == json.loads((tiny / "bundle.json").read_bytes())
+    status, out, err = run("inspect", tiny)
+    assert (status, err) == (0, "")
+    for word in ("tiny-gemma3", "base", "int8", "128 tokens", "model.onnx_data", "sizes checked"):
+        assert word in out
+    assert "SHA-256 checked" in run("inspect", tiny, "--verify")[1]
+    assert "instruction-tuned" in run("inspect", tiny_bundles / "chat")[1]
+
+
+@pytest.mark.sample
+def test_inspect_of_the_sample_shows_its_licence(sample_bundle):
+    out, _ = edge_demo("inspect", sample_bundle, "--verify")
+    assert "gemma" in out and "GEMMA_NOTICE.txt" in out and "SHA-256 checked" in out
+
+
+# --- help and bad options ------------------------------------------------------------------------
+
+OPTIONS = {
+    "generate": "--prompt --threads --max-tokens --temperature --top-k --top-p --seed --json",
+    "chat": "--threads --max-tokens --temperature --top-k --top-p --seed --json",
+    "bench": "--prompt-tokens --decode-tokens --repeats --threads --json",
+    "score": "--text --length --stride --windows --threads --json",
+    "inspect": "--verify --json",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_every_option(run, command):
+    status, out, err = run(command, "--help")
+    assert (status, err) == (0, "")
+    assert "BUNDLE" in out and all(option in out for option in OPTIONS[command].split())
+    assert f"    {command}" in run("--help")[1]
+
+
+def test_help_does_not_load_what_runs_models():
+    code = "import sys, edge_demo.cli as c\ntry: c.main(['chat', '--help'])\nexcept SystemExit: pass\nprint(sorted(sys.modules))"
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+    ).stdout
+    assert "'argparse'" in out and "numpy" not in out and "onnxruntime" not in out
+
+
+@pytest.mark.parametrize(
+    "options, names",
+    [
+        (["--temperature", "nan"], ["temperature", "nan"]),
+        (["--temperature", "-1"], ["temperature", "-1"]),
+        (["--temperature", "hot"], ["--temperature", "hot"]),
+        (["--top-p", "0"], ["top-p", "0"]),
+        (["--top-p", "1.5"], ["top-p", "1.5"]),
+        (["--top-k", "-1"], ["top-k", "-1"]),
+        (["--max-tokens", "0"], ["--max-tokens", "'0' is not a positive number"]),
+        (["--max-tokens", "-5"], ["--max-tokens", "-5"]),
+        (["--max-tokens", "many"], ["--max-tokens", "'many' is not a positive number"]),
+        (["--seed", "-1"], ["seed", "-1"]),
+        (["--seed", "x"], ["--seed", "x"]),
+        (["--threads", "0"], ["--threads", "'0'"]),
+        (["--threads", "1025"], ["threads", "1,025"]),
+        (["--threads", str(10**15)], ["threads"]),
+        (["--no-such"], ["--no-such"]),
+        (["another"], ["another"]),
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_an_option_out_of_range_is_refused_in_one_line(tiny, refused, command, options, names):
+    prompt = ["--prompt", "The"] if command == "generate" else []
+    refused(command, tiny, *prompt, *options, names=names)
+
+
+@pytest.mark.parametrize(
+    "arguments, names",
+    [
+        ([], ["COMMAND"]),
+        (["sing"], ["sing", "generate"]),
+        (["generate"], ["BUNDLE"]),
+        (["score", "."], ["--text"]),
+    ],
+)
+def test_an_incomplete_command_is_refused_in_one_line(refused, arguments, names):
+    refused(*arguments, names=[*names, "--help"])
+
+
+# --- bad input -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Any command's arguments for a bundle."""
+    (tmp_path / "text.txt").write_text("The gardener waters the young trees.")
+    options = {
+        "generate": ["--prompt", "The", "--max-tokens", 2],
+        "chat": ["--max-tokens", 2],
+        "bench": ["--prompt-tokens", 4, "--decode-tokens", 2],
+        "score": ["--text", tmp_path / "text.txt", "--length", 16],
+        "inspect": ["--verify"],
+    }
+    return lambda name, bundle: [name, bundle, *options[name]]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_refuses_a_bundle_that_is_none(refused, command, tmp_path, name):
+    refused(*command(name, tmp_path / "nowhere"), names=[tmp_path / "nowhere", "does not exist"])
+    refused(*command(name, tmp_path), names=[tmp_path, "not a bundle"])
+    (tmp_path / "bundle.json").write_text("{")
+    refused(*command(name, tmp_path), names=["bundle.json", "not JSON"])
+
+
+@pytest.mark.parametrize("file", ["engine.onnx", "tokenizer.model", "model.onnx_data"])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_refuses_a_bundle_with_a_changed_or_missing_file(
+    refused, command, tiny, tmp_path, name, file
+):
+    bundle = copy_bundle(tiny, tmp_path / "bundle")
+    flip_byte(bundle / file)
+    refused(*command(name, bundle), names=[file, "has changed"])
+    (bundle / file).unlink()
+    refused(*command(name, bundle), names=[file, "lacks"])
+
+
+def test_a_bundle_whose_parts_do_not_fit_is_refused(refused, command, tiny, tiny_bundles, tmp_path):
+    bundle = copy_bundle(tiny, tmp_path / "bundle")
+    rewrite(bundle, "tokenizer.model", b"no model")
+    refused(*command("generate", bundle), names=["tokenizer.model", "SentencePiece"])
+    other = tiny_bundles / "gemma2-int8" / "engine.onnx"
+    rewrite(bundle, "engine.onnx", other.read_bytes())
+    refused(*command("generate", bundle), names=["engine.onnx"])
+    rewrite(bundle, "engine.onnx", b"no graph")
+    refused(*command("generate", bundle), names=["engine.onnx", "onnxruntime"])
+    edit_manifest(bundle, lambda m: m.pop("plan") and None)
+    refused("inspect", bundle, names=["bundle.json", "plan"])
+
+
+def test_a_large_file_that_changes_between_two_runs_is_noticed(tiny, tmp_path):
+    bundle = copy_bundle(tiny, tmp_path / "bundle")
+    rewrite(bundle, "large.bin", bytes(9 << 20))
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    arguments = ("generate", bundle, "--prompt", "The", "--max-tokens", 2)
+    edge_demo(*arguments, env=environment)
+    remembered = (tmp_path / "cache/gemma-keras/verified.json").read_text()
+    assert "large.bin" in remembered and "engine.onnx" not in remembered
+    edge_demo(*arguments, env=environment)
+    times = (bundle / "large.bin").stat()
+    flip_byte(bundle / "large.bin")
+    os.utime(bundle / "large.bin", ns=(times.st_atime_ns, times.st_mtime_ns))
+    _, err = edge_demo(*arguments, env=environment, status=2)
+    assert err.count("\n") == 1 and "large.bin" in err
+
+
+@pytest.mark.parametrize("home", ["/dev/null", "/proc/nowhere"])
+def test_a_home_that_cannot_be_written_breaks_nothing(tiny, tmp_path, home):
+    bundle = copy_bundle(tiny, tmp_path / "bundle")
+    rewrite(bundle, "large.bin", bytes(9 << 20))
+    environment = {k: v for k, v in os.environ.items() if k != "XDG_CACHE_HOME"}
+    out, _ = edge_demo(
+        "generate", bundle, "--prompt", "The", "--max-tokens", 2, env=environment | {"HOME": home}
+    )
+    assert out.startswith("The")
+
+
+def test_a_prompt_longer_than_the_context_is_refused_with_both_counts(run, tiny_bundles):
+    words = "The gardener waters the young trees."
+    status, _, err = run("generate", tiny_bundles / "short", "--prompt", words)
+    tokens = len(generator(tiny_bundles / "short").tokenizer.encode(words))
+    assert tokens > 16 and status == 2 and err.count("\n") == 1
+    assert f"{tokens} tokens" in err and "holds 16" in err
+
+
+def test_bench_and_score_that_do_not_fit_the_context_are_refused(refused, command, tiny_bundles):
+    short = tiny_bundles / "short"
+    refused("bench", short, "--prompt-tokens", 16, "--decode-tokens", 1, names=["16 + 1", "of 16"])
+    refused(*command("score", short)[:-1], 17, names=["17", "16"])
+    refused(*command("score", short), "--stride", 16, names=["stride 1 to 15", "16"])
+    refused(*command("score", short)[:-1], 1, names=["at least 2"])
+
+
+@pytest.mark.parametrize(
+    "content, names",
+    [(None, ["not a file"]), (b"caf\xe9", ["not UTF-8"]), (b"", ["empty"])],
+    ids=["missing", "latin-1", "empty"],
+)
+def test_a_text_that_cannot_be_scored_is_refused(refused, tiny, tmp_path, content, names):
+    path = tmp_path / "words.txt"
+    if content is not None:
+        path.write_bytes(content)
+        names = [*names] if content == b"" else [*names, path]
+    else:
+        names = [*names, path]
+    refused("score", tiny, "--text", path, names=names)
+
+
+def test_a_folder_as_text_is_refused(refused, tiny, tmp_path):
+    refused("score", tiny, "--text", tmp_path, names=["not a file", tmp_path])
+
+
+# --- pipes and closed streams --------------------------------------------------------------------
+
+
+@pytest.mark.sample
+def test_a_reader_that_leaves_ends_the_answer_without_a_word(sample_bundle):
+    status, out, err = shell(
+        '"$@" | head -c 5; exit ${PIPESTATUS[0]}',
+        *("generate", sample_bundle, "--prompt", "Once upon a time", "--max-tokens", 2000),
+    )
+    assert (status, out, err) == (1, "Once ", "")
+
+
+@pytest.mark.parametrize("options", [["--json"], []])
+def test_a_reader_that_was_never_there_is_no_traceback(tiny, options):
+    read, write = os.pipe()
+    os.close(read)
+    result = subprocess.run(
+        [*EDGE_DEMO, "generate", tiny, "--prompt", "The", "--max-tokens", "3", *options],
+        cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60,
+    )  # fmt: skip
+    os.close(write)
+    assert (result.returncode, result.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("command", ["generate", "inspect"])
+def test_a_full_disk_is_told_in_one_line(tiny, command):
+    options = ("--prompt", "The") if command == "generate" else ()
+    status, _, err = shell('"$@" > /dev/full', command, tiny, *options)
+    assert status == 1 and err.count("\n") == 1 and "No space left" in err
+
+
+def test_closed_streams_are_no_traceback(tiny):
+    arguments = ("generate", tiny, "--max-tokens", 3)
+    assert shell('"$@" <&-', *arguments)[0] == 0
+    status, out, err = shell('"$@" >&-', *arguments, "--prompt", "The")
+    assert (status, out) == (0, "") and err.count("\n") == 1
+    status, out, err = shell('"$@" 2>&-', *arguments, "--prompt", "The")
+    assert status == 0 and out.startswith("The") and "tokens/s" not in out
+    assert shell('"$@" <&- >&- 2>&-', *arguments)[0] == 0
+
+
+def test_text_is_utf8_whatever_the_locale(tiny):
+    environment = {**os.environ, "LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    arguments = ("--max-tokens", 2, "--json")
+    prompt = generator(tiny).tokenizer.encode("é😀")
+    for command in ("generate", "chat"):
+        out, _ = edge_demo(command, tiny, *arguments, stdin="é😀", env=environment)
+        assert json.loads(out)["prompt_ids"] == prompt
+    out, _ = edge_demo("generate", tiny, "--max-tokens", 2, stdin="é😀", env=environment)
+    assert out.startswith("é😀")
+
+
+@pytest.mark.sample
+def test_the_least_margins_of_the_pinned_texts_are_no_noise(sample_generator):
+    """Guards `test_the_sample_speaks`."""
+    engine = sample_generator.engine
+    ids = sample_generator.tokenizer.encode("1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11")
+    engine.rewind(0)
+    rows = np.concatenate(list(engine.all_logits(ids)))[-17:-1]
+    second, best = np.sort(rows)[:, -2:].T
+    assert (best - second).min() > 2

@@ -1,0 +1,223 @@
+"""The commands on a terminal of their own: interruptions, line editing, control characters."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import termios
+import time
+
+import pytest
+
+from tests.edge_demo.bundle_files import copy_bundle, edit_manifest
+from tests.edge_demo.conftest import ROOT, generator
+
+CTRL_C, CTRL_D = b"\x03", b"\x04"
+PROMPT = r"> $"
+# Makes the pseudo-terminal the controlling one, so that Ctrl-C becomes SIGINT, then runs a module.
+LAUNCH = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.executable, [sys.executable, "-m", "edge_demo.cli", *sys.argv[1:]])
+"""
+
+
+class Terminal:
+    """A command that sits at a pseudo-terminal, but for the streams given."""
+
+    def __init__(self, *arguments, **streams):
+        self._master, self._slave = pty.openpty()
+        self._before = termios.tcgetattr(self._slave)
+        ends = dict.fromkeys(("stdin", "stdout", "stderr"), self._slave)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", LAUNCH, *map(str, arguments)],
+            cwd=ROOT,
+            env={**os.environ, "TERM": "dumb"},
+            start_new_session=True,
+            **ends | streams,
+        )
+        self.screen, self._seen = "", 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+        for stream in (self.process.stdout, self.process.stderr):
+            if stream:
+                stream.close()
+        os.close(self._master)
+        os.close(self._slave)
+
+    def keys(self, keys):
+        os.write(self._master, keys)
+
+    def wait_for(self, pattern, seconds=60):
+        """Read on until the screen holds a pattern after the last one; what came up to its end."""
+        end = time.monotonic() + seconds
+        while not (match := re.search(pattern, self.screen[self._seen :], re.DOTALL)):
+            if not self._read(end - time.monotonic()):
+                raise AssertionError(f"no {pattern!r} in {self.screen[self._seen :]!r}")
+        found = self.screen[self._seen : self._seen + match.end()]
+        self._seen += match.end()
+        return found
+
+    def _read(self, seconds):
+        ready, _, _ = select.select([self._master], [], [], max(0, seconds))
+        if ready:
+            self.screen += os.read(self._master, 1 << 16).decode(errors="replace")
+        return ready
+
+    def finish(self):
+        """Wait for the end, see that the terminal is as it was; the exit status."""
+        end = time.monotonic() + 60
+        while self.process.poll() is None:
+            assert time.monotonic() < end, f"it goes on: {self.screen!r}"
+            self._read(0.05)
+        while self._read(0):
+            pass
+        assert termios.tcgetattr(self._slave) == self._before
+        assert "Traceback" not in self.screen
+        return self.process.returncode
+
+
+# --- Ctrl-C and Ctrl-D ---------------------------------------------------------------------------
+
+
+@pytest.mark.sample
+def test_ctrl_c_ends_an_answer_with_what_there_is(sample_bundle):
+    options = ("--prompt", "Once upon a time", "--max-tokens", 5000)
+    with Terminal("generate", sample_bundle, *options) as terminal:
+        terminal.wait_for(r"Once upon a time.{20}")
+        terminal.keys(CTRL_C)
+        assert terminal.finish() == 130
+        assert "tokens/s" in terminal.screen
+
+
+@pytest.mark.sample
+def test_ctrl_c_ends_an_answer_for_programs_with_a_report(sample_bundle):
+    options = ("--prompt", "Once upon a time", "--max-tokens", 5000, "--json")
+    for seconds in (2, 4, 8, 16):  # nothing shows when the model is loaded
+        with Terminal("generate", sample_bundle, *options, stdout=subprocess.PIPE) as terminal:
+            time.sleep(seconds)
+            terminal.keys(CTRL_C)
+            out = terminal.process.stdout.read()
+            assert terminal.finish() == 130
+        if out:
+            break
+    assert json.loads(out)["finish_reason"] == "interrupted"
+
+
+@pytest.mark.sample
+def test_ctrl_c_in_a_chat_ends_the_answer_and_ctrl_d_the_chat(sample_bundle):
+    with Terminal("chat", sample_bundle, "--max-tokens", 5000, "--temperature", 0) as terminal:
+        assert "base model" in terminal.wait_for(PROMPT)
+        for _ in range(2):
+            terminal.keys(b"Once upon a time\n")
+            terminal.wait_for(r"Once upon a time\s+\S.{20}")
+            terminal.keys(CTRL_C)
+            assert "[interrupted]" in terminal.wait_for(PROMPT)
+        terminal.keys(CTRL_D)
+        assert terminal.finish() == 0
+
+
+def test_ctrl_c_while_a_message_is_written_throws_it_away(tiny_bundles):
+    with Terminal("chat", tiny_bundles / "chat", "--max-tokens", 3) as terminal:
+        terminal.wait_for(PROMPT)
+        terminal.keys(b"never mind")
+        terminal.wait_for("never mind")
+        terminal.keys(CTRL_C)
+        terminal.wait_for(PROMPT)
+        terminal.keys(b"\n")
+        terminal.wait_for(PROMPT)
+        assert "tokens" not in terminal.screen
+        terminal.keys(b"Hi\n")
+        terminal.wait_for("3 tokens")
+        terminal.wait_for(PROMPT)
+        terminal.keys(CTRL_D)
+        assert terminal.finish() == 0
+
+
+def test_a_line_can_be_edited(tiny_bundles):
+    with Terminal(
+        "chat", tiny_bundles / "chat", "--json", "--max-tokens", 2, "--temperature", 0
+    ) as terminal:
+        terminal.wait_for(PROMPT)
+        terminal.keys(b"Hx\x7fi\n")
+        report = json.loads(re.search(r"\{.*\}", terminal.wait_for(r"\}\s+> $")).group())
+        terminal.keys(CTRL_D)
+        assert terminal.finish() == 0
+    encode_chat = generator(tiny_bundles / "chat").tokenizer.encode_chat
+    assert report["prompt_ids"] == encode_chat([("user", "Hi")])
+
+
+# --- who sits where ------------------------------------------------------------------------------
+
+
+def test_programs_get_nothing_but_reports_while_a_person_types(tiny_bundles):
+    with Terminal(
+        *("chat", tiny_bundles / "chat", "--json", "--max-tokens", 2), stdout=subprocess.PIPE
+    ) as terminal:
+        for _ in range(2):
+            terminal.wait_for(PROMPT)
+            terminal.keys(b"Hi\n")
+        terminal.wait_for(PROMPT)
+        terminal.keys(CTRL_D)
+        out = terminal.process.stdout.read().decode()
+        assert terminal.finish() == 0
+    assert [len(json.loads(line)["ids"]) <= 2 for line in out.splitlines()] == [True, True]
+
+
+def test_generate_does_not_wait_for_a_prompt_at_a_terminal(tiny_bundles):
+    with Terminal("generate", tiny_bundles / "chat") as terminal:
+        assert terminal.finish() == 2
+        assert "--prompt" in terminal.screen and terminal.screen.count("\n") == 1
+
+
+# --- control characters --------------------------------------------------------------------------
+
+STEERING = "a\x1b]0;title\x07\x1b[2J\r\x08\x7f\x9b2J\tb\nc\0"
+PICTURES = "a␛]0;title␇␛[2J␍␈␡\ufffd2J\tb\nc"
+
+
+def test_what_would_steer_the_terminal_is_shown_as_pictures(tiny_bundles):
+    options = ("--max-tokens", 60, "--temperature", 3, "--seed", 1)
+    command = ("generate", tiny_bundles / "chat", "--prompt", STEERING[:-1], *options)
+    raw = subprocess.run(
+        [sys.executable, "-m", "edge_demo.cli", *map(str, command)],
+        cwd=ROOT, capture_output=True, check=True,
+    ).stdout.decode()  # fmt: skip
+    assert len(set(re.findall(r"[\0-\x1f\x7f-\x9f]", raw.removeprefix(STEERING[:-1])))) > 3
+    with Terminal(*command, stderr=subprocess.DEVNULL) as terminal:
+        assert terminal.finish() == 0
+    shown = terminal.screen.replace("\r\n", "\n")
+    assert shown.startswith(PICTURES)
+    assert not re.search(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", shown)
+    assert len(shown) == len(raw)
+    assert re.sub(r"[\u2400-\u2421\ufffd]", "", shown) == re.sub(
+        r"[\0-\x08\x0b-\x1f\x7f-\x9f\ufffd]", "", raw
+    )
+
+
+@pytest.mark.parametrize("command", ["inspect", "chat"])
+def test_a_bundle_cannot_steer_the_terminal_by_its_name(tiny_bundles, tmp_path, command):
+    bundle = copy_bundle(tiny_bundles / "chat", tmp_path / "bundle")
+    edit_manifest(bundle, lambda m: m["model"].update(name=STEERING))
+    with Terminal(command, bundle) as terminal:
+        if command == "chat":
+            terminal.wait_for(PROMPT)
+            terminal.keys(CTRL_D)
+        assert terminal.finish() == 0
+    assert "␛]0;title␇" in terminal.screen and "\x1b]" not in terminal.screen
+
+
+def test_an_error_cannot_steer_the_terminal(tmp_path):
+    with Terminal("inspect", tmp_path / "a\x1b]0;title\x07") as terminal:
+        assert terminal.finish() == 2
+    assert "a␛]0;title␇ does not exist" in terminal.screen and "\x1b" not in terminal.screen
