@@ -33,8 +33,11 @@ $(VENV)/installed-dev: pyproject.toml
 
 # One pytest over four processes: the tests of the Keras side run in three of them, one a backend,
 # and everything else in the fourth. See tests/conftest.py.
+KERAS_PART = --tx popen//id=$(1)//env:KERAS_BACKEND=$(1)//env:GEMMA_TEST_PART=keras
+PARTS := --dist=each $(foreach backend,jax tensorflow torch,$(call KERAS_PART,$(backend))) \
+         --tx popen//id=rest//env:GEMMA_TEST_PART=rest
 test: $(VENV)/installed-dev
-	@$(BIN)/pytest $(PYTEST_PARTS) $(PYTEST_ARGS)
+	@$(BIN)/pytest $(PARTS) $(PYTEST_ARGS)
 
 check: lint test
 

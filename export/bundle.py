@@ -21,6 +21,7 @@ from gemma_keras.checkpoints.names import parameter_count
 
 TOKENIZER_FILE = "tokenizer.model"
 NOTICE_FILE = "GEMMA_NOTICE.txt"
+_REPLACED = ".old.partial"
 _NOTICE = """\
 Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms
 
@@ -38,16 +39,16 @@ def unfinished_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
     Raises:
         ExportRequestError: `out` exists and is not to be overwritten, or is not a bundle.
     """
-    check_out(out, overwrite=overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(out)
+    check_out(out, overwrite=overwrite)
     folder = out.parent / f".{out.name}.{os.getpid()}.partial"
     folder.mkdir()
     try:
         yield folder
         _sync(folder)
         if out.exists():
-            old = out.parent / f".{out.name}.{os.getpid()}.old.partial"
+            old = out.parent / f".{out.name}.{os.getpid()}{_REPLACED}"
             out.rename(old)
             folder.rename(out)
             shutil.rmtree(old)
@@ -88,7 +89,11 @@ def _remove_abandoned(out: Path) -> None:
     """Clear away what an export that was killed has left beside `out`."""
     for folder in out.parent.glob(f".{out.name}.*.partial"):
         pid = folder.name.removeprefix(f".{out.name}.").split(".")[0]
-        if pid.isdigit() and not _is_running(int(pid)):
+        if not pid.isdigit() or _is_running(int(pid)):
+            continue
+        if folder.name.endswith(_REPLACED) and not out.exists():
+            folder.rename(out)  # it was killed between taking the old bundle away and its own turn
+        else:
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -19,10 +19,10 @@ INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Export; the exit status is 0, 1 for a failure, 2 for a bad request, 130 for Ctrl-C."""
-    arguments = _parser().parse_args(argv)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    signal.signal(signal.SIGTERM, _as_interrupt)
     try:
+        arguments = _parser().parse_args(argv)
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        signal.signal(signal.SIGTERM, _as_interrupt)
         return _export(arguments)
     except KeyboardInterrupt:
         print("export-onnx: interrupted; nothing was kept", file=sys.stderr)
@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _export(arguments: argparse.Namespace) -> int:
+    from edge_demo.errors import EdgeError
     from export.errors import ExportError, ExportRequestError
     from gemma_keras.errors import ModelError
 
@@ -89,7 +90,7 @@ def _export(arguments: argparse.Namespace) -> int:
     except (ExportRequestError, ModelError) as error:
         print(f"export-onnx: {error}", file=sys.stderr)
         return 2
-    except (ExportError, OSError, MemoryError) as error:
+    except (ExportError, EdgeError, OSError, MemoryError) as error:
         print(f"export-onnx: {error or 'out of memory'}", file=sys.stderr)
         return 1
     except ImportError as error:

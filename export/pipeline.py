@@ -98,6 +98,7 @@ def export_onnx(
         source_weights = checkpoint.weights
         if recipe_is_balanced:
             source_weights = _balanced(checkpoint, on_progress)
+        on_progress("weights", 0)
         with WeightsFile(folder / WEIGHTS_FILE) as weights:
             store_weights(
                 config, source_weights, plan, weights, lambda d, n: on_progress("weights", d / n)

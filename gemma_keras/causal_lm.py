@@ -214,5 +214,3 @@ def _mask_until_stop(token_ids, padding_mask, stop_token_ids):
         stops = ops.logical_or(stops, ops.equal(token_ids, stop))
     stops = ops.cast(ops.logical_and(stops, generated), "int32")
     return ops.equal(ops.cumsum(stops, axis=-1) - stops, 0)
-
-

@@ -81,7 +81,7 @@ def _shards(folder: Path) -> list[Path]:
         return [single]
     names = sorted(set(_read_json(index).get("weight_map", {}).values()))
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
+        if not isinstance(name, str) or not name or Path(name).name != name:
             raise CheckpointError(f"{index} names a file outside its folder: {name!r}")
         if not (folder / name).exists():
             raise CheckpointError(f"{folder} lacks the shard {name}")

@@ -50,12 +50,12 @@ def sample_generator(sample_bundle) -> Generator:
 
 
 @pytest.fixture(scope="package", autouse=True)
-def cache_home(tmp_path_factory):
-    """Remembers checked files for these tests only."""
-    folder = tmp_path_factory.mktemp("cache")
+def users_environment(tmp_path_factory):
+    """What is remembered of checked files is remembered for these tests only; output is buffered."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder))
-        yield folder
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv("PYTHONUNBUFFERED", raising=False)
+        yield
 
 
 def generator(bundle: Path) -> Generator:

@@ -45,6 +45,7 @@ class Interchange:
     """`model.onnx`, run as any runtime would."""
 
     def __init__(self, path):
+        self.path = path
         self.session = ort.InferenceSession(path / "model.onnx", providers=["CPUExecutionProvider"])
         shapes = {i.name: i.shape for i in self.session.get_inputs()}
         self.past = {n: s for n, s in shapes.items() if n.startswith("past_key_values.")}
@@ -153,13 +154,14 @@ def test_a_whole_context_fits_and_the_last_logits_are_right(models):
     assert_close(engine.decode(ids[-1]), plain.logits(ids)[-1])
 
 
-def test_int8_engine_and_int8_interchange_graph_agree(tiny_bundles):
-    path = tiny_bundles / "gemma3-int8"
+def test_int8_engine_agrees_with_its_interchange_graph_and_follows_fp32(tiny_bundles, models):
+    _, exact = models
+    path = tiny_bundles / exact.path.name.replace("fp32", "int8")
     engine, plain = Engine(Bundle.open(path), threads=1), Interchange(path)
     ids = text(40)
-    expected = plain.logits(ids)
-    found = all_logits(engine, ids)
-    assert np.abs(found - expected).mean() < 0.02 * expected.std()
+    found, same, near = all_logits(engine, ids), plain.logits(ids), exact.logits(ids)
+    assert np.abs(found - same).mean() < 0.02 * near.std()
+    assert np.abs(found - near).mean() < 0.08 * near.std()
 
 
 # onnxruntime's attention takes one token at a time when a batch of more than one has a past.

@@ -100,6 +100,13 @@ def test_of_equal_logits_at_the_edge_of_top_k_the_first_ids_stay():
     assert ids.tolist() == [700, 0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("top_p, kept", [(0.25, 1), (0.26, 2), (0.5, 2), (0.75, 3), (1.0, 4)])
+def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p, kept):
+    ids, probabilities = Sampler(1.0, top_p=top_p).distribution(np.zeros(4, np.float32))
+    assert ids.tolist() == list(range(kept))
+    np.testing.assert_allclose(probabilities, 1 / kept)
+
+
 def test_a_seed_repeats_and_another_differs():
     logits = np.random.default_rng(0).normal(size=300).astype(np.float32)
     first, again, other = (

@@ -19,9 +19,11 @@ from tests.edge_demo.conftest import ROOT, generator
 
 CTRL_C, CTRL_D = b"\x03", b"\x04"
 PROMPT = r"> $"
-# Makes the pseudo-terminal the controlling one, so that Ctrl-C becomes SIGINT, then runs a module.
+# Makes the pseudo-terminal the controlling one, so that Ctrl-C becomes SIGINT, and sees to it that
+# SIGINT is heard, which a shell's background jobs ignore; then runs the command.
 LAUNCH = """
-import fcntl, os, sys, termios
+import fcntl, os, signal, sys, termios
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 os.execv(sys.executable, [sys.executable, "-m", "edge_demo.cli", *sys.argv[1:]])
 """

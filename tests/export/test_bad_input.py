@@ -386,7 +386,7 @@ def test_the_sample_cut_short(target, tmp_path):
     source = tmp_path / "sample.gguf"
     shutil.copyfile(sample_path(), source)
     size = source.stat().st_size
-    for place in (size - 1, size - 40_000, size // 2, 9 << 20, 3 << 20, 1000):
+    for place in (size - 1, size // 2, 3 << 20, 1000):
         os.truncate(source, place)
         assert "cut short" in refusal(source, target), place
 

@@ -169,13 +169,19 @@ def test_interchange_graph_continues_over_its_growing_past(tiny, exported, gener
 
 @each_generation
 def test_interchange_graph_ignores_padding_on_the_right(tiny, exported, generation):
-    ids = random_ids(batch_size=3, length=30)
+    ids, model = random_ids(batch_size=3, length=31), tiny(generation).model
     mask = np.ones_like(ids)
-    mask[1, 15:] = 0
-    found = Interchange(exported(generation, "fp32")).run(ids * mask, mask)
-    expected = tiny(generation).model.logits(ids)
+    mask[1, 15:30] = 0
+    graph = Interchange(exported(generation, "fp32"))
+    found = graph.run((ids * mask)[:, :30], mask[:, :30])
+    expected = model.logits(ids)
     assert relative_difference(found[1, :15], expected[1, :15]) < 1e-4
-    assert relative_difference(found[::2], expected[::2]) < 1e-4
+    assert relative_difference(found[::2], expected[::2, :30]) < 1e-4
+    # the next token of the shorter row follows its last real one
+    found = graph.run(ids[:, 30:], mask)
+    shorter = model.logits(np.append(ids[1, :15], ids[1, 30])[None])
+    assert relative_difference(found[::2], expected[::2, 30:]) < 1e-4
+    assert relative_difference(found[1, 0], shorter[0, -1]) < 1e-4
 
 
 def test_layers_that_differ_in_the_scale_of_rotation_alone_are_kept_apart(tiny, tmp_path):

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.sample
 
 COMMAND = Path(sys.executable).with_name("export-onnx")
 LICENSE = Path(__file__).parents[2] / "LICENSE"
-WINDOW, GIVEN = 512, 256  # tokens of a window, and those of them that are not compared
+WINDOW, GIVEN = 512, 384  # tokens of a window, and those of them that are not compared
 RECIPES = ("fp32", "int8")
 
 

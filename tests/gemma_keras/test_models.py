@@ -16,6 +16,7 @@ from tests.models import GENERATIONS, WINDOW, write_tiny_hf
 
 pytestmark = pytest.mark.keras
 
+EOS, BOS = 1, 2
 LENGTH = 24
 each_generation = pytest.mark.parametrize("generation", GENERATIONS)
 
@@ -165,9 +166,9 @@ def test_generate_takes_and_gives_text(tiny):
     model.compile(sampler="greedy")
     tokenizer = model.preprocessor.tokenizer
     prompt = "the bread"
-    row = np.array([tokenizer.start_token_id, *tokenizer(prompt)], "int32")
+    row = np.array([BOS, *tokenizer(prompt)], "int32")
     text = model.generate(prompt, max_length=LENGTH)
-    expected = reference_greedy(reference, row, LENGTH, eos_token_id=tokenizer.end_token_id)
+    expected = reference_greedy(reference, row, LENGTH, eos_token_id=EOS)
     assert text == tokenizer.detokenize(expected[1:])
 
 

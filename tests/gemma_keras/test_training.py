@@ -14,6 +14,7 @@ from tests.models import TEXT, write_tiny_hf
 
 pytestmark = pytest.mark.keras
 
+EOS, BOS = 1, 2
 LINES = TEXT.splitlines()
 LENGTH = 80  # longer than the longest line
 LORA_LAYERS = 5 * 2  # queries and values of five decoder blocks
@@ -43,7 +44,7 @@ def loss_by_hand(model):
     token_ids = np.zeros((len(LINES), LENGTH + 1), "int32")
     real = np.zeros(token_ids.shape, "bool")
     for i, line in enumerate(LINES):
-        ids = [tokenizer.start_token_id, *tokenizer(line), tokenizer.end_token_id]
+        ids = [BOS, *tokenizer(line), EOS]
         token_ids[i, : len(ids)], real[i, : len(ids)] = ids, True
     inputs = {"token_ids": token_ids[:, :-1], "padding_mask": real[:, :-1].astype("int32")}
     logits = ops.convert_to_numpy(model(inputs)).astype("float64")
