@@ -104,6 +104,7 @@ class Bundle:
         context_length: the longest sequence, in tokens.
         vocabulary_size: of the logits.
         engine: the graph that `edge_demo.engine` runs.
+        weights: the file that the graphs point into.
         ropes: the rotary tables it needs.
         tokenizer: file and ids.
         files: name to (bytes, SHA-256).
@@ -116,6 +117,7 @@ class Bundle:
     context_length: int
     vocabulary_size: int
     engine: GraphSpec
+    weights: str
     ropes: tuple[RopeSpec, ...]
     tokenizer: TokenizerSpec
     files: Mapping[str, tuple[int, str]]
@@ -138,7 +140,7 @@ class Bundle:
             ) from error
         for name, (size, _) in bundle.files.items():
             bundle._check_size(name, size)
-        for name in (bundle.engine.file, bundle.tokenizer.file):
+        for name in (bundle.engine.file, bundle.weights, bundle.tokenizer.file):
             if name not in bundle.files:
                 raise BundleError(f"{folder / MANIFEST} uses {name} but does not list it")
         return bundle
@@ -226,6 +228,7 @@ def _parse(folder: Path, manifest: dict[str, Any]) -> Bundle:
         context_length=_count(model["context_length"]),
         vocabulary_size=_count(model["vocabulary_size"]),
         engine=_graph(manifest["graphs"]["engine"]),
+        weights=_plain_name(manifest["weights"]),
         ropes=tuple(
             RopeSpec(str(r["name"]), _factor(r["theta"]), _factor(r["scale"]), _count(r["dims"]))
             for r in manifest["ropes"]

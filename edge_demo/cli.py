@@ -222,6 +222,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     generation = Generation(generator.tokenizer.encode(prompt))
     pieces = generator.stream(generation.prompt_ids, sampler, arguments.max_tokens, generation)
     status = 0
+    generator.engine.admit(generation.prompt_ids)
     if not arguments.json:
         show(prompt)
     try:

@@ -91,7 +91,7 @@ class Engine:
         Raises:
             RequestError: they do not fit the context, or an id is outside the vocabulary.
         """
-        self._admit(ids)
+        self.admit(ids)
         logits = np.empty(0, np.float32)
         for first in range(0, len(ids), _PREFILL_CHUNK):
             chunk = ids[first : first + _PREFILL_CHUNK]
@@ -107,7 +107,7 @@ class Engine:
         Raises:
             RequestError: the context is full, or the id is outside the vocabulary.
         """
-        self._admit((token,))
+        self.admit((token,))
         self._reserve(1)
         if self._decode_call is None:
             self._decode_call = _Call(self, 1, 1)
@@ -120,7 +120,7 @@ class Engine:
         Yields:
             float32 `(chunk, vocabulary_size)`, together one row for each id.
         """
-        self._admit(ids)
+        self.admit(ids)
         for first in range(0, len(ids), _SCORE_CHUNK):
             chunk = ids[first : first + _SCORE_CHUNK]
             yield self._run(chunk, range(len(chunk)))
@@ -136,7 +136,13 @@ class Engine:
         """What keys, values and rotary tables take now, in bytes."""
         return self._cache.num_bytes
 
-    def _admit(self, ids: Sequence[int]) -> None:
+    def admit(self, ids: Sequence[int]) -> None:
+        """Refuse tokens that cannot be added.
+
+        Raises:
+            RequestError: there are none, they do not fit the context, or an id is outside the
+                vocabulary.
+        """
         total = len(self.tokens) + len(ids)
         if not ids:
             raise RequestError("there are no tokens to run; the prompt is empty")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_demo.bundle import FORMAT, FORMAT_VERSION, MANIFEST, GraphSpec, RopeSpec
+from export.contract import WEIGHTS_FILE
 from export.errors import ExportError, ExportRequestError
 from export.quantize.formats import Plan, plan_to_json
 from gemma_keras.chat import GEMMA_TURNS
@@ -200,6 +201,7 @@ def write_manifest(
         },
         "recipe": recipe,
         "plan": plan_to_json(plan),
+        "weights": WEIGHTS_FILE,
         "graphs": {name: dataclasses.asdict(graph) for name, graph in graphs.items()},
         "ropes": [dataclasses.asdict(rope) for rope in ropes],
         "tokenizer": dict(tokenizer),
