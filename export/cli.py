@@ -67,7 +67,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from edge_demo.errors import EdgeError
     from export.errors import ExportError, ExportRequestError
     from gemma_keras.errors import ModelError
 
@@ -90,7 +89,7 @@ def _export(arguments: argparse.Namespace) -> int:
     except (ExportRequestError, ModelError) as error:
         print(f"export-onnx: {error}", file=sys.stderr)
         return 2
-    except (ExportError, EdgeError, OSError, MemoryError) as error:
+    except (ExportError, OSError, MemoryError) as error:
         print(f"export-onnx: {error or 'out of memory'}", file=sys.stderr)
         return 1
     except ImportError as error:

@@ -9,6 +9,7 @@ import numpy as np
 
 from edge_demo.bundle import Bundle
 from edge_demo.engine import Engine
+from edge_demo.errors import EdgeError
 from edge_demo.score import log_softmax
 from edge_demo.tokenizer import Tokenizer
 from export.errors import ExportError
@@ -70,7 +71,10 @@ def verify(bundle: Bundle, model: GemmaCausalLM, recipe: str) -> Quality:
     """
     ids = Tokenizer(bundle).encode(TEXT.read_text(encoding="utf-8"))
     ids = ids[: min(192, bundle.context_length)]
-    found = np.concatenate(list(Engine(bundle).all_logits(ids)))
+    try:
+        found = np.concatenate(list(Engine(bundle).all_logits(ids)))
+    except EdgeError as error:
+        raise ExportError(f"the exported model does not run: {error}") from error
     reference = model.logits(np.array([ids], np.int32))[0]
     import keras
 

@@ -10,6 +10,8 @@ Shapes are written as comments where they change. `length` counts the tokens of 
 # pyright: reportOptionalMemberAccess=false, reportOptionalCall=false
 from __future__ import annotations
 
+import functools
+
 import keras
 import numpy as np
 from keras import ops
@@ -77,6 +79,12 @@ def rotate(x, positions, theta: float, scale: float):
     return ops.cast(rotated, x.dtype)
 
 
+def _dense(kernel_initializer, dtype, units: int, name: str) -> keras.layers.Dense:
+    return keras.layers.Dense(
+        units, use_bias=False, kernel_initializer=kernel_initializer, dtype=dtype, name=name
+    )
+
+
 @keras.saving.register_keras_serializable(package="gemma_keras")
 class GemmaAttention(keras.layers.Layer):
     """Causal grouped-query attention with rotary positions and, where the spec says so, a window.
@@ -100,15 +108,7 @@ class GemmaAttention(keras.layers.Layer):
         self.spec = spec
         self.hidden_dim = hidden_dim
 
-        def dense(units: int, name: str):
-            return keras.layers.Dense(
-                units,
-                use_bias=False,
-                kernel_initializer=kernel_initializer,
-                dtype=self.dtype_policy,
-                name=name,
-            )
-
+        dense = functools.partial(_dense, kernel_initializer, self.dtype_policy)
         self.query = dense(spec.num_heads * spec.head_dim, "query")
         self.key = dense(spec.num_kv_heads * spec.head_dim, "key")
         self.value = dense(spec.num_kv_heads * spec.head_dim, "value")
@@ -216,15 +216,7 @@ class GatedMLP(keras.layers.Layer):
         self.ffw_dim = ffw_dim
         self.hidden_dim = hidden_dim
 
-        def dense(units: int, name: str):
-            return keras.layers.Dense(
-                units,
-                use_bias=False,
-                kernel_initializer=kernel_initializer,
-                dtype=self.dtype_policy,
-                name=name,
-            )
-
+        dense = functools.partial(_dense, kernel_initializer, self.dtype_policy)
         self.gate = dense(ffw_dim, "gate")
         self.up = dense(ffw_dim, "up")
         self.down = dense(hidden_dim, "down")
