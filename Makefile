@@ -34,7 +34,7 @@ $(VENV)/installed-dev: pyproject.toml
 # One pytest over four processes: the tests of the Keras side run in three of them, one a backend,
 # and everything else in the fourth. See tests/conftest.py.
 KERAS_PART = --tx popen//id=$(1)//env:KERAS_BACKEND=$(1)//env:GEMMA_TEST_PART=keras
-PARTS := --dist=each $(foreach backend,jax tensorflow torch,$(call KERAS_PART,$(backend))) \
+PARTS := --dist=each -o console_output_style=classic $(foreach backend,jax tensorflow torch,$(call KERAS_PART,$(backend))) \
          --tx popen//id=rest//env:GEMMA_TEST_PART=rest
 test: $(VENV)/installed-dev
 	@$(BIN)/pytest $(PARTS) $(PYTEST_ARGS)
