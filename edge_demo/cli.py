@@ -195,15 +195,16 @@ def _sampler(arguments: argparse.Namespace) -> Sampler:
     return Sampler(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
 
 
-def _load(arguments: argparse.Namespace) -> tuple[Bundle, Generator, float]:
+def _load(
+    arguments: argparse.Namespace, sampler: Sampler
+) -> tuple[Bundle, Generator, float]:
     start = time.perf_counter()
     from edge_demo.bundle import Bundle
-    from edge_demo.engine import Engine
-    from edge_demo.generator import Generator
+    from edge_demo.generator import Generator, engine_for
     from edge_demo.tokenizer import Tokenizer
 
     bundle = Bundle.open(arguments.bundle)
-    engine = Engine(bundle, arguments.threads)
+    engine = engine_for(bundle, sampler, arguments.threads)
     generator = Generator(engine, Tokenizer(bundle))
     return bundle, generator, time.perf_counter() - start
 
@@ -218,7 +219,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         if sys.stdin.isatty():
             raise RequestError("give a prompt with --prompt, or on stdin")
         prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
-    _, generator, load_s = _load(arguments)
+    _, generator, load_s = _load(arguments, sampler)
     generation = Generation(generator.tokenizer.encode(prompt))
     pieces = generator.stream(generation.prompt_ids, sampler, arguments.max_tokens, generation)
     status = 0
@@ -276,7 +277,7 @@ def _chat(arguments: argparse.Namespace) -> int:
     from edge_demo.terminal import note, show
 
     sampler = _sampler(arguments)
-    bundle, generator, load_s = _load(arguments)
+    bundle, generator, load_s = _load(arguments, sampler)
     tuned = bundle.tokenizer.chat is not None
     note(
         f"{bundle.name} ({bundle.recipe}), "
@@ -369,7 +370,10 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _score(arguments: argparse.Namespace) -> int:
+    from edge_demo.bundle import Bundle
+    from edge_demo.engine import Engine
     from edge_demo.score import score
+    from edge_demo.tokenizer import Tokenizer
 
     try:
         with open(arguments.text, "rb") as file:
@@ -378,7 +382,8 @@ def _score(arguments: argparse.Namespace) -> int:
         raise RequestError(f"the text {arguments.text} is not a file") from None
     except UnicodeDecodeError as error:
         raise RequestError(f"the text {arguments.text} is not UTF-8: {error}") from error
-    _, generator, _ = _load(arguments)
+    bundle = Bundle.open(arguments.bundle)
+    engine, tokenizer = Engine(bundle, arguments.threads), Tokenizer(bundle)
 
     def show_progress(done: int, total: int) -> None:
         if sys.stderr.isatty():
@@ -386,9 +391,9 @@ def _score(arguments: argparse.Namespace) -> int:
             print(f"\rwindow {done} of {total}", end=end, file=sys.stderr, flush=True)
 
     result = score(
-        generator.engine,
-        generator.tokenizer.spec.bos,
-        generator.tokenizer.encode(text, bos=False),
+        engine,
+        tokenizer.spec.bos,
+        tokenizer.encode(text, bos=False),
         arguments.length,
         arguments.stride or max(1, arguments.length // 2),
         arguments.windows,

@@ -16,10 +16,17 @@ import onnx_ir as ir
 
 from edge_demo.bundle import Bundle
 from export import bundle as writer
-from export.contract import WEIGHTS_FILE, engine_contract, interchange_contract, ropes
+from export.contract import (
+    WEIGHTS_FILE,
+    candidates_contract,
+    engine_contract,
+    interchange_contract,
+    ropes,
+)
 from export.errors import ExportError, ExportRequestError
 from export.fused import build_graph
-from export.quantize.formats import plan_bytes, plan_for_recipe, recipe_named
+from export.quantize.formats import plan_bytes
+from export.quantize.recipes import plan_for_recipe, recipe_named
 from export.start_keras import start_keras
 from export.store import store_weights
 from export.weights_file import WeightsFile
@@ -103,7 +110,11 @@ def export_onnx(
             store_weights(
                 config, source_weights, plan, weights, lambda d, n: on_progress("weights", d / n)
             )
-        graphs = {"interchange": interchange_contract(config), "engine": engine_contract(config)}
+        graphs = {
+            "interchange": interchange_contract(config),
+            "engine": engine_contract(config),
+            "candidates": candidates_contract(config),
+        }
         for number, contract in enumerate(graphs.values()):
             on_progress("graphs", number / len(graphs))
             graph = build_graph(config, plan, weights, contract, max_context)
