@@ -195,9 +195,7 @@ def _sampler(arguments: argparse.Namespace) -> Sampler:
     return Sampler(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
 
 
-def _load(
-    arguments: argparse.Namespace, sampler: Sampler
-) -> tuple[Bundle, Generator, float]:
+def _load(arguments: argparse.Namespace, sampler: Sampler) -> tuple[Bundle, Generator, float]:
     start = time.perf_counter()
     from edge_demo.bundle import Bundle
     from edge_demo.generator import Generator, engine_for

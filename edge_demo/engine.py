@@ -267,7 +267,7 @@ def _present(past: str) -> str:
 
 
 class _Call:
-    """One binding of the session to buffers for `length` tokens and `num_logits` rows of outputs."""
+    """One binding of the session to buffers for `length` tokens and `num_logits` output rows."""
 
     def __init__(self, engine: TokenRunner, length: int, num_logits: int) -> None:
         self._engine = engine

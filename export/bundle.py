@@ -179,9 +179,12 @@ def write_manifest(
     tokenizer: Mapping[str, Any],
     licence: Mapping[str, Any],
     max_context: int,
-    quality: Mapping[str, Any] | None,
+    report: Mapping[str, Any],
 ) -> None:
-    """Write `bundle.json` about the files that are in the folder."""
+    """Write `bundle.json` about the files that are in the folder.
+
+    `report` holds its entries `quality` and `rounding`, as far as they are known.
+    """
     config = checkpoint.config
     files = {}
     for path in sorted(folder.iterdir()):
@@ -207,7 +210,8 @@ def write_manifest(
         "tokenizer": dict(tokenizer),
         "provenance": checkpoint.provenance,
         "license": dict(licence),
-        "quality": None if quality is None else dict(quality),
+        "quality": report.get("quality"),
+        "rounding": report.get("rounding"),
         "files": files,
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

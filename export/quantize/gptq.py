@@ -1,7 +1,7 @@
 """Rounding with error feedback: each input's rounding error is passed on to those not yet rounded.
 
-Of a matrix `W` with inputs `x`, the loss is the mean of `|(W - Q) x|²`, which needs of the text only
-`H = mean(x xᵀ)`. Inputs are rounded one after the other; what rounding input j has done to the
+Of a matrix `W` with inputs `x`, the loss is the mean of `|(W - Q) x|²`, which needs of the text
+only `H = mean(x xᵀ)`. Inputs are rounded one after the other; what rounding input j has done to the
 output is made up for, as well as can be, by changing the inputs that are still free:
 
     W[:, k] -= (W[:, j] - Q[:, j]) / U[j, j] * U[j, k]    for k after j, with H⁻¹ = Uᵀ U
@@ -14,29 +14,28 @@ from __future__ import annotations
 
 import numpy as np
 
+from export.quantize.calibrate import Moments
 from export.quantize.formats import Format
 from export.quantize.packing import Quantized, blocks_of
 from export.quantize.rounding import best_scales
 
 _DAMPING = 0.01  # of the mean of H's diagonal, added to it
 _LAZY = 128  # inputs whose corrections to the rest of the matrix are applied together
-_MOST_INPUTS = 4096  # feedback stays within spans of this many inputs, which bounds time and memory
 
 
-def gptq(rows: np.ndarray, hessian: np.ndarray, fmt: Format) -> Quantized:
+def gptq(rows: np.ndarray, moments: Moments, fmt: Format) -> Quantized:
     """Round a matrix so that its outputs on a text change least.
 
     Args:
         rows: float32 `[outputs, inputs]`.
-        hessian: mean of the outer products of its inputs, float32 `[inputs, inputs]`; for a matrix
-            of more than 4,096 inputs, only the squares of that size along the diagonal are read.
-        fmt: a quantized one.
+        moments: of its inputs on the text; feedback stays within each of their squares.
+        fmt: a quantized one, whose blocks do not cross the squares' edges.
     """
-    num_inputs = rows.shape[1]
     spans = []
-    for first in range(0, num_inputs, _MOST_INPUTS):
-        span = slice(first, min(first + _MOST_INPUTS, num_inputs))
-        spans.append(_round_span(rows[:, span], hessian[span, span], fmt))
+    first = 0
+    for square in moments.squares:
+        spans.append(_round_span(rows[:, first : first + len(square)], square, fmt))
+        first += len(square)
     return Quantized(
         np.concatenate([s.levels for s in spans], axis=1),
         np.concatenate([s.scales for s in spans], axis=1),

@@ -27,6 +27,11 @@ class Quantized:
     scales: np.ndarray
     zero_points: np.ndarray | None = None
 
+    def rows(self, first: int, end: int) -> Quantized:
+        """Some of its rows."""
+        zeros = None if self.zero_points is None else self.zero_points[first:end]
+        return Quantized(self.levels[first:end], self.scales[first:end], zeros)
+
     def values(self, fmt: Format, num_inputs: int) -> np.ndarray:
         """The numbers that it stands for: float32 `[rows, num_inputs]`."""
         zero = fmt.middle if self.zero_points is None else self.zero_points[..., None]
@@ -70,7 +75,8 @@ def unpack_bits(packed: np.ndarray, bits: int, length: int) -> np.ndarray:
     per_byte = 8 // bits
     mask = np.uint8((1 << bits) - 1)
     parts = [(packed >> np.uint8(i * bits)) & mask for i in range(per_byte)]
-    return np.stack(parts, axis=-1).reshape(*packed.shape[:-1], -1)[..., :length]
+    shape = *packed.shape[:-1], packed.shape[-1] * per_byte
+    return np.stack(parts, axis=-1).reshape(shape)[..., :length]
 
 
 def split_planes(levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -36,9 +36,7 @@ def round_to_nearest(rows: np.ndarray, fmt: Format) -> Quantized:
     return _by_pieces(rows, fmt, lambda blocks: _quantize(blocks, *_reaching(blocks, fmt), fmt))
 
 
-def search_scales(
-    rows: np.ndarray, fmt: Format, importance: np.ndarray | None = None
-) -> Quantized:
+def search_scales(rows: np.ndarray, fmt: Format, importance: np.ndarray | None = None) -> Quantized:
     """Round to nearest with, in each block, the scale of least squared error among narrower ones.
 
     Args:

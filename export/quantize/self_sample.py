@@ -67,9 +67,7 @@ def self_sample(
 
 def memory_needed(config: GemmaConfig) -> int:
     """What `self_sample` needs at most, in bytes: the 8-bit weights, as stored and as prepacked."""
-    plan = {
-        spec.name: INT8 for spec in weight_specs(config).values() if spec.kind != "norm"
-    }
+    plan = {spec.name: INT8 for spec in weight_specs(config).values() if spec.kind != "norm"}
     return 2 * plan_bytes(plan, config)
 
 
