@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from export.quantize.balance import BalancedWeights
-from export.quantize.calibrate import OBSERVED, Moments, observe
+from export.quantize.calibrate import OBSERVED, observe
 from export.quantize.formats import Format, Plan
 from export.quantize.gptq import gptq
+from export.quantize.moments import Moments
 from export.quantize.packing import Quantized, pack_bits, unpack_bits
 from export.quantize.workspace import Workspace
 from export.reference import embedded

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from export.quantize.calibrate import Moments
 from export.quantize.formats import Format
+from export.quantize.moments import Moments
 from export.quantize.packing import Quantized, blocks_of
 from export.quantize.rounding import best_scales
 

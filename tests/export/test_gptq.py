@@ -1,0 +1,111 @@
+"""Rounding with error feedback, against a slow reading of the paper and against rounding alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from export.quantize.formats import Format
+from export.quantize.gptq import gptq
+from export.quantize.moments import Moments
+from export.quantize.rounding import best_scales, round_to_nearest
+
+FORMATS = [Format(4, 32, symmetric=False), Format(4, 16), Format(2, 32, symmetric=False)]
+
+
+def problem(num_rows, num_inputs, seed, spread=1.0):
+    """Rows, and inputs that are correlated and of uneven size: float32."""
+    rng = np.random.default_rng(seed)
+    mix = rng.normal(size=(num_inputs, num_inputs)) / np.sqrt(num_inputs)
+    mix *= np.exp(spread * rng.normal(size=num_inputs))
+    inputs = rng.normal(size=(4 * num_inputs, num_inputs)) @ (mix + 0.3 * np.eye(num_inputs))
+    rows = rng.normal(size=(num_rows, num_inputs))
+    return rows.astype(np.float32), inputs.astype(np.float32)
+
+
+def moments_of(inputs):
+    return Moments([inputs.T @ inputs / np.float32(len(inputs))])
+
+
+def output_error(quantized, fmt, rows, inputs):
+    """Share of the outputs' energy that rounding changes."""
+    difference = quantized.values(fmt, rows.shape[1]).astype(np.float64) - rows
+    return np.square(inputs @ difference.T).mean() / np.square(inputs @ rows.T).mean()
+
+
+def gptq_slowly(rows, hessian, fmt):
+    """Algorithm 1 of the paper, an input at a time, the inverse Hessian updated by elimination."""
+    num_rows, num_inputs = rows.shape
+    hessian = hessian.astype(np.float64)
+    importance = np.diag(hessian).astype(np.float32)
+    blocks = rows.reshape(num_rows, -1, fmt.block_size)
+    weight = (importance + importance.mean() * 1e-3).reshape(-1, fmt.block_size)
+    scales, zeros = best_scales(blocks, weight, fmt)
+    inverse = np.linalg.inv(hessian + 0.01 * np.trace(hessian) / num_inputs * np.eye(num_inputs))
+    work = rows.astype(np.float64)
+    levels = np.zeros(rows.shape, np.uint8)
+    for j in np.argsort(-importance, kind="stable"):
+        scale = scales[:, j // fmt.block_size].astype(np.float64)
+        zero = fmt.middle if zeros is None else zeros[:, j // fmt.block_size].astype(np.float64)
+        level = np.clip(np.rint(work[:, j] / scale) + zero, 0, (1 << fmt.bits) - 1)
+        levels[:, j] = level
+        error = (work[:, j] - (level - zero) * scale) / inverse[j, j]
+        work -= np.outer(error, inverse[j])
+        inverse = inverse - np.outer(inverse[:, j], inverse[j]) / inverse[j, j]
+    return levels
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_levels_are_those_of_the_slow_algorithm(fmt):
+    rows, inputs = problem(24, 192, seed=1)
+    moments = moments_of(inputs)
+    found = gptq(rows, moments, fmt)
+    expected = gptq_slowly(rows, moments.squares[0], fmt)
+    # A value within float32's error of the middle between two levels may go either way, and what
+    # follows in its row then differs by as little.
+    different = found.levels.reshape(rows.shape) != expected
+    assert different.mean() < 0.002
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_outputs_change_less_than_by_rounding_to_nearest(fmt):
+    rows, inputs = problem(40, 256, seed=2)
+    nearest = output_error(round_to_nearest(rows, fmt), fmt, rows, inputs)
+    found = output_error(gptq(rows, moments_of(inputs), fmt), fmt, rows, inputs)
+    assert found < 0.6 * nearest
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.sampled_from(FORMATS), st.integers(1, 5), st.integers(1, 300), st.integers(0, 2**32 - 1))
+def test_any_shape_and_any_moments_give_levels_in_range(fmt, num_rows, num_inputs, seed):
+    rng = np.random.default_rng(seed)
+    rows = rng.normal(size=(num_rows, num_inputs)).astype(np.float32)
+    inputs = rng.normal(size=(int(rng.integers(1, 20)), num_inputs)).astype(np.float32)
+    inputs *= rng.random(num_inputs) < rng.random()  # dead inputs, maybe all of them
+    quantized = gptq(rows, moments_of(inputs), fmt)
+    assert quantized.levels.shape == (num_rows, fmt.num_blocks(num_inputs), fmt.block_size)
+    assert quantized.levels.max() < 1 << fmt.bits
+    values = quantized.values(fmt, quantized.levels.shape[1] * fmt.block_size)
+    assert np.isfinite(values).all()
+    assert (values[:, num_inputs:] == 0).all()  # padding
+
+
+def test_feedback_stays_within_the_squares_of_a_wide_matrix():
+    rows, inputs = problem(8, 256, seed=3)
+    fmt = FORMATS[0]
+    halves = [moments_of(inputs[:, :128]).squares[0], moments_of(inputs[:, 128:]).squares[0]]
+    whole = gptq(rows, Moments(halves), fmt)
+    for number, square in enumerate(halves):
+        part = gptq(rows[:, 128 * number : 128 * (number + 1)], Moments([square]), fmt)
+        np.testing.assert_array_equal(whole.levels[:, 4 * number : 4 * (number + 1)], part.levels)
+
+
+def test_moments_of_divided_inputs():
+    _, inputs = problem(1, 96, seed=4)
+    factors = np.exp(np.random.default_rng(5).normal(size=96)).astype(np.float32)
+    found = moments_of(inputs).divided_by(factors)
+    expected = moments_of(inputs / factors)
+    np.testing.assert_allclose(found.squares[0], expected.squares[0], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found.rms, expected.rms, rtol=1e-5)
