@@ -48,6 +48,11 @@ def _parser() -> argparse.ArgumentParser:
         "--recipe", default="int8", help="int8 or fp32: how weights are stored (default: int8)"
     )
     parser.add_argument(
+        "--lowering",
+        default="fused",
+        help="fused: onnxruntime's own operators; traced: standard operators only (default: fused)",
+    )
+    parser.add_argument(
         "--max-context",
         type=int,
         metavar="N",
@@ -81,6 +86,7 @@ def _export(arguments: argparse.Namespace) -> int:
                 arguments.source,
                 arguments.out,
                 arguments.recipe,
+                lowering=arguments.lowering,
                 max_context=arguments.max_context,
                 overwrite=arguments.overwrite,
                 verify=arguments.verify,

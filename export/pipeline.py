@@ -22,6 +22,7 @@ from export.fused import build_graph
 from export.quantize.formats import plan_bytes, plan_for_recipe, recipe_named
 from export.start_keras import start_keras
 from export.store import store_weights
+from export.traced import build_traced_graph
 from export.weights_file import WeightsFile
 from gemma_keras.checkpoints import Checkpoint, open_checkpoint
 from gemma_keras.checkpoints.names import parameter_count
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from gemma_keras.causal_lm import GemmaCausalLM
 
 Progress = Callable[[str, float], None]
+
+LOWERINGS = {"fused": build_graph, "traced": build_traced_graph}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +59,7 @@ def export_onnx(
     out: str | os.PathLike[str],
     recipe: str = "int8",
     *,
+    lowering: str = "fused",
     max_context: int | None = None,
     overwrite: bool = False,
     verify: bool = True,
@@ -67,16 +71,19 @@ def export_onnx(
         source: what `gemma_keras.open_checkpoint` takes, or a `GemmaCausalLM`.
         out: the folder to write; it gets this name only when it is complete.
         recipe: `int8` or `fp32`.
+        lowering: `fused`, graphs of onnxruntime's operators, or `traced`, graphs of standard
+            operators made from the Keras code, which any ONNX runtime can run.
         max_context: the longest sequence the bundle is for, in tokens; the model's by default.
         overwrite: whether a bundle that stands there is replaced.
         verify: whether the bundle is run and compared with the Keras model.
         on_progress: told the stage and how much of it is done, 0 to 1.
 
     Raises:
-        ExportRequestError: the recipe, the context or the output folder cannot be used.
+        ExportRequestError: the recipe, the lowering, the context or the output folder cannot be used.
         ModelError: the source cannot be used.
         ExportError: no space or memory, or the bundle differs from the model.
     """
+    build = _lowering_named(lowering)
     out = Path(os.path.realpath(out))  # a link to a bundle stays, what it points at is replaced
     with _told_in_a_sentence(out):
         writer.check_out(out, overwrite=overwrite)
@@ -106,7 +113,7 @@ def export_onnx(
         graphs = {"interchange": interchange_contract(config), "engine": engine_contract(config)}
         for number, contract in enumerate(graphs.values()):
             on_progress("graphs", number / len(graphs))
-            graph = build_graph(config, plan, weights, contract, max_context)
+            graph = build(config, plan, weights, contract, max_context)
             ir.save(graph, folder / contract.file)
             onnx.checker.check_model(str(folder / contract.file))
         on_progress("graphs", 1)
@@ -116,6 +123,7 @@ def export_onnx(
                 folder,
                 checkpoint,
                 recipe,
+                lowering,
                 plan,
                 graphs,
                 list(ropes(config).values()),
@@ -134,6 +142,14 @@ def export_onnx(
             on_progress("verification", 1)
         num_bytes = Bundle.open(folder).num_bytes
     return ExportResult(out, recipe, num_bytes, quality)
+
+
+def _lowering_named(name: str):
+    if name not in LOWERINGS:
+        raise ExportRequestError(
+            f"no lowering is called {name!r}; choose one of {', '.join(LOWERINGS)}"
+        )
+    return LOWERINGS[name]
 
 
 def _open(source) -> tuple[Checkpoint, GemmaCausalLM | None]:

@@ -69,7 +69,7 @@ def rotate(x, positions, theta: float, scale: float):
     """
     head_dim = x.shape[-1]
     frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float32) / head_dim) / scale
-    angles = ops.cast(positions, "float32")[..., None] * ops.convert_to_tensor(
+    angles = ops.expand_dims(ops.cast(positions, "float32"), -1) * ops.convert_to_tensor(
         frequencies, dtype="float32"
     )
     angles = ops.expand_dims(angles, -3)  # (batch or none, 1, length, head_dim / 2)
@@ -95,7 +95,11 @@ def write_at(cache, new, start):
         return ops.slice_update(cache, (0, 0, start, 0), new)
     shape = ops.shape(new)[:3]
     rows, heads, places = (ops.arange(size, dtype="int32") for size in shape)
-    where = (rows[:, None, None], heads[None, :, None], start[:, None, None] + places)
+    where = (
+        ops.reshape(rows, (-1, 1, 1)),
+        ops.reshape(heads, (1, -1, 1)),
+        ops.reshape(start, (-1, 1, 1)) + places,
+    )
     indices = ops.stack([ops.broadcast_to(index, shape) for index in where], axis=-1)
     return ops.scatter_update(
         cache, ops.reshape(indices, (-1, 3)), ops.reshape(new, (-1, new.shape[-1]))
@@ -166,7 +170,8 @@ class GemmaAttention(keras.layers.Layer):
         spec = self.spec
         batch, length = ops.shape(x)[0], ops.shape(x)[1]
         start = ops.convert_to_tensor(start, dtype="int32")
-        positions = start[..., None] + ops.arange(length, dtype="int32")  # (batch or none, length)
+        # (batch or none, length)
+        positions = ops.expand_dims(start, -1) + ops.arange(length, dtype="int32")
 
         def heads(tensor, count):
             split = ops.reshape(tensor, (batch, length, count, spec.head_dim))
@@ -192,7 +197,7 @@ class GemmaAttention(keras.layers.Layer):
 
     def _mask(self, positions, key_positions, padding_mask):
         """True where a query may look: bool `(batch or 1, 1, 1, length, total)`."""
-        distance = positions[..., :, None] - key_positions[..., None, :]
+        distance = ops.expand_dims(positions, -1) - ops.expand_dims(key_positions, -2)
         mask = distance >= 0
         if self.spec.sliding_window is not None:
             mask = ops.logical_and(mask, distance < self.spec.sliding_window)
