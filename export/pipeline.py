@@ -79,7 +79,7 @@ def export_onnx(
         on_progress: told the stage and how much of it is done, 0 to 1.
 
     Raises:
-        ExportRequestError: the recipe, the lowering, the context or the output folder cannot be used.
+        ExportRequestError: the recipe, lowering, context or output folder cannot be used.
         ModelError: the source cannot be used.
         ExportError: no space or memory, or the bundle differs from the model.
     """

@@ -3,8 +3,8 @@
 A process of its own, whatever backend the caller's Keras has. It reads a configuration as JSON from
 stdin and writes into FOLDER `embed.onnx`, `head.onnx` and, for each kind of block, `block.{i}.onnx`
 with i the first layer of that kind. Blocks of a kind differ in their weights only, and weights are
-inputs of the fragments: the time and the size of what is written do not grow with the model's depth,
-and no weight is ever allocated.
+inputs of the fragments: time and size of what is written do not grow with the model's depth, and no
+weight is ever allocated.
 """
 
 # Keras's operations are typed as if they returned None or a PyTree.
@@ -20,15 +20,22 @@ from pathlib import Path
 import keras
 import onnx
 import tensorflow as tf
-import tf2onnx
-from keras import ops
+from tf2onnx import optimizer, tf_loader, tfonnx
 
+from export.nodes import OPSET
 from gemma_keras.backbone import GemmaBackbone
 from gemma_keras.checkpoints.names import WeightSpec, weight_specs
 from gemma_keras.config import GemmaConfig
 
 # tf2onnx ends at 18. From 21 on DequantizeLinear knows blocks and 4-bit integers.
-_TRACED_OPSET, OPSET = 18, 21
+_TRACED_OPSET = 18
+# Of tf2onnx's own optimizers. Those that turn transposes into reshapes and merge reshapes lose track
+# of what a 0 in a shape refers to: with one key-value head their graph mixes batch and length.
+_SOUND = {
+    "fold_constants": optimizer.ConstFoldOptimizer,
+    "merge_duplication": optimizer.MergeDuplicatedNodesOptimizer,
+    "remove_identity": optimizer.IdentityOptimizer,
+}
 
 
 def trace(config: GemmaConfig, folder: Path) -> None:
@@ -136,15 +143,32 @@ def _write(
         }
         return function(given, *arguments[: len(others)])
 
-    model, _ = tf2onnx.convert.from_function(traced, signature, opset=_TRACED_OPSET)
+    model = _convert(traced.get_concrete_function(*signature))
     expected = {spec.name for spec in signature}
     found = {value.name for value in model.graph.input}
     if found != expected:
-        raise AssertionError(
-            f"{path.name} has the inputs {sorted(found ^ expected)} too many or few"
-        )
-    model = onnx.version_converter.convert_version(model, OPSET)
+        raise AssertionError(f"{path.name}: {sorted(found ^ expected)} are inputs too many or few")
     path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _convert(function) -> onnx.ModelProto:
+    """A traced function to ONNX, its inputs and outputs under the names they have in Python."""
+    inputs = [tensor.name for tensor in function.inputs]
+    outputs = {tensor.name: name for name, tensor in function.structured_outputs.items()}
+    names = {name: name.removesuffix(":0") for name in inputs} | outputs
+    graph_def = tf_loader.from_function(function, inputs, list(outputs))
+    with tf.Graph().as_default() as graph:
+        tf.import_graph_def(graph_def, name="")
+        converted = tfonnx.process_tf_graph(
+            graph,
+            opset=_TRACED_OPSET,
+            input_names=inputs,
+            output_names=list(outputs),
+            tensors_to_rename=names,
+        )
+    converted = optimizer.optimize_graph(converted, catch_errors=False, optimizers=_SOUND)
+    model = converted.make_model("fragment")
+    return onnx.version_converter.convert_version(model, OPSET)
 
 
 def main() -> int:

@@ -1,9 +1,9 @@
 """The traced lowering: the Keras code itself, converted to a graph of standard ONNX operators.
 
-A process of its own traces the layers on TensorFlow (`export.trace_keras`), each kind of block once.
-Here the fragments are laid end to end over the stored weights, between the inputs and outputs of the
-contract. Only what the contract adds to the model is written here: where a row's text ends, how a
-past grows, at which positions logits are wanted.
+A process of its own traces the layers on TensorFlow (`export.trace_keras`), each kind of block
+once. Here the fragments are laid end to end over the stored weights, between the inputs and outputs
+of the contract. Only what the contract adds to the model is written here: where a row's text ends,
+how a past grows, at which positions logits are wanted.
 
 Any ONNX runtime can run the result, and because it shares no line with `export.fused` it is that
 one's referee.
