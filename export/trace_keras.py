@@ -10,6 +10,7 @@ weight is ever allocated.
 # Keras's operations are typed as if they returned None or a PyTree.
 # pyright: reportOptionalOperand=false, reportOptionalSubscript=false, reportOperatorIssue=false
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportReturnType=false
+# pyright: reportOptionalCall=false, reportFunctionMemberAccess=false
 from __future__ import annotations
 
 import json
@@ -29,8 +30,8 @@ from gemma_keras.config import GemmaConfig
 
 # tf2onnx ends at 18. From 21 on DequantizeLinear knows blocks and 4-bit integers.
 _TRACED_OPSET = 18
-# Of tf2onnx's own optimizers. Those that turn transposes into reshapes and merge reshapes lose track
-# of what a 0 in a shape refers to: with one key-value head their graph mixes batch and length.
+# Of tf2onnx's own optimizers. Those that turn transposes into reshapes and merge reshapes lose
+# track of what a 0 in a shape refers to: with one key-value head they mix up batch and length.
 _SOUND = {
     "fold_constants": optimizer.ConstFoldOptimizer,
     "merge_duplication": optimizer.MergeDuplicatedNodesOptimizer,

@@ -161,20 +161,21 @@ class _TracedGraph:
             Its outputs by name.
         """
         graph = ir.from_proto(onnx.ModelProto.FromString(self.fragments[fragment])).graph
-        values: dict[ir.Value | None, ir.Value | None] = {None: None}
+        values: dict[ir.Value, ir.Value] = {}
         for value in graph.inputs:
             name = str(value.name)
             if name in given:
                 values[value] = given[name]
-            elif name == "token_embedding":  # rows of it are read, and it need not be a matrix
-                continue
-            else:
+            elif name != "token_embedding":  # of that, rows are read where they are gathered
                 values[value] = self._weight(prefix + name)
-        for value in graph.initializers.values():
-            assert value.const_value is not None
-            values[value] = self.nodes.constant(value.const_value.numpy())
+
+        def ours(value: ir.Value | None) -> ir.Value | None:
+            if value is not None and value not in values and value.const_value is not None:
+                values[value] = self.nodes.constant(value.const_value.numpy())
+            return None if value is None else values.get(value, value)
+
         for node in _in_order(graph):
-            inputs = [values.get(value, value) for value in node.inputs]
+            inputs = [ours(value) for value in node.inputs]
             table = next((v for v in inputs if v is not None and v.graph is graph), None)
             if table is None:
                 copied = self.nodes.copy(scope, node, inputs)
@@ -183,12 +184,7 @@ class _TracedGraph:
             else:
                 raise AssertionError(f"{node.op_type} reads the whole of {table.name}")
             values |= dict(zip(node.outputs, copied, strict=True))
-        found = {}
-        for value in graph.outputs:
-            result = values[value]
-            assert result is not None
-            found[str(value.name)] = result
-        return found
+        return {str(value.name): values[value] for value in graph.outputs}
 
     def _model(self, outputs: Mapping[str, ir.Value]) -> ir.Model:
         for spec in self.contract.outputs:
