@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
+import itertools
 import json
 import math
 import signal
@@ -219,9 +220,7 @@ def engine_logits(path, config, ids):
     """Of a prefill in two chunks, single tokens, a rewind into the first chunk and more tokens."""
     engine = EngineGraph(path, config, len(ids))
     bounds = [0, 2 * WINDOW, 25, 26, 27, 28]
-    found = [
-        engine.run(ids[:, a:b], [b] * len(ids)) for a, b in zip(bounds, bounds[1:], strict=False)
-    ]
+    found = [engine.run(ids[:, a:b], [b] * len(ids)) for a, b in itertools.pairwise(bounds)]
     other = ids[:, ::-1]
     found.append(engine.run(other[:, 5:9], [9] * len(ids), [0, 3]))
     found.append(engine.run(other[:, 9:10], [10] * len(ids)))
@@ -451,7 +450,7 @@ def test_export_of_a_keras_model_on_any_backend(tmp_path):
 
 
 def test_an_unknown_lowering_is_refused(tmp_path):
-    with pytest.raises(ExportRequestError, match="no lowering is called 'upper'.*fused, traced"):
+    with pytest.raises(ExportRequestError, match=r"no lowering is called 'upper'.*fused, traced"):
         export_onnx(checkpoint_of("gemma"), tmp_path / "out", lowering="upper")
     assert not list(tmp_path.iterdir())
 
