@@ -218,6 +218,15 @@ def _in_order(graph: ir.Graph) -> list[ir.Node]:
     return list(order)
 
 
+# The process finds the modules that this one does.
+_TRACE = """
+import sys
+sys.path[:] = sys.argv.pop().split("\\n")
+from export.trace_keras import main
+sys.exit(main())
+"""
+
+
 @functools.lru_cache(maxsize=4)
 def trace(config: GemmaConfig) -> Mapping[str, bytes]:
     """What `export.trace_keras` makes of a configuration: fragment name to ONNX model.
@@ -225,10 +234,7 @@ def trace(config: GemmaConfig) -> Mapping[str, bytes]:
     Raises:
         ExportError: it failed; the message ends with its reason.
     """
-    package = Path(__file__).parent
-    path = [str(package.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(path),
         "PYTHONHASHSEED": "0",  # sets of names decide the order of what tf2onnx writes
         "PYTHONWARNINGS": "ignore",
         "KERAS_BACKEND": "tensorflow",
@@ -236,10 +242,9 @@ def trace(config: GemmaConfig) -> Mapping[str, bytes]:
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
     with tempfile.TemporaryDirectory(prefix="gemma-trace-") as folder:
-        # -P: a file in the user's folder must not stand in for a module. `run` ends the process
-        # when this one is interrupted.
+        # `run` ends the process when this one is interrupted.
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "export.trace_keras", folder],
+            [sys.executable, "-c", _TRACE, folder, "\n".join(sys.path)],
             input=json.dumps(config.to_dict()),
             env=environment,
             capture_output=True,
