@@ -94,10 +94,7 @@ def dequantized_rows(nodes: Nodes, spec: WeightSpec, fmt: Format, ids: ir.Value)
     def gathered(part: str, num_values: int) -> ir.Value:
         """Integers of the rows, one a byte."""
         num_bytes = -(-num_values * fmt.bits // 8)
-        stored = nodes.stored(f"{name}.{part}")
-        if stored.shape != (num_rows, num_bytes):
-            shape = nodes.constant(np.array([num_rows, num_bytes], np.int64))
-            stored = nodes.op(scope, "Reshape", [stored, shape])
+        stored = nodes.stored(f"{name}.{part}", ir.DataType.UINT8, (num_rows, num_bytes))
         values = nodes.op(scope, "Gather", [stored, ids], axis=0)
         if fmt.bits == 4:
             values = _unpacked(nodes, scope, values)

@@ -72,10 +72,16 @@ class Nodes:
     def stored(
         self, name: str, dtype: ir.DataType | None = None, shape: Sequence[int] | None = None
     ) -> ir.Value:
-        """A tensor of the weights file; its type and shape may be others over the same bytes."""
-        if name not in self._initializers:
-            self._initializers[name] = self.weights.initializer(name, dtype, shape)
-        return self._initializers[name]
+        """A tensor of the weights file; its type and shape may be others over the same bytes.
+
+        Under another type it has a name of its own, so that one graph can read it as both.
+        """
+        own = self.weights.tensors[name]
+        dtype = own.dtype if dtype is None else dtype
+        label = name if dtype == own.dtype else f"{name}.{dtype.name.lower()}"
+        if label not in self._initializers:
+            self._initializers[label] = self.weights.initializer(name, dtype, shape, label)
+        return self._initializers[label]
 
     def model(self, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> ir.Model:
         """The graph as a model."""

@@ -73,7 +73,11 @@ class WeightsFile:
         self.tensors[name] = dataclasses.replace(stored, shape=shape)
 
     def initializer(
-        self, name: str, dtype: ir.DataType | None = None, shape: Sequence[int] | None = None
+        self,
+        name: str,
+        dtype: ir.DataType | None = None,
+        shape: Sequence[int] | None = None,
+        label: str | None = None,
     ) -> ir.Value:
         """A graph initializer that points at the stored tensor.
 
@@ -81,6 +85,7 @@ class WeightsFile:
             name: of the tensor.
             dtype: to read its bytes as another type, such as 4-bit integers.
             shape: to read its bytes in another shape.
+            label: its name in the graph, if that is another.
         """
         stored = self.tensors[name]
         dtype = stored.dtype if dtype is None else dtype
@@ -93,7 +98,7 @@ class WeightsFile:
             stored.num_bytes,
             dtype,
             shape=ir.Shape(shape),
-            name=name,
+            name=label or name,
             base_dir=self.path.parent,
         )
-        return ir.val(name, dtype, shape, const_value=tensor)
+        return ir.val(label or name, dtype, shape, const_value=tensor)

@@ -129,6 +129,26 @@ def test_rows_of_the_table(tmp_path, bits, symmetric, width):
     assert "Gather" in readers and len(wide) == 1
 
 
+@each_bits
+@symmetric_or_not
+@each_width
+def test_a_table_that_is_the_head_too(tmp_path, bits, symmetric, width):
+    """Both ways to read it in one graph, as a tied embedding is read."""
+    stored = Stored(tmp_path, bits, symmetric, width)
+    ids = np.array([[3, 0], [8, 8]], np.int64)
+
+    def build(nodes, ids):
+        rows = dequantized_rows(nodes, stored.spec, stored.fmt, ids)
+        matrix = dequantized_matrix(nodes, stored.spec, stored.fmt)
+        scaled = nodes.op("y", "Mul", [rows, nodes.constant(np.array(2, np.float32))])
+        return nodes.op("y", "MatMul", [scaled, matrix])
+
+    expected = 2 * stored.values[ids] @ stored.values.T
+    for level in (EXACT, AS_IT_COMES):
+        found = stored.run(build, [ids], 3, level)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * expected.std())
+
+
 def test_the_graph_says_nothing_but_standard_operators(tmp_path):
     stored = Stored(tmp_path, 4, False, 80)
     stored.product(np.ones((1, 80), np.float32), EXACT)
