@@ -80,6 +80,11 @@ def _parser() -> argparse.ArgumentParser:
         help="JSON, weight name to format, as in bundle.json: in place of the recipe's formats",
     )
     parser.add_argument(
+        "--lowering",
+        default="fused",
+        help="fused: onnxruntime's own operators; traced: standard operators only (default: fused)",
+    )
+    parser.add_argument(
         "--max-context",
         type=int,
         metavar="N",
@@ -117,6 +122,7 @@ def _export(arguments: argparse.Namespace) -> int:
                 kl_budget=arguments.kl_budget,
                 calibration=arguments.calibration,
                 plan=plan,
+                lowering=arguments.lowering,
                 max_context=arguments.max_context,
                 overwrite=arguments.overwrite,
                 verify=arguments.verify,

@@ -19,14 +19,31 @@ from export.contract import (
     interchange_contract,
     ropes,
 )
+from export.errors import ExportRequestError
 from export.fused import build_graph
 from export.quantize.formats import Format, Plan
 from export.quantize.packing import Quantized
 from export.store import store_weights
+from export.traced import build_traced_graph
 from export.weights_file import WeightsFile
 from gemma_keras.checkpoints import Checkpoint
 
 Progress = Callable[[str, float], None]
+
+LOWERINGS = {"fused": build_graph, "traced": build_traced_graph}
+
+
+def lowering_named(name: str):
+    """The function that builds graphs under a lowering.
+
+    Raises:
+        ExportRequestError: there is none of that name.
+    """
+    if name not in LOWERINGS:
+        raise ExportRequestError(
+            f"no lowering is called {name!r}; choose one of {', '.join(LOWERINGS)}"
+        )
+    return LOWERINGS[name]
 
 
 class BundleDraft:
@@ -36,6 +53,7 @@ class BundleDraft:
         folder: empty.
         checkpoint: the model.
         recipe: its name.
+        lowering: the name of the way to graphs.
         max_context: the longest sequence the bundle is for, in tokens.
         on_progress: told the stage and the share of it that is done.
     """
@@ -45,6 +63,7 @@ class BundleDraft:
         folder: Path,
         checkpoint: Checkpoint,
         recipe: str,
+        lowering: str,
         max_context: int,
         on_progress: Progress,
     ) -> None:
@@ -52,6 +71,7 @@ class BundleDraft:
         self.folder = folder
         self.checkpoint = checkpoint
         self.recipe = recipe
+        self.lowering = lowering
         self.max_context = max_context
         self._on_progress = on_progress
         self._graphs = {
@@ -77,6 +97,7 @@ class BundleDraft:
             rounded: what is on a lattice already, by name and format.
         """
         config = self.checkpoint.config
+        build = lowering_named(self.lowering)
         self._plan = plan
         self._on_progress("weights", 0)
         with WeightsFile(self.folder / WEIGHTS_FILE) as file:
@@ -90,7 +111,7 @@ class BundleDraft:
             )
         for number, contract in enumerate(self._graphs.values()):
             self._on_progress("graphs", number / len(self._graphs))
-            graph = build_graph(config, plan, file, contract, self.max_context)
+            graph = build(config, plan, file, contract, self.max_context)
             ir.save(graph, self.folder / contract.file)
             onnx.checker.check_model(str(self.folder / contract.file))
         self._on_progress("graphs", 1)
@@ -106,6 +127,7 @@ class BundleDraft:
             self.folder,
             self.checkpoint,
             self.recipe,
+            self.lowering,
             self._plan,
             self._graphs,
             list(ropes(self.checkpoint.config).values()),

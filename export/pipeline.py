@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export import bundle as writer
-from export.draft import BundleDraft, Progress
+from export.draft import BundleDraft, Progress, lowering_named
 from export.errors import ExportError, ExportRequestError
 from export.quantize.formats import Plan, plan_bytes
 from export.quantize.recipes import plan_for_recipe, plan_from_json, recipe_named
@@ -52,6 +52,7 @@ def export_onnx(
     kl_budget: float | None = None,
     calibration: str | os.PathLike[str] | None = None,
     plan: Mapping[str, Mapping[str, Any]] | None = None,
+    lowering: str = "fused",
     max_context: int | None = None,
     overwrite: bool = False,
     verify: bool = True,
@@ -70,22 +71,26 @@ def export_onnx(
             that the model writes; `"none"`, no calibration. By default the recipe's own.
         plan: weight name to format, as `bundle.json` has it, in place of the recipe's formats for
             the weights it names; nothing is chosen by measurement then.
+        lowering: `fused`, graphs of onnxruntime's operators, or `traced`, graphs of standard
+            operators made from the Keras code, which any ONNX runtime can run.
         max_context: the longest sequence the bundle is for, in tokens; the model's by default.
         overwrite: whether a bundle that stands there is replaced.
         verify: whether the bundle is run and compared with the Keras layers.
         on_progress: told the stage and how much of it is done, 0 to 1.
 
     Raises:
-        ExportRequestError: the recipe, the plan, the budget, the text, the context or the output
-            folder cannot be used.
+        ExportRequestError: the recipe, the lowering, the plan, the budget, the text, the context
+            or the output folder cannot be used.
         ModelError: the source cannot be used.
         ExportError: no space or memory, or the bundle differs from the model.
     """
+    build = _lowering_named(lowering)
     out = Path(os.path.realpath(out))  # a link to a bundle stays, what it points at is replaced
     with _told_in_a_sentence(out):
         writer.check_out(out, overwrite=overwrite)
     checkpoint = _open(source)
     config = checkpoint.config
+    lowering_named(lowering)
     chosen = recipe_named(recipe)
     formats = plan_for_recipe(recipe, config) | plan_from_json(plan or {}, config)
     budget = _check_budget(kl_budget, recipe, plan)
@@ -95,7 +100,7 @@ def export_onnx(
     workspace = workspace_path(out)
     try:
         with _told_in_a_sentence(out), writer.unfinished_folder(out, overwrite=overwrite) as folder:
-            draft = BundleDraft(folder, checkpoint, recipe, max_context, on_progress)
+            draft = BundleDraft(folder, checkpoint, recipe, lowering, max_context, on_progress)
             text = calibration or chosen.calibration
             if verify or text:
                 on_progress("keras", 0)

@@ -78,16 +78,33 @@ class WeightsFile:
             raise ValueError(f"{name}: {shape} and {stored.shape} differ in size")
         self.tensors[name] = dataclasses.replace(stored, shape=shape)
 
-    def initializer(self, name: str) -> ir.Value:
-        """A graph initializer that points at the stored tensor."""
+    def initializer(
+        self,
+        name: str,
+        dtype: ir.DataType | None = None,
+        shape: Sequence[int] | None = None,
+        label: str | None = None,
+    ) -> ir.Value:
+        """A graph initializer that points at the stored tensor.
+
+        Args:
+            name: of the tensor.
+            dtype: to read its bytes as another type, such as 4-bit integers.
+            shape: to read its bytes in another shape.
+            label: its name in the graph, if that is another.
+        """
         stored = self.tensors[name]
+        dtype = stored.dtype if dtype is None else dtype
+        shape = stored.shape if shape is None else tuple(shape)
+        if math.ceil(math.prod(shape) * dtype.bitwidth / 8) != stored.num_bytes:
+            raise ValueError(f"{name}: {dtype.name} {shape} does not take {stored.num_bytes} bytes")
         tensor = ir.ExternalTensor(
             self.path.name,
             stored.offset,
             stored.num_bytes,
-            stored.dtype,
-            shape=ir.Shape(stored.shape),
-            name=name,
+            dtype,
+            shape=ir.Shape(shape),
+            name=label or name,
             base_dir=self.path.parent,
         )
-        return ir.val(name, stored.dtype, stored.shape, const_value=tensor)
+        return ir.val(label or name, dtype, shape, const_value=tensor)

@@ -97,11 +97,11 @@ class GemmaBackbone(keras_hub.models.Backbone):
     # --- the same layers with a cache ---
 
     def empty_cache(self, batch_size, capacity) -> tuple:
-        """Zeroed keys and values for each layer, `(batch, capacity, kv_heads, head_dim)` each."""
+        """Zeroed keys and values for each layer, `(batch, kv_heads, capacity, head_dim)` each."""
         return tuple(
             tuple(
                 ops.zeros(
-                    (batch_size, capacity, spec.num_kv_heads, spec.head_dim),
+                    (batch_size, spec.num_kv_heads, capacity, spec.head_dim),
                     dtype=self.compute_dtype,
                 )
                 for _ in range(2)
@@ -115,7 +115,7 @@ class GemmaBackbone(keras_hub.models.Backbone):
         Args:
             token_ids: int `(batch, length)`.
             cache: as `empty_cache` or an earlier call returned it.
-            start: int, position of the first token.
+            start: position of the first token: int, or int `(batch,)` where rows differ.
 
         Returns:
             The normed hidden states `(batch, length, hidden_dim)` and the updated cache.

@@ -59,8 +59,8 @@ def rotate(x, positions, theta: float, scale: float):
     """Rotary position embedding over halves (Su et al., 2021, arXiv:2104.09864).
 
     Args:
-        x: float `(batch, length, heads, head_dim)`.
-        positions: int `(length,)`, absolute.
+        x: float `(batch, heads, length, head_dim)`.
+        positions: int `(length,)` or `(batch, length)`, absolute.
         theta: base of the frequencies `theta ** (-2i / head_dim)`.
         scale: positions are divided by it.
 
@@ -69,14 +69,41 @@ def rotate(x, positions, theta: float, scale: float):
     """
     head_dim = x.shape[-1]
     frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float32) / head_dim) / scale
-    angles = ops.cast(positions, "float32")[:, None] * ops.convert_to_tensor(
+    angles = ops.expand_dims(ops.cast(positions, "float32"), -1) * ops.convert_to_tensor(
         frequencies, dtype="float32"
     )
-    cos = ops.cos(angles)[:, None, :]  # (length, 1, head_dim / 2)
-    sin = ops.sin(angles)[:, None, :]
+    angles = ops.expand_dims(angles, -3)  # (batch or none, 1, length, head_dim / 2)
+    cos, sin = ops.cos(angles), ops.sin(angles)
     first, second = ops.split(ops.cast(x, "float32"), 2, axis=-1)
     rotated = ops.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return ops.cast(rotated, x.dtype)
+
+
+def write_at(cache, new, start):
+    """The cache with `new` from position `start` onwards.
+
+    Args:
+        cache: `(batch, kv_heads, total, head_dim)`.
+        new: `(batch, kv_heads, length, head_dim)`.
+        start: int `()`, or `(batch,)` where rows differ; `start + length <= total`.
+
+    Returns:
+        A tensor like `cache`.
+    """
+    new = ops.cast(new, cache.dtype)
+    if len(start.shape) == 0:
+        return ops.slice_update(cache, (0, 0, start, 0), new)
+    shape = ops.shape(new)[:3]
+    rows, heads, places = (ops.arange(size, dtype="int32") for size in shape)
+    where = (
+        ops.reshape(rows, (-1, 1, 1)),
+        ops.reshape(heads, (1, -1, 1)),
+        ops.reshape(start, (-1, 1, 1)) + places,
+    )
+    indices = ops.stack([ops.broadcast_to(index, shape) for index in where], axis=-1)
+    return ops.scatter_update(
+        cache, ops.reshape(indices, (-1, 3)), ops.reshape(new, (-1, new.shape[-1]))
+    )
 
 
 def _dense(kernel_initializer, dtype, units: int, name: str) -> keras.layers.Dense:
@@ -133,19 +160,22 @@ class GemmaAttention(keras.layers.Layer):
         Args:
             x: float `(batch, length, hidden_dim)`.
             padding_mask: int or bool `(batch, total)`, false where a key is padding; or `None`.
-            cache: keys and values of earlier tokens, each `(batch, total, kv_heads, head_dim)`;
+            cache: keys and values of earlier tokens, each `(batch, kv_heads, total, head_dim)`;
                 or `None`, which means there are none.
-            start: int, position of the first token of `x`.
+            start: position of the first token of `x`: int, or int `(batch,)` where rows differ.
 
         Returns:
             The output `(batch, length, hidden_dim)` and the updated cache (`None` without one).
         """
         spec = self.spec
         batch, length = ops.shape(x)[0], ops.shape(x)[1]
-        positions = ops.arange(length, dtype="int32") + ops.cast(start, "int32")
+        start = ops.convert_to_tensor(start, dtype="int32")
+        # (batch or none, length)
+        positions = ops.expand_dims(start, -1) + ops.arange(length, dtype="int32")
 
         def heads(tensor, count):
-            return ops.reshape(tensor, (batch, length, count, spec.head_dim))
+            split = ops.reshape(tensor, (batch, length, count, spec.head_dim))
+            return ops.swapaxes(split, 1, 2)  # (batch, count, length, head_dim)
 
         query = heads(self.query(x), spec.num_heads)
         key = heads(self.key(x), spec.num_kv_heads)
@@ -158,41 +188,41 @@ class GemmaAttention(keras.layers.Layer):
         if cache is None:
             key_positions = positions
         else:
-            past_key, past_value = cache
-            key = ops.slice_update(past_key, (0, start, 0, 0), ops.cast(key, past_key.dtype))
-            value = ops.slice_update(
-                past_value, (0, start, 0, 0), ops.cast(value, past_value.dtype)
-            )
+            key, value = write_at(cache[0], key, start), write_at(cache[1], value, start)
             cache = (key, value)
-            key_positions = ops.arange(ops.shape(key)[1], dtype="int32")
+            key_positions = ops.arange(ops.shape(key)[2], dtype="int32")
         mask = self._mask(positions, key_positions, padding_mask)
-        attended = self._attend(query, key, value, mask)
+        attended = ops.swapaxes(self._attend(query, key, value, mask), 1, 2)
         return self.output_dense(ops.reshape(attended, (batch, length, -1))), cache
 
     def _mask(self, positions, key_positions, padding_mask):
         """True where a query may look: bool `(batch or 1, 1, 1, length, total)`."""
-        distance = positions[:, None] - key_positions[None, :]
+        distance = ops.expand_dims(positions, -1) - ops.expand_dims(key_positions, -2)
         mask = distance >= 0
         if self.spec.sliding_window is not None:
             mask = ops.logical_and(mask, distance < self.spec.sliding_window)
-        mask = mask[None, None, None]
+        mask = ops.reshape(mask, (-1, 1, 1, *ops.shape(mask)[-2:]))
         if padding_mask is not None:
             keys = ops.cast(padding_mask, "bool")[:, None, None, None, :]
             mask = ops.logical_and(mask, keys)
         return mask
 
     def _attend(self, query, key, value, mask):
+        """From `(batch, heads or kv_heads, length or total, head_dim)` to one like `query`."""
         spec = self.spec
-        batch, length = ops.shape(query)[0], ops.shape(query)[1]
+        batch, length, total = ops.shape(query)[0], ops.shape(query)[2], ops.shape(key)[2]
         group = spec.num_heads // spec.num_kv_heads
-        query = ops.reshape(query, (batch, length, spec.num_kv_heads, group, spec.head_dim))
-        scores = ops.einsum("btkgh,bskh->bkgts", query, key)
+        # The heads that share a key are rows of one product: (batch, kv_heads, group * length, _)
+        query = ops.reshape(query, (batch, spec.num_kv_heads, group * length, spec.head_dim))
+        scores = ops.matmul(query, ops.swapaxes(key, -1, -2))
         scores = ops.cast(scores, "float32") * spec.query_scale
         if spec.attention_soft_cap is not None:  # before the mask, or masked scores come back
             scores = ops.tanh(scores / spec.attention_soft_cap) * spec.attention_soft_cap
+        scores = ops.reshape(scores, (batch, spec.num_kv_heads, group, length, total))
         weights = ops.softmax(ops.where(mask, scores, _MASKED), axis=-1)
-        # (batch, length, kv_heads, group, head_dim)
-        return ops.einsum("bkgts,bskh->btkgh", ops.cast(weights, value.dtype), value)
+        weights = ops.reshape(weights, (batch, spec.num_kv_heads, group * length, total))
+        attended = ops.matmul(ops.cast(weights, value.dtype), value)
+        return ops.reshape(attended, (batch, spec.num_heads, length, spec.head_dim))
 
     def compute_output_shape(self, input_shape, *args, **kwargs):
         return input_shape

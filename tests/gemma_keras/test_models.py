@@ -95,6 +95,24 @@ def test_call_in_chunks_over_a_cache_equals_the_whole_call(tiny, generation, pre
     assert relative_difference(np.concatenate(outputs, axis=1), whole) < 1e-4
 
 
+@each_generation
+def test_rows_of_a_batch_may_stand_at_different_positions(tiny, generation):
+    """As with prompts of different length: each row writes and looks where its own text ends."""
+    backbone = tiny(generation)[0].backbone
+    ids = random_ids()
+    lengths = np.arange(len(ids), dtype="int32") * 3 + WINDOW
+    cache = backbone.empty_cache(len(ids), LENGTH)
+    _, cache = backbone.call_with_cache(ids[:, : lengths.max()], cache, 0)  # longer than some rows
+    found = []
+    for step in range(3):
+        tokens = ids[np.arange(len(ids)), lengths + step][:, None]
+        hidden, cache = backbone.call_with_cache(tokens, cache, lengths + step)
+        found.append(ops.convert_to_numpy(hidden))
+    whole = ops.convert_to_numpy(backbone({"token_ids": ids, "padding_mask": np.ones_like(ids)}))
+    expected = np.stack([whole[i, n : n + 3] for i, n in enumerate(lengths)])
+    assert relative_difference(np.concatenate(found, axis=1), expected) < 1e-4
+
+
 # --- generate ------------------------------------------------------------------------------------
 
 

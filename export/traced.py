@@ -1,0 +1,305 @@
+"""The traced lowering: the Keras code itself, converted to a graph of standard ONNX operators.
+
+A process of its own traces the layers on TensorFlow (`export.trace_keras`), each kind of block
+once. Here the fragments are laid end to end over the stored weights, between the inputs and outputs
+of the contract. Only what the contract adds to the model is written here: where a row's text ends,
+how a past grows, at which positions logits are wanted.
+
+Any ONNX runtime can run the result, and because it shares no line with `export.fused` it is that
+one's referee.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from edge_demo.bundle import GraphSpec, TensorSpec
+from export.contract import CANDIDATES_FILE, INTERCHANGE_FILE, num_candidates
+from export.dequantize import (
+    check_format,
+    dequantized_matrix,
+    dequantized_planes,
+    dequantized_rows,
+    float32,
+)
+from export.errors import ExportError
+from export.nodes import Nodes
+from export.quantize.formats import Plan
+from export.weights_file import WeightsFile
+from gemma_keras.checkpoints.names import weight_specs
+from gemma_keras.config import GemmaConfig, LayerSpec
+
+
+def build_traced_graph(
+    config: GemmaConfig, plan: Plan, weights: WeightsFile, contract: GraphSpec, max_context: int
+) -> ir.Model:
+    """The model as one graph of standard operators that keeps `contract` and points into `weights`.
+
+    Args:
+        config: the model's.
+        plan: the formats its weights were stored in.
+        weights: where they are stored.
+        contract: one of `export.contract`.
+        max_context: not used: rotary angles are computed from positions, not looked up.
+
+    Raises:
+        ExportRequestError: a weight's format has no standard operators.
+        ExportError: the layers could not be traced.
+    """
+    for name, fmt in plan.items():
+        check_format(name, fmt)
+    return _TracedGraph(config, plan, weights, contract).build()
+
+
+class _TracedGraph:
+    def __init__(
+        self, config: GemmaConfig, plan: Plan, weights: WeightsFile, contract: GraphSpec
+    ) -> None:
+        self.config = config
+        self.plan = plan
+        self.contract = contract
+        self.specs = weight_specs(config)
+        self.for_engine = contract.file != INTERCHANGE_FILE
+        self.inputs = {spec.name: _graph_value(spec) for spec in contract.inputs}
+        self.nodes = Nodes(weights)
+        self.fragments = trace(config)
+        self.matrices: dict[str, ir.Value] = {}
+        # of a matrix in two planes: the high one to the low one
+        self.low_planes: dict[ir.Value, ir.Value] = {}
+        # tokens of the call in a row, int64 (1,)
+        self.length = self.nodes.op("length", "Shape", [self.inputs["input_ids"]], start=1, end=2)
+
+    def build(self) -> ir.Model:
+        outputs: dict[str, ir.Value] = {}
+        start = self._start()
+        pasts = self._pasts_with_room()
+        hidden = self._lay("embed", "embedded", {"input_ids": self.inputs["input_ids"]})["hidden"]
+        kinds: dict[LayerSpec, int] = {}
+        for i, layer in enumerate(self.config.layers):
+            given = {"hidden": hidden, "start": start}
+            for part in ("key", "value"):
+                given[f"past.{part}"] = pasts[f"past_key_values.{i}.{part}"]
+            kind = kinds.setdefault(layer, i)
+            found = self._lay(f"block.{kind}", f"layers.{i}", given, prefix=f"layers.{i}.")
+            hidden = found["hidden_out"]
+            for part in ("key", "value"):
+                outputs[f"present.{i}.{part}"] = found[f"present.{part}"]
+        if self.for_engine:
+            positions = self.inputs["logit_positions"]
+            hidden = self.nodes.op("picked", "Gather", [hidden, positions], axis=1)
+        logits = self._lay("head", "head", {"hidden": hidden})["logits"]
+        if self.contract.file == CANDIDATES_FILE:
+            count = self.nodes.constant(np.array([num_candidates(self.config)], np.int64))
+            found = self.nodes.ops("candidates", "TopK", [logits, count], 2, axis=-1, sorted=0)
+            outputs["candidate_logits"], outputs["candidate_ids"] = found
+        else:
+            outputs["logits"] = logits
+        return self._model(outputs)
+
+    # --- what the contract adds to the model ---
+
+    def _start(self) -> ir.Value:
+        """Position of the first new token of each row, int32 `(batch,)`.
+
+        A row's text ends where its mask, or `seqlens_k`, says, and the new tokens are its last
+        ones; but in a first call a row may end before the others, with padding after it.
+        """
+        op, constant = self.nodes.op, self.nodes.constant
+        int32 = int(ir.DataType.INT32)
+        if self.for_engine:
+            one = constant(np.array(1, np.int32))
+            total = op("start", "Add", [self.inputs["seqlens_k"], one])
+        else:
+            axis = constant(np.array([1], np.int64))
+            total = op("start", "ReduceSum", [self.inputs["attention_mask"], axis], keepdims=0)
+            total = op("start", "Cast", [total], to=int32)
+        length = op("start", "Cast", [self.length], to=int32)
+        start = op("start", "Sub", [total, length])
+        return op("start", "Max", [start, constant(np.array(0, np.int32))])
+
+    def _pasts_with_room(self) -> dict[str, ir.Value]:
+        """Each past with room for the new tokens: a buffer has it, a growing past is padded."""
+        pasts = {n: value for n, value in self.inputs.items() if n.startswith("past_key_values.")}
+        if self.for_engine:
+            return pasts
+        op, constant = self.nodes.op, self.nodes.constant
+        before = constant(np.array([0], np.int64))
+        pads = op("length", "Concat", [before, self.length], axis=0)
+        zero, axis = constant(np.array(0, np.float32)), constant(np.array([2], np.int64))
+        return {n: op(n, "Pad", [v, pads, zero, axis], mode="constant") for n, v in pasts.items()}
+
+    # --- weights, as the fragments take them ---
+
+    def _weight(self, name: str) -> ir.Value:
+        """The factors of a norm, or a matrix float32 `[in, out]`; a head is one too."""
+        if name not in self.matrices:
+            self.matrices[name] = self._read_weight(name)
+        return self.matrices[name]
+
+    def _read_weight(self, name: str) -> ir.Value:
+        if name == "head" and self.config.tied_head:
+            name = "token_embedding"
+        spec = self.specs[name]
+        fmt = self.plan.get(name)
+        if fmt is not None and fmt.planes == 2:
+            high, low = dequantized_planes(self.nodes, spec, fmt)
+            self.low_planes[high] = low
+            return high
+        if fmt is not None and fmt.quantized:
+            return dequantized_matrix(self.nodes, spec, fmt)
+        stored = float32(self.nodes, self.nodes.stored(name), name)
+        if spec.kind == "table":
+            return self.nodes.op(name, "Transpose", [stored], perm=[1, 0])
+        return stored
+
+    def _rows(self, name: str, ids: ir.Value) -> ir.Value:
+        """Rows of a table, float32 `(batch, length, hidden_dim)`."""
+        if self.plan[name].quantized:
+            return dequantized_rows(self.nodes, self.specs[name], self.plan[name], ids)
+        rows = self.nodes.op(f"{name}.rows", "Gather", [self.nodes.stored(name), ids], axis=0)
+        return rows if self.plan[name].bits == 32 else float32(self.nodes, rows, f"{name}.rows")
+
+    # --- fragments ---
+
+    def _lay(
+        self, fragment: str, scope: str, given: Mapping[str, ir.Value], prefix: str = ""
+    ) -> dict[str, ir.Value]:
+        """Copy a fragment's nodes; its inputs that are not given are weights.
+
+        Returns:
+            Its outputs by name.
+        """
+        graph = ir.from_proto(onnx.ModelProto.FromString(self.fragments[fragment])).graph
+        values: dict[ir.Value, ir.Value] = {}
+        for value in graph.inputs:
+            name = str(value.name)
+            if name in given:
+                values[value] = given[name]
+            elif name != "token_embedding":  # of that, rows are read where they are gathered
+                values[value] = self._weight(prefix + name)
+
+        def ours(value: ir.Value | None) -> ir.Value | None:
+            if value is not None and value not in values and value.const_value is not None:
+                values[value] = self.nodes.constant(value.const_value.numpy())
+            return None if value is None else values.get(value, value)
+
+        for node in _in_order(graph):
+            inputs = [ours(value) for value in node.inputs]
+            table = next((v for v in inputs if v is not None and v.graph is graph), None)
+            planes = next((v for v in inputs if v in self.low_planes), None)
+            if planes is not None:
+                copied = [self._product_of_planes(scope, node, inputs, planes)]
+            elif table is None:
+                copied = self.nodes.copy(scope, node, inputs)
+            elif node.op_type == "Gather" and inputs[0] is table and inputs[1] is not None:
+                copied = [self._rows(str(table.name), inputs[1])]
+            else:
+                raise AssertionError(f"{node.op_type} reads the whole of {table.name}")
+            values |= dict(zip(node.outputs, copied, strict=True))
+        return {str(value.name): values[value] for value in graph.outputs}
+
+    def _product_of_planes(
+        self, scope: str, node: ir.Node, inputs: Sequence[ir.Value | None], high: ir.Value
+    ) -> ir.Value:
+        """`x (16 high + low)` as two products, so that the sum of the planes is never stored."""
+        x = inputs[0]
+        if node.op_type != "MatMul" or inputs[1] is not high or x is None:
+            raise AssertionError(f"{node.op_type} reads a matrix that is stored in two planes")
+        steps = self.nodes.constant(np.array(16, np.float32))
+        scaled = self.nodes.op(scope, "Mul", [x, steps])
+        products = [
+            self.nodes.op(scope, "MatMul", [scaled, high]),
+            self.nodes.op(scope, "MatMul", [x, self.low_planes[high]]),
+        ]
+        return self.nodes.op(scope, "Add", products)
+
+    def _model(self, outputs: Mapping[str, ir.Value]) -> ir.Model:
+        for spec in self.contract.outputs:
+            value = outputs[spec.name]
+            value.name = spec.name
+            value.dtype = ir.DataType.from_numpy(np.dtype(spec.dtype))
+            value.shape = ir.Shape(spec.shape)
+        return self.nodes.model(
+            [self.inputs[spec.name] for spec in self.contract.inputs],
+            [outputs[spec.name] for spec in self.contract.outputs],
+        )
+
+
+def _graph_value(spec: TensorSpec) -> ir.Value:
+    return ir.val(spec.name, ir.DataType.from_numpy(np.dtype(spec.dtype)), spec.shape)
+
+
+def _in_order(graph: ir.Graph) -> list[ir.Node]:
+    """Its nodes as its outputs need them: an order that depends on the graph's structure alone."""
+    order: dict[ir.Node, None] = {}
+
+    def visit(value: ir.Value | None) -> None:
+        node = value.producer() if value is not None else None
+        if node is not None and node not in order:
+            for needed in node.inputs:
+                visit(needed)
+            order[node] = None
+
+    for value in graph.outputs:
+        visit(value)
+    return list(order)
+
+
+# The process finds the modules that this one does.
+_TRACE = """
+import sys
+sys.path[:] = sys.argv.pop().split("\\n")
+from export.trace_keras import main
+sys.exit(main())
+"""
+
+
+@functools.lru_cache(maxsize=4)
+def trace(config: GemmaConfig) -> Mapping[str, bytes]:
+    """What `export.trace_keras` makes of a configuration: fragment name to ONNX model.
+
+    Raises:
+        ExportError: it failed; the message ends with its reason.
+    """
+    environment = os.environ | {
+        "PYTHONHASHSEED": "0",  # sets of names decide the order of what tf2onnx writes
+        "PYTHONWARNINGS": "ignore",
+        "KERAS_BACKEND": "tensorflow",
+        "CUDA_VISIBLE_DEVICES": "-1",  # nothing is computed
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
+    with tempfile.TemporaryDirectory(prefix="gemma-trace-") as folder:
+        # `run` ends the process when this one is interrupted.
+        done = subprocess.run(
+            [sys.executable, "-c", _TRACE, folder, "\n".join(sys.path)],
+            input=json.dumps(config.to_dict()),
+            env=environment,
+            capture_output=True,
+            text=True,
+            errors="replace",
+        )
+        if done.returncode:
+            raise ExportError(_reason(done))
+        return {path.stem: path.read_bytes() for path in sorted(Path(folder).iterdir())}
+
+
+def _reason(done: subprocess.CompletedProcess[str]) -> str:
+    what = "the Keras model could not be traced on TensorFlow"
+    if done.returncode < 0:
+        return f"{what}: the process was ended by signal {-done.returncode}; is memory short?"
+    said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    reason = said[-1] if said else f"exit status {done.returncode}"
+    if reason.startswith("ModuleNotFoundError"):
+        reason += "; run: pip install gemma-keras[export]"
+    return f"{what}: {reason}"
