@@ -39,7 +39,7 @@ def float32(nodes: Nodes, value: ir.Value, scope: str) -> ir.Value:
 
 
 def dequantized_planes(nodes: Nodes, spec: WeightSpec, fmt: Format) -> tuple[ir.Value, ir.Value]:
-    """The high and the low plane of a table, as `dequantized_matrix`; 16 high + low is the table."""
+    """The planes of a table, each as `dequantized_matrix`; 16 times the high one is to be added."""
     plane = Format(4, fmt.block_size)
     high, low = (dequantized_matrix(nodes, spec, plane, part) for part in ("high", "low"))
     return high, low

@@ -84,7 +84,6 @@ def export_onnx(
         ModelError: the source cannot be used.
         ExportError: no space or memory, or the bundle differs from the model.
     """
-    build = _lowering_named(lowering)
     out = Path(os.path.realpath(out))  # a link to a bundle stays, what it points at is replaced
     with _told_in_a_sentence(out):
         writer.check_out(out, overwrite=overwrite)

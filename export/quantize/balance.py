@@ -44,6 +44,7 @@ class BalancedWeights(Mapping[str, np.ndarray]):
         # name to factors of its inputs (rows) and of its outputs (columns, or a norm's entries)
         self._inputs: dict[str, np.ndarray] = {}
         self._outputs: dict[str, np.ndarray] = {}
+        channel_rms = channel_rms or {}
         for i in range(len(config.layers)) if channel_rms else ():
             prefix = f"layers.{i}."
             rms = {

@@ -98,7 +98,7 @@ def plan_from_json(entries: Mapping[str, Any], config: GemmaConfig) -> dict[str,
                 f"the plan's entry for {name} must be an object of {', '.join(fields)}"
             )
         try:
-            fmt = Format(**{key: _plain(value) for key, value in entry.items()})
+            fmt = Format(**{key: _whole(value) for key, value in entry.items()})
         except (TypeError, ValueError):
             raise ExportRequestError(
                 f"the plan gives {name} a format that there is not: {reprlib.repr(dict(entry))}"
@@ -116,8 +116,8 @@ def plan_from_json(entries: Mapping[str, Any], config: GemmaConfig) -> dict[str,
     return plan
 
 
-def _plain(value: Any) -> int | bool:
-    if not isinstance(value, int):
+def _whole(value: Any) -> Any:
+    if not isinstance(value, int):  # a bool is one
         raise TypeError
     return value
 

@@ -100,7 +100,7 @@ def _by_pieces(
         piece = quantize(blocks_of(rows[first : first + step], fmt.block_size))
         levels[first : first + step] = piece.levels
         scales[first : first + step] = piece.scales
-        if zeros is not None:
+        if zeros is not None and piece.zero_points is not None:
             zeros[first : first + step] = piece.zero_points
     return Quantized(levels, scales, zeros)
 
@@ -139,13 +139,13 @@ def _levels(
     lowest, highest = 0, (1 << fmt.bits) - 1
     if fmt.bits == 8 and fmt.symmetric:
         lowest, highest = 1, (128 + 119 if fmt.planes == 2 else 255)
-    levels = np.rint(blocks * _inverse(scales)[..., None])
+    levels = np.asarray(np.rint(blocks * _inverse(scales)[..., None]))
     levels += _zero(zeros, fmt)
     return np.clip(levels, lowest, highest, out=levels)
 
 
 def _zero(zeros: np.ndarray | None, fmt: Format) -> np.ndarray:
-    return np.float32(fmt.middle) if zeros is None else zeros[..., None].astype(np.float32)
+    return np.asarray(fmt.middle if zeros is None else zeros[..., None], np.float32)
 
 
 def _inverse(scales: np.ndarray) -> np.ndarray:

@@ -38,6 +38,7 @@ from export.contract import WEIGHTS_FILE, engine_contract, interchange_contract,
 from export.errors import ExportError, ExportRequestError
 from export.fused import build_graph
 from export.quantize.formats import Format
+from export.quantize.recipes import INT4, INT8, TWO_PLANES
 from export.store import store_weights
 from export.traced import build_traced_graph
 from export.weights_file import StoredTensor, WeightsFile
@@ -50,7 +51,13 @@ from tests.models import GENERATIONS, WINDOW, hf_config, tiny_tokenizer_model
 ROOT = Path(__file__).parents[2]
 LENGTH, CAPACITY = 40, 48
 LOWERINGS = {"fused": build_graph, "traced": build_traced_graph}
-FORMATS = {"fp32": Format(32), "int8": Format(8, 32)}
+# of matrices and of tables
+FORMATS = {
+    "fp32": (Format(32), Format(32)),
+    "fp16": (Format(16), Format(16)),
+    "int8": (INT8, INT8),
+    "int4": (INT4, TWO_PLANES),
+}
 TOLERANCE = 1e-4  # of the logits' spread; 1e-5 is what the order of sums explains
 MOST_BYTES = 2_000_000
 
@@ -104,7 +111,7 @@ def stored(tmp_path_factory):
     def get(generation, fmt):
         config = config_of(generation)
         specs = weight_specs(config).values()
-        plan = {spec.name: FORMATS[fmt] for spec in specs if spec.kind != "norm"}
+        plan = {s.name: FORMATS[fmt][s.kind == "table"] for s in specs if s.kind != "norm"}
         path = tmp_path_factory.mktemp(f"{generation}-{fmt}") / WEIGHTS_FILE
         with WeightsFile(path) as file:
             store_weights(config, weights_of(generation), plan, file, lambda done, total: None)
@@ -340,28 +347,31 @@ def test_another_runtime_gives_the_same_logits(graph, fmt):
 
 
 @each_generation
-def test_onnxruntime_runs_every_quantized_product_on_packed_weights(graph, generation, tmp_path):
-    """What a traced int8 bundle's speed stands on; only the rows of the table are dequantized."""
+@pytest.mark.parametrize("fmt, planes", [("int8", 1), ("int4", 2)])
+def test_onnxruntime_runs_every_quantized_product_on_packed_weights(
+    graph, generation, fmt, planes, tmp_path
+):
+    """What a traced bundle's speed stands on; only the rows of the table are dequantized."""
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.log_severity_level = 3  # that such a file fits this machine only
     ort.InferenceSession(
-        graph("traced", generation, "int8", engine_contract),
+        graph("traced", generation, fmt, engine_contract),
         options,
         providers=["CPUExecutionProvider"],
     )
     nodes = onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node
     ops = [node.op_type for node in nodes]
-    assert ops.count("MatMulNBits") == 7 * len(config_of(generation).layers) + 1
-    assert ops.count("DequantizeLinear") == 1
+    assert ops.count("MatMulNBits") == 7 * len(config_of(generation).layers) + planes
+    assert ops.count("DequantizeLinear") == planes
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("fmt", ["fp32", "int8"])
 def test_gemma_7b_is_a_small_graph_over_a_weights_file_of_any_size(fmt, tmp_path):
     config = GemmaConfig.named("gemma_7b")
     file = WeightsFile(tmp_path / WEIGHTS_FILE)
     with file:
-        plan = note_without_writing(config, FORMATS[fmt], file)
+        plan = note_without_writing(config, FORMATS[fmt][0], file)
     for contract in (engine_contract(config), interchange_contract(config)):
         model = build_traced_graph(config, plan, file, contract, 8192)
         proto = ir.to_proto(model)
