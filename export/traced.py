@@ -77,6 +77,9 @@ class _TracedGraph:
         self.matrices: dict[str, ir.Value] = {}
         # of a matrix in two planes: the high one to the low one
         self.low_planes: dict[ir.Value, ir.Value] = {}
+        # a stand-in for the transpose of such a matrix, which no node may read but one that
+        # transposes it back
+        self.transposed_planes: dict[ir.Value, ir.Value] = {}
         # tokens of the call in a row, int64 (1,)
         self.length = self.nodes.op("length", "Shape", [self.inputs["input_ids"]], start=1, end=2)
 
@@ -197,9 +200,11 @@ class _TracedGraph:
         for node in _in_order(graph):
             inputs = [ours(value) for value in node.inputs]
             table = next((v for v in inputs if v is not None and v.graph is graph), None)
-            planes = next((v for v in inputs if v in self.low_planes), None)
+            planes = next(
+                (v for v in inputs if v in self.low_planes | self.transposed_planes), None
+            )
             if planes is not None:
-                copied = [self._product_of_planes(scope, node, inputs, planes)]
+                copied = [self._from_planes(scope, node, inputs, planes)]
             elif table is None:
                 copied = self.nodes.copy(scope, node, inputs)
             elif node.op_type == "Gather" and inputs[0] is table and inputs[1] is not None:
@@ -209,12 +214,21 @@ class _TracedGraph:
             values |= dict(zip(node.outputs, copied, strict=True))
         return {str(value.name): values[value] for value in graph.outputs}
 
-    def _product_of_planes(
+    def _from_planes(
         self, scope: str, node: ir.Node, inputs: Sequence[ir.Value | None], high: ir.Value
     ) -> ir.Value:
-        """`x (16 high + low)` as two products, so that the sum of the planes is never stored."""
+        """What a node makes of a matrix in two planes, whose sum is never stored.
+
+        The product is `x (16 high + low)` as two.
+        """
+        if node.op_type == "Transpose":
+            if high in self.transposed_planes:
+                return self.transposed_planes[high]
+            stand_in = ir.val("transposed")
+            self.transposed_planes[stand_in] = high
+            return stand_in
         x = inputs[0]
-        if node.op_type != "MatMul" or inputs[1] is not high or x is None:
+        if node.op_type != "MatMul" or inputs[1] not in self.low_planes or x is None:
             raise AssertionError(f"{node.op_type} reads a matrix that is stored in two planes")
         steps = self.nodes.constant(np.array(16, np.float32))
         scaled = self.nodes.op(scope, "Mul", [x, steps])
