@@ -250,7 +250,7 @@ assert checkpoint.weights["layers.1.mlp.up"].shape == (96, 160)
     assert not loaded & set(KERAS)
 
 
-EDGE_COMMANDS = [[], ["generate"], ["chat"], ["bench"], ["score"], ["inspect"]]
+EDGE_COMMANDS = [[], ["generate"], ["chat"], ["bench"], ["score"], ["compare"], ["inspect"]]
 
 
 @pytest.mark.parametrize(
