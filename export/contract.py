@@ -17,6 +17,7 @@ from gemma_keras.config import GemmaConfig, LayerSpec
 INTERCHANGE_FILE = "model.onnx"
 ENGINE_FILE = "engine.onnx"
 WEIGHTS_FILE = "model.onnx_data"
+_BATCH = "batch_size"  # transformers.js makes an empty past by this name
 
 
 def ropes(config: GemmaConfig) -> dict[tuple[float, float, int], RopeSpec]:
@@ -41,13 +42,13 @@ def interchange_contract(config: GemmaConfig) -> GraphSpec:
     return GraphSpec(
         INTERCHANGE_FILE,
         inputs=(
-            TensorSpec("input_ids", "int64", ("batch", "sequence")),
-            TensorSpec("attention_mask", "int64", ("batch", "total")),
-            *_key_values(config, "past_key_values", "past"),
+            TensorSpec("input_ids", "int64", (_BATCH, "sequence_length")),
+            TensorSpec("attention_mask", "int64", (_BATCH, "total_sequence_length")),
+            *_key_values(config, "past_key_values", "past_sequence_length", _BATCH),
         ),
         outputs=(
-            TensorSpec("logits", "float32", ("batch", "sequence", config.vocabulary_size)),
-            *_key_values(config, "present", "total"),
+            TensorSpec("logits", "float32", (_BATCH, "sequence_length", config.vocabulary_size)),
+            *_key_values(config, "present", "total_sequence_length", _BATCH),
         ),
     )
 
@@ -80,12 +81,14 @@ def engine_contract(config: GemmaConfig) -> GraphSpec:
     )
 
 
-def _key_values(config: GemmaConfig, prefix: str, length: str) -> list[TensorSpec]:
+def _key_values(
+    config: GemmaConfig, prefix: str, length: str, batch: str = "batch"
+) -> list[TensorSpec]:
     return [
         TensorSpec(
             f"{prefix}.{i}.{part}",
             "float32",
-            ("batch", layer.num_kv_heads, length, layer.head_dim),
+            (batch, layer.num_kv_heads, length, layer.head_dim),
         )
         for i, layer in enumerate(config.layers)
         for part in ("key", "value")

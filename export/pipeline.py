@@ -17,6 +17,7 @@ import onnx_ir as ir
 from edge_demo.bundle import Bundle
 from export import bundle as writer
 from export.contract import WEIGHTS_FILE, engine_contract, interchange_contract, ropes
+from export.ecosystem import write_ecosystem_files
 from export.errors import ExportError, ExportRequestError
 from export.fused import build_graph
 from export.quantize.formats import plan_bytes, plan_for_recipe, recipe_named
@@ -91,6 +92,7 @@ def export_onnx(
     with _told_in_a_sentence(out), writer.unfinished_folder(out, overwrite=overwrite) as folder:
         tokenizer = writer.write_tokenizer(folder, checkpoint, config.vocabulary_size)
         licence = writer.write_notices(folder, checkpoint, recipe)
+        write_ecosystem_files(folder, checkpoint, tokenizer, max_context)
         recipe_is_balanced = recipe_named(recipe).balanced
         if verify or recipe_is_balanced:
             on_progress("keras", 0)

@@ -31,7 +31,19 @@ from tests.edge_demo.bundle_files import (
     rewrite,
 )
 
-FILES = ("GEMMA_NOTICE.txt", "engine.onnx", "model.onnx", "model.onnx_data", "tokenizer.model")
+FILES = (
+    "GEMMA_NOTICE.txt",
+    "README.md",
+    "config.json",
+    "engine.onnx",
+    "genai_config.json",
+    "generation_config.json",
+    "model.onnx",
+    "model.onnx_data",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+)
 
 
 @pytest.fixture
