@@ -261,6 +261,32 @@ def test_onnxruntime_genai_finds_our_tokens_in_a_small_model(tiny_bundles, gener
 
 
 @pytest.mark.peer
+def test_onnxruntime_genai_fills_the_chat_template(tiny_bundles):
+    pytest.importorskip("onnxruntime_genai")
+    code = (
+        "import json, sys, onnxruntime_genai as og\n"
+        "tokenizer = og.Tokenizer(og.Model(sys.argv[1]))\n"
+        "text = tokenizer.apply_chat_template(sys.argv[2], add_generation_prompt=True)\n"
+        "print(json.dumps([int(i) for i in tokenizer.encode(text)]))"
+    )
+    messages = [
+        {"role": "user", "content": " The boat?\n"},
+        {"role": "assistant", "content": "It went down."},
+        {"role": "user", "content": "And  then?"},
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", code, tiny_bundles / "chat", json.dumps(messages)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    ours = Tokenizer(Bundle.open(tiny_bundles / "chat"))
+    turns = [({"assistant": "model"}.get(m["role"], "user"), m["content"]) for m in messages]
+    assert json.loads(done.stdout) == ours.encode_chat(turns)
+
+
+@pytest.mark.peer
 @pytest.mark.sample
 def test_onnxruntime_genai_finds_our_tokens_in_the_sample(sample_bundle):
     """Where ours is no near-tie: int8 activations make other threads round otherwise."""
