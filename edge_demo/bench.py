@@ -11,8 +11,9 @@ import time
 import numpy as np
 
 from edge_demo.bundle import Bundle
-from edge_demo.engine import Engine
 from edge_demo.errors import RequestError
+from edge_demo.generator import engine_for
+from edge_demo.sampling import Sampler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,8 @@ def bench(
             f"{bundle.context_length}"
         )
     start = time.perf_counter()
-    engine = Engine(bundle, threads)
+    sampler = Sampler()
+    engine = engine_for(bundle, sampler, threads)
     load_s = time.perf_counter() - start
 
     prompt = np.random.default_rng(0).integers(0, bundle.vocabulary_size, prompt_tokens).tolist()
@@ -69,10 +71,10 @@ def bench(
     for _ in range(repeats):
         engine.rewind(0)
         start = time.perf_counter()
-        token = int(engine.prefill(prompt).argmax())
+        token = sampler.pick(engine.prefill(prompt))
         first = time.perf_counter()
         for _ in range(decode_tokens):
-            token = int(engine.decode(token).argmax())
+            token = sampler.pick(engine.decode(token))
         prefills.append(first - start)
         decodes.append(time.perf_counter() - first)
     ttft_s = statistics.median(prefills)

@@ -103,7 +103,9 @@ class Bundle:
         recipe: how its weights are stored, such as `int8`.
         context_length: the longest sequence, in tokens.
         vocabulary_size: of the logits.
-        engine: the graph that `edge_demo.engine` runs.
+        engine: the graph that returns all logits.
+        candidates: the graph that returns the most likely tokens and their logits; `None` in
+            bundles that have none.
         weights: the file that the graphs point into.
         ropes: the rotary tables it needs.
         tokenizer: file and ids.
@@ -117,6 +119,7 @@ class Bundle:
     context_length: int
     vocabulary_size: int
     engine: GraphSpec
+    candidates: GraphSpec | None
     weights: str
     ropes: tuple[RopeSpec, ...]
     tokenizer: TokenizerSpec
@@ -140,7 +143,10 @@ class Bundle:
             ) from error
         for name, (size, _) in bundle.files.items():
             bundle._check_size(name, size)
-        for name in (bundle.engine.file, bundle.weights, bundle.tokenizer.file):
+        used = [bundle.engine.file, bundle.weights, bundle.tokenizer.file]
+        if bundle.candidates is not None:
+            used.append(bundle.candidates.file)
+        for name in used:
             if name not in bundle.files:
                 raise BundleError(f"{folder / MANIFEST} uses {name} but does not list it")
         return bundle
@@ -169,6 +175,14 @@ class Bundle:
     def num_bytes(self) -> int:
         """Size of all its files, in bytes."""
         return sum(size for size, _ in self.files.values())
+
+    @property
+    def num_candidates(self) -> int:
+        """How many tokens its candidates graph returns at each position; 0 without one."""
+        for spec in self.candidates.outputs if self.candidates else ():
+            if spec.name == "candidate_logits" and isinstance(spec.shape[-1], int):
+                return spec.shape[-1]
+        return 0
 
     def verify(self, *, use_memory: bool = True) -> None:
         """Compare every file with its SHA-256.
@@ -221,6 +235,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 def _parse(folder: Path, manifest: dict[str, Any]) -> Bundle:
     model, tokenizer = manifest["model"], manifest["tokenizer"]
     chat = tokenizer["chat"]
+    candidates = manifest["graphs"].get("candidates")
     return Bundle(
         path=folder,
         name=str(model["name"]),
@@ -228,6 +243,7 @@ def _parse(folder: Path, manifest: dict[str, Any]) -> Bundle:
         context_length=_count(model["context_length"]),
         vocabulary_size=_count(model["vocabulary_size"]),
         engine=_graph(manifest["graphs"]["engine"]),
+        candidates=None if candidates is None else _graph(candidates),
         weights=_plain_name(manifest["weights"]),
         ropes=tuple(
             RopeSpec(str(r["name"]), _factor(r["theta"]), _factor(r["scale"]), _count(r["dims"]))

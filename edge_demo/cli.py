@@ -20,8 +20,10 @@ from edge_demo.terminal import complain
 
 if TYPE_CHECKING:
     from edge_demo.bundle import Bundle
+    from edge_demo.engine import Engine
     from edge_demo.generator import Generation, Generator
     from edge_demo.sampling import Sampler
+    from edge_demo.tokenizer import Tokenizer
 
 INTERRUPTED = 130
 _WINDOW = 512
@@ -222,15 +224,14 @@ def _sampler(arguments: argparse.Namespace) -> Sampler:
     return Sampler(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
 
 
-def _load(arguments: argparse.Namespace) -> tuple[Bundle, Generator, float]:
+def _load(arguments: argparse.Namespace, sampler: Sampler) -> tuple[Bundle, Generator, float]:
     start = time.perf_counter()
     from edge_demo.bundle import Bundle
-    from edge_demo.engine import Engine
-    from edge_demo.generator import Generator
+    from edge_demo.generator import Generator, engine_for
     from edge_demo.tokenizer import Tokenizer
 
     bundle = Bundle.open(arguments.bundle)
-    engine = Engine(bundle, arguments.threads)
+    engine = engine_for(bundle, sampler, arguments.threads)
     generator = Generator(engine, Tokenizer(bundle))
     return bundle, generator, time.perf_counter() - start
 
@@ -245,7 +246,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         if sys.stdin.isatty():
             raise RequestError("give a prompt with --prompt, or on stdin")
         prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
-    _, generator, load_s = _load(arguments)
+    _, generator, load_s = _load(arguments, sampler)
     generation = Generation(generator.tokenizer.encode(prompt))
     pieces = generator.stream(generation.prompt_ids, sampler, arguments.max_tokens, generation)
     status = 0
@@ -303,7 +304,7 @@ def _chat(arguments: argparse.Namespace) -> int:
     from edge_demo.terminal import note, show
 
     sampler = _sampler(arguments)
-    bundle, generator, load_s = _load(arguments)
+    bundle, generator, load_s = _load(arguments, sampler)
     tuned = bundle.tokenizer.chat is not None
     note(
         f"{bundle.name} ({bundle.recipe}), "
@@ -406,12 +407,12 @@ def _score(arguments: argparse.Namespace) -> int:
     from edge_demo.terminal import Progress
 
     text = _read_text(arguments.text)
-    _, generator, _ = _load(arguments)
+    engine, tokenizer = _load_for_scoring(arguments)
     length = arguments.length or _WINDOW
     result = score(
-        generator.engine,
-        generator.tokenizer.spec.bos,
-        generator.tokenizer.encode(text, bos=False),
+        engine,
+        tokenizer.spec.bos,
+        tokenizer.encode(text, bos=False),
         length,
         arguments.stride or max(1, length // 2),
         arguments.windows,
@@ -425,6 +426,15 @@ def _score(arguments: argparse.Namespace) -> int:
         f"{result.tokens:,} tokens, {result.windows:,} windows)"
     )
     return 0
+
+
+def _load_for_scoring(arguments: argparse.Namespace) -> tuple[Engine, Tokenizer]:
+    from edge_demo.bundle import Bundle
+    from edge_demo.engine import Engine
+    from edge_demo.tokenizer import Tokenizer
+
+    bundle = Bundle.open(arguments.bundle)
+    return Engine(bundle, arguments.threads), Tokenizer(bundle)
 
 
 def _refuse_options(options: dict[str, int | None], belong_to: str) -> None:
@@ -448,10 +458,8 @@ def _score_hellaswag(arguments: argparse.Namespace) -> int:
     from edge_demo.terminal import Progress
 
     tasks = read_tasks(arguments.hellaswag, _read_text(arguments.hellaswag))
-    _, generator, _ = _load(arguments)
-    result = hellaswag(
-        generator.engine, generator.tokenizer, tasks[: arguments.tasks], Progress("task")
-    )
+    engine, tokenizer = _load_for_scoring(arguments)
+    result = hellaswag(engine, tokenizer, tasks[: arguments.tasks], Progress("task"))
     if arguments.json:
         report = {"accuracy": result.value, "error": result.error, "interval": result.interval}
         print(json.dumps(report | dataclasses.asdict(result)))

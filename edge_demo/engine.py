@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from edge_demo.bundle import Bundle, TensorSpec
+from edge_demo.bundle import Bundle, GraphSpec, TensorSpec
 from edge_demo.errors import BundleError, EdgeError, RequestError
 from edge_demo.kv_cache import KVCache
+from edge_demo.sampling import Candidates
 
 _PREFILL_CHUNK = 512
 _SCORE_CHUNK = 64  # 67 MB of logits for a vocabulary of 262 144
@@ -19,14 +20,16 @@ _MOST_THREADS = 1024
 _DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(int32)": "int32"}
 
 
-class Engine:
-    """Feeds tokens to a bundle's engine graph and returns logits.
+class TokenRunner:
+    """Feeds tokens to one graph of a bundle, whichever its outputs are.
 
     A token's keys and values are written in place, so a step allocates and copies nothing but its
     own activations.
 
     Args:
         bundle: opened; its files are checked against their hashes here.
+        graph: of the bundle, the one to run.
+        outputs: what it returns beside the keys and values, which are updated in place.
         threads: for one operator; `None` lets onnxruntime take the physical cores.
 
     Attributes:
@@ -37,11 +40,19 @@ class Engine:
         RequestError: `threads` is out of range.
     """
 
-    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        graph: GraphSpec,
+        outputs: Sequence[TensorSpec],
+        threads: int | None = None,
+    ) -> None:
         if threads is not None and not 1 <= threads <= _MOST_THREADS:
             raise RequestError(f"threads must be 1 to {_MOST_THREADS:,}, not {threads:,}")
         bundle.verify()
         self.bundle = bundle
+        self.graph = graph
+        self.outputs = tuple(outputs)
         self.tokens: list[int] = []
         options = ort.SessionOptions()
         options.log_severity_level = 4  # errors are raised, they need not be printed too
@@ -49,22 +60,22 @@ class Engine:
             options.intra_op_num_threads = threads
         try:
             self._session = ort.InferenceSession(
-                str(bundle.path / bundle.engine.file), options, providers=["CPUExecutionProvider"]
+                str(bundle.path / graph.file), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # onnxruntime's errors share no base class of their own
             raise BundleError(
-                f"onnxruntime {ort.__version__} cannot load {bundle.engine.file}: {error}"
+                f"onnxruntime {ort.__version__} cannot load {graph.file}: {error}"
             ) from error
         self._check_contract()
-        self._cache = KVCache(bundle.engine, bundle.ropes, bundle.context_length)
+        self._cache = KVCache(graph, bundle.ropes, bundle.context_length)
         self._decode_call: _Call | None = None
 
     def _check_contract(self) -> None:
-        graph = self.bundle.engine
+        graph = self.graph
         for found, specs, bound in zip(
             (self._session.get_inputs(), self._session.get_outputs()),
             (graph.inputs, graph.outputs),
-            _bound_tensors(self.bundle),
+            _bound_tensors(self.bundle, graph, self.outputs),
             strict=True,
         ):
             has = {(f.name, _DTYPES.get(f.type, f.type), tuple(f.shape)) for f in found}
@@ -79,51 +90,20 @@ class Engine:
         """The most tokens it can hold."""
         return self.bundle.context_length
 
-    def prefill(self, ids: Sequence[int]) -> np.ndarray:
-        """Add tokens after those it holds.
-
-        Args:
-            ids: at least one.
-
-        Returns:
-            Logits after the last of them, float32 `(vocabulary_size,)`.
-
-        Raises:
-            RequestError: they do not fit the context, or an id is outside the vocabulary.
-        """
+    def _prefill(self, ids: Sequence[int]) -> list[np.ndarray]:
         self.admit(ids)
-        logits = np.empty(0, np.float32)
+        outputs: list[np.ndarray] = []
         for first in range(0, len(ids), _PREFILL_CHUNK):
             chunk = ids[first : first + _PREFILL_CHUNK]
-            logits = self._run(chunk, range(len(chunk) - 1, len(chunk)))[0]
-        return logits
+            outputs = self._run(chunk, range(len(chunk) - 1, len(chunk)))
+        return outputs
 
-    def decode(self, token: int) -> np.ndarray:
-        """Add one token.
-
-        Returns:
-            Logits after it, float32 `(vocabulary_size,)`; the array is used again by the next call.
-
-        Raises:
-            RequestError: the context is full, or the id is outside the vocabulary.
-        """
+    def _decode(self, token: int) -> list[np.ndarray]:
         self.admit((token,))
         self._reserve(1)
         if self._decode_call is None:
             self._decode_call = _Call(self, 1, 1)
-        logits = self._decode_call.run((token,), range(1))
-        return logits[0]
-
-    def all_logits(self, ids: Sequence[int]) -> Iterator[np.ndarray]:
-        """Add tokens and yield the logits after each of them, in chunks of bounded size.
-
-        Yields:
-            float32 `(chunk, vocabulary_size)`, together one row for each id.
-        """
-        self.admit(ids)
-        for first in range(0, len(ids), _SCORE_CHUNK):
-            chunk = ids[first : first + _SCORE_CHUNK]
-            yield self._run(chunk, range(len(chunk)))
+        return self._decode_call.run((token,), range(1))
 
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens."""
@@ -161,16 +141,110 @@ class Engine:
         if self._cache.reserve(len(self.tokens) + more):
             self._decode_call = None  # it is bound to the old buffers
 
-    def _run(self, ids: Sequence[int], positions: range) -> np.ndarray:
+    def _run(self, ids: Sequence[int], positions: range) -> list[np.ndarray]:
         self._reserve(len(ids))
         return _Call(self, len(ids), len(positions)).run(ids, positions)
 
 
-def _bound_tensors(bundle: Bundle) -> tuple[list[TensorSpec], list[TensorSpec]]:
+class Engine(TokenRunner):
+    """Runs the graph that returns all logits.
+
+    Args:
+        bundle: opened; its files are checked against their hashes here.
+        threads: for one operator; `None` lets onnxruntime take the physical cores.
+
+    Raises:
+        BundleError: a file has changed, or the graph does not keep its contract.
+        RequestError: `threads` is out of range.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+        shape = ("batch", "num_logits", bundle.vocabulary_size)
+        logits = TensorSpec("logits", "float32", shape)
+        super().__init__(bundle, bundle.engine, [logits], threads)
+
+    def prefill(self, ids: Sequence[int]) -> np.ndarray:
+        """Add tokens after those it holds.
+
+        Args:
+            ids: at least one.
+
+        Returns:
+            Logits after the last of them, float32 `(vocabulary_size,)`.
+
+        Raises:
+            RequestError: they do not fit the context, or an id is outside the vocabulary.
+        """
+        return self._prefill(ids)[0][0]
+
+    def decode(self, token: int) -> np.ndarray:
+        """Add one token.
+
+        Returns:
+            Logits after it, float32 `(vocabulary_size,)`; the array is used again by the next call.
+
+        Raises:
+            RequestError: the context is full, or the id is outside the vocabulary.
+        """
+        return self._decode(token)[0][0]
+
+    def all_logits(self, ids: Sequence[int]) -> Iterator[np.ndarray]:
+        """Add tokens and yield the logits after each of them, in chunks of bounded size.
+
+        Yields:
+            float32 `(chunk, vocabulary_size)`, together one row for each id.
+        """
+        self.admit(ids)
+        for first in range(0, len(ids), _SCORE_CHUNK):
+            chunk = ids[first : first + _SCORE_CHUNK]
+            yield self._run(chunk, range(len(chunk)))[0]
+
+
+class CandidateEngine(TokenRunner):
+    """Runs the graph that returns the most likely tokens: less work, and nothing else to copy.
+
+    Raises:
+        BundleError: as `Engine`, or the bundle has no such graph.
+        RequestError: `threads` is out of range.
+    """
+
+    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+        graph = bundle.candidates
+        if graph is None:
+            raise BundleError(f"the bundle {bundle.path} has no graph that returns candidates")
+        shape = ("batch", "num_logits", bundle.num_candidates)
+        outputs = [
+            TensorSpec("candidate_ids", "int64", shape),
+            TensorSpec("candidate_logits", "float32", shape),
+        ]
+        super().__init__(bundle, graph, outputs, threads)
+
+    def prefill(self, ids: Sequence[int]) -> Candidates:
+        """Add tokens after those it holds; the candidates after the last of them.
+
+        Raises:
+            RequestError: they do not fit the context, or an id is outside the vocabulary.
+        """
+        found, logits = self._prefill(ids)
+        return Candidates(found[0], logits[0])
+
+    def decode(self, token: int) -> Candidates:
+        """Add one token; the arrays returned are used again by the next call.
+
+        Raises:
+            RequestError: the context is full, or the id is outside the vocabulary.
+        """
+        ids, logits = self._decode(token)
+        return Candidates(ids[0], logits[0])
+
+
+def _bound_tensors(
+    bundle: Bundle, graph: GraphSpec, outputs: Sequence[TensorSpec]
+) -> tuple[list[TensorSpec], list[TensorSpec]]:
     """The inputs and outputs that a call binds, with as many layers as the bundle has."""
     past = [
         dataclasses.replace(s, dtype="float32", shape=("batch", s.shape[1], "capacity", s.shape[3]))
-        for s in bundle.engine.inputs
+        for s in graph.inputs
         if s.name.startswith("past_key_values.") and len(s.shape) == 4
     ]
     tables = [
@@ -184,9 +258,8 @@ def _bound_tensors(bundle: Bundle) -> tuple[list[TensorSpec], list[TensorSpec]]:
         TensorSpec("total_sequence_length", "int32", ()),
         TensorSpec("logit_positions", "int64", ("num_logits",)),
     ]
-    logits = TensorSpec("logits", "float32", ("batch", "num_logits", bundle.vocabulary_size))
     present = [dataclasses.replace(s, name=_present(s.name)) for s in past]
-    return [*inputs, *tables, *past], [logits, *present]
+    return [*inputs, *tables, *past], [*outputs, *present]
 
 
 def _present(past: str) -> str:
@@ -194,16 +267,19 @@ def _present(past: str) -> str:
 
 
 class _Call:
-    """One binding of the session to buffers for `length` tokens and `num_logits` rows of logits."""
+    """One binding of the session to buffers for `length` tokens and `num_logits` output rows."""
 
-    def __init__(self, engine: Engine, length: int, num_logits: int) -> None:
+    def __init__(self, engine: TokenRunner, length: int, num_logits: int) -> None:
         self._engine = engine
         self._session = engine._session
         self._input_ids = np.zeros((1, length), np.int64)
         self._seqlens_k = np.zeros(1, np.int32)
         self._total = np.zeros((), np.int32)
         self._positions = np.zeros(num_logits, np.int64)
-        self._logits = np.empty((1, num_logits, engine.bundle.vocabulary_size), np.float32)
+        self._outputs = [
+            np.empty((1, num_logits, *spec.shape[2:]), spec.dtype)  # type: ignore[arg-type]
+            for spec in engine.outputs
+        ]
         self._binding = self._session.io_binding()
         cache = engine._cache
         inputs: dict[str, np.ndarray] = {
@@ -221,14 +297,15 @@ class _Call:
             value = self._share(array)
             self._binding.bind_ortvalue_input(name, value)
             self._binding.bind_ortvalue_output(_present(name), value)
-        self._binding.bind_ortvalue_output("logits", self._share(self._logits))
+        for spec, array in zip(engine.outputs, self._outputs, strict=True):
+            self._binding.bind_ortvalue_output(spec.name, self._share(array))
 
     def _share(self, array: np.ndarray) -> Any:
         value = ort.OrtValue.ortvalue_from_numpy(array)
         self._values.append(value)
         return value
 
-    def run(self, ids: Sequence[int], positions: range) -> np.ndarray:
+    def run(self, ids: Sequence[int], positions: range) -> list[np.ndarray]:
         tokens = self._engine.tokens
         total = len(tokens) + len(ids)
         self._input_ids[0] = ids
@@ -240,4 +317,4 @@ class _Call:
         except Exception as error:  # onnxruntime's errors share no base class of their own
             raise EdgeError(f"onnxruntime could not run the model: {error}") from error
         tokens.extend(ids)
-        return self._logits[0]
+        return [array[0] for array in self._outputs]

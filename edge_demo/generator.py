@@ -7,7 +7,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from edge_demo.engine import Engine
+from edge_demo.bundle import Bundle
+from edge_demo.engine import CandidateEngine, Engine
 from edge_demo.errors import RequestError
 from edge_demo.sampling import Sampler
 from edge_demo.tokenizer import TextStream, Tokenizer
@@ -50,6 +51,15 @@ class Generation:
         return (len(self.ids) - 1) / self.decode_s if self.decode_s and len(self.ids) > 1 else None
 
 
+def engine_for(
+    bundle: Bundle, sampler: Sampler, threads: int | None = None
+) -> Engine | CandidateEngine:
+    """The engine that does least for a sampler; errors as `Engine`."""
+    if 0 < sampler.reach <= bundle.num_candidates:
+        return CandidateEngine(bundle, threads)
+    return Engine(bundle, threads)
+
+
 class Generator:
     """Continues prompts on one engine.
 
@@ -59,7 +69,7 @@ class Generator:
         tokenizer: of the same bundle.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer) -> None:
+    def __init__(self, engine: Engine | CandidateEngine, tokenizer: Tokenizer) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
 

@@ -9,6 +9,19 @@ import numpy as np
 from edge_demo.errors import RequestError
 
 
+@dataclasses.dataclass(frozen=True)
+class Candidates:
+    """The most likely next tokens, in no order.
+
+    Attributes:
+        ids: int64 `(k,)`.
+        logits: float32 `(k,)`.
+    """
+
+    ids: np.ndarray
+    logits: np.ndarray
+
+
 @dataclasses.dataclass
 class Sampler:
     """Greedy at temperature 0, else seeded sampling after temperature, top-k and top-p, in order.
@@ -40,12 +53,20 @@ class Sampler:
             raise RequestError(f"the seed must not be negative, but is {self.seed}")
         self._random = np.random.default_rng(self.seed)
 
-    def pick(self, logits: np.ndarray) -> int:
+    @property
+    def reach(self) -> int:
+        """How many of the most likely tokens it chooses among; 0 for all."""
+        return 1 if self.temperature == 0 else self.top_k
+
+    def pick(self, logits: np.ndarray | Candidates) -> int:
         """The next token's id.
 
         Args:
-            logits: float32 `(vocabulary_size,)`.
+            logits: float32 `(vocabulary_size,)`, or the candidates.
         """
+        if isinstance(logits, Candidates):
+            order = np.argsort(logits.ids)  # so that equal logits go by id, here as everywhere
+            return int(logits.ids[order[self.pick(logits.logits[order])]])
         if self.temperature == 0:
             return int(logits.argmax())
         ids, probabilities = self.distribution(logits)

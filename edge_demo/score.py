@@ -59,6 +59,12 @@ def windows(num_tokens: int, length: int, stride: int) -> Iterator[tuple[int, in
         first += stride
 
 
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Log-probabilities of the last axis, in nats: float64 of the same shape."""
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
 def kl_divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     """Kullback-Leibler divergence of each row, from `softmax(p)` to `softmax(q)`, in nats.
 

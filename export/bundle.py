@@ -180,13 +180,13 @@ def write_manifest(
     tokenizer: Mapping[str, Any],
     licence: Mapping[str, Any],
     max_context: int,
-    quality: Mapping[str, Any] | None,
-    report: Mapping[str, Any] | None = None,
+    report: Mapping[str, Any],
 ) -> None:
     """Write the model card, and `bundle.json` about the files that are then in the folder.
 
     Args:
-        report: more about its quality, for the card; see `export.card.write_card`.
+        report: `quality` and `rounding` for the manifest, as far as they are known, and more for
+            the card; see `export.card.write_card`.
     """
     config = checkpoint.config
     manifest: dict[str, Any] = {
@@ -207,7 +207,8 @@ def write_manifest(
         "tokenizer": dict(tokenizer),
         "provenance": checkpoint.provenance,
         "license": dict(licence),
-        "quality": None if quality is None else dict(quality),
+        "quality": report.get("quality"),
+        "rounding": report.get("rounding"),
     }
     write_card(folder, manifest, report)  # first: it is one of the files
     manifest["files"] = _files(folder)

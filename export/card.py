@@ -33,7 +33,7 @@ def write_card(
     Args:
         folder: the bundle.
         manifest: what `bundle.json` says; `files` is not read, since the card is among them.
-        report: more about its quality, each part optional:
+        report: more about its quality, each part optional; other entries are left alone:
             `comparison`: what `edge-demo compare --json` prints, of this bundle against its
             reference, and `text`, what it was measured on;
             `kl_by_group`: name of a layer or a group of tensors to the mean KL that storing it as
@@ -126,9 +126,12 @@ def _making(manifest: Mapping[str, Any]) -> str:
 def _format_name(entry: Mapping[str, Any] | None) -> str:
     if entry is None:
         return "float32 (norms)"
-    if not entry["block_size"]:
-        return f"float{entry['bits']}"
-    return f"int{entry['bits']}, a scale for every {entry['block_size']} weights"
+    fmt = Format(**entry)
+    if not fmt.quantized:
+        return f"float{fmt.bits}"
+    name = f"int{fmt.bits}, a scale {'' if fmt.symmetric else 'and a zero point '}for every "
+    name += f"{fmt.block_size} weights"
+    return name + ", in two halves of 4 bits" * (fmt.planes == 2)
 
 
 def _quality(quality: Mapping[str, Any] | None, report: Mapping[str, Any]) -> str:
@@ -247,7 +250,8 @@ const output = await model.generate({ ...tokenizer("Once upon a time"), max_new_
 console.log(tokenizer.decode(output[0]));
 ```
 
-`edge-demo` runs `engine.onnx`, the others `model.onnx`; both stand over one `model.onnx_data`."""
+`edge-demo` runs `engine.onnx` and `candidates.onnx`, the others `model.onnx`; all stand over one
+`model.onnx_data`."""
 
 
 def _licence(manifest: Mapping[str, Any]) -> str:

@@ -12,21 +12,33 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 INTERRUPTED = 130
+_MOST_PLAN_BYTES = 16 << 20
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Export; the exit status is 0, 1 for a failure, 2 for a bad request, 130 for Ctrl-C."""
+    arguments = None
     try:
         arguments = _parser().parse_args(argv)
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         signal.signal(signal.SIGTERM, _as_interrupt)
         return _export(arguments)
     except KeyboardInterrupt:
-        print("export-onnx: interrupted; nothing was kept", file=sys.stderr)
+        print(f"export-onnx: interrupted; {_what_was_kept(arguments)}", file=sys.stderr)
         return INTERRUPTED
+
+
+def _what_was_kept(arguments: argparse.Namespace | None) -> str:
+    if arguments is not None:
+        from export.quantize.workspace import workspace_path
+
+        if workspace_path(Path(os.path.realpath(arguments.out))).exists():
+            return "the same command goes on where it stopped"
+    return "nothing was kept"
 
 
 def _as_interrupt(signum: int, frame: Any) -> None:
@@ -45,7 +57,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("out", metavar="OUT", help="the folder to write")
     parser.add_argument(
-        "--recipe", default="int8", help="int8 or fp32: how weights are stored (default: int8)"
+        "--recipe",
+        default="int8",
+        help="int4, int8, fp16 or fp32: how weights are stored (default: int8)",
+    )
+    parser.add_argument(
+        "--kl-budget",
+        type=float,
+        metavar="X",
+        help="for int4: how much the bundle may lose, as the mean KL divergence from the float "
+        "model in nats; matrices get 8 bits until it does not (default: 0.03)",
+    )
+    parser.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="a text like those the model is for; 'self' for text that it writes itself, 'none' "
+        "for no calibration (default: self for int4, a page of ours for int8)",
+    )
+    parser.add_argument(
+        "--plan",
+        metavar="FILE",
+        help="JSON, weight name to format, as in bundle.json: in place of the recipe's formats",
     )
     parser.add_argument(
         "--max-context",
@@ -71,6 +103,7 @@ def _export(arguments: argparse.Namespace) -> int:
     from gemma_keras.errors import ModelError
 
     try:
+        plan = None if arguments.plan is None else _read_plan(arguments.plan)
         from export.progress import ShowProgress
 
         with ShowProgress() as show:
@@ -81,6 +114,9 @@ def _export(arguments: argparse.Namespace) -> int:
                 arguments.source,
                 arguments.out,
                 arguments.recipe,
+                kl_budget=arguments.kl_budget,
+                calibration=arguments.calibration,
+                plan=plan,
                 max_context=arguments.max_context,
                 overwrite=arguments.overwrite,
                 verify=arguments.verify,
@@ -102,6 +138,20 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _read_plan(path: str) -> Any:
+    """The plan in a JSON file: by itself, or in the manifest of a bundle."""
+    from export.errors import ExportRequestError
+
+    try:
+        with open(path, "rb") as file:
+            found = json.loads(file.read(_MOST_PLAN_BYTES))
+    except OSError as error:
+        raise ExportRequestError(f"the plan {path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ExportRequestError(f"the plan {path} is not JSON: {error}") from error
+    return found["plan"] if isinstance(found, dict) and "plan" in found else found
+
+
 def _print_result(result, as_json: bool) -> None:
     quality = result.quality
     if as_json:
@@ -109,6 +159,14 @@ def _print_result(result, as_json: bool) -> None:
         print(json.dumps(entry))
         return
     print(f"{result.path}: {result.recipe}, {result.num_bytes / 1e6:,.0f} MB")
+    held_out = result.rounding.get("held_out")
+    if held_out:
+        raised = result.rounding["raised_to_8_bits"]
+        print(
+            f"mean KL {held_out['mean_kl']:.2g} nats of {result.rounding['kl_budget']:g} allowed, "
+            f"same top token {held_out['same_top_token']:.1%}, on held-out {held_out['text']}; "
+            f"{len(raised)} of {len(result.rounding['losses'])} groups of matrices got 8 bits"
+        )
     if quality:
         print(
             f"mean KL {quality.mean_kl:.2g} nats, same top token {quality.same_top_token:.1%}, "

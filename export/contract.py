@@ -1,12 +1,14 @@
 """Names, shapes and dtypes of each graph's inputs and outputs, computed from the configuration.
 
-Two graphs stand over the same weights:
+Three graphs stand over the same weights:
 
 * `model.onnx`, the interchange graph, keeps the names that onnxruntime-genai, Optimum and
   transformers.js read. Its past grows by concatenation and it returns logits for all positions.
 * `engine.onnx` is what `edge_demo` runs: keys and values live in buffers of fixed capacity that are
   input and output at once, the rotary tables are inputs (so they grow with the buffers instead of
   being stored for the longest context), and logits are computed only where they are asked for.
+* `candidates.onnx` is the same for generation: in place of all logits it returns the ids and logits
+  of the few hundred most likely tokens, found inside the graph.
 """
 
 from __future__ import annotations
@@ -16,8 +18,11 @@ from gemma_keras.config import GemmaConfig, LayerSpec
 
 INTERCHANGE_FILE = "model.onnx"
 ENGINE_FILE = "engine.onnx"
+CANDIDATES_FILE = "candidates.onnx"
 WEIGHTS_FILE = "model.onnx_data"
 _BATCH = "batch_size"  # transformers.js makes an empty past by this name
+
+_MOST_CANDIDATES = 256
 
 
 def ropes(config: GemmaConfig) -> dict[tuple[float, float, int], RopeSpec]:
@@ -59,13 +64,35 @@ def engine_contract(config: GemmaConfig) -> GraphSpec:
     `seqlens_k` is the number of tokens each row will have after the call, less 1, as
     `GroupQueryAttention` counts; `logit_positions` picks positions within the call.
     """
+    shape = ("batch", "num_logits", config.vocabulary_size)
+    return _in_place(config, ENGINE_FILE, TensorSpec("logits", "float32", shape))
+
+
+def candidates_contract(config: GemmaConfig) -> GraphSpec:
+    """The contract of `candidates.onnx`: inputs as the engine's, the best tokens in no order."""
+    shape = ("batch", "num_logits", num_candidates(config))
+    return _in_place(
+        config,
+        CANDIDATES_FILE,
+        TensorSpec("candidate_ids", "int64", shape),
+        TensorSpec("candidate_logits", "float32", shape),
+    )
+
+
+def num_candidates(config: GemmaConfig) -> int:
+    """How many tokens the candidates graph returns at each position."""
+    return min(_MOST_CANDIDATES, config.vocabulary_size)
+
+
+def _in_place(config: GemmaConfig, file: str, *outputs: TensorSpec) -> GraphSpec:
+    """A graph whose keys and values are buffers of fixed capacity, input and output at once."""
     tables = [
         TensorSpec(f"{rope.name}.{part}", "float32", ("rope_length", rope.dims))
         for rope in ropes(config).values()
         for part in ("cos", "sin")
     ]
     return GraphSpec(
-        ENGINE_FILE,
+        file,
         inputs=(
             TensorSpec("input_ids", "int64", ("batch", "sequence")),
             TensorSpec("seqlens_k", "int32", ("batch",)),
@@ -74,10 +101,7 @@ def engine_contract(config: GemmaConfig) -> GraphSpec:
             *tables,
             *_key_values(config, "past_key_values", "capacity"),
         ),
-        outputs=(
-            TensorSpec("logits", "float32", ("batch", "num_logits", config.vocabulary_size)),
-            *_key_values(config, "present", "capacity"),
-        ),
+        outputs=(*outputs, *_key_values(config, "present", "capacity")),
     )
 
 

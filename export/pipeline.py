@@ -6,33 +6,23 @@ import dataclasses
 import errno
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import onnx
-import onnx_ir as ir
-
-from edge_demo.bundle import Bundle
 from export import bundle as writer
-from export.contract import WEIGHTS_FILE, engine_contract, interchange_contract, ropes
-from export.ecosystem import write_ecosystem_files
+from export.draft import BundleDraft, Progress
 from export.errors import ExportError, ExportRequestError
-from export.fused import build_graph
-from export.quantize.formats import plan_bytes, plan_for_recipe, recipe_named
+from export.quantize.formats import Plan, plan_bytes
+from export.quantize.recipes import plan_for_recipe, plan_from_json, recipe_named
+from export.quantize.workspace import workspace_path
 from export.start_keras import start_keras
-from export.store import store_weights
-from export.weights_file import WeightsFile
 from gemma_keras.checkpoints import Checkpoint, open_checkpoint
-from gemma_keras.checkpoints.names import parameter_count
 from gemma_keras.config import GemmaConfig
 
 if TYPE_CHECKING:
     from export.verify import Quality
     from gemma_keras.causal_lm import GemmaCausalLM
-
-Progress = Callable[[str, float], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +34,14 @@ class ExportResult:
         recipe: how its weights are stored.
         num_bytes: of all its files.
         quality: how near it is to the model, or `None` if that was not asked.
+        rounding: how its weights were rounded, for people and programs.
     """
 
     path: Path
     recipe: str
     num_bytes: int
     quality: Quality | None
+    rounding: Mapping[str, Any]
 
 
 def export_onnx(
@@ -57,6 +49,9 @@ def export_onnx(
     out: str | os.PathLike[str],
     recipe: str = "int8",
     *,
+    kl_budget: float | None = None,
+    calibration: str | os.PathLike[str] | None = None,
+    plan: Mapping[str, Mapping[str, Any]] | None = None,
     max_context: int | None = None,
     overwrite: bool = False,
     verify: bool = True,
@@ -67,111 +62,109 @@ def export_onnx(
     Args:
         source: what `gemma_keras.open_checkpoint` takes, or a `GemmaCausalLM`.
         out: the folder to write; it gets this name only when it is complete.
-        recipe: `int8` or `fp32`.
+        recipe: `int4`, `int8`, `fp16` or `fp32`.
+        kl_budget: for `int4`, the mean KL divergence from the float model, in nats, that the
+            bundle may lose on text it was not calibrated on: matrices get 8 bits until it does
+            not; the recipe's own by default.
+        calibration: a UTF-8 text file that shows what the model will be used for; `"self"`, text
+            that the model writes; `"none"`, no calibration. By default the recipe's own.
+        plan: weight name to format, as `bundle.json` has it, in place of the recipe's formats for
+            the weights it names; nothing is chosen by measurement then.
         max_context: the longest sequence the bundle is for, in tokens; the model's by default.
         overwrite: whether a bundle that stands there is replaced.
-        verify: whether the bundle is run and compared with the Keras model.
+        verify: whether the bundle is run and compared with the Keras layers.
         on_progress: told the stage and how much of it is done, 0 to 1.
 
     Raises:
-        ExportRequestError: the recipe, the context or the output folder cannot be used.
+        ExportRequestError: the recipe, the plan, the budget, the text, the context or the output
+            folder cannot be used.
         ModelError: the source cannot be used.
         ExportError: no space or memory, or the bundle differs from the model.
     """
     out = Path(os.path.realpath(out))  # a link to a bundle stays, what it points at is replaced
     with _told_in_a_sentence(out):
         writer.check_out(out, overwrite=overwrite)
-    checkpoint, model = _open(source)
+    checkpoint = _open(source)
     config = checkpoint.config
-    plan = plan_for_recipe(recipe, config)
+    chosen = recipe_named(recipe)
+    formats = plan_for_recipe(recipe, config) | plan_from_json(plan or {}, config)
+    budget = _check_budget(kl_budget, recipe, plan)
     max_context = _check_context(max_context, config)
-    _check_space(out, plan_bytes(plan, config))
-    if verify and model is None:
-        _check_memory(config)
+    _check_space(out, plan_bytes(formats, config))
 
-    with _told_in_a_sentence(out), writer.unfinished_folder(out, overwrite=overwrite) as folder:
-        tokenizer = writer.write_tokenizer(folder, checkpoint, config.vocabulary_size)
-        licence = writer.write_notices(folder, checkpoint, recipe)
-        write_ecosystem_files(folder, checkpoint, tokenizer, max_context)
-        recipe_is_balanced = recipe_named(recipe).balanced
-        if verify or recipe_is_balanced:
-            on_progress("keras", 0)
-            start_keras()
-        source_weights = checkpoint.weights
-        if recipe_is_balanced:
-            source_weights = _balanced(checkpoint, on_progress)
-        on_progress("weights", 0)
-        with WeightsFile(folder / WEIGHTS_FILE) as weights:
-            store_weights(
-                config, source_weights, plan, weights, lambda d, n: on_progress("weights", d / n)
-            )
-        graphs = {"interchange": interchange_contract(config), "engine": engine_contract(config)}
-        for number, contract in enumerate(graphs.values()):
-            on_progress("graphs", number / len(graphs))
-            graph = build_graph(config, plan, weights, contract, max_context)
-            ir.save(graph, folder / contract.file)
-            onnx.checker.check_model(str(folder / contract.file))
-        on_progress("graphs", 1)
+    workspace = workspace_path(out)
+    try:
+        with _told_in_a_sentence(out), writer.unfinished_folder(out, overwrite=overwrite) as folder:
+            draft = BundleDraft(folder, checkpoint, recipe, max_context, on_progress)
+            text = calibration or chosen.calibration
+            if verify or text:
+                on_progress("keras", 0)
+                start_keras()
+            rounding = _round(draft, formats, text, budget, workspace, on_progress)
+            quality = None
+            if verify:
+                from export.verify import verify as verify_bundle
 
-        def write_manifest(quality: Quality | None) -> None:
-            writer.write_manifest(
-                folder,
-                checkpoint,
-                recipe,
-                plan,
-                graphs,
-                list(ropes(config).values()),
-                tokenizer,
-                licence,
-                max_context,
-                None if quality is None else dataclasses.asdict(quality),
-            )
-
-        write_manifest(None)
-        quality = None
-        if verify:
-            on_progress("verification", 0)
-            quality = _verify(folder, checkpoint, model, recipe)
-            write_manifest(quality)
-            on_progress("verification", 1)
-        num_bytes = Bundle.open(folder).num_bytes
-    return ExportResult(out, recipe, num_bytes, quality)
+                on_progress("verification", 0)
+                bundle = draft.describe({})
+                quality = verify_bundle(bundle, config, checkpoint.weights, recipe)
+                on_progress("verification", 1)
+            report = {
+                "quality": None if quality is None else dataclasses.asdict(quality),
+                "rounding": rounding,
+            }
+            num_bytes = draft.describe(report).num_bytes
+    except Exception:  # not for Ctrl-C: what was worked out until then is of use to the next run
+        shutil.rmtree(workspace, ignore_errors=True)
+        raise
+    shutil.rmtree(workspace, ignore_errors=True)
+    return ExportResult(out, recipe, num_bytes, quality, rounding)
 
 
-def _open(source) -> tuple[Checkpoint, GemmaCausalLM | None]:
+def _round(
+    draft: BundleDraft,
+    formats: Plan,
+    text: str | os.PathLike[str] | None,
+    budget: float | None,
+    workspace: Path,
+    on_progress: Progress,
+) -> dict[str, Any]:
+    """Round the weights and store them; returns what was done, for the manifest."""
+    if budget is None and text in (None, "none"):
+        draft.store(draft.checkpoint.weights, formats)
+        return {}
+    from export.rounding import Rounding, round_weights, round_within  # they need Keras
+
+    rounding = Rounding(draft.checkpoint.weights)
+    if text not in (None, "none"):
+        rounding = round_weights(draft.checkpoint, formats, text, workspace, on_progress)
+    if budget is None:
+        draft.store(rounding.weights, formats, rounding.rounded)
+    else:
+        rounding = round_within(budget, draft, rounding, formats, on_progress)
+    return dict(rounding.told)
+
+
+def _open(source) -> Checkpoint:
     if isinstance(source, (str, os.PathLike)):
-        return open_checkpoint(source), None
-    return source.as_checkpoint(), source
+        return open_checkpoint(source)
+    return source.as_checkpoint()
 
 
-def _balanced(checkpoint: Checkpoint, on_progress: Progress) -> Mapping[str, np.ndarray]:
-    import sentencepiece
-
-    from export.quantize.balance import BalancedWeights
-    from export.quantize.calibrate import TEXT, channel_rms
-
-    on_progress("calibration", 0)
-    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=checkpoint.tokenizer_model)
-    ids = [tokenizer.bos_id(), *tokenizer.encode(TEXT.read_text(encoding="utf-8"))]
-    config = checkpoint.config
-    rms = channel_rms(
-        config,
-        checkpoint.weights,
-        ids[: config.context_length],
-        lambda done, total: on_progress("calibration", done / total),
-    )
-    return BalancedWeights(config, checkpoint.weights, rms)
-
-
-def _verify(folder: Path, checkpoint: Checkpoint, model: GemmaCausalLM | None, recipe: str):
-    from export.verify import verify
-    from gemma_keras.causal_lm import GemmaCausalLM
-
-    if model is None:
-        model = GemmaCausalLM.from_checkpoint(
-            dataclasses.replace(checkpoint, tokenizer_model=None), dtype="float32"
+def _check_budget(
+    kl_budget: float | None, recipe: str, plan: Mapping[str, Any] | None
+) -> float | None:
+    own = recipe_named(recipe).kl_budget
+    if kl_budget is None:
+        return None if plan else own
+    if own is None or plan:
+        raise ExportRequestError(
+            "a KL budget chooses between 4 and 8 bits, so it goes with --recipe int4 and without "
+            "a plan"
         )
-    return verify(Bundle.open(folder), model, recipe)
+    if not 0 < kl_budget < float("inf"):
+        raise ExportRequestError(f"the KL budget must be a positive number, not {kl_budget}")
+    return kl_budget
 
 
 def _check_context(max_context: int | None, config: GemmaConfig) -> int:
@@ -192,22 +185,6 @@ def _check_space(out: Path, num_bytes: int) -> None:
     if needed > free:
         raise ExportError(
             f"the bundle needs about {needed / 1e6:,.0f} MB; {parent} has {free / 1e6:,.0f} MB free"
-        )
-
-
-def _check_memory(config: GemmaConfig) -> None:
-    """Refuse to build a Keras model that would drive the machine into swap."""
-    needed = parameter_count(config) * 4 + 3 * 192 * config.vocabulary_size * 4
-    try:
-        with open("/proc/meminfo") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        available = int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return  # not Linux: nothing to compare with
-    if needed > available:
-        raise ExportError(
-            f"verification builds the Keras model in float32, which needs about "
-            f"{needed / 1e9:.1f} GB; {available / 1e9:.1f} GB are free. Use --no-verify"
         )
 
 

@@ -6,15 +6,27 @@ import os
 import sys
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 _STAGES = {
     "opening": "opening the checkpoint",
     "keras": "starting Keras",
-    "calibration": "measuring the activations",
+    "fingerprint": "reading the weights",
+    "self-sampling": "letting the model write text",
+    "calibration": "calibrating, block by block",
+    "sensitivity": "measuring what each matrix loses",
+    "reference": "running the float model",
+    "measuring": "measuring the whole",
     "weights": "storing the weights",
     "graphs": "writing the graphs",
-    "verification": "comparing with the Keras model",
+    "verification": "comparing with the Keras layers",
 }
 
 
@@ -34,6 +46,8 @@ class ShowProgress:
                 BarColumn(),
                 TextColumn("{task.percentage:>3.0f} %"),
                 TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
                 # its own copy of stderr: native libraries' is kept back while they load
                 console=Console(file=os.fdopen(os.dup(2), "w", encoding="utf-8")),
             )

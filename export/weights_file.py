@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from types import TracebackType
 
@@ -50,23 +51,30 @@ class WeightsFile:
 
     def add(self, name: str, array: np.ndarray) -> None:
         """Append a tensor under a new name."""
+        self.reserve(name, array.dtype, array.shape)
+        self.write_rows(name, 0, array)
+
+    def reserve(self, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+        """Append room for a tensor under a new name, to be filled by `write_rows`."""
         if name in self.tensors:
             raise ValueError(f"{name} is stored already")
-        data = np.ascontiguousarray(array)
-        alignment = _PAGE if data.nbytes >= _PAGE else _SMALL
-        padding = -self._position % alignment
-        self._file.write(bytes(padding))
-        offset = self._position + padding
+        num_bytes = math.prod(shape) * dtype.itemsize
+        offset = self._position + -self._position % (_PAGE if num_bytes >= _PAGE else _SMALL)
+        self._position = offset + num_bytes
+        self.tensors[name] = StoredTensor(ir.DataType.from_numpy(dtype), shape, offset, num_bytes)
+
+    def write_rows(self, name: str, first: int, rows: np.ndarray) -> None:
+        """Fill a reserved tensor from its row `first` on."""
+        stored = self.tensors[name]
+        data = np.ascontiguousarray(rows)
+        row_bytes = stored.num_bytes // stored.shape[0] if stored.shape else stored.num_bytes
+        self._file.seek(stored.offset + first * row_bytes)
         self._file.write(data.reshape(-1).view(np.uint8).data)
-        self._position = offset + data.nbytes
-        self.tensors[name] = StoredTensor(
-            ir.DataType.from_numpy(data.dtype), data.shape, offset, data.nbytes
-        )
 
     def add_view(self, name: str, of: str, shape: tuple[int, ...]) -> None:
         """Name the bytes of a stored tensor a second time, under another shape."""
         stored = self.tensors[of]
-        if np.prod(shape) != np.prod(stored.shape):
+        if math.prod(shape) != math.prod(stored.shape):
             raise ValueError(f"{name}: {shape} and {stored.shape} differ in size")
         self.tensors[name] = dataclasses.replace(stored, shape=shape)
 

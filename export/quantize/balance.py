@@ -13,7 +13,7 @@ root mean square in place of their maximum.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 
@@ -29,42 +29,66 @@ class BalancedWeights(Mapping[str, np.ndarray]):
     Args:
         config: the model's.
         weights: canonical name to array.
-        channel_rms: matrix name to the root mean square of its input channels, `[in]`; see
-            `export.quantize.calibrate`.
+        channel_rms: matrix name to the root mean square of its input channels, `[in]`, for those
+            of `export.quantize.calibrate.OBSERVED`; without it, `balance_block` is to be called.
     """
 
     def __init__(
         self,
         config: GemmaConfig,
         weights: Mapping[str, np.ndarray],
-        channel_rms: Mapping[str, np.ndarray],
+        channel_rms: Mapping[str, np.ndarray] | None = None,
     ) -> None:
+        self._config = config
         self._weights = weights
         # name to factors of its inputs (rows) and of its outputs (columns, or a norm's entries)
         self._inputs: dict[str, np.ndarray] = {}
         self._outputs: dict[str, np.ndarray] = {}
-        for i, layer in enumerate(config.layers):
-            name = f"layers.{i}"
-            shared = _factors(channel_rms[f"{name}.attention.query"])
-            self._move(
-                f"{name}.pre_attention_norm",
-                shared,
-                shared,
-                *(f"{name}.attention.{part}" for part in ("query", "key", "value")),
-            )
-            shared = _factors(channel_rms[f"{name}.mlp.gate"])
-            self._move(f"{name}.pre_ffw_norm", shared, shared, f"{name}.mlp.gate", f"{name}.mlp.up")
-            hidden = _factors(channel_rms[f"{name}.mlp.down"])
-            self._move(f"{name}.mlp.up", hidden, hidden, f"{name}.mlp.down")
-            values = _factors(_over_groups(channel_rms[f"{name}.attention.output"], layer))
-            self._move(
-                f"{name}.attention.value",
-                values,
-                _for_groups(values, layer),
-                f"{name}.attention.output",
-            )
+        for i in range(len(config.layers)) if channel_rms else ():
+            prefix = f"layers.{i}."
+            rms = {
+                n.removeprefix(prefix): v for n, v in channel_rms.items() if n.startswith(prefix)
+            }
+            self.balance_block(i, rms)
 
-    def _move(self, before: str, divide: np.ndarray, multiply: np.ndarray, *after: str) -> None:
+    def balance_block(
+        self, i: int, rms: Mapping[str, np.ndarray], keep: Collection[str] = ()
+    ) -> None:
+        """Balance one decoder block.
+
+        Args:
+            i: which.
+            rms: name within the block to the root mean square of its input channels, `[in]`.
+            keep: canonical names of matrices that must stay as they are.
+        """
+        name, layer = f"layers.{i}", self._config.layers[i]
+        shared = _factors(rms["attention.query"])
+        projections = [f"{name}.attention.{part}" for part in ("query", "key", "value")]
+        self._move(f"{name}.pre_attention_norm", shared, shared, projections, keep)
+        shared = _factors(rms["mlp.gate"])
+        branches = [f"{name}.mlp.gate", f"{name}.mlp.up"]
+        self._move(f"{name}.pre_ffw_norm", shared, shared, branches, keep)
+        hidden = _factors(rms["mlp.down"])
+        self._move(f"{name}.mlp.up", hidden, hidden, [f"{name}.mlp.down"], keep)
+        values = _factors(_over_groups(rms["attention.output"], layer))
+        for_heads = _for_groups(values, layer)
+        output = [f"{name}.attention.output"]
+        self._move(f"{name}.attention.value", values, for_heads, output, keep)
+
+    def input_factors(self, name: str) -> np.ndarray | None:
+        """What the inputs of a matrix were divided by, `[in]`; `None` if by nothing."""
+        return self._inputs.get(name)
+
+    def _move(
+        self,
+        before: str,
+        divide: np.ndarray,
+        multiply: np.ndarray,
+        after: list[str],
+        keep: Collection[str],
+    ) -> None:
+        if not {before, *after}.isdisjoint(keep):
+            return
         self._outputs[before] = divide
         for name in after:
             self._inputs[name] = multiply

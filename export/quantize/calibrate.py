@@ -3,74 +3,111 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 from keras import ops
 
-from gemma_keras.checkpoints.names import weight_specs
+from export.reference import load_block, run_block
 from gemma_keras.config import GemmaConfig
 from gemma_keras.layers import GemmaDecoderBlock
 
 TEXT = Path(__file__).with_name("calibration.txt")
-_OBSERVED = ("attention.query", "attention.output", "mlp.gate", "mlp.down")
+# Matrices that see the same inputs, by the first of them, which is the one that is watched.
+OBSERVED = {
+    "attention.query": ("attention.query", "attention.key", "attention.value"),
+    "attention.output": ("attention.output",),
+    "mlp.gate": ("mlp.gate", "mlp.up"),
+    "mlp.down": ("mlp.down",),
+}
+_MOST_INPUTS = 4096  # of whose second moments all pairs are kept; beyond it, squares of that size
 
 
-def channel_rms(
-    config: GemmaConfig,
-    weights: Mapping[str, np.ndarray],
-    ids: Sequence[int],
-    on_progress: Callable[[int, int], None],
-) -> dict[str, np.ndarray]:
-    """Root mean square of each input channel of each matrix, on one text.
+@dataclasses.dataclass
+class Moments:
+    """The mean of the outer products of a matrix's inputs, `[in, in]`, as squares on its diagonal.
 
-    Key, value and up projections see what the query and gate projections see, and are left out.
+    Attributes:
+        squares: float32, each of at most 4,096 inputs, one after the other.
+    """
+
+    squares: list[np.ndarray]
+
+    @property
+    def rms(self) -> np.ndarray:
+        """Root mean square of each input: float32 `[in]`."""
+        return np.sqrt(np.concatenate([np.diag(s) for s in self.squares]))
+
+    def divided_by(self, factors: np.ndarray) -> Moments:
+        """Those of the same inputs when input j is divided by `factors[j]`."""
+        squares, first = [], 0
+        for square in self.squares:
+            part = factors[first : first + len(square)]
+            squares.append(square / np.outer(part, part))
+            first += len(square)
+        return Moments(squares)
+
+
+def observe(
+    config: GemmaConfig, weights: Mapping[str, np.ndarray], x: np.ndarray, first_block: int = 0
+) -> Iterator[dict[str, Moments]]:
+    """Watch the inputs of each block's matrices, on one text.
 
     Args:
         config: the model's.
         weights: canonical name to float32 array.
-        ids: the text's tokens.
-        on_progress: told the blocks done and those in all.
+        x: what block `first_block` sees, float32 `(batch, length, hidden_dim)`; replaced in place
+            by what it returns, block after block.
+        first_block: the block to begin with.
 
-    Returns:
-        Matrix name to float32 `[in]`.
+    Yields:
+        For each block: name within the block, of `OBSERVED`, to the moments.
     """
-    specs = weight_specs(config)
-    x = weights["token_embedding"][np.asarray(ids)] * np.float32(config.embedding_scale)
-    x = ops.convert_to_tensor(x[None], dtype="float32")  # (1, length, hidden_dim)
-    found: dict[str, np.ndarray] = {}
-    for i, layer in enumerate(config.layers):
-        block = GemmaDecoderBlock(
-            layer, config.hidden_dim, config.norm_epsilon, "zeros", dtype="float32"
-        )
-        block.build((1, len(ids), config.hidden_dim))
-        prefix = f"layers.{i}."
-        for name in specs:
-            if name.startswith(prefix):
-                block.variable(name.removeprefix(prefix)).assign(weights[name])
-        with _observe(block) as seen:
-            x = block(x)
-        found |= {prefix + name: rms for name, rms in seen.items()}
-        on_progress(i + 1, len(config.layers))
-    return found
+    for i in range(first_block, len(config.layers)):
+        block = load_block(config, weights, i)
+        with _watch(block) as sums:
+            run_block(block, x)
+        yield {name: total.mean() for name, total in sums.items()}
+
+
+class _Sum:
+    def __init__(self) -> None:
+        self._squares: list[np.ndarray] = []
+        self._count = 0
+
+    def add(self, inputs: np.ndarray) -> None:
+        flat = inputs.reshape(-1, inputs.shape[-1])
+        parts = [
+            flat[:, first : first + _MOST_INPUTS] for first in range(0, flat.shape[1], _MOST_INPUTS)
+        ]
+        if not self._squares:
+            self._squares = [np.zeros((p.shape[1], p.shape[1]), np.float32) for p in parts]
+        for total, part in zip(self._squares, parts, strict=True):
+            total += part.T @ part
+        self._count += len(flat)
+
+    def mean(self) -> Moments:
+        for total in self._squares:
+            total /= np.float32(self._count)
+        return Moments(self._squares)
 
 
 @contextlib.contextmanager
-def _observe(block: GemmaDecoderBlock) -> Iterator[dict[str, np.ndarray]]:
-    seen: dict[str, np.ndarray] = {}
+def _watch(block: GemmaDecoderBlock) -> Iterator[dict[str, _Sum]]:
+    sums = {name: _Sum() for name in OBSERVED}
 
     def watch(name: str) -> None:
         dense = block.sublayer(name)
         call = dense.call
 
         def observed(inputs, *args, **kwargs):
-            square = ops.mean(ops.square(ops.cast(inputs, "float32")), axis=(0, 1))
-            seen[name] = np.sqrt(np.asarray(ops.convert_to_numpy(square)))
+            sums[name].add(np.asarray(ops.convert_to_numpy(inputs), np.float32))
             return call(inputs, *args, **kwargs)
 
         dense.call = observed
 
-    for name in _OBSERVED:
+    for name in OBSERVED:
         watch(name)
-    yield seen
+    yield sums

@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
-from export.errors import ExportRequestError
 from gemma_keras.checkpoints.names import WeightSpec, weight_specs
 from gemma_keras.config import GemmaConfig
+
+BITS = (2, 4, 8)
+BLOCK_SIZES = (16, 32, 64, 128)  # that onnxruntime's CPU kernels take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,74 +18,62 @@ class Format:
     """How one matrix or table is stored.
 
     Attributes:
-        bits: 32 for float32, 8 for block-quantized integers.
-        block_size: inputs that share a scale; 0 for float32.
+        bits: 32 or 16 for floats; 8, 4 or 2 for block-quantized integers.
+        block_size: inputs that share a scale; 0 for floats.
+        symmetric: whether the zero point is the middle, `2 ** (bits - 1)`, in every block; else
+            each block has its own.
+        planes: 2 splits each 8-bit integer into two of 4 bits, stored apart: the high one alone is
+            a 4-bit table of the same scales, 16 times as wide.
     """
 
     bits: int
     block_size: int = 0
+    symmetric: bool = True
+    planes: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.quantized:
+            good = self.bits in (16, 32) and not self.block_size and self.symmetric
+        else:
+            good = self.bits in BITS and self.block_size > 0
+        if self.planes != 1:
+            good = good and (self.planes, self.bits, self.symmetric) == (2, 8, True)
+        if not good:
+            raise ValueError(f"there is no such format: {self}")
 
     @property
     def quantized(self) -> bool:
         """Whether it is stored as integers with scales."""
         return self.bits < 16
 
+    @property
+    def middle(self) -> int:
+        """The zero point of a symmetric block: what stores 0."""
+        return 1 << (self.bits - 1)
+
+    def num_blocks(self, num_inputs: int) -> int:
+        """Blocks of one row."""
+        return -(-num_inputs // self.block_size)
+
     def num_bytes(self, num_rows: int, num_inputs: int) -> int:
         """Size of a matrix with `num_rows` outputs and `num_inputs` inputs, in bytes."""
         if not self.quantized:
             return num_rows * num_inputs * self.bits // 8
-        blocks = num_rows * -(-num_inputs // self.block_size)
-        return blocks * (self.block_size * self.bits // 8 + 4)
+        blocks = self.num_blocks(num_inputs)
+        row = blocks * (self.block_size * self.bits // 8 + 4)
+        if not self.symmetric:
+            row += -(-blocks * self.bits // 8)
+        return num_rows * row
 
+    def __str__(self) -> str:
+        if not self.quantized:
+            return f"fp{self.bits}"
+        kind = "" if self.symmetric else " asymmetric"
+        planes = " in 2 planes" if self.planes == 2 else ""
+        return f"int{self.bits} block {self.block_size}{kind}{planes}"
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """A named way to store a model.
-
-    Attributes:
-        format: of every matrix and table.
-        balanced: whether activations are balanced first; see `export.quantize.balance`.
-    """
-
-    format: Format
-    balanced: bool
-
-
-RECIPES = {"fp32": Recipe(Format(32), balanced=False), "int8": Recipe(Format(8, 32), balanced=True)}
 
 Plan = Mapping[str, Format]
-
-
-def recipe_named(name: str) -> Recipe:
-    """The recipe of that name.
-
-    Raises:
-        ExportRequestError: there is none.
-    """
-    if name not in RECIPES:
-        raise ExportRequestError(
-            f"no recipe is called {name!r}; choose one of {', '.join(RECIPES)}"
-        )
-    return RECIPES[name]
-
-
-def plan_for_recipe(recipe: str, config: GemmaConfig) -> dict[str, Format]:
-    """Every matrix's and table's format under a named recipe.
-
-    Raises:
-        ExportRequestError: there is no such recipe, or the model does not fit its blocks.
-    """
-    chosen = recipe_named(recipe).format
-    plan = {spec.name: chosen for spec in weight_specs(config).values() if spec.kind != "norm"}
-    block = plan["token_embedding"].block_size
-    if block and config.hidden_dim % block:
-        # Gather reads unpadded rows, the head's matrix product padded ones: the one stored table
-        # serves both only without padding.
-        raise ExportRequestError(
-            f"recipe {recipe} stores the embedding in blocks of {block}, which does not divide "
-            f"hidden_dim ({config.hidden_dim}); use --recipe fp32"
-        )
-    return plan
 
 
 def plan_bytes(plan: Plan, config: GemmaConfig) -> int:
@@ -109,38 +97,3 @@ def rows_and_inputs(spec: WeightSpec) -> tuple[int, int]:
 def plan_to_json(plan: Plan) -> dict[str, Any]:
     """The plan as plain data, for the bundle."""
     return {name: dataclasses.asdict(fmt) for name, fmt in plan.items()}
-
-
-def quantize_rows(rows: np.ndarray, fmt: Format) -> tuple[np.ndarray, np.ndarray]:
-    """Round to nearest on a symmetric lattice with one scale a block.
-
-    `value ≈ (stored - 128) * scale`, `scale = greatest magnitude in the block / 127`: what
-    onnxruntime's `MatMulNBits` and `GatherBlockQuantized` take when they are given no zero points.
-    A GGUF Q8_0 tensor comes out exactly as it went in, scale and integers.
-
-    Args:
-        rows: float32 `[outputs, inputs]`; inputs are padded with zeros to whole blocks.
-        fmt: of 8 bits.
-
-    Returns:
-        uint8 `[outputs, blocks, block_size]` and float32 scales `[outputs, blocks]`.
-    """
-    if fmt.bits != 8:
-        raise ValueError(f"quantize_rows stores 8 bits, not {fmt.bits}")
-    num_rows, num_inputs = rows.shape
-    num_blocks = -(-num_inputs // fmt.block_size)
-    packed = np.empty((num_rows, num_blocks, fmt.block_size), np.uint8)
-    scales = np.empty((num_rows, num_blocks), np.float32)
-    step = max(1, (8 << 20) // max(1, num_blocks * fmt.block_size * 4))  # pieces that fit a cache
-    for first in range(0, num_rows, step):
-        piece = np.ascontiguousarray(rows[first : first + step], dtype=np.float32)
-        if num_blocks * fmt.block_size != num_inputs:
-            piece = np.pad(piece, ((0, 0), (0, num_blocks * fmt.block_size - num_inputs)))
-        blocks = piece.reshape(len(piece), num_blocks, fmt.block_size)
-        scale = np.abs(blocks).max(axis=-1) / np.float32(127)
-        # A block of zeros, or of values so small that their scale underflows, becomes zeros.
-        inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 1e-37)
-        levels = np.rint(blocks * inverse[..., None])
-        packed[first : first + step] = (np.clip(levels, -127, 127) + 128).astype(np.uint8)
-        scales[first : first + step] = scale
-    return packed, scales

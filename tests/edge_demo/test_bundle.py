@@ -34,6 +34,7 @@ from tests.edge_demo.bundle_files import (
 FILES = (
     "GEMMA_NOTICE.txt",
     "README.md",
+    "candidates.onnx",
     "config.json",
     "engine.onnx",
     "genai_config.json",
@@ -534,7 +535,7 @@ def test_the_memory_forgets_the_oldest(damaged, memory, tmp_path):
         (path / "bundle.json").write_bytes((damaged / "bundle.json").read_bytes())
         edit_manifest(path, lambda m: m.update(files={}))
         declare(path, "model.onnx_data")
-        for name in ("engine.onnx", "tokenizer.model"):
+        for name in ("engine.onnx", "candidates.onnx", "tokenizer.model"):
             (path / name).write_bytes(b"")
             declare(path, name)
         Bundle.open(path).verify()

@@ -12,7 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from export.quantize.balance import BalancedWeights
-from export.quantize.calibrate import channel_rms
+from export.quantize.calibrate import observe
+from export.reference import embedded, reference_logits
 from gemma_keras import GemmaBackbone, GemmaCausalLM, open_checkpoint
 from tests.models import GENERATIONS, write_tiny_hf
 
@@ -54,6 +55,17 @@ def random_ids(seed=1):
     return np.random.default_rng(seed).integers(4, 300, LENGTH).astype("int32")
 
 
+def moments_of(config, weights, ids):
+    """Matrix name to the moments of its inputs, on one row of tokens."""
+    x = embedded(config, weights, ids[None])
+    blocks = enumerate(observe(config, weights, x))
+    return {f"layers.{i}.{name}": m for i, found in blocks for name, m in found.items()}
+
+
+def channel_rms(config, weights, ids):
+    return {name: moments.rms for name, moments in moments_of(config, weights, ids).items()}
+
+
 def logits_of(config, weights):
     backbone = GemmaBackbone(config, dtype="float32", kernel_initializer="zeros")
     backbone.load_weight_source(weights)
@@ -88,7 +100,7 @@ def assert_same_logits(found, expected):
 @each_generation
 def test_weights_balanced_by_measured_sizes_are_the_same_model(tiny, generation):
     model = tiny(generation)
-    sizes = channel_rms(model.config, model.weights, random_ids(2), lambda done, total: None)
+    sizes = channel_rms(model.config, model.weights, random_ids(2))
     balanced = BalancedWeights(model.config, model.weights, sizes)
     assert_same_logits(logits_of(model.config, balanced), model.logits)
 
@@ -125,7 +137,7 @@ def test_balancing_evens_out_the_channels(tiny):
     ids = random_ids()
 
     def gate_inputs(weights):
-        sizes = channel_rms(model.config, weights, ids, lambda done, total: None)
+        sizes = channel_rms(model.config, weights, ids)
         rms = sizes["layers.2.mlp.gate"]
         return sizes, np.median(rms[1::2]) / np.median(rms[::2])
 
@@ -150,7 +162,7 @@ def test_channels_that_are_dead_in_the_model_are_measured_as_such(tiny):
     weights["layers.1.mlp.up"][:, 5] = 0
     weights["layers.1.pre_attention_norm"][7] = -1  # a factor of 0
     weights["layers.1.attention.value"][:, 3] = 0
-    sizes = channel_rms(model.config, weights, random_ids(), lambda done, total: None)
+    sizes = channel_rms(model.config, weights, random_ids())
     assert sizes["layers.1.mlp.down"][5] == 0
     assert sizes["layers.1.attention.query"][7] == 0
     assert sizes["layers.1.attention.output"][[3, 35]].tolist() == [0, 0]  # both heads of kv head 0
@@ -174,17 +186,17 @@ def test_factors_are_finite_and_bounded_whatever_the_sizes(tiny, sizes):
     assert factors.max() < 1.1 * 1000
 
 
-# --- channel_rms ---------------------------------------------------------------------------------
+# --- what is observed ----------------------------------------------------------------------------
 
 
-def reference_rms(model):
+def reference_moments(model):
     """The same figures from transformers' model, by hooks on its linear layers."""
     found, handles = {}, []
 
     def watch(name, linear):
         def hook(module, inputs):
-            square = inputs[0].double().square().reshape(-1, inputs[0].shape[-1]).mean(dim=0)
-            found[name] = square.sqrt().numpy()
+            flat = inputs[0].double().reshape(-1, inputs[0].shape[-1])
+            found[name] = (flat.T @ flat / len(flat)).numpy()
 
         handles.append(linear.register_forward_pre_hook(hook))
 
@@ -200,17 +212,29 @@ def reference_rms(model):
 
 
 @each_generation
-def test_channel_rms_is_what_flows_through_transformers_model(tiny, generation):
+def test_moments_are_of_what_flows_through_transformers_model(tiny, generation):
     model = tiny(generation)
-    found = channel_rms(model.config, model.weights, random_ids(), lambda done, total: None)
-    expected = reference_rms(model)
+    found = moments_of(model.config, model.weights, random_ids())
+    expected = reference_moments(model)
     assert found.keys() == expected.keys() == dict(widths(model.config)).keys()
-    for name, rms in expected.items():
-        np.testing.assert_allclose(found[name], rms, rtol=1e-4, atol=1e-5 * rms.max(), err_msg=name)
-        assert found[name].dtype == np.float32
+    for name, moments in expected.items():
+        (square,) = found[name].squares
+        scale = np.diag(moments).max()
+        np.testing.assert_allclose(square, moments, rtol=1e-4, atol=1e-5 * scale, err_msg=name)
+        rms = np.sqrt(np.diag(moments))
+        np.testing.assert_allclose(found[name].rms, rms, rtol=1e-4, atol=1e-5 * rms.max())
+        assert square.dtype == np.float32
 
 
-def test_channel_rms_tells_of_every_block(tiny):
-    model, told = tiny("gemma"), []
-    channel_rms(model.config, model.weights, random_ids(), lambda *args: told.append(args))
-    assert told == [(1, 3), (2, 3), (3, 3)]
+@each_generation
+def test_the_reference_is_the_keras_model(tiny, generation):
+    model, told = tiny(generation), []
+    rows = np.stack([random_ids(), random_ids(2)])
+    positions = np.array([0, 7, LENGTH - 1])
+    found = reference_logits(
+        model.config, model.weights, rows, positions, lambda *args: told.append(args)
+    )
+    assert_same_logits(found[:3], model.logits[0, positions])
+    assert found.shape == (6, model.config.vocabulary_size)
+    blocks = len(model.config.layers)
+    assert told == [(i + 1, blocks) for i in range(blocks)]

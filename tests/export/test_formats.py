@@ -13,14 +13,10 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from export.errors import ExportRequestError
-from export.quantize.formats import (
-    RECIPES,
-    Format,
-    plan_bytes,
-    plan_for_recipe,
-    quantize_rows,
-    rows_and_inputs,
-)
+from export.quantize.formats import BITS, BLOCK_SIZES, Format, plan_bytes, rows_and_inputs
+from export.quantize.packing import pack_bits, stored_tensors, unpack_bits
+from export.quantize.recipes import RECIPES, plan_for_recipe
+from export.quantize.rounding import round_to_nearest, search_scales
 from export.store import store_weights
 from export.weights_file import WeightsFile
 from gemma_keras.checkpoints.names import weight_specs
@@ -48,6 +44,12 @@ def matrices(draw, blocks=ANY_BLOCK, values=any_value, max_rows=6, max_inputs=90
     shape = draw(st.integers(1, max_rows)), draw(st.integers(1, max_inputs))
     fill = st.one_of(st.just(0.0), values)
     return draw(hnp.arrays(np.float32, shape, elements=values, fill=fill)), draw(blocks)
+
+
+def quantize_rows(rows, fmt):
+    """Rounded to nearest: stored levels and scales."""
+    quantized = round_to_nearest(rows, fmt)
+    return quantized.levels, quantized.scales
 
 
 def dequantize(packed, scales, num_inputs):
@@ -171,9 +173,136 @@ def test_a_q8_0_tensor_keeps_its_values_bit_for_bit(num_rows, num_blocks, seed):
     np.testing.assert_array_equal(levels[in_use], raw[in_use][:, 2:].view(np.int8))
 
 
-def test_other_widths_are_refused():
-    with pytest.raises(ValueError, match="8 bits, not 4"):
-        quantize_rows(np.zeros((1, 32), np.float32), Format(4, 32))
+# --- all formats ---------------------------------------------------------------------------------
+
+
+@st.composite
+def formats(draw, blocks=BLOCK_SIZES):
+    bits = draw(st.sampled_from(BITS))
+    planes = draw(st.sampled_from([1, 2])) if bits == 8 else 1
+    symmetric = planes == 2 or draw(st.booleans())
+    return Format(bits, draw(st.sampled_from(blocks)), symmetric, planes)
+
+
+def values_slowly(quantized, fmt, num_inputs):
+    """`(level - zero point) * scale`, one value at a time, in float32."""
+    out = np.zeros((len(quantized.levels), num_inputs), np.float32)
+    for r in range(len(out)):
+        for i in range(num_inputs):
+            block, within = divmod(i, fmt.block_size)
+            zero = 1 << (fmt.bits - 1)
+            if quantized.zero_points is not None:
+                zero = int(quantized.zero_points[r, block])
+            level = int(quantized.levels[r, block, within])
+            out[r, i] = np.float32(level - zero) * quantized.scales[r, block]
+    return out
+
+
+def pack_slowly(levels, bits):
+    """Bit i of the stream of levels, the first level lowest, is bit `i % 8` of byte `i // 8`."""
+    stream = [(int(level) >> bit) & 1 for level in levels for bit in range(bits)]
+    stream += [0] * (-len(stream) % 8)
+    return [
+        sum(bit << i for i, bit in enumerate(stream[n : n + 8])) for n in range(0, len(stream), 8)
+    ]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(BITS), st.data())
+def test_packing_is_the_stream_of_bits_and_unpacking_its_inverse(bits, data):
+    shape = data.draw(st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(1, 40)))
+    top = (1 << bits) - 1
+    levels = data.draw(hnp.arrays(np.uint8, shape, elements=st.integers(0, top)))
+    packed = pack_bits(levels, bits)
+    assert packed.dtype == np.uint8
+    for index in np.ndindex(*shape[:2]):
+        assert packed[index].tolist() == pack_slowly(levels[index], bits)
+    np.testing.assert_array_equal(unpack_bits(packed, bits, shape[-1]), levels)
+
+
+@settings(max_examples=200, deadline=None)
+@given(formats(), st.data())
+def test_levels_are_in_range_and_errors_at_most_half_a_step(fmt, data):
+    rows, _ = data.draw(matrices(values=everyday))
+    num_inputs = rows.shape[1]
+    quantized = round_to_nearest(rows, fmt)
+    assert quantized.levels.max(initial=0) <= (1 << fmt.bits) - 1
+    values = quantized.values(fmt, num_inputs)
+    np.testing.assert_array_equal(values, values_slowly(quantized, fmt, num_inputs))
+    steps = np.abs(np.repeat(quantized.scales, fmt.block_size, axis=1)[:, :num_inputs])
+    errors = np.abs(values - rows)
+    # Reaching both ends: half a step. A symmetric lattice of 2 or 4 bits reaches -8 .. 7, so the
+    # end that is not the greatest magnitude may be cut by a step.
+    most = 0.5 if fmt.bits == 8 or not fmt.symmetric else 1.0
+    if not fmt.symmetric:
+        most = 1.0  # the zero point is a whole number of steps
+    assert (errors <= steps * most * (1 + 1e-5) + 1e-6).all()
+    padding = quantized.levels.reshape(len(rows), -1)[:, num_inputs:].astype(int)
+    zero = fmt.middle if quantized.zero_points is None else None
+    if zero is not None:
+        assert (padding == zero).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(formats(), st.data())
+def test_zero_is_kept_exactly(fmt, data):
+    rows, _ = data.draw(matrices(values=everyday))
+    values = round_to_nearest(rows, fmt).values(fmt, rows.shape[1])
+    assert (values[rows == 0] == 0).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(formats(), st.integers(0, 2**32 - 1))
+def test_searching_scales_never_loses_more_than_rounding_to_nearest(fmt, seed):
+    rng = np.random.default_rng(seed)
+    rows = (rng.normal(size=(5, 150)) * np.exp(rng.normal(size=150))).astype(np.float32)
+    importance = np.exp(2 * rng.normal(size=150)).astype(np.float32)
+
+    def loss(quantized):
+        error = quantized.values(fmt, 150) - rows
+        return float((importance * error.astype(np.float64) ** 2).sum())
+
+    searched = loss(search_scales(rows, fmt, importance))
+    assert searched <= loss(round_to_nearest(rows, fmt)) * (1 + 1e-5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(matrices(values=any_value))
+def test_two_planes_hold_what_eight_bits_hold(case):
+    rows, _ = case
+    fmt = Format(8, 32, planes=2)
+    quantized = round_to_nearest(rows, fmt)
+    parts = stored_tensors(quantized, fmt)
+    assert set(parts) == {"high", "low", "scales"}
+    high = unpack_bits(parts["high"], 4, 32).astype(np.float32) - 8
+    low = unpack_bits(parts["low"], 4, 32).astype(np.float32) - 8
+    together = ((16 * high + low) * quantized.scales[..., None]).reshape(len(rows), -1)
+    np.testing.assert_array_equal(
+        together[:, : rows.shape[1]], quantized.values(fmt, rows.shape[1])
+    )
+
+
+def test_two_planes_keep_a_q8_0_tensor_but_for_blocks_that_reach_both_ends():
+    rows = np.random.default_rng(0).normal(size=(200, 640)).astype(np.float32)
+    kind = gguf.GGMLQuantizationType.Q8_0
+    source = gguf.dequantize(gguf.quantize(rows, kind), kind).reshape(rows.shape)
+    fmt = Format(8, 32, planes=2)
+    kept = round_to_nearest(source, fmt).values(fmt, 640).reshape(-1, 32)
+    blocks = source.reshape(-1, 32)
+    unit = np.abs(blocks).max(axis=-1) / 127
+    both = np.minimum(blocks.max(axis=-1), -blocks.min(axis=-1)) > 119.5 * unit
+    assert 0 < both.mean() < 0.2
+    np.testing.assert_array_equal(kept[~both], blocks[~both])
+    assert np.abs(kept - blocks).max(axis=-1)[both].max() <= 0.51 * (unit * 127 / 119).max()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(3, 32), (4, 0), (16, 32), (32, 16), (4, 32, True, 2), (8, 32, False, 2), (8, 32, True, 3)],
+)
+def test_a_format_that_there_is_not_cannot_be_made(arguments):
+    with pytest.raises(ValueError, match="no such format"):
+        Format(*arguments)
 
 
 # --- onnxruntime reads the same values -----------------------------------------------------------
@@ -197,29 +326,33 @@ def run_node(node, inputs, initializers):
     return session.run(None, inputs)[0]
 
 
-@settings(max_examples=25, deadline=None)
-@given(matrices(blocks=st.sampled_from(ORT_BLOCKS), values=st.one_of(everyday, st.just(0.0))))
-def test_onnxruntime_multiplies_by_the_dequantized_matrix(case):
-    rows, block_size = case
-    packed, scales = quantize_rows(rows, Format(8, block_size))
+@settings(max_examples=60, deadline=None)
+@given(formats(), st.data())
+def test_onnxruntime_multiplies_by_the_dequantized_matrix(fmt, data):
+    rows, _ = data.draw(matrices(values=st.one_of(everyday, st.just(0.0))))
+    quantized = round_to_nearest(rows, fmt)
+    parts = stored_tensors(quantized, fmt)
     num_rows, num_inputs = rows.shape
-    node = helper.make_node(
-        "MatMulNBits",
-        ["identity", "packed", "scales"],
-        ["out"],
-        domain="com.microsoft",
-        N=num_rows,
-        K=num_inputs,
-        bits=8,
-        block_size=block_size,
-        accuracy_level=0,
-    )
-    found = run_node(
-        node,
-        {"identity": np.eye(num_inputs, dtype=np.float32)},
-        {"packed": packed, "scales": scales},
-    )
-    np.testing.assert_array_equal(found.T, dequantize(packed, scales, num_inputs))
+    plane_bits = fmt.bits // fmt.planes
+    total = 0
+    for part in ("quantized",) if fmt.planes == 1 else ("high", "low"):
+        initializers = {"packed": parts[part], "scales": parts["scales"]}
+        if not fmt.symmetric:
+            initializers["zeros"] = parts["zero_points"]
+        node = helper.make_node(
+            "MatMulNBits",
+            ["identity", *initializers],
+            ["out"],
+            domain="com.microsoft",
+            N=num_rows,
+            K=num_inputs,
+            bits=plane_bits,
+            block_size=fmt.block_size,
+            accuracy_level=0,
+        )
+        found = run_node(node, {"identity": np.eye(num_inputs, dtype=np.float32)}, initializers)
+        total = total + found * (16 if part == "high" else 1)
+    np.testing.assert_array_equal(total.T, quantized.values(fmt, num_inputs))
 
 
 @settings(max_examples=25, deadline=None)
@@ -325,19 +458,25 @@ def test_stored_bytes_are_the_weights(recipe, tied, tmp_path):
     for name, spec in weight_specs(config).items():
         if spec.kind == "norm":
             np.testing.assert_array_equal(read(name, np.float32), 1 + weights[name])
-        elif not plan[name].quantized:
-            np.testing.assert_array_equal(read(name, np.float32), weights[name])
+        elif not (fmt := plan[name]).quantized:
+            dtype = np.float16 if fmt.bits == 16 else np.float32
+            np.testing.assert_array_equal(read(name, dtype), weights[name].astype(dtype))
         else:
             num_rows, num_inputs = rows_and_inputs(spec)
-            packed, scales = read(f"{name}.quantized", np.uint8), read(f"{name}.scales", np.float32)
-            assert len(packed) == num_rows
-            kept = dequantize(packed, scales, num_inputs)
-            kept = kept.T if spec.kind == "matrix" else kept
-            steps = np.abs(weights[name]).max() / 127
-            assert np.abs(kept - weights[name]).max() <= 0.5001 * steps
+            rows = weights[name].T if spec.kind == "matrix" else weights[name]
+            expected = stored_tensors(round_to_nearest(rows, fmt), fmt)
+            for part, array in expected.items():
+                np.testing.assert_array_equal(read(f"{name}.{part}", array.dtype), array)
+            kept = round_to_nearest(rows, fmt).values(fmt, num_inputs)
+            steps = 2 * np.abs(rows).max() / ((1 << fmt.bits) - 1)
+            assert np.abs(kept - rows).max() <= 1.1 * steps
             if spec.kind == "table":
-                rows = read(f"{name}.rows", np.uint8)
-                np.testing.assert_array_equal(rows, packed.reshape(spec.shape))
+                views = {"rows": "quantized"}
+                if fmt.planes == 2:
+                    views = {"high.rows": "high", "low.rows": "low"}
+                for view, part in views.items():
+                    found = read(f"{name}.{view}", np.uint8)
+                    np.testing.assert_array_equal(found, expected[part].reshape(num_rows, -1))
 
 
 def test_progress_counts_every_parameter_once(tmp_path):
@@ -360,7 +499,7 @@ def test_a_name_is_stored_once_and_a_view_covers_its_tensor(tmp_path):
 
 
 def test_an_unknown_recipe_is_refused_with_those_there_are():
-    with pytest.raises(ExportRequestError, match=r"'int3'; choose one of fp32, int8"):
+    with pytest.raises(ExportRequestError, match=r"'int3'; choose one of int4, int8, fp16, fp32"):
         plan_for_recipe("int3", config_of())
 
 

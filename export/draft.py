@@ -1,0 +1,120 @@
+"""A bundle in the making: weights and graphs that can be written more than once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from edge_demo.bundle import Bundle
+from export import bundle as writer
+from export.contract import (
+    WEIGHTS_FILE,
+    candidates_contract,
+    engine_contract,
+    interchange_contract,
+    ropes,
+)
+from export.ecosystem import write_ecosystem_files
+from export.fused import build_graph
+from export.quantize.formats import Format, Plan
+from export.quantize.packing import Quantized
+from export.store import store_weights
+from export.weights_file import WeightsFile
+from gemma_keras.checkpoints import Checkpoint
+
+Progress = Callable[[str, float], None]
+
+
+class BundleDraft:
+    """What stands in an unfinished folder.
+
+    Args:
+        folder: empty.
+        checkpoint: the model.
+        recipe: its name.
+        max_context: the longest sequence the bundle is for, in tokens.
+        on_progress: told the stage and the share of it that is done.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        checkpoint: Checkpoint,
+        recipe: str,
+        max_context: int,
+        on_progress: Progress,
+    ) -> None:
+        config = checkpoint.config
+        self.folder = folder
+        self.checkpoint = checkpoint
+        self.recipe = recipe
+        self.max_context = max_context
+        self._on_progress = on_progress
+        self._graphs = {
+            "interchange": interchange_contract(config),
+            "engine": engine_contract(config),
+            "candidates": candidates_contract(config),
+        }
+        self._tokenizer = writer.write_tokenizer(folder, checkpoint, config.vocabulary_size)
+        self._licence = writer.write_notices(folder, checkpoint, recipe)
+        write_ecosystem_files(folder, checkpoint, self._tokenizer, max_context)
+        self._plan: Plan = {}
+
+    def store(
+        self,
+        weights: Mapping[str, np.ndarray],
+        plan: Plan,
+        rounded: Callable[[str, Format], Quantized | None] = lambda name, fmt: None,
+    ) -> Bundle:
+        """Write weights, graphs and manifest; what stood there before is replaced.
+
+        Args:
+            weights: canonical name to float array.
+            plan: canonical name to format.
+            rounded: what is on a lattice already, by name and format.
+        """
+        config = self.checkpoint.config
+        self._plan = plan
+        self._on_progress("weights", 0)
+        with WeightsFile(self.folder / WEIGHTS_FILE) as file:
+            store_weights(
+                config,
+                weights,
+                plan,
+                file,
+                lambda done, total: self._on_progress("weights", done / total),
+                rounded,
+            )
+        for number, contract in enumerate(self._graphs.values()):
+            self._on_progress("graphs", number / len(self._graphs))
+            graph = build_graph(config, plan, file, contract, self.max_context)
+            ir.save(graph, self.folder / contract.file)
+            onnx.checker.check_model(str(self.folder / contract.file))
+        self._on_progress("graphs", 1)
+        return self.describe({})
+
+    def describe(self, report: Mapping[str, Any]) -> Bundle:
+        """Write the manifest about what is in the folder.
+
+        Args:
+            report: its entries about quality and how the weights were rounded, and what else the
+                model card is to show.
+        """
+        writer.write_manifest(
+            self.folder,
+            self.checkpoint,
+            self.recipe,
+            self._plan,
+            self._graphs,
+            list(ropes(self.checkpoint.config).values()),
+            self._tokenizer,
+            self._licence,
+            self.max_context,
+            report,
+        )
+        return Bundle.open(self.folder)

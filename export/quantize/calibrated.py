@@ -1,0 +1,138 @@
+"""Balancing and rounding a model by what flows through it, block after block."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from export.quantize.balance import BalancedWeights
+from export.quantize.calibrate import OBSERVED, Moments, observe
+from export.quantize.formats import Format, Plan
+from export.quantize.gptq import gptq
+from export.quantize.packing import Quantized, pack_bits, unpack_bits
+from export.quantize.workspace import Workspace
+from export.reference import embedded
+from gemma_keras.config import GemmaConfig
+
+_FEW_BITS = 4  # at most these are worth rounding with error feedback
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibrated:
+    """A model prepared for rounding.
+
+    Attributes:
+        weights: the same model with balanced activations.
+        workspace: holds, by matrix, what was rounded with error feedback.
+    """
+
+    weights: BalancedWeights
+    workspace: Workspace
+
+    def rounded(self, name: str, fmt: Format) -> Quantized | None:
+        """A matrix as it was rounded to `fmt`; `None` if it was not."""
+        parts = self.workspace.load(name)
+        if parts is None or fmt != Format(*parts["format"].tolist()):
+            return None
+        return _unpacked(parts, fmt)
+
+
+def calibrate(
+    config: GemmaConfig,
+    weights: Mapping[str, np.ndarray],
+    ids: np.ndarray,
+    plan: Plan,
+    workspace: Workspace,
+    keep: Collection[str] = (),
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Calibrated:
+    """Balance every block, and round those of its matrices that get few bits.
+
+    Each block's results are kept, so that an interrupted run goes on where it was.
+
+    Args:
+        config: the model's.
+        weights: canonical name to float32 array.
+        ids: of the text, `(batch, length)`.
+        plan: canonical name to format.
+        workspace: where the results go.
+        keep: matrices that are neither balanced nor rounded.
+        on_progress: told the blocks done and those in all.
+    """
+    balanced = BalancedWeights(config, weights)
+    done = 0
+    x = None
+    while done < len(config.layers) and (block := workspace.load(f"block.{done}")) is not None:
+        balanced.balance_block(done, block, keep)
+        done += 1
+    if done:
+        state = workspace.load("state")
+        if state is not None and int(state["blocks"]) == done:
+            x = state["x"]
+        elif done < len(config.layers):  # it stopped between two writes: watch from the start
+            done, balanced = 0, BalancedWeights(config, weights)
+    on_progress(done, len(config.layers))
+    if done < len(config.layers):
+        if x is None:
+            x = embedded(config, weights, ids)
+        for i, moments in enumerate(observe(config, weights, x, done), start=done):
+            rms = {name: moment.rms for name, moment in moments.items()}
+            balanced.balance_block(i, rms, keep)
+            for name, fmt, quantized in _round_block(balanced, i, moments, plan, keep):
+                workspace.save(name, _packed(quantized, fmt))
+            workspace.save(f"block.{i}", rms)
+            workspace.save("state", {"blocks": np.array(i + 1), "x": x})
+            on_progress(i + 1, len(config.layers))
+    return Calibrated(balanced, workspace)
+
+
+def _round_block(
+    weights: BalancedWeights,
+    i: int,
+    moments: Mapping[str, Moments],
+    plan: Plan,
+    keep: Collection[str],
+) -> list[tuple[str, Format, Quantized]]:
+    """Round the matrices of one block, those that see the same inputs together."""
+    jobs: list[tuple[list[str], Moments, Format]] = []
+    for observed, names in OBSERVED.items():
+        formats: dict[Format, list[str]] = {}
+        for name in (f"layers.{i}.{n}" for n in names):
+            if plan[name].bits <= _FEW_BITS and name not in keep:
+                formats.setdefault(plan[name], []).append(name)
+        for fmt, together in formats.items():
+            factors = weights.input_factors(together[0])
+            seen = moments[observed]
+            jobs.append((together, seen if factors is None else seen.divided_by(factors), fmt))
+
+    def run(job: tuple[list[str], Moments, Format]) -> list[tuple[str, Format, Quantized]]:
+        names, seen, fmt = job
+        matrices = [weights[name].T for name in names]
+        joined = gptq(np.concatenate(matrices), seen, fmt)
+        results, first = [], 0
+        for name, matrix in zip(names, matrices, strict=True):
+            results.append((name, fmt, joined.rows(first, first + len(matrix))))
+            first += len(matrix)
+        return results
+
+    with ThreadPoolExecutor(2) as pool:
+        return [result for results in pool.map(run, jobs) for result in results]
+
+
+def _packed(quantized: Quantized, fmt: Format) -> dict[str, np.ndarray]:
+    parts = {
+        "levels": pack_bits(quantized.levels, fmt.bits),
+        "scales": quantized.scales,
+        "format": np.array(dataclasses.astuple(fmt)),
+    }
+    if quantized.zero_points is not None:
+        parts["zero_points"] = quantized.zero_points
+    return parts
+
+
+def _unpacked(parts: Mapping[str, np.ndarray], fmt: Format) -> Quantized:
+    levels = unpack_bits(parts["levels"], fmt.bits, fmt.block_size)
+    return Quantized(levels, parts["scales"], parts.get("zero_points"))

@@ -1,0 +1,102 @@
+"""Rounding with error feedback: each input's rounding error is passed on to those not yet rounded.
+
+Of a matrix `W` with inputs `x`, the loss is the mean of `|(W - Q) x|²`, which needs of the text
+only `H = mean(x xᵀ)`. Inputs are rounded one after the other; what rounding input j has done to the
+output is made up for, as well as can be, by changing the inputs that are still free:
+
+    W[:, k] -= (W[:, j] - Q[:, j]) / U[j, j] * U[j, k]    for k after j, with H⁻¹ = Uᵀ U
+
+Frantar et al., 2022, GPTQ, arXiv:2210.17323. Inputs go in order of their mean square, the largest
+first, over scales that are fixed beforehand.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from export.quantize.calibrate import Moments
+from export.quantize.formats import Format
+from export.quantize.packing import Quantized, blocks_of
+from export.quantize.rounding import best_scales
+
+_DAMPING = 0.01  # of the mean of H's diagonal, added to it
+_LAZY = 128  # inputs whose corrections to the rest of the matrix are applied together
+
+
+def gptq(rows: np.ndarray, moments: Moments, fmt: Format) -> Quantized:
+    """Round a matrix so that its outputs on a text change least.
+
+    Args:
+        rows: float32 `[outputs, inputs]`.
+        moments: of its inputs on the text; feedback stays within each of their squares.
+        fmt: a quantized one, whose blocks do not cross the squares' edges.
+    """
+    spans = []
+    first = 0
+    for square in moments.squares:
+        spans.append(_round_span(rows[:, first : first + len(square)], square, fmt))
+        first += len(square)
+    return Quantized(
+        np.concatenate([s.levels for s in spans], axis=1),
+        np.concatenate([s.scales for s in spans], axis=1),
+        None if fmt.symmetric else np.concatenate([s.zero_points for s in spans], axis=1),
+    )
+
+
+def _round_span(rows: np.ndarray, hessian: np.ndarray, fmt: Format) -> Quantized:
+    num_rows, num_inputs = rows.shape
+    importance = np.maximum(np.diag(hessian), 0).astype(np.float32)
+    blocks = blocks_of(rows, fmt.block_size)
+    weight = blocks_of(importance[None] + importance.mean() * 1e-3, fmt.block_size)[0]
+    scales, zeros = best_scales(blocks, weight, fmt)
+
+    order = np.argsort(-importance, kind="stable")
+    factor = _inverse_factor(hessian[np.ix_(order, order)].astype(np.float64))
+    work = np.ascontiguousarray(rows.T[order])  # (inputs, outputs), each input contiguous
+    levels = np.zeros((blocks.shape[1] * fmt.block_size, num_rows), np.uint8)
+    levels[num_inputs:] = fmt.middle  # padding, unless zero points say otherwise
+    if zeros is not None:
+        padding = np.arange(num_inputs, len(levels)) // fmt.block_size
+        levels[num_inputs:] = zeros.T[padding]
+    scale_of = np.ascontiguousarray(scales.T)[order // fmt.block_size]  # (inputs, outputs)
+    usable = np.abs(scale_of) > 1e-37
+    inverse = np.divide(1, scale_of, out=np.zeros_like(scale_of), where=usable)
+    if zeros is None:
+        zero_of = np.broadcast_to(np.float32(fmt.middle), scale_of.shape)
+    else:
+        zero_of = np.ascontiguousarray(zeros.T)[order // fmt.block_size].astype(np.float32)
+    lowest = 1 if fmt.bits == 8 and fmt.symmetric else 0
+    highest = (1 << fmt.bits) - 1
+
+    for first in range(0, num_inputs, _LAZY):
+        last = min(first + _LAZY, num_inputs)
+        errors = np.empty((last - first, num_rows), np.float32)
+        for j in range(first, last):
+            level = np.rint(work[j] * inverse[j])
+            level += zero_of[j]
+            np.clip(level, lowest, highest, out=level)
+            levels[order[j]] = level
+            level -= zero_of[j]
+            level *= scale_of[j]
+            error = work[j] - level
+            error /= factor[j, j]
+            errors[j - first] = error
+            if j + 1 < last:
+                work[j + 1 : last] -= factor[j, j + 1 : last, None] * error
+        if last < num_inputs:
+            work[last:] -= factor[first:last, last:].T @ errors
+    shaped = levels.T.reshape(num_rows, -1, fmt.block_size)
+    return Quantized(np.ascontiguousarray(shaped), scales, zeros)
+
+
+def _inverse_factor(hessian: np.ndarray) -> np.ndarray:
+    """The upper triangular `U` with `H⁻¹ = Uᵀ U`, float32, of a damped `H`."""
+    size = len(hessian)
+    diagonal = np.arange(size)
+    mean = float(np.trace(hessian)) / size or 1.0
+    hessian[diagonal, diagonal] += _DAMPING * mean
+    # H = L Lᵀ read backwards gives H = M Mᵀ with M upper, and U = M⁻¹ up to order
+    lower = np.linalg.cholesky(hessian[::-1, ::-1])
+    upper = lower[::-1, ::-1]  # H = upper upperᵀ
+    inverse = np.linalg.inv(upper)  # upper; H⁻¹ = inverseᵀ inverse
+    return np.triu(inverse).astype(np.float32)

@@ -1,0 +1,109 @@
+"""Integers with scales, and the bytes that onnxruntime's operators read.
+
+`MatMulNBits` and `GatherBlockQuantized` take `value = (level - zero_point) * scale` with levels of
+2, 4 or 8 bits, the first one in the lowest bits of a byte. onnxruntime, ContribOperators.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from export.quantize.formats import Format
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """A matrix or table on a lattice, a level a byte.
+
+    Attributes:
+        levels: uint8 `[rows, blocks, block_size]`, each below `2 ** bits`.
+        scales: float32 `[rows, blocks]`; may be negative.
+        zero_points: uint8 `[rows, blocks]`, or `None` where all are the format's middle.
+    """
+
+    levels: np.ndarray
+    scales: np.ndarray
+    zero_points: np.ndarray | None = None
+
+    def rows(self, first: int, end: int) -> Quantized:
+        """Some of its rows."""
+        zeros = None if self.zero_points is None else self.zero_points[first:end]
+        return Quantized(self.levels[first:end], self.scales[first:end], zeros)
+
+    def values(self, fmt: Format, num_inputs: int) -> np.ndarray:
+        """The numbers that it stands for: float32 `[rows, num_inputs]`."""
+        zero = fmt.middle if self.zero_points is None else self.zero_points[..., None]
+        levels = self.levels.astype(np.float32) - np.asarray(zero, np.float32)
+        return (levels * self.scales[..., None]).reshape(len(levels), -1)[:, :num_inputs]
+
+
+def blocks_of(rows: np.ndarray, block_size: int) -> np.ndarray:
+    """Cut float rows `[rows, inputs]` into `[rows, blocks, block_size]`, padded with zeros."""
+    rows = np.ascontiguousarray(rows, dtype=np.float32)
+    padding = -rows.shape[1] % block_size
+    if padding:
+        rows = np.pad(rows, ((0, 0), (0, padding)))
+    return rows.reshape(len(rows), -1, block_size)
+
+
+def pack_bits(levels: np.ndarray, bits: int) -> np.ndarray:
+    """Pack small integers, the first in the lowest bits.
+
+    Args:
+        levels: uint8, each below `2 ** bits`; the last axis is padded with zeros to whole bytes.
+        bits: 2, 4 or 8.
+
+    Returns:
+        uint8, the last axis `8 / bits` times shorter.
+    """
+    per_byte = 8 // bits
+    if per_byte == 1:
+        return np.ascontiguousarray(levels)
+    padding = -levels.shape[-1] % per_byte
+    if padding:
+        levels = np.pad(levels, [(0, 0)] * (levels.ndim - 1) + [(0, padding)])
+    packed = levels[..., ::per_byte].copy()
+    for i in range(1, per_byte):
+        packed |= levels[..., i::per_byte] << np.uint8(i * bits)
+    return packed
+
+
+def unpack_bits(packed: np.ndarray, bits: int, length: int) -> np.ndarray:
+    """The inverse of `pack_bits`: the first `length` integers of the last axis."""
+    per_byte = 8 // bits
+    mask = np.uint8((1 << bits) - 1)
+    parts = [(packed >> np.uint8(i * bits)) & mask for i in range(per_byte)]
+    shape = *packed.shape[:-1], packed.shape[-1] * per_byte
+    return np.stack(parts, axis=-1).reshape(shape)[..., :length]
+
+
+def split_planes(levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Split 8-bit levels about 128 into 4-bit levels about 8: `l - 128 = 16 (h - 8) + (w - 8)`.
+
+    The high plane is rounded to nearest, so that alone it is the best 4-bit table there is.
+
+    Args:
+        levels: uint8, none above 247.
+    """
+    if levels.size and levels.max() > _GREATEST_IN_PLANES:
+        raise ValueError("two planes of 4 bits reach from -136 to 119")
+    shifted = levels + np.uint8(8)  # 8 .. 255
+    return shifted >> np.uint8(4), shifted & np.uint8(15)
+
+
+_GREATEST_IN_PLANES = 128 + 119
+
+
+def stored_tensors(quantized: Quantized, fmt: Format) -> dict[str, np.ndarray]:
+    """What goes into the weights file: part name to array."""
+    if fmt.planes == 2:
+        high, low = split_planes(quantized.levels)
+        parts = {"high": pack_bits(high, 4), "low": pack_bits(low, 4)}
+    else:
+        parts = {"quantized": pack_bits(quantized.levels, fmt.bits)}
+    parts["scales"] = quantized.scales
+    if quantized.zero_points is not None:
+        parts["zero_points"] = pack_bits(quantized.zero_points, fmt.bits)
+    return parts

@@ -1,0 +1,132 @@
+"""Named ways to store a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import reprlib
+from collections.abc import Mapping
+from typing import Any
+
+from export.errors import ExportRequestError
+from export.quantize.formats import BLOCK_SIZES, Format
+from gemma_keras.checkpoints.names import weight_specs
+from gemma_keras.config import GemmaConfig
+
+INT8 = Format(8, 32)
+INT4 = Format(4, 32, symmetric=False)
+TWO_PLANES = Format(8, 32, planes=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A named way to store a model.
+
+    Attributes:
+        matrices: the format of the decoder blocks' matrices.
+        table: the format of the token embedding and the head.
+        kl_budget: for a recipe that chooses formats by measurement: the mean KL divergence from
+            the float model that it may lose, in nats; `None` for a fixed one.
+        calibration: what the model is calibrated on unless it is told otherwise: `"self"` for text
+            that it writes itself, `"text"` for a page that comes with this package, `None` for
+            nothing. With any, activations are balanced (`export.quantize.balance`) and matrices of
+            few bits are rounded with error feedback (`export.quantize.gptq`).
+    """
+
+    matrices: Format
+    table: Format
+    kl_budget: float | None = None
+    calibration: str | None = None
+
+
+RECIPES = {
+    "int4": Recipe(INT4, TWO_PLANES, kl_budget=0.03, calibration="self"),
+    "int8": Recipe(INT8, INT8, calibration="text"),
+    "fp16": Recipe(Format(16), Format(16)),
+    "fp32": Recipe(Format(32), Format(32)),
+}
+
+
+def recipe_named(name: str) -> Recipe:
+    """The recipe of that name.
+
+    Raises:
+        ExportRequestError: there is none.
+    """
+    if name not in RECIPES:
+        raise ExportRequestError(
+            f"no recipe is called {name!r}; choose one of {', '.join(RECIPES)}"
+        )
+    return RECIPES[name]
+
+
+def plan_for_recipe(recipe: str, config: GemmaConfig) -> dict[str, Format]:
+    """Every matrix's and table's format under a named recipe, before any is chosen by measurement.
+
+    Raises:
+        ExportRequestError: there is no such recipe, or the model does not fit its blocks.
+    """
+    chosen = recipe_named(recipe)
+    plan = {
+        spec.name: chosen.table if spec.kind == "table" else chosen.matrices
+        for spec in weight_specs(config).values()
+        if spec.kind != "norm"
+    }
+    _check_table(plan["token_embedding"], config)
+    return plan
+
+
+def plan_from_json(entries: Mapping[str, Any], config: GemmaConfig) -> dict[str, Format]:
+    """A plan that comes from elsewhere, such as another bundle's, checked.
+
+    Raises:
+        ExportRequestError: it names a weight that the model does not have, or a format that there
+            is not.
+    """
+    specs = {s.name: s for s in weight_specs(config).values() if s.kind != "norm"}
+    if not isinstance(entries, Mapping):
+        raise ExportRequestError("a plan is an object that gives each weight's name its format")
+    plan = {}
+    for name, entry in entries.items():
+        if name not in specs:
+            raise ExportRequestError(
+                f"the plan names {reprlib.repr(name)}, which this model does not have; it has "
+                f"{', '.join(list(specs)[:3])} and {len(specs) - 3} more"
+            )
+        fields = {field.name: field for field in dataclasses.fields(Format)}
+        if not isinstance(entry, Mapping) or not entry.keys() <= fields.keys():
+            raise ExportRequestError(
+                f"the plan's entry for {name} must be an object of {', '.join(fields)}"
+            )
+        try:
+            fmt = Format(**{key: _plain(value) for key, value in entry.items()})
+        except (TypeError, ValueError):
+            raise ExportRequestError(
+                f"the plan gives {name} a format that there is not: {reprlib.repr(dict(entry))}"
+            ) from None
+        if fmt.quantized and fmt.block_size not in BLOCK_SIZES:
+            raise ExportRequestError(
+                f"the plan gives {name} blocks of {fmt.block_size}; onnxruntime takes "
+                f"{', '.join(map(str, BLOCK_SIZES))}"
+            )
+        if fmt.planes == 2 and specs[name].kind != "table":
+            raise ExportRequestError(f"the plan splits {name} in 2 planes; only tables can be")
+        plan[name] = fmt
+    for name in plan.keys() & {"token_embedding", "head"}:
+        _check_table(plan[name], config)
+    return plan
+
+
+def _plain(value: Any) -> int | bool:
+    if not isinstance(value, int):
+        raise TypeError
+    return value
+
+
+def _check_table(fmt: Format, config: GemmaConfig) -> None:
+    if fmt.quantized and config.hidden_dim % fmt.block_size:
+        # Gather reads unpadded rows, the head's matrix product padded ones: the one stored table
+        # serves both only without padding.
+        raise ExportRequestError(
+            f"the embedding would be stored in blocks of {fmt.block_size}, which does not divide "
+            f"hidden_dim ({config.hidden_dim}); use --recipe fp32"
+        )

@@ -1,0 +1,107 @@
+"""What rounding a few matrices costs the whole model, for all of them at once.
+
+The model is run block by block with as many hidden states beside each other as there are groups of
+matrices: each state has met one rounded group and is exact otherwise. So the weights are read once,
+and a model of any size can be measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from edge_demo.score import log_softmax
+from export.quantize.formats import Format, Plan
+from export.quantize.packing import Quantized
+from export.reference import embedded, head_logits, load_block, run_block
+from gemma_keras.config import GemmaConfig
+
+# Matrices of a block that get their bits together, those of like cost and like effect.
+GROUPS = {
+    "attention.query": ("attention.query",),
+    "attention.key_value": ("attention.key", "attention.value"),
+    "attention.output": ("attention.output",),
+    "mlp.gate_up": ("mlp.gate", "mlp.up"),
+    "mlp.down": ("mlp.down",),
+}
+_LIKELY = 256  # tokens at each position that the divergence is taken over
+
+
+def group_members(config: GemmaConfig, plan: Plan) -> dict[str, tuple[str, ...]]:
+    """Group name, such as `layers.3.mlp.gate_up`, to its matrices that have fewer than 8 bits."""
+    groups = {}
+    for i in range(len(config.layers)):
+        for group, names in GROUPS.items():
+            members = tuple(f"layers.{i}.{n}" for n in names if plan[f"layers.{i}.{n}"].bits < 8)
+            if members:
+                groups[f"layers.{i}.{group}"] = members
+    return groups
+
+
+def sensitivities(
+    config: GemmaConfig,
+    weights: Mapping[str, np.ndarray],
+    plan: Plan,
+    rounded: Callable[[str, Format], Quantized],
+    ids: np.ndarray,
+    positions: np.ndarray,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, float]:
+    """Mean KL divergence from the float model when one group of matrices alone is rounded.
+
+    It is taken over the tokens that are likely at some position, which hold nearly all of the
+    probability and cost a small part of the head.
+
+    Args:
+        config: the model's.
+        weights: canonical name to float32 array.
+        plan: canonical name to format.
+        rounded: a matrix as it would be stored.
+        ids: of the text, `(batch, length)`.
+        positions: of each row, those that count.
+        on_progress: told the states advanced so far and those in all.
+
+    Returns:
+        Group name, as `group_members` has it, to nats.
+    """
+    groups = group_members(config, plan)
+    num_blocks = len(config.layers)
+    per_block = [
+        {group: names for group, names in groups.items() if group.startswith(f"layers.{i}.")}
+        for i in range(num_blocks)
+    ]
+    states = {"": embedded(config, weights, ids)}  # the exact one, then one for each group
+    total = num_blocks + sum(len(here) * (num_blocks - i) for i, here in enumerate(per_block))
+    done = 0
+    for i, here in enumerate(per_block):
+        block = load_block(config, weights, i)
+        fresh = {group: states[""].copy() for group in here}
+        for state in states.values():
+            run_block(block, state)
+            done += 1
+            on_progress(done, total)
+        for group, state in fresh.items():
+            for name in here[group]:
+                values = rounded(name, plan[name]).values(plan[name], weights[name].shape[0])
+                block.variable(name.removeprefix(f"layers.{i}.")).assign(values.T)
+            run_block(block, state)
+            for name in here[group]:
+                block.variable(name.removeprefix(f"layers.{i}.")).assign(weights[name])
+            done += 1
+            on_progress(done, total)
+        states |= fresh
+
+    picked = {
+        group: state[:, positions].reshape(-1, config.hidden_dim) for group, state in states.items()
+    }
+    logits = head_logits(config, weights, picked[""])
+    count = min(_LIKELY, config.vocabulary_size)
+    likely = np.unique(np.argpartition(logits, -count, axis=-1)[:, -count:])
+    reference = log_softmax(logits[:, likely])
+    p = np.exp(reference)
+    losses = {}
+    for group in groups:
+        found = log_softmax(head_logits(config, weights, picked[group], likely))
+        losses[group] = float((p * (reference - found)).sum(axis=-1).mean())
+    return losses

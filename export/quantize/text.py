@@ -1,0 +1,66 @@
+"""The text a model is calibrated on, and the text it is then measured on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from export.errors import ExportRequestError
+
+ROW_LENGTH = 256
+MOST_ROWS = 64
+_FEWEST_TOKENS = 128
+_HELD_OUT_ROWS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationText:
+    """Rows of token ids, each beginning with the beginning-of-sequence token.
+
+    Attributes:
+        rows: int `(rows, length)`, to calibrate on.
+        held_out: int `(few, length)`, to measure on.
+        origin: what it is, for people.
+    """
+
+    rows: np.ndarray
+    held_out: np.ndarray
+    origin: str
+
+    @property
+    def positions(self) -> np.ndarray:
+        """Of each held-out row, every fourth token of its second half, which has context."""
+        length = self.held_out.shape[1]
+        return np.arange(length // 2, length, 4)
+
+
+def cut_text(bos: int, tokens: Sequence[int], context: int, origin: str) -> CalibrationText:
+    """Cut a text into rows, the last of which are held out.
+
+    Args:
+        bos: the beginning-of-sequence token.
+        tokens: of the text.
+        context: the longest row the model takes.
+        origin: what it is, for people.
+
+    Raises:
+        ExportRequestError: it has fewer than 128 tokens.
+    """
+    if len(tokens) < _FEWEST_TOKENS:
+        raise ExportRequestError(
+            f"{origin} is too short to calibrate on: it has {len(tokens)} tokens, at least "
+            f"{_FEWEST_TOKENS} are needed"
+        )
+    length = min(ROW_LENGTH, context, len(tokens) // 4 + 1)
+    count = min(len(tokens) // (length - 1), MOST_ROWS + _HELD_OUT_ROWS)
+    rows = np.full((count, length), bos, np.int32)
+    rows[:, 1:] = np.reshape(tokens[: count * (length - 1)], (count, length - 1))
+    return split_rows(rows, origin)
+
+
+def split_rows(rows: np.ndarray, origin: str) -> CalibrationText:
+    """Hold out the last eighth of the rows, from 1 to 4 of them."""
+    held_out = min(_HELD_OUT_ROWS, max(1, len(rows) // 8))
+    return CalibrationText(rows[:-held_out], rows[-held_out:], origin)

@@ -1,0 +1,81 @@
+"""What a long export has worked out so far, in a folder that outlives an interruption.
+
+Every file is written whole or not at all, and only numpy arrays are read back. A workspace is of
+use only to the export that it was made for: the same weights, text and method.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+_KEY = "key.txt"
+
+
+def workspace_path(out: Path) -> Path:
+    """Where an export to `out` keeps what it has worked out until it is done."""
+    return out.parent / f".{out.name}.work"
+
+
+class Workspace:
+    """Named groups of arrays.
+
+    Args:
+        folder: made if it is missing, emptied if it was made for something else; `None` keeps all
+            in memory.
+        key: what it is for.
+    """
+
+    def __init__(self, folder: Path | None, key: str) -> None:
+        self._folder = folder
+        self._memory: dict[str, dict[str, np.ndarray]] = {}
+        if folder is None:
+            return
+        if folder.exists() and _key_of(folder) != key:
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _KEY).write_text(key, encoding="utf-8")
+
+    def save(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Keep a group of arrays under a name."""
+        if self._folder is None:
+            self._memory[name] = dict(arrays)
+            return
+        path = self._folder / f"{name}.npz"
+        unfinished = path.with_suffix(".partial")
+        with unfinished.open("wb") as file:
+            np.savez(file, **dict(arrays))  # type: ignore[arg-type]
+        os.replace(unfinished, path)
+
+    def load(self, name: str) -> dict[str, np.ndarray] | None:
+        """The group of that name; `None` if it was not kept, or cannot be read."""
+        if self._folder is None:
+            return self._memory.get(name)
+        try:
+            with np.load(self._folder / f"{name}.npz", allow_pickle=False) as stored:
+                return {key: stored[key] for key in stored.files}
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return None
+
+
+def _key_of(folder: Path) -> str:
+    try:
+        return (folder / _KEY).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def fingerprint(weights: Mapping[str, np.ndarray], *others: object) -> str:
+    """A SHA-256 of every weight's bytes and of whatever else decides a result."""
+    digest = hashlib.sha256(repr(others).encode())
+    for name in weights:
+        array = np.ascontiguousarray(weights[name])
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()

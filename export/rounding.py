@@ -1,0 +1,295 @@
+"""Preparing a model's weights for rounding, and choosing formats by what the whole then loses."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+
+from export.draft import BundleDraft, Progress
+from export.errors import ExportRequestError
+from export.quantize.budget import plan_within
+from export.quantize.calibrate import TEXT
+from export.quantize.calibrated import calibrate
+from export.quantize.formats import Format, Plan, plan_to_json
+from export.quantize.packing import Quantized
+from export.quantize.recipes import INT8
+from export.quantize.rounding import search_scales
+from export.quantize.self_sample import memory_needed, self_sample
+from export.quantize.sensitivity import group_members, sensitivities
+from export.quantize.text import ROW_LENGTH, CalibrationText, cut_text, split_rows
+from export.quantize.workspace import Workspace, fingerprint
+from export.reference import reference_logits
+from export.verify import Quality, measure
+from gemma_keras.checkpoints import Checkpoint
+
+_METHOD = 1  # raised when results kept from an interrupted export would be of another kind
+_SELF_SAMPLED_ROWS = 36
+_MOST_TEXT_BYTES = 64 << 20
+_MEASURED_ROWS = 2  # whose states are carried for every group at once
+_MOST_TRIES = 5
+_SAFETY = 0.97
+_NEAR = 0.8  # of the budget: near enough not to look for a smaller plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounding:
+    """The weights as they are to be rounded, and what is rounded already.
+
+    Attributes:
+        weights: canonical name to float array.
+        rounded: a weight as integers, by name and format; `None` for what is rounded to nearest.
+        text: what it was calibrated on, if it was.
+        told: what was done, for people and for the bundle.
+    """
+
+    weights: Mapping[str, np.ndarray]
+    rounded: Callable[[str, Format], Quantized | None] = lambda name, fmt: None
+    text: CalibrationText | None = None
+    told: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def round_weights(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    text: str | os.PathLike[str],
+    folder: Path,
+    on_progress: Progress,
+) -> Rounding:
+    """Calibrate: balance activations, and round matrices of few bits with error feedback.
+
+    Args:
+        checkpoint: the model.
+        plan: canonical name to format.
+        text: `"self"`, `"text"`, or a file.
+        folder: where results are kept until the export is done.
+        on_progress: told the stage and the share of it that is done.
+
+    Raises:
+        ExportRequestError: the text cannot be used.
+    """
+    config = checkpoint.config
+    on_progress("fingerprint", 0)
+    key = fingerprint(checkpoint.weights, _METHOD, config, _identity(text), plan_to_json(plan))
+    # A page is soon read again; what takes minutes is kept.
+    workspace = Workspace(None if text == "text" else folder, key)
+    chosen = _calibration_text(checkpoint, text, workspace, on_progress)
+    on_progress("calibration", 0)
+    calibrated = calibrate(
+        config,
+        checkpoint.weights,
+        chosen.rows,
+        plan,
+        workspace,
+        on_progress=lambda done, total: on_progress("calibration", done / total),
+    )
+    told = {"text": chosen.origin, "calibrated_on_tokens": int(chosen.rows.size)}
+    return Rounding(calibrated.weights, calibrated.rounded, chosen, told)
+
+
+def round_within(
+    budget: float, draft: BundleDraft, rounding: Rounding, plan: Plan, on_progress: Progress
+) -> Rounding:
+    """Store the smallest mix of the planned formats and 8 bits that stays within a budget.
+
+    What each matrix loses alone is measured once; what a mix loses together is measured on its
+    own graph, and the prediction corrected by it.
+
+    Args:
+        budget: mean KL divergence from the float model on the held-out text, in nats.
+        draft: to store into.
+        rounding: calibrated or not.
+        plan: the formats it would like to keep.
+        on_progress: told the stage and the share of it that is done.
+
+    Raises:
+        ExportRequestError: not even 8 bits everywhere stay within it.
+    """
+    checkpoint = draft.checkpoint
+    config, exact = checkpoint.config, checkpoint.weights
+    text = rounding.text or _page(checkpoint)
+    positions = text.positions
+
+    def rounded(name: str, fmt: Format) -> Quantized:
+        found = rounding.rounded(name, fmt)
+        return search_scales(rounding.weights[name].T, fmt) if found is None else found
+
+    stored = rounding.rounded if rounding.text else rounded
+    groups = group_members(config, plan)
+    on_progress("sensitivity", 0)
+    losses = sensitivities(
+        config,
+        rounding.weights,
+        plan,
+        rounded,
+        text.held_out[:_MEASURED_ROWS],
+        positions,
+        lambda done, total: on_progress("sensitivity", done / total),
+    )
+    on_progress("reference", 0)
+    reference = reference_logits(
+        config,
+        exact,
+        text.held_out,
+        positions,
+        lambda done, total: on_progress("reference", done / total),
+    )
+
+    def attempt(most: float) -> _Attempt:
+        chosen = plan_within(config, plan, INT8, groups, losses, most)
+        bundle = draft.store(rounding.weights, chosen, stored)
+        on_progress("measuring", 0)
+        quality = measure(bundle, text.held_out, positions, reference, "on held-out text")
+        on_progress("measuring", 1)
+        return _Attempt(most, chosen, quality)
+
+    tried = _search(attempt, budget, sum(losses.values()))
+    final = tried[-1]
+    if final.quality.mean_kl > budget:
+        nearest = final.quality.mean_kl
+        raise ExportRequestError(
+            f"a mean KL of {budget:g} cannot be met: 8 bits everywhere lose {nearest:.2g}; ask for "
+            f"--kl-budget {nearest * 1.1:.2g} or more, or use --recipe fp16"
+        )
+    told = dict(rounding.told) | {
+        "kl_budget": budget,
+        "held_out": {
+            "tokens": int(text.held_out.size),
+            "mean_kl": final.quality.mean_kl,
+            "same_top_token": final.quality.same_top_token,
+            "text": text.origin,
+        },
+        "losses": losses,
+        "raised_to_8_bits": [
+            group for group, names in groups.items() if final.plan[names[0]] != plan[names[0]]
+        ],
+        "tried": [{"predicted": t.predicted, "mean_kl": t.quality.mean_kl} for t in tried],
+    }
+    return dataclasses.replace(rounding, told=told)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Attempt:
+    predicted: float
+    plan: Mapping[str, Format]
+    quality: Quality
+
+
+def _search(attempt: Callable[[float], _Attempt], budget: float, total: float) -> list[_Attempt]:
+    """Find the largest predicted loss whose measured loss is within a budget, or nearly.
+
+    Returns:
+        The attempts; the last is the best, and was stored last. It is over the budget only if
+        nothing is within.
+    """
+    tried: list[_Attempt] = []
+    within, beyond = 0.0, total  # predictions known, or hoped, to be on either side
+    most = min(budget, total)
+    while len(tried) < _MOST_TRIES:
+        tried.append(attempt(most))
+        kl = tried[-1].quality.mean_kl
+        if kl <= budget:
+            within = most
+            if most == total or kl >= _NEAR * budget:
+                return tried
+        elif most == 0:
+            return tried
+        else:
+            beyond = most
+        wanted = most * _SAFETY * budget / max(kl, 1e-12)
+        if kl <= budget and beyond == total and wanted >= total:
+            most = total
+            continue
+        most = min(max(wanted, within), beyond)
+        if most <= within or beyond - within < 0.05 * beyond:
+            break
+    if tried[-1].predicted != within:  # the best that was found has to be the one that is stored
+        tried.append(attempt(within))
+    return tried
+
+
+def _identity(text: str | os.PathLike[str]) -> tuple[str, int, int]:
+    if text in ("self", "text"):
+        return str(text), 0, 0
+    try:
+        stat = os.stat(text)
+    except OSError as error:
+        raise ExportRequestError(
+            f"the calibration text {text} cannot be read: {error.strerror}"
+        ) from error
+    return os.fspath(text), stat.st_size, stat.st_mtime_ns
+
+
+def _calibration_text(
+    checkpoint: Checkpoint,
+    text: str | os.PathLike[str],
+    workspace: Workspace,
+    on_progress: Progress,
+) -> CalibrationText:
+    config = checkpoint.config
+    if text == "text":
+        return _page(checkpoint)
+    if text != "self":
+        return _text_file(checkpoint, Path(text))
+    needed, free = memory_needed(config), _free_memory()
+    if config.hidden_dim % INT8.block_size or (free is not None and needed > free):
+        return _page(checkpoint)
+    kept = workspace.load("text")
+    if kept is None:
+        on_progress("self-sampling", 0)
+        shape = (_SELF_SAMPLED_ROWS, min(ROW_LENGTH, config.context_length))
+        ids = self_sample(
+            config,
+            checkpoint.weights,
+            _tokenizer(checkpoint).bos_id(),
+            shape,
+            seed=0,
+            on_progress=lambda done, total: on_progress("self-sampling", done / total),
+        )
+        kept = {"ids": ids}
+        workspace.save("text", kept)
+    return split_rows(kept["ids"], "text that the model wrote itself")
+
+
+def _page(checkpoint: Checkpoint) -> CalibrationText:
+    return _cut(checkpoint, TEXT.read_text(encoding="utf-8"), "a page of the exporter's own")
+
+
+def _text_file(checkpoint: Checkpoint, path: Path) -> CalibrationText:
+    try:
+        if not path.is_file():
+            raise ExportRequestError(f"the calibration text {path} is not a file")
+        with path.open("rb") as file:
+            content = file.read(_MOST_TEXT_BYTES).decode("utf-8", "ignore")
+    except OSError as error:
+        raise ExportRequestError(
+            f"the calibration text {path} cannot be read: {error.strerror}"
+        ) from error
+    if "\0" in content:
+        raise ExportRequestError(f"the calibration text {path} is not text: it holds zero bytes")
+    return _cut(checkpoint, content, f"the text {path.name}")
+
+
+def _cut(checkpoint: Checkpoint, text: str, origin: str) -> CalibrationText:
+    tokenizer = _tokenizer(checkpoint)
+    tokens = tokenizer.encode(text)
+    return cut_text(tokenizer.bos_id(), tokens, checkpoint.config.context_length, origin)
+
+
+def _tokenizer(checkpoint: Checkpoint) -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(model_proto=checkpoint.tokenizer_model)
+
+
+def _free_memory() -> int | None:
+    """Bytes that can be had without swapping; `None` where that is not known."""
+    try:
+        with open("/proc/meminfo") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None
