@@ -1,4 +1,4 @@
-"""`edge-demo`: generate, chat, bench, score and inspect a bundle.
+"""`edge-demo`: generate, chat, bench, score, compare and inspect a bundle.
 
 Nothing heavy is imported before it is known that it will be used, so `--help` is quick.
 """
@@ -20,10 +20,13 @@ from edge_demo.terminal import complain
 
 if TYPE_CHECKING:
     from edge_demo.bundle import Bundle
+    from edge_demo.engine import Engine
     from edge_demo.generator import Generation, Generator
     from edge_demo.sampling import Sampler
+    from edge_demo.tokenizer import Tokenizer
 
 INTERRUPTED = 130
+_WINDOW = 512
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,8 +83,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable[[argparse.Namespace], int], text: str):
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], text: str, *before: tuple[str, str]
+    ):
         sub = commands.add_parser(name, help=text, description=text)
+        for argument, what in before:
+            sub.add_argument(argument, metavar=argument.upper(), help=what)
         sub.add_argument("bundle", metavar="BUNDLE", help="the folder that export-onnx wrote")
         sub.add_argument("--json", action="store_true", help="print one JSON object, for programs")
         sub.set_defaults(run=run)
@@ -143,23 +150,45 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--decode-tokens", type=_positive, default=64, metavar="N")
     sub.add_argument("--repeats", type=_positive, default=3, metavar="N")
 
-    sub = command("score", _score, "Perplexity of a text, by windows.")
+    def window_options(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--length",
+            type=_positive,
+            metavar="N",
+            help="tokens in a window, the beginning-of-sequence token included (default: "
+            f"{_WINDOW})",
+        )
+        sub.add_argument(
+            "--windows", type=_positive, metavar="N", help="stop after as many windows"
+        )
+
+    sub = command("score", _score, "Perplexity of a text, by windows, or accuracy on HellaSwag.")
     engine_options(sub)
-    sub.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text")
-    sub.add_argument(
-        "--length",
-        type=_positive,
-        default=512,
-        metavar="N",
-        help="tokens in a window, the beginning-of-sequence token included (default: %(default)s)",
+    what = sub.add_mutually_exclusive_group(required=True)
+    what.add_argument("--text", metavar="FILE", help="UTF-8 text")
+    what.add_argument(
+        "--hellaswag", metavar="FILE", help="HellaSwag tasks as text, six lines a task"
     )
+    window_options(sub)
     sub.add_argument(
         "--stride",
         type=_positive,
         metavar="N",
         help="tokens from one window to the next (default: half the length)",
     )
-    sub.add_argument("--windows", type=_positive, metavar="N", help="stop after as many windows")
+    sub.add_argument(
+        "--tasks", type=_positive, metavar="N", help="stop after as many HellaSwag tasks"
+    )
+
+    sub = command(
+        "compare",
+        _compare,
+        "How far a bundle's predictions are from a reference's: KL divergence, perplexities.",
+        ("reference", "the bundle to compare with, usually exported as fp32"),
+    )
+    engine_options(sub)
+    sub.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text")
+    window_options(sub)
 
     sub = command("inspect", _inspect, "Show what a bundle holds.")
     sub.add_argument("--verify", action="store_true", help="compare every file with its SHA-256")
@@ -368,34 +397,26 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 
 def _score(arguments: argparse.Namespace) -> int:
-    from edge_demo.bundle import Bundle
-    from edge_demo.engine import Engine
+    text_options = {name: getattr(arguments, name) for name in ("length", "stride", "windows")}
+    if arguments.hellaswag is not None:
+        _refuse_options(text_options, "--text")
+        return _score_hellaswag(arguments)
+    _refuse_options({"tasks": arguments.tasks}, "--hellaswag")
+
     from edge_demo.score import score
-    from edge_demo.tokenizer import Tokenizer
+    from edge_demo.terminal import Progress
 
-    try:
-        with open(arguments.text, "rb") as file:
-            text = file.read().decode("utf-8")
-    except (FileNotFoundError, IsADirectoryError):
-        raise RequestError(f"the text {arguments.text} is not a file") from None
-    except UnicodeDecodeError as error:
-        raise RequestError(f"the text {arguments.text} is not UTF-8: {error}") from error
-    bundle = Bundle.open(arguments.bundle)
-    engine, tokenizer = Engine(bundle, arguments.threads), Tokenizer(bundle)
-
-    def show_progress(done: int, total: int) -> None:
-        if sys.stderr.isatty():
-            end = "\n" if done == total else ""
-            print(f"\rwindow {done} of {total}", end=end, file=sys.stderr, flush=True)
-
+    text = _read_text(arguments.text)
+    engine, tokenizer = _load_for_scoring(arguments)
+    length = arguments.length or _WINDOW
     result = score(
         engine,
         tokenizer.spec.bos,
         tokenizer.encode(text, bos=False),
-        arguments.length,
-        arguments.stride or max(1, arguments.length // 2),
+        length,
+        arguments.stride or max(1, length // 2),
         arguments.windows,
-        show_progress,
+        Progress("window"),
     )
     if arguments.json:
         print(json.dumps({"perplexity": result.perplexity} | dataclasses.asdict(result)))
@@ -404,6 +425,83 @@ def _score(arguments: argparse.Namespace) -> int:
         f"perplexity {result.perplexity:.4f}  (nll {result.nll:.5f} nats a token, "
         f"{result.tokens:,} tokens, {result.windows:,} windows)"
     )
+    return 0
+
+
+def _load_for_scoring(arguments: argparse.Namespace) -> tuple[Engine, Tokenizer]:
+    from edge_demo.bundle import Bundle
+    from edge_demo.engine import Engine
+    from edge_demo.tokenizer import Tokenizer
+
+    bundle = Bundle.open(arguments.bundle)
+    return Engine(bundle, arguments.threads), Tokenizer(bundle)
+
+
+def _refuse_options(options: dict[str, int | None], belong_to: str) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise RequestError(f"--{name} goes with {belong_to} only; leave it out")
+
+
+def _read_text(path: str) -> str:
+    try:
+        with open(path, "rb") as file:
+            return file.read().decode("utf-8")
+    except (FileNotFoundError, IsADirectoryError):
+        raise RequestError(f"the text {path} is not a file") from None
+    except UnicodeDecodeError as error:
+        raise RequestError(f"the text {path} is not UTF-8: {error}") from error
+
+
+def _score_hellaswag(arguments: argparse.Namespace) -> int:
+    from edge_demo.hellaswag import hellaswag, read_tasks
+    from edge_demo.terminal import Progress
+
+    tasks = read_tasks(arguments.hellaswag, _read_text(arguments.hellaswag))
+    engine, tokenizer = _load_for_scoring(arguments)
+    result = hellaswag(engine, tokenizer, tasks[: arguments.tasks], Progress("task"))
+    if arguments.json:
+        report = {"accuracy": result.value, "error": result.error, "interval": result.interval}
+        print(json.dumps(report | dataclasses.asdict(result)))
+        return 0
+    least, most = result.interval
+    print(
+        f"HellaSwag {result.value:.2%} ± {100 * result.error:.2f} %  (95 % interval "
+        f"{least:.2%} to {most:.2%}; {result.correct:,} of {result.tasks:,} tasks, mean "
+        "log-probability of an ending's tokens)"
+    )
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from edge_demo.bundle import Bundle
+    from edge_demo.compare import as_table, check_comparable, compare
+    from edge_demo.engine import Engine
+    from edge_demo.terminal import Progress, show
+    from edge_demo.tokenizer import Tokenizer
+
+    text = _read_text(arguments.text)
+    bundles = [Bundle.open(path) for path in (arguments.reference, arguments.bundle)]
+    check_comparable(*bundles)
+    reference, engine = (Engine(bundle, arguments.threads) for bundle in bundles)
+    tokenizer = Tokenizer(bundles[0])
+    result = compare(
+        reference,
+        engine,
+        tokenizer.spec.bos,
+        tokenizer.encode(text, bos=False),
+        arguments.length or _WINDOW,
+        arguments.windows,
+        Progress("window"),
+    )
+    if arguments.json:
+        names = ("reference", "bundle")
+        who = {n: {"name": b.name, "recipe": b.recipe} for n, b in zip(names, bundles, strict=True)}
+        print(json.dumps(who | dataclasses.asdict(result)))
+        return 0
+    kinds = " against ".join(f"{b.name} {b.recipe}" for b in reversed(bundles))
+    show(f"{kinds}, {result.windows:,} windows of {result.length:,} tokens\n")
+    show(as_table(result) + "\n")
     return 0
 
 

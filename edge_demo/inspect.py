@@ -52,7 +52,7 @@ def _page(bundle: Bundle, verified: bool) -> str:
         lines.append("  quality     not measured")
     state = "SHA-256 checked" if verified else "sizes checked; --verify compares SHA-256"
     lines.append(f"  files       {megabytes(bundle.num_bytes)} in all ({state})")
-    lines += [f"    {name:<18} {size:>14,}" for name, (size, _) in bundle.files.items()]
+    lines += [f"    {name:<24} {size:>14,}" for name, (size, _) in bundle.files.items()]
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from typing import TextIO
 
 # Escape sequences in generated text could move the cursor or set the title: control characters
@@ -37,3 +38,41 @@ def _visible(text: str, stream: TextIO) -> str:
 def megabytes(num_bytes: int) -> str:
     """A size for people, in decimal units."""
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.0f} MB"
+
+
+class Progress:
+    """Shows on stderr how much of a long run is done and about how long the rest takes.
+
+    On a terminal it is one line that changes; elsewhere, for a log, a new line now and then.
+
+    Args:
+        what: the steps' name, singular.
+        every_s: seconds from one line of a log to the next.
+    """
+
+    def __init__(self, what: str, every_s: float = 30.0) -> None:
+        self._what = what
+        self._every_s = every_s
+        self._start = self._shown = time.perf_counter()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Step number `done` of `total` is done."""
+        now = time.perf_counter()
+        line = f"{self._what} {done:,} of {total:,}"
+        if done < total:
+            line += f", {_duration((now - self._start) / done * (total - done))} left"
+        if sys.stderr.isatty():
+            end = "\n" if done == total else ""
+            print(f"\r{line}\x1b[K", end=end, file=sys.stderr, flush=True)
+        elif now - self._shown >= self._every_s:
+            print(line, file=sys.stderr, flush=True)
+            self._shown = now
+
+
+def _duration(seconds: float) -> str:
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

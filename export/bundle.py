@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_demo.bundle import FORMAT, FORMAT_VERSION, MANIFEST, GraphSpec, RopeSpec
+from export.card import write_card
 from export.contract import WEIGHTS_FILE
 from export.errors import ExportError, ExportRequestError
 from export.quantize.formats import Plan, plan_to_json
@@ -182,18 +183,14 @@ def write_manifest(
     max_context: int,
     report: Mapping[str, Any],
 ) -> None:
-    """Write `bundle.json` about the files that are in the folder.
+    """Write the model card, and `bundle.json` about the files that are then in the folder.
 
-    `report` holds its entries `quality` and `rounding`, as far as they are known.
+    Args:
+        report: `quality` and `rounding` for the manifest, as far as they are known, and more for
+            the card; see `export.card.write_card`.
     """
     config = checkpoint.config
-    files = {}
-    for path in sorted(folder.iterdir()):
-        if path.name != MANIFEST:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            files[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
-    manifest = {
+    manifest: dict[str, Any] = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "model": {
@@ -214,6 +211,17 @@ def write_manifest(
         "license": dict(licence),
         "quality": report.get("quality"),
         "rounding": report.get("rounding"),
-        "files": files,
     }
+    write_card(folder, manifest, report)  # first: it is one of the files
+    manifest["files"] = _files(folder)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def _files(folder: Path) -> dict[str, Any]:
+    files = {}
+    for path in sorted(folder.iterdir()):
+        if path.name != MANIFEST:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            files[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
+    return files

@@ -20,6 +20,7 @@ INTERCHANGE_FILE = "model.onnx"
 ENGINE_FILE = "engine.onnx"
 CANDIDATES_FILE = "candidates.onnx"
 WEIGHTS_FILE = "model.onnx_data"
+_BATCH = "batch_size"  # transformers.js makes an empty past by this name
 
 _MOST_CANDIDATES = 256
 
@@ -46,13 +47,13 @@ def interchange_contract(config: GemmaConfig) -> GraphSpec:
     return GraphSpec(
         INTERCHANGE_FILE,
         inputs=(
-            TensorSpec("input_ids", "int64", ("batch", "sequence")),
-            TensorSpec("attention_mask", "int64", ("batch", "total")),
-            *_key_values(config, "past_key_values", "past"),
+            TensorSpec("input_ids", "int64", (_BATCH, "sequence_length")),
+            TensorSpec("attention_mask", "int64", (_BATCH, "total_sequence_length")),
+            *_key_values(config, "past_key_values", "past_sequence_length", _BATCH),
         ),
         outputs=(
-            TensorSpec("logits", "float32", ("batch", "sequence", config.vocabulary_size)),
-            *_key_values(config, "present", "total"),
+            TensorSpec("logits", "float32", (_BATCH, "sequence_length", config.vocabulary_size)),
+            *_key_values(config, "present", "total_sequence_length", _BATCH),
         ),
     )
 
@@ -104,12 +105,14 @@ def _in_place(config: GemmaConfig, file: str, *outputs: TensorSpec) -> GraphSpec
     )
 
 
-def _key_values(config: GemmaConfig, prefix: str, length: str) -> list[TensorSpec]:
+def _key_values(
+    config: GemmaConfig, prefix: str, length: str, batch: str = "batch"
+) -> list[TensorSpec]:
     return [
         TensorSpec(
             f"{prefix}.{i}.{part}",
             "float32",
-            ("batch", layer.num_kv_heads, length, layer.head_dim),
+            (batch, layer.num_kv_heads, length, layer.head_dim),
         )
         for i, layer in enumerate(config.layers)
         for part in ("key", "value")

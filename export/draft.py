@@ -19,6 +19,7 @@ from export.contract import (
     interchange_contract,
     ropes,
 )
+from export.ecosystem import write_ecosystem_files
 from export.errors import ExportRequestError
 from export.fused import build_graph
 from export.quantize.formats import Format, Plan
@@ -81,6 +82,7 @@ class BundleDraft:
         }
         self._tokenizer = writer.write_tokenizer(folder, checkpoint, config.vocabulary_size)
         self._licence = writer.write_notices(folder, checkpoint, recipe)
+        write_ecosystem_files(folder, checkpoint, self._tokenizer, max_context)
         self._plan: Plan = {}
 
     def store(
@@ -121,7 +123,8 @@ class BundleDraft:
         """Write the manifest about what is in the folder.
 
         Args:
-            report: its entries about quality and how the weights were rounded.
+            report: its entries about quality and how the weights were rounded, and what else the
+                model card is to show.
         """
         writer.write_manifest(
             self.folder,

@@ -116,6 +116,7 @@ def export_onnx(
             report = {
                 "quality": None if quality is None else dataclasses.asdict(quality),
                 "rounding": rounding,
+                "kl_by_group": rounding.get("losses"),
             }
             num_bytes = draft.describe(report).num_bytes
     except Exception:  # not for Ctrl-C: what was worked out until then is of use to the next run

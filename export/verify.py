@@ -11,7 +11,7 @@ import numpy as np
 from edge_demo.bundle import Bundle
 from edge_demo.engine import Engine
 from edge_demo.errors import EdgeError
-from edge_demo.score import log_softmax
+from edge_demo.score import kl_divergence
 from edge_demo.tokenizer import Tokenizer
 from export.errors import ExportError
 from export.reference import reference_logits
@@ -53,8 +53,7 @@ def compare_logits(reference: np.ndarray, found: np.ndarray, against: str) -> Qu
     for first in range(0, len(reference), _BATCH):
         p, q = reference[first : first + _BATCH], found[first : first + _BATCH]
         greatest = max(greatest, float(np.abs(p - q).max()))
-        log_p, log_q = log_softmax(p), log_softmax(q)
-        divergences.append((np.exp(log_p) * (log_p - log_q)).sum(axis=-1))
+        divergences.append(kl_divergence(p, q))
     return Quality(
         max_logit_difference=greatest,
         logit_spread=float(reference.std()),

@@ -147,6 +147,17 @@ class GemmaConfig:
         """
         return _from_hf(data)
 
+    def to_hf(self) -> dict[str, Any]:
+        """The content of a Hugging Face `config.json` that `from_hf` reads as this configuration.
+
+        The keys are those of the published files, which transformers 4 and 5 both read.
+
+        Raises:
+            ConfigError: no model type of Hugging Face's can say it, as when layers differ in more
+                than their window.
+        """
+        return _to_hf(self)
+
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], *, tied_head: bool) -> GemmaConfig:
         """Build from GGUF metadata of architecture `gemma`, `gemma2` or `gemma3`.
@@ -251,7 +262,7 @@ _HF_INERT = frozenset(
     architectures attention_dropout bos_token_id cache_implementation chunk_size_feed_forward dtype
     eos_token_id id2label initializer_range is_encoder_decoder label2id model_type name_or_path
     output_attentions output_hidden_states pad_token_id problem_type return_dict torch_dtype
-    transformers_version unk_token_id use_cache
+    transformers.js_config transformers_version unk_token_id use_cache
     """.split()  # noqa: SIM905 - as a list it would fill the screen
 )
 # Keys whose only value we can honour is the one Gemma has.
@@ -355,6 +366,59 @@ def _from_hf(data: Mapping[str, Any]) -> GemmaConfig:
             "one of them may change the mathematics, so the model is refused"
         )
     return config
+
+
+def _to_hf(config: GemmaConfig) -> dict[str, Any]:
+    first = config.layers[0]
+    kind = "gemma3_text" if first.qk_norm else "gemma2" if first.post_norms else "gemma"
+    local = next((s for s in config.layers if s.sliding_window is not None), None)
+    full = next((s for s in config.layers if s.sliding_window is None), first)
+    data: dict[str, Any] = {
+        "model_type": kind,
+        "vocab_size": config.vocabulary_size,
+        "hidden_size": config.hidden_dim,
+        "intermediate_size": first.ffw_dim,
+        "num_hidden_layers": len(config.layers),
+        "num_attention_heads": first.num_heads,
+        "num_key_value_heads": first.num_kv_heads,
+        "head_dim": first.head_dim,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "rms_norm_eps": config.norm_epsilon,
+        "max_position_embeddings": config.context_length,
+        "tie_word_embeddings": config.tied_head,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "rope_theta": full.rope_theta,
+    }
+    if full.rope_scale != 1:
+        data["rope_scaling"] = {"rope_type": "linear", "factor": full.rope_scale}
+    if kind != "gemma":
+        scalar = first.query_scale**-2
+        data |= {
+            # 256 comes back from 256 ** -0.5 with a rounding error
+            "query_pre_attn_scalar": round(scalar) if _is_root(first, round(scalar)) else scalar,
+            "sliding_window": local.sliding_window if local else None,
+            "attn_logit_softcapping": first.attention_soft_cap,
+            "final_logit_softcapping": config.final_soft_cap,
+            "layer_types": [
+                "full_attention" if s.sliding_window is None else "sliding_attention"
+                for s in config.layers
+            ],
+        }
+    if kind == "gemma3_text":
+        data["rope_local_base_freq"] = local.rope_theta if local else 10_000.0
+    # What that leaves out or cannot say shows when it is read again.
+    if _from_hf(data) != config:
+        raise ConfigError(
+            f"this architecture cannot be written as a Hugging Face config.json of type {kind}: "
+            "its layers differ in more than their window, or it scales something as no published "
+            "Gemma does"
+        )
+    return data
+
+
+def _is_root(layer: LayerSpec, scalar: int) -> bool:
+    return scalar > 0 and scalar**-0.5 == layer.query_scale
 
 
 def _layer_kinds(num_layers: int, global_every: Any) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from edge_demo.score import log_softmax
+from edge_demo.score import kl_divergence
 from export.quantize.formats import Format, Plan
 from export.quantize.packing import Quantized
 from export.reference import embedded, head_logits, load_block, run_block
@@ -98,10 +98,9 @@ def sensitivities(
     logits = head_logits(config, weights, picked[""])
     count = min(_LIKELY, config.vocabulary_size)
     likely = np.unique(np.argpartition(logits, -count, axis=-1)[:, -count:])
-    reference = log_softmax(logits[:, likely])
-    p = np.exp(reference)
+    reference = logits[:, likely]
     losses = {}
     for group in groups:
-        found = log_softmax(head_logits(config, weights, picked[group], likely))
-        losses[group] = float((p * (reference - found)).sum(axis=-1).mean())
+        found = head_logits(config, weights, picked[group], likely)
+        losses[group] = float(kl_divergence(reference, found).mean())
     return losses

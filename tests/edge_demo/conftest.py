@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import filelock
 import pytest
 
 from edge_demo.bundle import Bundle
+from edge_demo.cli import main
 from edge_demo.engine import Engine
 from edge_demo.generator import Generator
 from edge_demo.tokenizer import Tokenizer
@@ -62,3 +64,47 @@ def generator(bundle: Path) -> Generator:
     """On an engine of its own."""
     opened = Bundle.open(bundle)
     return Generator(Engine(opened, threads=1), Tokenizer(opened))
+
+
+# --- commands ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(capfd):
+    """Run a command in this process: exit status, stdout and stderr."""
+
+    def run(*arguments):
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as exit_:
+            status = exit_.code
+        return status, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def run_json(run):
+    """Run a command that must succeed: the object on its last line of stdout."""
+
+    def run_json(*arguments):
+        status, out, err = run(*arguments, "--json")
+        assert (status, err) == (0, "")
+        return json.loads(out.splitlines()[-1])
+
+    return run_json
+
+
+@pytest.fixture
+def refused(run):
+    """Run a command that must be refused in one line on stderr, which names some things."""
+
+    def refused(*arguments, names, status=2):
+        found, out, err = run(*arguments)
+        assert found == status
+        assert err.count("\n") == 1 and err.startswith("edge-demo"), err
+        assert out == ""
+        for name in names:
+            assert str(name) in err
+
+    return refused

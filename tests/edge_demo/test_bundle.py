@@ -31,7 +31,20 @@ from tests.edge_demo.bundle_files import (
     rewrite,
 )
 
-FILES = ("GEMMA_NOTICE.txt", "engine.onnx", "model.onnx", "model.onnx_data", "tokenizer.model")
+FILES = (
+    "GEMMA_NOTICE.txt",
+    "README.md",
+    "candidates.onnx",
+    "config.json",
+    "engine.onnx",
+    "genai_config.json",
+    "generation_config.json",
+    "model.onnx",
+    "model.onnx_data",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+)
 
 
 @pytest.fixture
@@ -522,7 +535,7 @@ def test_the_memory_forgets_the_oldest(damaged, memory, tmp_path):
         (path / "bundle.json").write_bytes((damaged / "bundle.json").read_bytes())
         edit_manifest(path, lambda m: m.update(files={}))
         declare(path, "model.onnx_data")
-        for name in ("engine.onnx", "tokenizer.model"):
+        for name in ("engine.onnx", "candidates.onnx", "tokenizer.model"):
             (path / name).write_bytes(b"")
             declare(path, name)
         Bundle.open(path).verify()

@@ -12,12 +12,11 @@ import sys
 import numpy as np
 import pytest
 
-from edge_demo.cli import main
 from edge_demo.score import score
 from tests.edge_demo.bundle_files import copy_bundle, edit_manifest, flip_byte, rewrite
 from tests.edge_demo.conftest import ROOT, generator
 
-COMMANDS = ("generate", "chat", "bench", "score", "inspect")
+COMMANDS = ("generate", "chat", "bench", "score", "compare", "inspect")
 REPORT = {"prompt_ids", "ids", "text", "finish_reason", "timings", "peak_rss_bytes"}
 TIMINGS = {"load_s", "ttft_s", "prefill_tokens_per_s", "decode_tokens_per_s"}
 EDGE_DEMO = [sys.executable, "-W", "error", "-m", "edge_demo.cli"]
@@ -45,47 +44,6 @@ def shell(script, *arguments):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert "Traceback" not in result.stderr and "Exception ignored" not in result.stderr
     return result.returncode, result.stdout, result.stderr
-
-
-@pytest.fixture
-def run(capfd):
-    """Run a command in this process: exit status, stdout and stderr."""
-
-    def run(*arguments):
-        try:
-            status = main([str(argument) for argument in arguments])
-        except SystemExit as exit_:
-            status = exit_.code
-        return status, *capfd.readouterr()
-
-    return run
-
-
-@pytest.fixture
-def run_json(run):
-    """Run a command that must succeed: the object on its last line of stdout."""
-
-    def run_json(*arguments):
-        status, out, err = run(*arguments, "--json")
-        assert (status, err) == (0, "")
-        return json.loads(out.splitlines()[-1])
-
-    return run_json
-
-
-@pytest.fixture
-def refused(run):
-    """Run a command that must be refused in one line on stderr, which names some things."""
-
-    def refused(*arguments, names, status=2):
-        found, out, err = run(*arguments)
-        assert found == status
-        assert err.count("\n") == 1 and err.startswith("edge-demo"), err
-        assert out == ""
-        for name in names:
-            assert str(name) in err
-
-    return refused
 
 
 @pytest.fixture
@@ -319,7 +277,8 @@ OPTIONS = {
     "generate": "--prompt --threads --max-tokens --temperature --top-k --top-p --seed --json",
     "chat": "--threads --max-tokens --temperature --top-k --top-p --seed --json",
     "bench": "--prompt-tokens --decode-tokens --repeats --threads --json",
-    "score": "--text --length --stride --windows --threads --json",
+    "score": "--text --length --stride --windows --hellaswag --tasks --threads --json",
+    "compare": "REFERENCE --text --length --windows --threads --json",
     "inspect": "--verify --json",
 }
 
@@ -385,7 +344,7 @@ def test_an_incomplete_command_is_refused_in_one_line(refused, arguments, names)
 
 
 @pytest.fixture
-def command(tmp_path):
+def command(tiny, tmp_path):
     """Any command's arguments for a bundle."""
     (tmp_path / "text.txt").write_text("The gardener waters the young trees.")
     options = {
@@ -393,6 +352,7 @@ def command(tmp_path):
         "chat": ["--max-tokens", 2],
         "bench": ["--prompt-tokens", 4, "--decode-tokens", 2],
         "score": ["--text", tmp_path / "text.txt", "--length", 16],
+        "compare": [tiny, "--text", tmp_path / "text.txt", "--length", 16],
         "inspect": ["--verify"],
     }
     return lambda name, bundle: [name, bundle, *options[name]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -14,6 +15,7 @@ import time
 
 import pytest
 
+from edge_demo.terminal import Progress
 from tests.edge_demo.bundle_files import copy_bundle, edit_manifest
 from tests.edge_demo.conftest import ROOT, generator
 
@@ -228,3 +230,52 @@ def test_an_error_cannot_steer_the_terminal(tmp_path):
     with Terminal("inspect", tmp_path / "a\x1b]0;title\x07") as terminal:
         assert terminal.finish() == 2
     assert "a␛]0;title␇ does not exist" in terminal.screen and "\x1b" not in terminal.screen
+
+
+# --- progress ------------------------------------------------------------------------------------
+
+
+class Stream(io.StringIO):
+    """A stderr that says whether it is a terminal."""
+
+    def __init__(self, terminal):
+        super().__init__()
+        self._terminal = terminal
+
+    def isatty(self):
+        return self._terminal
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time in seconds, to be set."""
+    now = [0.0]
+    monkeypatch.setattr("edge_demo.terminal.time.perf_counter", lambda: now[0])
+    return now
+
+
+def test_progress_tells_a_terminal_what_is_left(monkeypatch, clock):
+    stream = Stream(terminal=True)
+    monkeypatch.setattr(sys, "stderr", stream)
+    progress = Progress("window")
+    for clock[0], done in ((40, 1), (7000, 2), (7001, 1999), (8000, 2000)):
+        progress(done, 2000)
+    assert stream.getvalue() == (
+        "\rwindow 1 of 2,000, 22 h 12 min left\x1b[K"
+        "\rwindow 2 of 2,000, 1942 h 30 min left\x1b[K"
+        "\rwindow 1,999 of 2,000, 4 s left\x1b[K"
+        "\rwindow 2,000 of 2,000\x1b[K\n"
+    )
+
+
+def test_progress_tells_a_log_now_and_then(monkeypatch, clock):
+    stream = Stream(terminal=False)
+    monkeypatch.setattr(sys, "stderr", stream)
+    progress = Progress("task", every_s=30)
+    for done in range(1, 11):
+        clock[0] = 9 * done
+        progress(done, 10)
+    assert stream.getvalue() == "task 4 of 10, 54 s left\ntask 8 of 10, 18 s left\n"
+    clock[0] = 1000
+    progress(5, 10)
+    assert stream.getvalue().endswith("task 5 of 10, 16 min 40 s left\n")

@@ -420,6 +420,47 @@ def test_to_dict_is_json_that_from_dict_reads_back(data):
     assert GemmaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+WRITTEN = [
+    *(GemmaConfig.from_hf(data) for data in (GEMMA_2B, GEMMA2_27B, GEMMA3_1B, GEMMA3_27B)),
+    *(GemmaConfig.from_hf(hf_config(g, tied).to_dict()) for g in GENERATIONS for tied in (True, False)),
+    GemmaConfig.named("gemma_7b"),
+    GemmaConfig.named("gemma3_270m"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", WRITTEN)
+def test_to_hf_is_json_that_from_hf_and_transformers_read_back(config):
+    data = json.loads(json.dumps(config.to_hf()))
+    assert GemmaConfig.from_hf(data) == config
+    theirs = transformers.AutoConfig.for_model(**data)
+    assert GemmaConfig.from_hf(theirs.to_dict()) == config
+
+
+def test_to_hf_writes_round_numbers_as_they_are_published():
+    assert GemmaConfig.from_hf(GEMMA2_27B).to_hf()["query_pre_attn_scalar"] == 144
+    assert GemmaConfig.from_hf(GEMMA3_27B).to_hf()["query_pre_attn_scalar"] == 168
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"embedding_scale": 3.0},
+        {"layers": lambda s, i: {"ffw_dim": 64} if i == 1 else {}},
+        {"layers": lambda s, i: {"sliding_window": 9} if i == 2 else {}},
+        {"layers": lambda s, i: {"rope_theta": 7.0} if i == 3 else {}},
+        {"layers": lambda s, i: {"post_norms": False}},
+        {"layers": lambda s, i: {"rope_scale": 2.0} if s.sliding_window else {}},
+    ],
+)
+def test_to_hf_refuses_what_that_file_cannot_say(change):
+    config = GemmaConfig.from_hf(hf_config("gemma3").to_dict())
+    if callable(edit := change.get("layers")):
+        layers = enumerate(config.layers)
+        change = {"layers": tuple(dataclasses.replace(s, **edit(s, i)) for i, s in layers)}
+    with pytest.raises(ConfigError, match=r"cannot be written as a Hugging Face config\.json"):
+        dataclasses.replace(config, **change).to_hf()
+
+
 def test_from_dict_refuses_unknown_missing_and_wrong_entries():
     good = GemmaConfig.named("gemma_2b").to_dict()
     unknown_in_layer = {"layers": [good["layers"][0] | {"experts": 8}]}

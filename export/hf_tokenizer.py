@@ -1,0 +1,125 @@
+"""Gemma's SentencePiece tokenizer as a `tokenizer.json`, which other runtimes read.
+
+A SentencePiece BPE model joins, again and again, the neighbours whose union is the piece of the
+greatest score. A `tokenizer.json` of type BPE lists the pairs to join, in order; so every way to
+cut a piece in two pieces is listed, by falling score. User-defined pieces are found in the text
+first, the longest that begins there; so they are added tokens. Those of spaces are written with
+spaces, not with U+2581: onnxruntime-genai looks for them in the text as it is, and prints them as
+they are. (transformers' own conversion writes U+2581 and looks for it in the text as it is, where
+there is none, and so joins runs of spaces in other ways.)
+
+One difference is meant: control tokens are found in the text, as chat templates of that ecosystem
+need it. `edge_demo` puts them in by id and takes such text for text.
+
+Format: huggingface.co/docs/tokenizers. SentencePiece: `src/bpe_model.cc`, `src/normalizer.cc`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from export.errors import ExportError
+
+_SPACE = "\u2581"
+
+
+def tokenizer_json(model: bytes) -> dict[str, Any]:
+    """The content of `tokenizer.json`.
+
+    Args:
+        model: the serialized SentencePiece model.
+
+    Raises:
+        ExportError: it is not BPE, or changes text before it cuts it, which Gemma's does not.
+    """
+    from sentencepiece import sentencepiece_model_pb2 as proto
+
+    parsed = proto.ModelProto.FromString(model)
+    kinds = proto.ModelProto.SentencePiece
+    normalizer = parsed.normalizer_spec
+    if parsed.trainer_spec.model_type != parsed.trainer_spec.BPE:
+        raise ExportError("tokenizer.model is not a BPE model, which Gemma's tokenizer is")
+    if (
+        normalizer.precompiled_charsmap
+        or normalizer.add_dummy_prefix
+        or normalizer.remove_extra_whitespaces
+    ):
+        raise ExportError("tokenizer.model changes text before it cuts it; Gemma's does not")
+    pieces = [
+        (p.piece.replace(_SPACE, " ") if p.type == kinds.USER_DEFINED else p.piece, p.score, p.type)
+        for p in parsed.pieces
+    ]
+    unknown = next(piece for piece, _, kind in pieces if kind == kinds.UNKNOWN)
+    bos_id = parsed.trainer_spec.bos_id
+    bos = pieces[bos_id][0]
+    special = (kinds.CONTROL, kinds.UNKNOWN)
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {
+                "id": index,
+                "content": piece,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": kind not in special,
+                "special": kind in special,
+            }
+            for index, (piece, _, kind) in enumerate(pieces)
+            if kind in (*special, kinds.USER_DEFINED)
+        ],
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
+        # No space is left to split at; runtimes that know Gemma's file expect the entry.
+        "pre_tokenizer": {
+            "type": "Split",
+            "pattern": {"String": " "},
+            "behavior": "MergedWithPrevious",
+            "invert": False,
+        },
+        "post_processor": _begins_with(bos, bos_id),
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": unknown,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": parsed.trainer_spec.byte_fallback,
+            "ignore_merges": False,
+            "vocab": {piece: index for index, (piece, _, _) in enumerate(pieces)},
+            "merges": _merges([(p, score) for p, score, kind in pieces if kind == kinds.NORMAL]),
+        },
+    }
+
+
+def _merges(pieces: list[tuple[str, float]]) -> list[list[str]]:
+    """Every pair of pieces whose union is a piece, by the union's score, greatest first."""
+    known = {piece for piece, _ in pieces}
+    by_score = sorted(pieces, key=lambda entry: -entry[1])
+    return [
+        [piece[:cut], piece[cut:]]
+        for piece, _ in by_score
+        for cut in range(1, len(piece))
+        if piece[:cut] in known and piece[cut:] in known
+    ]
+
+
+def _begins_with(bos: str, bos_id: int) -> dict[str, Any]:
+    first = {"SpecialToken": {"id": bos, "type_id": 0}}
+    text, other = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+    return {
+        "type": "TemplateProcessing",
+        "single": [first, text],
+        "pair": [first, text, {"SpecialToken": {"id": bos, "type_id": 1}}, other],
+        "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
+    }
