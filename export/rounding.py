@@ -16,7 +16,7 @@ from export.errors import ExportRequestError
 from export.quantize.budget import plan_within
 from export.quantize.calibrate import TEXT
 from export.quantize.calibrated import calibrate
-from export.quantize.formats import Format, Plan, plan_to_json
+from export.quantize.formats import BLOCK_SIZES, Format, Plan, plan_to_json
 from export.quantize.packing import Quantized
 from export.quantize.recipes import INT8
 from export.quantize.rounding import search_scales
@@ -237,7 +237,7 @@ def _calibration_text(
     if text != "self":
         return _text_file(checkpoint, Path(text))
     needed, free = memory_needed(config), _free_memory()
-    if config.hidden_dim % INT8.block_size or (free is not None and needed > free):
+    if config.hidden_dim % BLOCK_SIZES[0] or (free is not None and needed > free):
         return _page(checkpoint)
     kept = workspace.load("text")
     if kept is None:

@@ -14,7 +14,7 @@ from gemma_keras.config import GemmaConfig
 
 INT8 = Format(8, 32)
 INT4 = Format(4, 32, symmetric=False)
-TWO_PLANES = Format(8, 32, planes=2)
+TWO_PLANES = Format(8, 128, planes=2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,8 @@ class Recipe:
 
     Attributes:
         matrices: the format of the decoder blocks' matrices.
-        table: the format of the token embedding and the head.
+        table: the format of the token embedding and the head; its blocks are made as much smaller
+            as the model's width asks.
         kl_budget: for a recipe that chooses formats by measurement: the mean KL divergence from
             the float model that it may lose, in nats; `None` for a fixed one.
         calibration: what the model is calibrated on unless it is told otherwise: `"self"` for text
@@ -59,6 +60,11 @@ def recipe_named(name: str) -> Recipe:
     return RECIPES[name]
 
 
+def table_format(config: GemmaConfig) -> Format:
+    """Two planes of 4 bits that fit the model's embedding."""
+    return _fitting(TWO_PLANES, config.hidden_dim)
+
+
 def plan_for_recipe(recipe: str, config: GemmaConfig) -> dict[str, Format]:
     """Every matrix's and table's format under a named recipe, before any is chosen by measurement.
 
@@ -66,13 +72,22 @@ def plan_for_recipe(recipe: str, config: GemmaConfig) -> dict[str, Format]:
         ExportRequestError: there is no such recipe, or the model does not fit its blocks.
     """
     chosen = recipe_named(recipe)
+    table = _fitting(chosen.table, config.hidden_dim)
     plan = {
-        spec.name: chosen.table if spec.kind == "table" else chosen.matrices
+        spec.name: table if spec.kind == "table" else chosen.matrices
         for spec in weight_specs(config).values()
         if spec.kind != "norm"
     }
-    _check_table(plan["token_embedding"], config)
+    _check_table(table, config)
     return plan
+
+
+def _fitting(fmt: Format, width: int) -> Format:
+    """The same with the largest blocks, up to its own, that divide the width; itself if none do."""
+    if not fmt.quantized:
+        return fmt
+    fit = [size for size in BLOCK_SIZES if size <= fmt.block_size and width % size == 0]
+    return dataclasses.replace(fmt, block_size=max(fit, default=fmt.block_size))
 
 
 def plan_from_json(entries: Mapping[str, Any], config: GemmaConfig) -> dict[str, Format]:
@@ -127,6 +142,6 @@ def _check_table(fmt: Format, config: GemmaConfig) -> None:
         # Gather reads unpadded rows, the head's matrix product padded ones: the one stored table
         # serves both only without padding.
         raise ExportRequestError(
-            f"the embedding would be stored in blocks of {fmt.block_size}, which does not divide "
+            f"the embedding would be stored in blocks of {fmt.block_size}, which do not divide "
             f"hidden_dim ({config.hidden_dim}); use --recipe fp32"
         )

@@ -19,7 +19,7 @@ from edge_demo.bundle import RopeSpec
 from export.contract import WEIGHTS_FILE, candidates_contract, ropes
 from export.fused import build_graph
 from export.quantize.formats import plan_bytes
-from export.quantize.recipes import INT8, TWO_PLANES
+from export.quantize.recipes import INT8, table_format
 from export.store import store_weights
 from export.weights_file import WeightsFile
 from gemma_keras.checkpoints.names import weight_specs
@@ -37,7 +37,7 @@ def self_sample(
     """Sample token ids from a model.
 
     Args:
-        config: the model's; its hidden width must be a multiple of 32.
+        config: the model's; its hidden width must be a multiple of 16.
         weights: canonical name to float32 array.
         bos: the beginning-of-sequence token.
         shape: rows, and tokens in each, `bos` among them.
@@ -48,7 +48,7 @@ def self_sample(
         int32 array of that shape.
     """
     plan = {
-        spec.name: TWO_PLANES if spec.kind == "table" else INT8
+        spec.name: table_format(config) if spec.kind == "table" else INT8
         for spec in weight_specs(config).values()
         if spec.kind != "norm"
     }

@@ -119,9 +119,9 @@ def test_a_context_the_model_does_not_have(good, target, length):
 
 
 def test_a_width_that_int8_cannot_store(target, tmp_path):
-    meta = metadata("gemma", 1, embedding_length=80)
+    meta = metadata("gemma", 1, embedding_length=88)
     source = write_gguf(tmp_path / "narrow.gguf", meta, tensors(meta))
-    assert "hidden_dim (80); use --recipe fp32" in refusal(source, target, "--recipe", "int8")
+    assert "hidden_dim (88); use --recipe fp32" in refusal(source, target, "--recipe", "int8")
 
 
 # --- the output path -----------------------------------------------------------------------------

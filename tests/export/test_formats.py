@@ -503,9 +503,20 @@ def test_an_unknown_recipe_is_refused_with_those_there_are():
         plan_for_recipe("int3", config_of())
 
 
-@pytest.mark.parametrize("hidden_dim", [16, 80, 97])
-def test_int8_refuses_a_width_that_its_blocks_do_not_divide(hidden_dim):
+@pytest.mark.parametrize(
+    "recipe, hidden_dim, block",
+    [("int8", 64, 32), ("int8", 80, 16), ("int4", 640, 128), ("int4", 192, 64), ("int4", 48, 16)],
+)
+def test_the_tables_blocks_are_the_largest_that_divide_the_width(recipe, hidden_dim, block):
+    plan = plan_for_recipe(recipe, config_of(hidden_dim=hidden_dim))
+    assert plan["token_embedding"].block_size == block
+    assert plan["layers.0.mlp.down"].block_size == 32  # a matrix may be padded
+
+
+@pytest.mark.parametrize("hidden_dim", [24, 97])
+@pytest.mark.parametrize("recipe", ["int4", "int8"])
+def test_a_width_that_no_block_divides_is_refused(recipe, hidden_dim):
     config = config_of(hidden_dim=hidden_dim)
-    with pytest.raises(ExportRequestError, match=rf"blocks of 32.*hidden_dim \({hidden_dim}\)"):
-        plan_for_recipe("int8", config)
+    with pytest.raises(ExportRequestError, match=rf"blocks of \d+.*hidden_dim \({hidden_dim}\)"):
+        plan_for_recipe(recipe, config)
     assert plan_for_recipe("fp32", config)
