@@ -67,7 +67,7 @@ def keep_or_round(lattice: Lattice, fmt: Format) -> tuple[Quantized, float]:
             quantized = _choose(exact, quantized, rounded)
             num_again += int((~exact).sum())
         levels[piece], scales[piece] = quantized.levels, quantized.scales
-        if zeros is not None:
+        if zeros is not None and quantized.zero_points is not None:
             zeros[piece] = quantized.zero_points
     return Quantized(levels, scales, zeros), num_again / max(1, scales.size)
 
@@ -158,7 +158,8 @@ def _keep_blocks(lattice: Lattice, fmt: Format) -> tuple[Quantized, np.ndarray]:
     quantized = Quantized(np.clip(stored, 0, top).astype(np.uint8), scales, stored_zeros)
     same = quantized.values(fmt, lattice.num_inputs) == lattice.values()
     same = np.pad(same, ((0, 0), (0, padding)), constant_values=True)
-    return quantized, same.reshape(-1, num_blocks, fmt.block_size).all(axis=-1)
+    same = same.reshape(-1, num_blocks, fmt.block_size)
+    return quantized, np.logical_and.reduce(same, axis=-1)
 
 
 def _highest(fmt: Format) -> int:
@@ -184,7 +185,7 @@ def _factors(least: np.ndarray, greatest: np.ndarray, fmt: Format) -> np.ndarray
 
 def _choose(exact: np.ndarray, kept: Quantized, rounded: Quantized) -> Quantized:
     zeros = None
-    if kept.zero_points is not None:
+    if kept.zero_points is not None and rounded.zero_points is not None:
         zeros = np.where(exact, kept.zero_points, rounded.zero_points)
     return Quantized(
         np.where(exact[..., None], kept.levels, rounded.levels),
