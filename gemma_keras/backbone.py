@@ -14,10 +14,12 @@ import keras_hub
 import numpy as np
 from keras import ops
 
+from gemma_keras.checkpoints.lattice import Lattice
 from gemma_keras.checkpoints.names import WeightSpec, weight_specs
 from gemma_keras.config import GemmaConfig
 from gemma_keras.errors import CheckpointError
 from gemma_keras.layers import GemmaDecoderBlock, RMSNorm
+from gemma_keras.quantized import QuantizedWeight, quantized_weight
 
 
 @keras.saving.register_keras_serializable(package="gemma_keras")
@@ -94,6 +96,10 @@ class GemmaBackbone(keras_hub.models.Backbone):
         # Rounded to the compute dtype, as the original rounds it: 25.25, not 25.298, in bfloat16.
         return x * ops.cast(config.embedding_scale, x.dtype)
 
+    def embed(self, token_ids):
+        """What the first block takes: float `(batch, length, hidden_dim)`."""
+        return self._embed(self.config, token_ids)
+
     # --- the same layers with a cache ---
 
     def empty_cache(self, batch_size, capacity) -> tuple:
@@ -120,7 +126,7 @@ class GemmaBackbone(keras_hub.models.Backbone):
         Returns:
             The normed hidden states `(batch, length, hidden_dim)` and the updated cache.
         """
-        x = self._embed(self.config, token_ids)
+        x = self.embed(token_ids)
         new_cache = []
         for block, layer_cache in zip(self.transformer_layers, cache, strict=True):
             x, layer_cache = block(x, cache=layer_cache, start=start)
@@ -130,7 +136,10 @@ class GemmaBackbone(keras_hub.models.Backbone):
     # --- weights by canonical name ---
 
     def variable(self, name: str):
-        """The Keras variable that holds a weight, by canonical name, such as `layers.3.mlp.up`."""
+        """The Keras variable that holds a weight, by canonical name, such as `layers.3.mlp.up`.
+
+        Of a layer that `quantize` has changed it is of no use; see `weight_source`.
+        """
         if name == "token_embedding":
             return self.token_embedding.embeddings
         if name == "head":
@@ -158,7 +167,11 @@ class GemmaBackbone(keras_hub.models.Backbone):
             self.variable(name).assign(array.T if name == "head" else array)
 
     def weight_source(self) -> Mapping[str, np.ndarray]:
-        """This model's weights by canonical name, read as float32 when asked for, LoRA merged."""
+        """This model's weights by canonical name, read as float32 when asked for, LoRA merged.
+
+        What `quantize` has made integers of is read as the numbers that they stand for. The
+        mapping is also a `gemma_keras.checkpoints.lattice.LatticeSource`.
+        """
         return _BackboneWeights(self)
 
     def default_lora_layer_names(self) -> list[str]:
@@ -175,9 +188,33 @@ class _BackboneWeights(Mapping[str, np.ndarray]):
         self.specs: dict[str, WeightSpec] = weight_specs(backbone.config)
 
     def __getitem__(self, name: str) -> np.ndarray:
+        quantized = self._quantized(name)
+        if quantized is not None:
+            values = quantized.values()
+            return values.T if self.specs[name].kind == "matrix" else values
         variable = self._backbone.variable(name)  # a LoRA layer's kernel is the merged one
         array = ops.convert_to_numpy(ops.cast(variable, "float32"))
         return array.T if name == "head" else array
+
+    def stored_as(self, name: str) -> str | None:
+        """How `quantize` has stored a weight, such as `Keras int4`; `None` for floats."""
+        quantized = self._quantized(name)
+        return None if quantized is None else f"Keras {quantized.mode}"
+
+    def lattice(self, name: str) -> Lattice | None:
+        """A quantized weight's integers, a matrix's outputs or a table's tokens as rows; `None` if
+        it holds none, or none in blocks of neighbouring inputs."""
+        quantized = self._quantized(name)
+        return None if quantized is None else quantized.lattice()
+
+    def _quantized(self, name: str) -> QuantizedWeight | None:
+        kind = self.specs[name].kind
+        if kind == "norm":
+            return None
+        if kind == "table":
+            return quantized_weight(self._backbone.token_embedding, reverse=name == "head")
+        _, index, within = name.split(".", 2)
+        return quantized_weight(self._backbone.transformer_layers[int(index)].sublayer(within))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)

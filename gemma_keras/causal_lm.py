@@ -122,6 +122,11 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
             "provenance": dict(self.provenance),
         }
 
+    def get_quantization_layer_structure(self, mode):
+        """What GPTQ and AWQ calibrate: the blocks, on embeddings scaled as Gemma scales them."""
+        structure = super().get_quantization_layer_structure(mode)
+        return structure and structure | {"pre_block_layers": [self.backbone.embed]}
+
     def as_checkpoint(self) -> Checkpoint:
         """This model as a `Checkpoint` whose weights are read from it, LoRA merged."""
         tokenizer = self.preprocessor.tokenizer if self.preprocessor else None

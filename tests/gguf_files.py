@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,21 +110,40 @@ def write_gguf(
     path: Path,
     meta: Mapping[str, Any],
     arrays: Mapping[str, np.ndarray],
-    matrix_type: gguf.GGMLQuantizationType = F32,
+    matrix_type: gguf.GGMLQuantizationType | Callable[[str], gguf.GGMLQuantizationType] = F32,
 ) -> Path:
-    """Write a valid file with the `gguf` package, all but the norms in `matrix_type`."""
+    """Write a valid file with the `gguf` package, all but the norms in `matrix_type`, which may
+    depend on the tensor's name."""
     writer = gguf.GGUFWriter(path, meta["general.architecture"])
     for key, value in meta.items():
         if key != "general.architecture":
             writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
     for name, array in arrays.items():
-        kind = matrix_type if array.ndim > 1 else F32
+        kind = matrix_type(name) if callable(matrix_type) else matrix_type
+        kind = kind if array.ndim > 1 else F32
         writer.add_tensor(name, gguf.quantize(array, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+# Where the float16 numbers of a block are, in bytes.
+_HALVES = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+
+
+def random_blocks(
+    kind: gguf.GGMLQuantizationType, num_rows: int, per_row: int, seed: int = 0
+) -> np.ndarray:
+    """Blocks of random bytes, their float16 numbers finite: uint8 `[rows, per_row * bytes]`."""
+    rng = np.random.default_rng(seed)
+    _, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    blocks = rng.integers(0, 256, (num_rows * per_row, block_bytes), dtype=np.uint8)
+    for start in _HALVES.get(kind.name, (0,)):
+        halves = rng.normal(size=(len(blocks), 1)) * 10.0 ** rng.integers(-6, 3, (len(blocks), 1))
+        blocks[:, start : start + 2] = halves.astype("<f2").view(np.uint8)
+    return blocks.reshape(num_rows, -1)
 
 
 def write_raw_blocks(path: Path, kind: gguf.GGMLQuantizationType, blocks: np.ndarray) -> Path:

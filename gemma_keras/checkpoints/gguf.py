@@ -21,6 +21,7 @@ from typing import Any
 import gguf
 import numpy as np
 
+from gemma_keras.checkpoints.lattice import GGUF_TYPES, Lattice
 from gemma_keras.checkpoints.sentencepiece_model import build_sentencepiece_model
 from gemma_keras.checkpoints.source import Checkpoint, WeightSource
 from gemma_keras.config import GemmaConfig
@@ -160,6 +161,48 @@ class GGUFFile:
             ) from None
         return out.reshape(info.shape)
 
+    def stored_as(self, name: str) -> str | None:
+        """The tensor's type if it is one of few bits, such as `Q4_K`; `None` for floats."""
+        kind = self.tensors[name].type
+        return kind.name if gguf.GGML_QUANT_SIZES[kind][0] > 1 else None
+
+    def lattice(self, name: str) -> Lattice | None:
+        """The tensor's integers and scales, its last axis the inputs; `None` if its type is not one
+        of `GGUF_TYPES`.
+
+        Its `values()` are to the bit what `read` gives. Scales and offsets may be infinite or NaN.
+        """
+        info = self.tensors[name]
+        kind = GGUF_TYPES.get(info.type.name)
+        if kind is None:
+            return None
+        length, block_bytes = gguf.GGML_QUANT_SIZES[info.type]
+        raw = np.frombuffer(self._bytes, np.uint8, info.num_bytes, info.start)
+        raw = raw.reshape(-1, block_bytes)
+        per_block = length // kind.block_size
+        levels = np.empty((len(raw), length), np.uint8)
+        scales = np.empty((len(raw), per_block), np.float32)
+        offsets: np.ndarray | None = None
+        step = max(1, _DEQUANTIZE_BYTES // block_bytes)
+        for first in range(0, len(raw), step):
+            piece = slice(first, first + step)
+            with np.errstate(invalid="ignore"):
+                blocks = kind.decode(raw[piece])
+            levels[piece], scales[piece] = blocks.levels, blocks.scales
+            if blocks.offsets is not None:
+                offsets = np.empty_like(scales) if offsets is None else offsets
+                offsets[piece] = blocks.offsets
+        num_inputs = info.shape[-1]
+        scales = scales.reshape(-1, num_inputs // kind.block_size)
+        return Lattice(
+            levels.reshape(-1, num_inputs),
+            scales,
+            np.broadcast_to(np.int16(kind.zero_point), scales.shape),
+            None if offsets is None else offsets.reshape(scales.shape),
+            kind.bits,
+            kind.block_size,
+        )
+
 
 class _Header:
     """A cursor over the header that never reads past the end of the file."""
@@ -268,6 +311,8 @@ def read_gguf(path: str | os.PathLike[str]) -> Checkpoint:
         "gguf",
         {name: info.shape for name, info in file.tensors.items()},
         file.read,
+        stored_as=file.stored_as,
+        lattice=file.lattice,
     )
     return Checkpoint(
         config=config,

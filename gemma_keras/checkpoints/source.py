@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from gemma_keras.checkpoints.lattice import Lattice
 from gemma_keras.checkpoints.names import FileFormat, WeightSpec, weight_specs
 from gemma_keras.config import GemmaConfig
 from gemma_keras.errors import CheckpointError
@@ -22,6 +23,9 @@ class WeightSource(Mapping[str, np.ndarray]):
         file_shapes: name in the file to row-major shape, for all its tensors.
         read: reads one tensor of the file, by its name there, as float32.
         ignore: names in the file that are allowed to be left over.
+        stored_as: names a tensor's type of few bits, or `None`, by its name in the file.
+        lattice: reads one tensor as integers with scales, by its name in the file, `None` where it
+            has none; the file's last axis must be the inputs.
 
     Raises:
         CheckpointError: a weight is missing, left over, or of another shape.
@@ -34,11 +38,15 @@ class WeightSource(Mapping[str, np.ndarray]):
         file_shapes: Mapping[str, tuple[int, ...]],
         read: Callable[[str], np.ndarray],
         ignore: Callable[[str], bool] = lambda name: False,
+        stored_as: Callable[[str], str | None] = lambda name: None,
+        lattice: Callable[[str], Lattice | None] = lambda name: None,
     ) -> None:
         self.config = config
         self.specs = weight_specs(config)
         self._format: FileFormat = file_format
         self._read = read
+        self._stored_as = stored_as
+        self._lattice = lattice
         left_over = {name for name in file_shapes if not ignore(name)}
         for spec in self.specs.values():
             self._check(spec, file_shapes)
@@ -64,11 +72,37 @@ class WeightSource(Mapping[str, np.ndarray]):
         spec = self.specs[name]
         array = self._read(spec.file_name(self._format))
         array = spec.from_file(array, self._format)
+        self._check_finite(spec, array)
+        return array
+
+    def stored_as(self, name: str) -> str | None:
+        """In what type of few bits the file holds a weight, such as `Q4_0`; `None` for floats."""
+        return self._stored_as(self.specs[name].file_name(self._format))
+
+    def lattice(self, name: str) -> Lattice | None:
+        """A matrix or table as the integers that the file holds; `None` if it holds none known.
+
+        Rows are a matrix's outputs or a table's tokens; `values()` are to the bit what reading the
+        weight by its name gives (transposed, for a matrix).
+
+        Raises:
+            CheckpointError: a scale is not finite.
+        """
+        spec = self.specs[name]
+        lattice = None
+        if spec.kind != "norm":
+            lattice = self._lattice(spec.file_name(self._format))
+        if lattice is not None:
+            self._check_finite(spec, lattice.scales)
+            if lattice.offsets is not None:
+                self._check_finite(spec, lattice.offsets)
+        return lattice
+
+    def _check_finite(self, spec: WeightSpec, array: np.ndarray) -> None:
         if not np.isfinite(array).all():
             raise CheckpointError(
                 f"the tensor {spec.file_name(self._format)} holds values that are not finite"
             )
-        return array
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)
