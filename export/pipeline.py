@@ -14,6 +14,7 @@ from export import bundle as writer
 from export.draft import BundleDraft, Progress, lowering_named
 from export.errors import ExportError, ExportRequestError
 from export.quantize.formats import Plan, plan_bytes
+from export.quantize.lattice import MOST_BITS_KEPT, KeptWeights, kept_weights
 from export.quantize.recipes import plan_for_recipe, plan_from_json, recipe_named
 from export.quantize.workspace import workspace_path
 from export.start_keras import start_keras
@@ -104,7 +105,10 @@ def export_onnx(
             if verify or text:
                 on_progress("keras", 0)
                 start_keras()
-            rounding = _round(draft, formats, text, budget, workspace, on_progress)
+            # Few bits that a source already holds exactly are not rounded a second time.
+            few = chosen.matrices.bits <= MOST_BITS_KEPT and not plan
+            kept = kept_weights(config, checkpoint.weights, MOST_BITS_KEPT if few else 0)
+            rounding = _round(draft, formats, kept, text, budget, workspace, on_progress)
             quality = None
             if verify:
                 from export.verify import verify as verify_bundle
@@ -129,24 +133,30 @@ def export_onnx(
 def _round(
     draft: BundleDraft,
     formats: Plan,
+    kept: KeptWeights,
     text: str | os.PathLike[str] | None,
     budget: float | None,
     workspace: Path,
     on_progress: Progress,
 ) -> dict[str, Any]:
     """Round the weights and store them; returns what was done, for the manifest."""
+    formats = dict(formats) | dict(kept.formats)
+    told = {}
+    if kept.sentence and any(fmt.quantized for fmt in formats.values()):
+        told["source"] = kept.sentence
     if budget is None and text in (None, "none"):
-        draft.store(draft.checkpoint.weights, formats)
-        return {}
+        draft.store(draft.checkpoint.weights, formats, kept.matrix)
+        return told
     from export.rounding import Rounding, round_weights, round_within  # they need Keras
 
-    rounding = Rounding(draft.checkpoint.weights)
+    rounding = Rounding(draft.checkpoint.weights, kept.matrix, told=told)
     if text not in (None, "none"):
-        rounding = round_weights(draft.checkpoint, formats, text, workspace, on_progress)
+        rounding = round_weights(draft.checkpoint, formats, kept, text, workspace, on_progress)
+        rounding = dataclasses.replace(rounding, told=told | dict(rounding.told))
     if budget is None:
         draft.store(rounding.weights, formats, rounding.rounded)
     else:
-        rounding = round_within(budget, draft, rounding, formats, on_progress)
+        rounding = round_within(budget, draft, rounding, formats, kept.formats, on_progress)
     return dict(rounding.told)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from export.quantize.budget import plan_within
 from export.quantize.calibrate import TEXT
 from export.quantize.calibrated import calibrate
 from export.quantize.formats import BLOCK_SIZES, Format, Plan, plan_to_json
+from export.quantize.lattice import KeptWeights
 from export.quantize.packing import Quantized
 from export.quantize.recipes import INT8
 from export.quantize.rounding import search_scales
@@ -31,7 +32,7 @@ from gemma_keras.checkpoints import Checkpoint
 _METHOD = 1  # raised when results kept from an interrupted export would be of another kind
 _SELF_SAMPLED_ROWS = 36
 _MOST_TEXT_BYTES = 64 << 20
-_MEASURED_ROWS = 2  # whose states are carried for every group at once
+_MEASURED_LENGTH = 128  # tokens whose states are carried for every group at once
 _MOST_TRIES = 5
 _SAFETY = 0.97
 _NEAR = 0.8  # of the budget: near enough not to look for a smaller plan
@@ -57,6 +58,7 @@ class Rounding:
 def round_weights(
     checkpoint: Checkpoint,
     plan: Plan,
+    kept: KeptWeights,
     text: str | os.PathLike[str],
     folder: Path,
     on_progress: Progress,
@@ -66,6 +68,7 @@ def round_weights(
     Args:
         checkpoint: the model.
         plan: canonical name to format.
+        kept: what the source holds on a lattice already and stays as it is.
         text: `"self"`, `"text"`, or a file.
         folder: where results are kept until the export is done.
         on_progress: told the stage and the share of it that is done.
@@ -86,14 +89,25 @@ def round_weights(
         chosen.rows,
         plan,
         workspace,
-        on_progress=lambda done, total: on_progress("calibration", done / total),
+        kept.formats.keys(),
+        lambda done, total: on_progress("calibration", done / total),
     )
     told = {"text": chosen.origin, "calibrated_on_tokens": int(chosen.rows.size)}
-    return Rounding(calibrated.weights, calibrated.rounded, chosen, told)
+
+    def rounded(name: str, fmt: Format) -> Quantized | None:
+        found = kept.matrix(name, fmt)
+        return calibrated.rounded(name, fmt) if found is None else found
+
+    return Rounding(calibrated.weights, rounded, chosen, told)
 
 
 def round_within(
-    budget: float, draft: BundleDraft, rounding: Rounding, plan: Plan, on_progress: Progress
+    budget: float,
+    draft: BundleDraft,
+    rounding: Rounding,
+    plan: Plan,
+    keep: Collection[str],
+    on_progress: Progress,
 ) -> Rounding:
     """Store the smallest mix of the planned formats and 8 bits that stays within a budget.
 
@@ -105,6 +119,7 @@ def round_within(
         draft: to store into.
         rounding: calibrated or not.
         plan: the formats it would like to keep.
+        keep: matrices that keep them whatever they lose.
         on_progress: told the stage and the share of it that is done.
 
     Raises:
@@ -119,16 +134,22 @@ def round_within(
         found = rounding.rounded(name, fmt)
         return search_scales(rounding.weights[name].T, fmt) if found is None else found
 
-    stored = rounding.rounded if rounding.text else rounded
-    groups = group_members(config, plan)
+    def stored(name: str, fmt: Format) -> Quantized | None:
+        in_groups = name.startswith("layers.") and fmt.bits < 8
+        return rounded(name, fmt) if in_groups else rounding.rounded(name, fmt)
+
+    groups = group_members(config, plan, keep)
+    # Short rows: many texts matter more here than long ones.
+    short = text.held_out[:, : min(_MEASURED_LENGTH, text.held_out.shape[1])]
     on_progress("sensitivity", 0)
     losses = sensitivities(
         config,
         rounding.weights,
         plan,
         rounded,
-        text.held_out[:_MEASURED_ROWS],
-        positions,
+        groups,
+        short,
+        np.arange(short.shape[1] // 2, short.shape[1], 4),
         lambda done, total: on_progress("sensitivity", done / total),
     )
     on_progress("reference", 0)

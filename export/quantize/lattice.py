@@ -215,6 +215,10 @@ class KeptWeights:
     sentence: str
     tables_rounded_again: dict[str, float] = dataclasses.field(default_factory=dict)
 
+    def matrix(self, name: str, fmt: Format) -> Quantized | None:
+        """A kept matrix; `None` for all else, which goes through memory in pieces."""
+        return self.rounded(name, fmt) if name in self.formats else None
+
     def rounded(self, name: str, fmt: Format) -> Quantized | None:
         """A kept matrix, or a table as nearly as its format can hold it; `None` for all others.
 

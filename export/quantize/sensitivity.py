@@ -7,7 +7,7 @@ and a model of any size can be measured.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -25,15 +25,22 @@ GROUPS = {
     "mlp.gate_up": ("mlp.gate", "mlp.up"),
     "mlp.down": ("mlp.down",),
 }
+_MOST_TYPICAL = 10
 _LIKELY = 256  # tokens at each position that the divergence is taken over
 
 
-def group_members(config: GemmaConfig, plan: Plan) -> dict[str, tuple[str, ...]]:
-    """Group name, such as `layers.3.mlp.gate_up`, to its matrices that have fewer than 8 bits."""
+def group_members(
+    config: GemmaConfig, plan: Plan, keep: Collection[str] = ()
+) -> dict[str, tuple[str, ...]]:
+    """Group name, such as `layers.3.mlp.gate_up`, to its matrices of fewer than 8 bits.
+
+    Those in `keep` are left out.
+    """
     groups = {}
     for i in range(len(config.layers)):
         for group, names in GROUPS.items():
-            members = tuple(f"layers.{i}.{n}" for n in names if plan[f"layers.{i}.{n}"].bits < 8)
+            here = [f"layers.{i}.{n}" for n in names]
+            members = tuple(n for n in here if plan[n].bits < 8 and n not in keep)
             if members:
                 groups[f"layers.{i}.{group}"] = members
     return groups
@@ -44,6 +51,7 @@ def sensitivities(
     weights: Mapping[str, np.ndarray],
     plan: Plan,
     rounded: Callable[[str, Format], Quantized],
+    groups: Mapping[str, Sequence[str]],
     ids: np.ndarray,
     positions: np.ndarray,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -51,21 +59,22 @@ def sensitivities(
     """Mean KL divergence from the float model when one group of matrices alone is rounded.
 
     It is taken over the tokens that are likely at some position, which hold nearly all of the
-    probability and cost a small part of the head.
+    probability and cost a small part of the head; and a position counts at most as ten typical
+    ones, so that a single one does not decide what is raised.
 
     Args:
         config: the model's.
         weights: canonical name to float32 array.
         plan: canonical name to format.
         rounded: a matrix as it would be stored.
+        groups: as `group_members` gives them.
         ids: of the text, `(batch, length)`.
         positions: of each row, those that count.
         on_progress: told the states advanced so far and those in all.
 
     Returns:
-        Group name, as `group_members` has it, to nats.
+        Group name to nats.
     """
-    groups = group_members(config, plan)
     num_blocks = len(config.layers)
     per_block = [
         {group: names for group, names in groups.items() if group.startswith(f"layers.{i}.")}
@@ -102,5 +111,7 @@ def sensitivities(
     losses = {}
     for group in groups:
         found = head_logits(config, weights, picked[group], likely)
-        losses[group] = float(kl_divergence(reference, found).mean())
+        divergences = kl_divergence(reference, found)
+        typical = float(np.median(divergences))
+        losses[group] = float(np.minimum(divergences, _MOST_TYPICAL * typical).mean())
     return losses

@@ -58,9 +58,11 @@ class Workspace:
         if self._folder is None:
             return self._memory.get(name)
         try:
-            with np.load(self._folder / f"{name}.npz", allow_pickle=False) as stored:
+            # opened here, because numpy leaves a damaged file open
+            with (self._folder / f"{name}.npz").open("rb") as file:
+                stored = np.load(file, allow_pickle=False)
                 return {key: stored[key] for key in stored.files}
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        except (OSError, ValueError, KeyError, AttributeError, EOFError, zipfile.BadZipFile):
             return None
 
 

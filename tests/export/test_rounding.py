@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,6 +25,7 @@ from export.quantize.workspace import Workspace, fingerprint, workspace_path
 from export.reference import reference_logits
 from export.rounding import _Attempt, _search
 from gemma_keras import open_checkpoint
+from gemma_keras.checkpoints.names import weight_specs
 from tests.models import GENERATIONS, TEXT, write_tiny_hf
 
 pytestmark = pytest.mark.keras
@@ -108,7 +110,7 @@ def test_a_model_writes_its_own_text(tiny, generation):
     foreign = np.take_along_axis(log_p, ids[::-1][:, 1:, None], axis=-1).mean()
     entropy = -(np.exp(log_p) * log_p).sum(axis=-1).mean()
     assert own > foreign
-    assert -own == pytest.approx(entropy, rel=0.15)
+    assert 0.6 < -own / entropy < 1.4  # 195 draws
 
 
 # --- the workspace -------------------------------------------------------------------------------
@@ -205,10 +207,10 @@ def test_a_sensitivity_is_the_divergence_of_the_model_with_that_group_rounded(
     plan = plan_for_recipe("int4", model.config)
     calibrated = calibrate(model.config, model.weights, ids, plan, Workspace(None, ""))
     positions = np.arange(20, 40)
-    losses = sensitivities(
-        model.config, calibrated.weights, plan, calibrated.rounded, ids, positions
-    )
     groups = group_members(model.config, plan)
+    losses = sensitivities(
+        model.config, calibrated.weights, plan, calibrated.rounded, groups, ids, positions
+    )
     assert losses.keys() == groups.keys()
     assert len(losses) == 5 * len(model.config.layers)
     reference = reference_logits(model.config, model.weights, ids, positions)
@@ -218,7 +220,8 @@ def test_a_sensitivity_is_the_divergence_of_the_model_with_that_group_rounded(
             fmt = plan[name]
             changed[name] = calibrated.rounded(name, fmt).values(fmt, len(changed[name])).T
         found = reference_logits(model.config, changed, ids, positions)
-        expected = kl_divergence(reference, found).mean()
+        divergences = kl_divergence(reference, found)
+        expected = np.minimum(divergences, 10 * np.median(divergences)).mean()
         assert losses[group] == pytest.approx(expected, rel=0.02, abs=1e-9)
 
 
@@ -239,8 +242,11 @@ def test_a_plan_within_a_budget_raises_what_loses_most_for_its_bytes(tiny):
     assert raised(0)[0] == set(groups)
     sizes = [plan_bytes(raised(most)[1], config) for most in np.linspace(total, 0, 12)]
     assert sizes == sorted(sizes)
+    # of groups that lose the same, those of fewest bytes first
     small = raised(total - 52)[0] - {"layers.2.mlp.down"}
-    assert all(group.endswith("key_value") for group in small)  # the cheapest for the same loss
+    prices = {g: sum(math.prod(weight_specs(config)[n].shape) for n in groups[g]) for g in groups}
+    dearest = max(prices[group] for group in small)
+    assert dearest <= min(prices[g] for g in groups.keys() - small - {"layers.2.mlp.down"})
 
 
 @pytest.mark.parametrize("measured", [lambda p: p, lambda p: 3 * p + 0.001, lambda p: 0.2 * p])
@@ -283,7 +289,7 @@ def calibration_text(tmp_path_factory):
 def test_int4_keeps_its_budget_and_says_what_it_chose(tiny, generation, calibration_text, tmp_path):
     model = tiny(generation)
     sizes = []
-    for budget in (10.0, 0.004):
+    for budget in (10.0, 0.05):
         result = export_onnx(
             model.folder,
             tmp_path / "bundle",
@@ -349,7 +355,7 @@ def test_a_plan_of_ones_own_is_followed(tiny, tmp_path):
         ({"layers.0.mlp.down": {"bits": 8, "blocks": 48}}, "must be an object of bits, block_size"),
         ({"layers.0.mlp.down": 8}, "must be an object"),
         ({"layers.0.mlp.down": {"bits": 8, "block_size": 32, "planes": 2}}, "only tables can be"),
-        ({"token_embedding": {"bits": 8, "block_size": 64}}, "does not divide"),
+        ({"token_embedding": {"bits": 8, "block_size": 64}}, "do not divide"),
         ([1], "a plan is an object"),
     ],
 )
