@@ -380,13 +380,14 @@ def test_every_command_refuses_a_bundle_with_a_changed_or_missing_file(
 
 def test_a_bundle_whose_parts_do_not_fit_is_refused(refused, command, tiny, tiny_bundles, tmp_path):
     bundle = copy_bundle(tiny, tmp_path / "bundle")
+    other = tiny_bundles / "gemma2-int8" / "candidates.onnx"
+    rewrite(bundle, "candidates.onnx", other.read_bytes())
+    refused(*command("generate", bundle), names=["candidates.onnx"])
+    rewrite(bundle, "candidates.onnx", b"no graph")
+    refused(*command("generate", bundle), names=["candidates.onnx", "onnxruntime"])
+    bundle = copy_bundle(tiny, tmp_path / "other")
     rewrite(bundle, "tokenizer.model", b"no model")
     refused(*command("generate", bundle), names=["tokenizer.model", "SentencePiece"])
-    other = tiny_bundles / "gemma2-int8" / "engine.onnx"
-    rewrite(bundle, "engine.onnx", other.read_bytes())
-    refused(*command("generate", bundle), names=["engine.onnx"])
-    rewrite(bundle, "engine.onnx", b"no graph")
-    refused(*command("generate", bundle), names=["engine.onnx", "onnxruntime"])
     edit_manifest(bundle, lambda m: m.pop("plan") and None)
     refused("inspect", bundle, names=["bundle.json", "plan"])
 
