@@ -40,7 +40,7 @@ class Recipe:
 
 
 RECIPES = {
-    "int4": Recipe(INT4, TWO_PLANES, kl_budget=0.03, calibration="self"),
+    "int4": Recipe(INT4, TWO_PLANES, kl_budget=0.05, calibration="self"),
     "int8": Recipe(INT8, INT8, calibration="text"),
     "fp16": Recipe(Format(16), Format(16)),
     "fp32": Recipe(Format(32), Format(32)),
