@@ -17,7 +17,8 @@ import pytest
 import safetensors.numpy
 
 from edge_demo.bundle import Bundle
-from export.quantize.formats import plan_bytes, plan_for_recipe
+from export.quantize.formats import plan_bytes
+from export.quantize.recipes import plan_for_recipe
 from gemma_keras import GemmaConfig, open_checkpoint
 from gemma_keras.checkpoints.names import weight_specs
 from gemma_keras.checkpoints.sample import sample_path

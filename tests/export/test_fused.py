@@ -17,7 +17,8 @@ from edge_demo.bundle import Bundle
 from edge_demo.engine import Engine
 from export import export_onnx
 from export.contract import WEIGHTS_FILE, engine_contract, interchange_contract
-from export.quantize.formats import plan_bytes, plan_for_recipe
+from export.quantize.formats import plan_bytes
+from export.quantize.recipes import plan_for_recipe
 from gemma_keras import GemmaBackbone, GemmaCausalLM, open_checkpoint
 from gemma_keras.checkpoints.names import weight_specs
 from tests.models import GENERATIONS, WINDOW, write_tiny_hf

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from export.quantize.formats import Format
 from export.quantize.lattice import best_format, keep, keep_or_round, kept_weights
 from export.quantize.packing import Quantized, split_planes, stored_tensors
-from export.quantize.recipes import INT4, INT8, TWO_PLANES
+from export.quantize.recipes import INT4, INT8
 from export.quantize.rounding import round_to_nearest
 from export.store import store_weights
 from export.weights_file import WeightsFile
@@ -23,6 +23,8 @@ from gemma_keras.checkpoints.gguf import GGUFFile
 from gemma_keras.checkpoints.lattice import Lattice
 from gemma_keras.checkpoints.names import weight_specs
 from tests import gguf_files
+
+TWO_PLANES = Format(8, 32, planes=2)
 
 Type = gguf.GGMLQuantizationType
 SYMMETRIC = {

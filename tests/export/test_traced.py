@@ -38,7 +38,7 @@ from export.contract import WEIGHTS_FILE, engine_contract, interchange_contract,
 from export.errors import ExportError, ExportRequestError
 from export.fused import build_graph
 from export.quantize.formats import Format
-from export.quantize.recipes import INT4, INT8, TWO_PLANES
+from export.quantize.recipes import INT4, INT8
 from export.store import store_weights
 from export.traced import build_traced_graph
 from export.weights_file import StoredTensor, WeightsFile
@@ -56,7 +56,7 @@ FORMATS = {
     "fp32": (Format(32), Format(32)),
     "fp16": (Format(16), Format(16)),
     "int8": (INT8, INT8),
-    "int4": (INT4, TWO_PLANES),
+    "int4": (INT4, Format(8, 32, planes=2)),
 }
 TOLERANCE = 1e-4  # of the logits' spread; 1e-5 is what the order of sums explains
 MOST_BYTES = 2_000_000

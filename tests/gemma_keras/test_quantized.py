@@ -9,10 +9,12 @@ import pytest
 from keras import ops
 from keras.quantizers import AWQConfig, GPTQConfig, Int4QuantizationConfig
 
+from export.quantize.formats import Format
 from export.quantize.lattice import best_format, keep, keep_or_round, kept_weights
-from export.quantize.recipes import TWO_PLANES
 from gemma_keras import GemmaBackbone, GemmaCausalLM, GemmaConfig, LayerSpec
 from gemma_keras.quantized import quantized_weight
+
+TWO_PLANES = Format(8, 32, planes=2)
 
 pytestmark = [
     pytest.mark.keras,
