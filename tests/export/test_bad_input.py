@@ -109,7 +109,7 @@ def test_a_missing_source(target):
 
 def test_an_unknown_recipe_names_those_there_are(good, target):
     line = refusal(good, target, "--recipe", "int3")
-    assert "'int3'; choose one of fp32, int8" in line
+    assert "'int3'; choose one of int4, int8, fp16, fp32" in line
 
 
 @pytest.mark.parametrize("length", ["0", "-1", "129"])
