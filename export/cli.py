@@ -71,8 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--calibration",
         metavar="FILE",
-        help="a text like those the model is for; 'self' for text that it writes itself, 'none' "
-        "for no calibration (default: self for int4, a page of ours for int8)",
+        help="a text like those the model is for; 'self' for text that it writes itself, 'text' "
+        "for a page of ours, 'none' for no calibration (default: self for int4, text for int8)",
     )
     parser.add_argument(
         "--plan",

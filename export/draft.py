@@ -57,6 +57,9 @@ class BundleDraft:
         lowering: the name of the way to graphs.
         max_context: the longest sequence the bundle is for, in tokens.
         on_progress: told the stage and the share of it that is done.
+
+    Attributes:
+        bundle: as it was written last; `None` before it was stored.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class BundleDraft:
         self._licence = writer.write_notices(folder, checkpoint, recipe)
         write_ecosystem_files(folder, checkpoint, self._tokenizer, max_context)
         self._plan: Plan = {}
+        self.bundle: Bundle | None = None
 
     def store(
         self,
@@ -92,6 +96,8 @@ class BundleDraft:
         rounded: Callable[[str, Format], Quantized | None] = lambda name, fmt: None,
     ) -> Bundle:
         """Write weights, graphs and manifest; what stood there before is replaced.
+
+        The bundle is also kept as `bundle`.
 
         Args:
             weights: canonical name to float array.
@@ -139,4 +145,5 @@ class BundleDraft:
             self.max_context,
             report,
         )
-        return Bundle.open(self.folder)
+        self.bundle = Bundle.open(self.folder)
+        return self.bundle

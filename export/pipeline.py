@@ -95,18 +95,22 @@ def export_onnx(
     formats = plan_for_recipe(recipe, config) | plan_from_json(plan or {}, config)
     budget = _check_budget(kl_budget, recipe, plan)
     max_context = _check_context(max_context, config)
-    _check_space(out, plan_bytes(formats, config))
+    text = chosen.calibration if calibration is None else calibration
+    _check_calibration(calibration, formats)
+    needed = plan_bytes(formats, config)
+    if budget is not None:  # it may end with 8 bits everywhere, and keeps both until it is done
+        needed += plan_bytes(plan_for_recipe("int8", config), config)
+    _check_space(out, needed)
 
     workspace = workspace_path(out)
     try:
         with _told_in_a_sentence(out), writer.unfinished_folder(out, overwrite=overwrite) as folder:
             draft = BundleDraft(folder, checkpoint, recipe, lowering, max_context, on_progress)
-            text = calibration or chosen.calibration
-            if verify or text:
+            if verify or text not in (None, "none"):
                 on_progress("keras", 0)
                 start_keras()
             # Few bits that a source already holds exactly are not rounded a second time.
-            few = chosen.matrices.bits <= MOST_BITS_KEPT and not plan
+            few = chosen.matrices.bits <= MOST_BITS_KEPT and plan is None
             kept = kept_weights(config, checkpoint.weights, MOST_BITS_KEPT if few else 0)
             rounding = _round(draft, formats, kept, text, budget, workspace, on_progress)
             quality = None
@@ -114,8 +118,8 @@ def export_onnx(
                 from export.verify import verify as verify_bundle
 
                 on_progress("verification", 0)
-                bundle = draft.describe({})
-                quality = verify_bundle(bundle, config, checkpoint.weights, recipe)
+                assert draft.bundle is not None
+                quality = verify_bundle(draft.bundle, config, checkpoint.weights, recipe)
                 on_progress("verification", 1)
             report = {
                 "quality": None if quality is None else dataclasses.asdict(quality),
@@ -171,8 +175,8 @@ def _check_budget(
 ) -> float | None:
     own = recipe_named(recipe).kl_budget
     if kl_budget is None:
-        return None if plan else own
-    if own is None or plan:
+        return own if plan is None else None
+    if own is None or plan is not None:
         raise ExportRequestError(
             "a KL budget chooses between 4 and 8 bits, so it goes with --recipe int4 and without "
             "a plan"
@@ -180,6 +184,20 @@ def _check_budget(
     if not 0 < kl_budget < float("inf"):
         raise ExportRequestError(f"the KL budget must be a positive number, not {kl_budget}")
     return kl_budget
+
+
+def _check_calibration(calibration: str | os.PathLike[str] | None, formats: Plan) -> None:
+    """Refuse what cannot be calibrated on before anything slow begins."""
+    if calibration in (None, "none"):
+        return
+    if not any(fmt.quantized for fmt in formats.values()):
+        raise ExportRequestError("floats are not calibrated: leave --calibration, or use int4")
+    if calibration in ("self", "text"):
+        return
+    path = Path(calibration)
+    if not path.is_file():
+        what = "is not a file" if path.exists() else "does not exist"
+        raise ExportRequestError(f"the calibration text {path} {what}")
 
 
 def _check_context(max_context: int | None, config: GemmaConfig) -> int:

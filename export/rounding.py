@@ -77,11 +77,13 @@ def round_weights(
         ExportRequestError: the text cannot be used.
     """
     config = checkpoint.config
-    on_progress("fingerprint", 0)
-    key = fingerprint(checkpoint.weights, _METHOD, config, _identity(text), plan_to_json(plan))
-    # A page is soon read again; what takes minutes is kept.
-    workspace = Workspace(None if text == "text" else folder, key)
-    chosen = _calibration_text(checkpoint, text, workspace, on_progress)
+    if text == "text":  # a page is soon read again; what takes minutes is kept
+        workspace = Workspace(None, "")
+    else:
+        on_progress("fingerprint", 0)
+        key = fingerprint(checkpoint.weights, _METHOD, config, _identity(text), plan_to_json(plan))
+        workspace = Workspace(folder, key)
+    chosen = _calibration_text(checkpoint, text, workspace, folder, on_progress)
     on_progress("calibration", 0)
     calibrated = calibrate(
         config,
@@ -250,6 +252,7 @@ def _calibration_text(
     checkpoint: Checkpoint,
     text: str | os.PathLike[str],
     workspace: Workspace,
+    folder: Path,
     on_progress: Progress,
 ) -> CalibrationText:
     config = checkpoint.config
@@ -270,6 +273,7 @@ def _calibration_text(
             _tokenizer(checkpoint).bos_id(),
             shape,
             seed=0,
+            folder=folder,
             on_progress=lambda done, total: on_progress("self-sampling", done / total),
         )
         kept = {"ids": ids}
@@ -283,17 +287,20 @@ def _page(checkpoint: Checkpoint) -> CalibrationText:
 
 def _text_file(checkpoint: Checkpoint, path: Path) -> CalibrationText:
     try:
-        if not path.is_file():
-            raise ExportRequestError(f"the calibration text {path} is not a file")
         with path.open("rb") as file:
-            content = file.read(_MOST_TEXT_BYTES).decode("utf-8", "ignore")
+            content = file.read(_MOST_TEXT_BYTES)
+            cut = bool(file.read(1))
+        # where a long text is cut, a character may be
+        decoded = content.decode("utf-8", "ignore" if cut else "strict")
+    except UnicodeDecodeError as error:
+        raise ExportRequestError(f"the calibration text {path} is not UTF-8: {error}") from error
     except OSError as error:
         raise ExportRequestError(
             f"the calibration text {path} cannot be read: {error.strerror}"
         ) from error
-    if "\0" in content:
+    if "\0" in decoded:
         raise ExportRequestError(f"the calibration text {path} is not text: it holds zero bytes")
-    return _cut(checkpoint, content, f"the text {path.name}")
+    return _cut(checkpoint, decoded, f"the text {path.name}")
 
 
 def _cut(checkpoint: Checkpoint, text: str, origin: str) -> CalibrationText:

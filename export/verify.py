@@ -19,8 +19,9 @@ from gemma_keras.config import GemmaConfig
 
 TEXT = Path(__file__).with_name("verification.txt")
 # What a recipe may lose at most before its bundle is refused: mean KL, in nats. The 270M loses
-# 1e-11 as fp32 and 1e-3 as int8, a random model as int8 up to 0.02; a wrong graph whole nats.
-_MOST_MEAN_KL = {"fp32": 1e-5, "fp16": 1e-3, "int8": 0.1, "int4": 5.0}
+# 1e-11 as fp32, 1e-3 as int8, 0.5 as int4 rounded to nearest everywhere; a random model as int8 up
+# to 0.02; a wrong graph whole nats.
+_MOST_MEAN_KL = {"fp32": 1e-5, "fp16": 1e-3, "int8": 0.1, "int4": 2.0}
 _BATCH = 64
 
 

@@ -32,6 +32,7 @@ def self_sample(
     bos: int,
     shape: tuple[int, int],
     seed: int,
+    folder: Path,
     on_progress: Callable[[int, int], None],
 ) -> np.ndarray:
     """Sample token ids from a model.
@@ -42,6 +43,7 @@ def self_sample(
         bos: the beginning-of-sequence token.
         shape: rows, and tokens in each, `bos` among them.
         seed: of the random numbers.
+        folder: where an 8-bit export of the model may stand meanwhile.
         on_progress: told the tokens of each row written so far and those in all.
 
     Returns:
@@ -53,15 +55,13 @@ def self_sample(
         if spec.kind != "norm"
     }
     contract = candidates_contract(config)
-    with tempfile.TemporaryDirectory(prefix="gemma-keras-") as name:
-        folder = Path(name)
-        with WeightsFile(folder / WEIGHTS_FILE) as file:
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        own = Path(name)
+        with WeightsFile(own / WEIGHTS_FILE) as file:
             store_weights(config, weights, plan, file, lambda done, total: None)
         graph = build_graph(config, plan, file, contract, shape[1])
-        ir.save(graph, folder / contract.file)
-        session = ort.InferenceSession(
-            str(folder / contract.file), providers=["CPUExecutionProvider"]
-        )
+        ir.save(graph, own / contract.file)
+        session = ort.InferenceSession(str(own / contract.file), providers=["CPUExecutionProvider"])
     return _sample(session, list(ropes(config).values()), bos, shape, seed, on_progress)
 
 

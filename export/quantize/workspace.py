@@ -50,7 +50,7 @@ class Workspace:
         path = self._folder / f"{name}.npz"
         unfinished = path.with_suffix(".partial")
         with unfinished.open("wb") as file:
-            np.savez(file, **dict(arrays))  # type: ignore[arg-type]
+            np.savez(file, allow_pickle=False, **arrays)
         os.replace(unfinished, path)
 
     def load(self, name: str) -> dict[str, np.ndarray] | None:

@@ -112,6 +112,41 @@ def test_an_unknown_recipe_names_those_there_are(good, target):
     assert "'int3'; choose one of int4, int8, fp16, fp32" in line
 
 
+INT4 = ("--recipe", "int4")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ((*INT4, "--calibration", "{missing}"), "does not exist"),
+        ((*INT4, "--calibration", "{folder}"), "is not a file"),
+        ((*INT4, "--calibration", "{empty}"), "empty.txt is too short to calibrate on: it has 0"),
+        ((*INT4, "--calibration", "{latin1}"), "latin1.txt is not UTF-8"),
+        ((*INT4, "--calibration", "{zeros}"), "it holds zero bytes"),
+        (("--recipe", "fp32", "--calibration", "self"), "floats are not calibrated"),
+        ((*INT4, "--kl-budget", "-1"), "must be a positive number, not -1"),
+        ((*INT4, "--kl-budget", "nan"), "must be a positive number, not nan"),
+        (("--recipe", "int8", "--kl-budget", "0.1"), "goes with --recipe int4"),
+        ((*INT4, "--kl-budget", "0.1", "--plan", "{plan}"), "without a plan"),
+        ((*INT4, "--plan", "{missing}"), "cannot be read"),
+        ((*INT4, "--plan", "{latin1}"), "is not JSON"),
+        ((*INT4, "--plan", "{unknown}"), "names 'layers.99.mlp.down', which this model"),
+        (("--lowering", "woven"), "'woven'; choose one of fused, traced"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_a_calibration_budget_or_plan_that_cannot_be_used(good, target, tmp_path, options, said):
+    files = {name: tmp_path / name for name in ("missing", "folder", "plan", "unknown")}
+    files |= {name: tmp_path / f"{name}.txt" for name in ("empty", "latin1", "zeros")}
+    files["folder"].mkdir()
+    files["empty"].touch()
+    files["latin1"].write_bytes("für".encode("latin-1"))
+    files["zeros"].write_bytes(bytes(9000))
+    files["plan"].write_text("{}")
+    files["unknown"].write_text('{"layers.99.mlp.down": {"bits": 32}}')
+    assert said in refusal(good, target, *(option.format(**files) for option in options))
+
+
 @pytest.mark.parametrize("length", ["0", "-1", "129"])
 def test_a_context_the_model_does_not_have(good, target, length):
     line = refusal(good, target, *QUICK, "--max-context", length)
