@@ -277,7 +277,7 @@ class _Call:
         self._total = np.zeros((), np.int32)
         self._positions = np.zeros(num_logits, np.int64)
         self._outputs = [
-            np.empty((1, num_logits, *spec.shape[2:]), spec.dtype)  # type: ignore[arg-type]
+            np.empty((1, num_logits, *(d for d in spec.shape if isinstance(d, int))), spec.dtype)
             for spec in engine.outputs
         ]
         self._binding = self._session.io_binding()

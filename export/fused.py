@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from edge_demo.bundle import GraphSpec, TensorSpec
+from edge_demo.bundle import GraphSpec
 from export.contract import (
     CANDIDATES_FILE,
     INTERCHANGE_FILE,
@@ -19,6 +19,7 @@ from export.contract import (
     rope_key,
     ropes,
 )
+from export.nodes import graph_value
 from export.quantize.formats import Format, Plan, rows_and_inputs
 from export.weights_file import WeightsFile
 from gemma_keras.checkpoints.names import weight_specs
@@ -63,7 +64,7 @@ class _FusedGraph:
         self.max_context = max_context
         self.specs = weight_specs(config)
         self.for_engine = contract.file != INTERCHANGE_FILE
-        self.inputs = {spec.name: _graph_value(spec) for spec in contract.inputs}
+        self.inputs = {spec.name: graph_value(spec) for spec in contract.inputs}
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
 
@@ -202,7 +203,8 @@ class _FusedGraph:
         fmt = self.plan[self.head]
         if fmt.planes == 2:
             high = self._proposals(hidden)
-            low = self._matmul_nbits(self.head, hidden, "logits.low", Format(4, fmt.block_size))
+            plane = Format(4, fmt.block_size)
+            low = self._matmul_nbits(self.head, hidden, "logits.low", plane, "low")
             return self._op("Add", [high, low], "logits.uncapped")
         if fmt.quantized:
             return self._matmul_nbits(self.head, hidden, "logits.uncapped", fmt)
@@ -296,8 +298,6 @@ class _FusedGraph:
         self, name: str, x: ir.Value, out: str, fmt: Format, part: str = "quantized"
     ) -> ir.Value:
         num_rows, num_inputs = rows_and_inputs(self.specs[name])
-        if self.plan[name].planes == 2 and part == "quantized":
-            part = "low"
         inputs = [self._weight(f"{name}.{part}"), self._weight(f"{name}.scales")]
         if not fmt.symmetric:
             inputs.append(self._weight(f"{name}.zero_points"))
@@ -437,7 +437,3 @@ class _FusedGraph:
             name="gemma",
         )
         return ir.Model(graph, ir_version=_IR_VERSION, producer_name="gemma-keras")
-
-
-def _graph_value(spec: TensorSpec) -> ir.Value:
-    return ir.val(spec.name, ir.DataType.from_numpy(np.dtype(spec.dtype)), spec.shape)

@@ -7,11 +7,17 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
+from edge_demo.bundle import TensorSpec
 from export.weights_file import WeightsFile
 
 OPSET = 21  # the first whose DequantizeLinear knows blocks and 4-bit integers
 _IR_VERSION = 10
 _MOST_CONSTANT_BYTES = 1 << 16
+
+
+def graph_value(spec: TensorSpec) -> ir.Value:
+    """An input of a graph, as the contract has it."""
+    return ir.val(spec.name, ir.DataType.from_numpy(np.dtype(spec.dtype)), spec.shape)
 
 
 class Nodes:

@@ -24,7 +24,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from edge_demo.bundle import GraphSpec, TensorSpec
+from edge_demo.bundle import GraphSpec
 from export.contract import CANDIDATES_FILE, INTERCHANGE_FILE, num_candidates
 from export.dequantize import (
     check_format,
@@ -34,7 +34,7 @@ from export.dequantize import (
     float32,
 )
 from export.errors import ExportError
-from export.nodes import Nodes
+from export.nodes import Nodes, graph_value
 from export.quantize.formats import Plan
 from export.weights_file import WeightsFile
 from gemma_keras.checkpoints.names import weight_specs
@@ -71,7 +71,7 @@ class _TracedGraph:
         self.contract = contract
         self.specs = weight_specs(config)
         self.for_engine = contract.file != INTERCHANGE_FILE
-        self.inputs = {spec.name: _graph_value(spec) for spec in contract.inputs}
+        self.inputs = {spec.name: graph_value(spec) for spec in contract.inputs}
         self.nodes = Nodes(weights)
         self.fragments = trace(config)
         self.matrices: dict[str, ir.Value] = {}
@@ -248,10 +248,6 @@ class _TracedGraph:
             [self.inputs[spec.name] for spec in self.contract.inputs],
             [outputs[spec.name] for spec in self.contract.outputs],
         )
-
-
-def _graph_value(spec: TensorSpec) -> ir.Value:
-    return ir.val(spec.name, ir.DataType.from_numpy(np.dtype(spec.dtype)), spec.shape)
 
 
 def _in_order(graph: ir.Graph) -> list[ir.Node]:

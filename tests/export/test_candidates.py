@@ -1,0 +1,132 @@
+"""The candidates graph finds the greatest logits of a vocabulary that is searched group by group."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+
+from export.contract import WEIGHTS_FILE, candidates_contract, engine_contract, ropes
+from export.fused import build_graph
+from export.quantize.formats import Format
+from export.quantize.rounding import round_to_nearest
+from export.store import store_weights
+from export.weights_file import WeightsFile
+from gemma_keras.checkpoints.names import weight_specs
+from gemma_keras.config import GemmaConfig, LayerSpec
+
+VOCABULARY = 64 * 300  # more groups of 64 than there are candidates
+LENGTH, POSITIONS = 9, [0, 3, 8]
+TABLES = {
+    "fp32": Format(32),
+    "int8": Format(8, 32),
+    "two planes": Format(8, 64, planes=2),
+}
+CONFIG = GemmaConfig(
+    vocabulary_size=VOCABULARY,
+    hidden_dim=64,
+    layers=(LayerSpec(num_heads=2, num_kv_heads=1, head_dim=16, ffw_dim=96, query_scale=0.3),) * 2,
+    embedding_scale=8.0,
+    final_soft_cap=20.0,
+)
+
+
+def weights():
+    rng = np.random.default_rng(0)
+    return {
+        spec.name: (rng.normal(size=spec.shape) * (0.1 if spec.kind == "matrix" else 0.5)).astype(
+            np.float32
+        )
+        for spec in weight_specs(CONFIG).values()
+    }
+
+
+def run(path, contract, batch_size=2):
+    """Outputs of a first call, by name."""
+    ids = np.random.default_rng(1).integers(0, VOCABULARY, (batch_size, LENGTH))
+    feed = {
+        "input_ids": ids,
+        "seqlens_k": np.full(batch_size, LENGTH - 1, np.int32),
+        "total_sequence_length": np.array(LENGTH, np.int32),
+        "logit_positions": np.array(POSITIONS),
+    }
+    for rope in ropes(CONFIG).values():
+        angles = np.arange(LENGTH)[:, None] * rope.theta ** (-np.arange(rope.dims) / rope.dims)
+        feed[f"{rope.name}.cos"] = np.cos(angles).astype(np.float32)
+        feed[f"{rope.name}.sin"] = np.sin(angles).astype(np.float32)
+    for spec in contract.inputs:
+        if spec.name.startswith("past"):
+            feed[spec.name] = np.zeros((batch_size, 1, LENGTH, 16), np.float32)
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [spec.name for spec in contract.outputs if not spec.name.startswith("present")]
+    return dict(zip(names, session.run(names, feed), strict=True))
+
+
+@pytest.fixture(scope="module", params=TABLES)
+def outputs(request, tmp_path_factory):
+    """The table's format, and what both graphs over it return; the weights too."""
+    folder, fmt = tmp_path_factory.mktemp("candidates"), TABLES[request.param]
+    plan = {
+        spec.name: fmt if spec.kind == "table" else Format(32)
+        for spec in weight_specs(CONFIG).values()
+        if spec.kind != "norm"
+    }
+    with WeightsFile(folder / WEIGHTS_FILE) as file:
+        store_weights(CONFIG, weights(), plan, file, lambda done, total: None)
+    found = {}
+    for contract in (engine_contract(CONFIG), candidates_contract(CONFIG)):
+        path = folder / contract.file
+        ir.save(build_graph(CONFIG, plan, file, contract, LENGTH), path)
+        onnx.checker.check_model(path)
+        found |= run(path, contract)
+    return fmt, found
+
+
+def test_they_are_256_different_tokens(outputs):
+    _, found = outputs
+    shape = 2, len(POSITIONS), 256
+    assert found["candidate_ids"].shape == found["candidate_logits"].shape == shape
+    assert {len(set(row.tolist())) for row in found["candidate_ids"].reshape(-1, 256)} == {256}
+    assert found["candidate_ids"].min() >= 0
+    assert found["candidate_ids"].max() < VOCABULARY
+
+
+@pytest.mark.parametrize("outputs", ["fp32", "int8"], indirect=True)
+def test_the_greatest_of_one_table_are_exactly_those_of_all_logits(outputs):
+    _, found = outputs
+    best = np.argsort(-found["logits"], axis=-1)[..., :256]
+    np.testing.assert_array_equal(np.sort(found["candidate_ids"]), np.sort(best))
+    own = np.take_along_axis(found["logits"], found["candidate_ids"], axis=-1)
+    # Tanh over few numbers and over many may round the last bit differently.
+    np.testing.assert_allclose(found["candidate_logits"], own, rtol=1e-6)
+
+
+@pytest.mark.parametrize("outputs", ["two planes"], indirect=True)
+def test_two_planes_propose_the_best_and_score_them_with_float_activations(outputs):
+    _, found = outputs
+    best = np.argsort(-found["logits"], axis=-1)[..., :20]
+    for row, expected in zip(
+        found["candidate_ids"].reshape(-1, 256), best.reshape(-1, 20), strict=True
+    ):
+        assert set(expected.tolist()) <= set(row.tolist())
+    # The engine's logits round activations to 8 bits, the candidates' do not: near, not equal.
+    own = np.take_along_axis(found["logits"], found["candidate_ids"], axis=-1)
+    difference = np.abs(found["candidate_logits"] - own)
+    assert 0 < difference.max() < 0.05 * found["logits"].std()
+
+
+def test_the_table_is_read_as_it_was_stored(outputs):
+    """Of tokens that differ in the table only, the logits differ as its rows do."""
+    fmt, found = outputs
+    table = weights()["token_embedding"]
+    if fmt.quantized:
+        table = round_to_nearest(table, fmt).values(fmt, CONFIG.hidden_dim)
+    uncapped = 20.0 * np.arctanh(found["candidate_logits"].astype(np.float64) / 20.0)
+    ids, logits = found["candidate_ids"].reshape(-1, 256), uncapped.reshape(-1, 256)
+    for row, values in zip(ids, logits, strict=True):
+        # 256 equations for the 64 numbers of the hidden state: they agree, or the rows are others
+        hidden, *_ = np.linalg.lstsq(table[row].astype(np.float64), values, rcond=None)
+        close = 0.03 if fmt.planes == 1 and fmt.quantized else 1e-4
+        assert np.abs(table[row] @ hidden - values).max() < close * values.std()
