@@ -14,7 +14,13 @@ from onnx import TensorProto, helper
 
 from export.errors import ExportRequestError
 from export.quantize.formats import BITS, BLOCK_SIZES, Format, plan_bytes, rows_and_inputs
-from export.quantize.packing import pack_bits, stored_tensors, unpack_bits
+from export.quantize.packing import (
+    Quantized,
+    pack_bits,
+    split_planes,
+    stored_tensors,
+    unpack_bits,
+)
 from export.quantize.recipes import RECIPES, plan_for_recipe
 from export.quantize.rounding import round_to_nearest, search_scales
 from export.store import store_weights
@@ -333,9 +339,16 @@ def test_onnxruntime_multiplies_by_the_dequantized_matrix(fmt, data):
     quantized = round_to_nearest(rows, fmt)
     parts = stored_tensors(quantized, fmt)
     num_rows, num_inputs = rows.shape
-    plane_bits = fmt.bits // fmt.planes
-    total = 0
-    for part in ("quantized",) if fmt.planes == 1 else ("high", "low"):
+    expected = {"quantized": quantized.values(fmt, num_inputs)}
+    stored = fmt
+    if fmt.planes == 2:  # each is a table of its own; their sum would round a second time
+        stored = Format(4, fmt.block_size)
+        planes = zip(("high", "low"), split_planes(quantized.levels), strict=True)
+        expected = {
+            part: Quantized(levels, quantized.scales).values(stored, num_inputs)
+            for part, levels in planes
+        }
+    for part, values in expected.items():
         initializers = {"packed": parts[part], "scales": parts["scales"]}
         if not fmt.symmetric:
             initializers["zeros"] = parts["zero_points"]
@@ -346,13 +359,12 @@ def test_onnxruntime_multiplies_by_the_dequantized_matrix(fmt, data):
             domain="com.microsoft",
             N=num_rows,
             K=num_inputs,
-            bits=plane_bits,
+            bits=stored.bits,
             block_size=fmt.block_size,
             accuracy_level=0,
         )
         found = run_node(node, {"identity": np.eye(num_inputs, dtype=np.float32)}, initializers)
-        total = total + found * (16 if part == "high" else 1)
-    np.testing.assert_array_equal(total.T, quantized.values(fmt, num_inputs))
+        np.testing.assert_array_equal(found.T, values)
 
 
 @settings(max_examples=25, deadline=None)
