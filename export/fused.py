@@ -223,20 +223,23 @@ class _FusedGraph:
     def _candidates(self, hidden: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Ids and logits of the most likely tokens.
 
-        Of a head in two planes, the high one proposes them and both score them, with float
-        activations: the product of `hidden` with a few hundred rows costs next to nothing.
+        Of a head in two planes, the high one proposes them, and what the low one adds is computed
+        for them alone: the product of `hidden` with a few hundred rows costs next to nothing.
         """
         if self.plan[self.head].planes == 1:
             values, ids = self._greatest(self._logits(hidden))
             return self._rename(ids, "candidate_ids"), self._cap(values, "candidate_logits")
-        _, ids = self._greatest(self._proposals(hidden))
+        high, ids = self._greatest(self._proposals(hidden))
         ids = self._rename(ids, "candidate_ids")
-        rows = self._rows(self.head, ids, "candidate_rows")  # (batch, num_logits, k, hidden_dim)
+        plane = Format(4, self.plan[self.head].block_size)
+        # rows of the low plane: (batch, num_logits, k, hidden_dim)
+        rows = self._gather_quantized(self.head, ids, "candidate_rows", plane, "low.rows")
         last = self._constant("axis_-1", np.array([-1], np.int64))
         column = self._op("Unsqueeze", [hidden, last], "hidden.column")
         product = self._op("MatMul", [rows, column], "candidate_logits.column")
-        exact = self._op("Squeeze", [product, last], "candidate_logits.uncapped")
-        return ids, self._cap(exact, "candidate_logits")
+        low = self._op("Squeeze", [product, last], "candidate_logits.low")
+        logits = self._op("Add", [high, low], "candidate_logits.uncapped")
+        return ids, self._cap(logits, "candidate_logits")
 
     def _greatest(self, logits: ir.Value) -> tuple[ir.Value, ir.Value]:
         """The greatest logits and their ids, `(batch, num_logits, k)` each, in no order.

@@ -19,7 +19,7 @@ from export.quantize.calibrated import calibrate
 from export.quantize.formats import BLOCK_SIZES, Format, Plan, plan_to_json
 from export.quantize.lattice import KeptWeights
 from export.quantize.packing import Quantized
-from export.quantize.recipes import INT8
+from export.quantize.recipes import raised_plan
 from export.quantize.rounding import search_scales
 from export.quantize.self_sample import memory_needed, self_sample
 from export.quantize.sensitivity import group_members, sensitivities
@@ -164,7 +164,7 @@ def round_within(
     )
 
     def attempt(most: float) -> _Attempt:
-        chosen = plan_within(config, plan, INT8, groups, losses, most)
+        chosen = plan_within(config, plan, raised_plan(config), groups, losses, most)
         bundle = draft.store(rounding.weights, chosen, stored)
         on_progress("measuring", 0)
         quality = measure(bundle, text.held_out, positions, reference, "on held-out text")
@@ -177,7 +177,7 @@ def round_within(
         nearest = final.quality.mean_kl
         raise ExportRequestError(
             f"a mean KL of {budget:g} cannot be met: 8 bits everywhere lose {nearest:.2g}; ask for "
-            f"--kl-budget {nearest * 1.1:.2g} or more, or use --recipe fp16"
+            f"--kl-budget {nearest * 1.1:.2g} or more, or use --recipe int8 or fp16"
         )
     told = dict(rounding.told) | {
         "kl_budget": budget,

@@ -12,7 +12,7 @@ from gemma_keras.config import GemmaConfig
 def plan_within(
     config: GemmaConfig,
     plan: Plan,
-    better: Format,
+    better: Plan,
     groups: Mapping[str, Sequence[str]],
     losses: Mapping[str, float],
     most: float,
@@ -26,7 +26,7 @@ def plan_within(
     Args:
         config: the model's.
         plan: canonical name to the format it would like to keep.
-        better: the format to raise to, taken to lose nothing.
+        better: canonical name to the format to raise to, taken to lose nothing.
         groups: group name to the matrices that are raised together.
         losses: group name to what rounding it alone costs.
         most: what they may lose together, in the units of `losses`.
@@ -38,13 +38,15 @@ def plan_within(
 
     def price(group: str) -> int:
         shapes = {name: rows_and_inputs(specs[name]) for name in groups[group]}
-        return sum(better.num_bytes(*s) - plan[name].num_bytes(*s) for name, s in shapes.items())
+        return sum(
+            better[name].num_bytes(*s) - plan[name].num_bytes(*s) for name, s in shapes.items()
+        )
 
     chosen = dict(plan)
     left = sum(losses.values())
     for group in sorted(losses, key=lambda g: losses[g] / max(1, price(g)), reverse=True):
         if left <= most:
             break
-        chosen |= dict.fromkeys(groups[group], better)
+        chosen |= {name: better[name] for name in groups[group]}
         left -= losses[group]
     return chosen

@@ -104,17 +104,17 @@ def test_the_greatest_of_one_table_are_exactly_those_of_all_logits(outputs):
 
 
 @pytest.mark.parametrize("outputs", ["two planes"], indirect=True)
-def test_two_planes_propose_the_best_and_score_them_with_float_activations(outputs):
+def test_the_high_plane_proposes_the_best_and_both_score_them(outputs):
     _, found = outputs
     best = np.argsort(-found["logits"], axis=-1)[..., :20]
     for row, expected in zip(
         found["candidate_ids"].reshape(-1, 256), best.reshape(-1, 20), strict=True
     ):
         assert set(expected.tolist()) <= set(row.tolist())
-    # The engine's logits round activations to 8 bits, the candidates' do not: near, not equal.
+    # The engine's logits round the low plane's activations to 8 bits, the candidates' do not.
     own = np.take_along_axis(found["logits"], found["candidate_ids"], axis=-1)
     difference = np.abs(found["candidate_logits"] - own)
-    assert 0 < difference.max() < 0.05 * found["logits"].std()
+    assert 0 < difference.max() < 0.01 * found["logits"].std()
 
 
 def test_the_table_is_read_as_it_was_stored(outputs):
@@ -128,5 +128,5 @@ def test_the_table_is_read_as_it_was_stored(outputs):
     for row, values in zip(ids, logits, strict=True):
         # 256 equations for the 64 numbers of the hidden state: they agree, or the rows are others
         hidden, *_ = np.linalg.lstsq(table[row].astype(np.float64), values, rcond=None)
-        close = 0.03 if fmt.planes == 1 and fmt.quantized else 1e-4
+        close = 0.03 if fmt.quantized else 1e-4  # activations are rounded too
         assert np.abs(table[row] @ hidden - values).max() < close * values.std()
