@@ -485,9 +485,9 @@ def _compare(arguments: argparse.Namespace) -> int:
     check_comparable(*bundles)
     reference, engine = (Engine(bundle, arguments.threads) for bundle in bundles)
     tokenizer = Tokenizer(bundles[0])
-    result = compare(
+    (result,) = compare(
         reference,
-        engine,
+        [engine],
         tokenizer.spec.bos,
         tokenizer.encode(text, bos=False),
         arguments.length or _WINDOW,

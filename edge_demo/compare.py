@@ -10,12 +10,12 @@ of a window of 512 is positions 256 to 511, where llama.cpp ends at 510.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 
 from edge_demo.bundle import Bundle
-from edge_demo.engine import Engine
 from edge_demo.errors import RequestError
 from edge_demo.score import kl_divergence, token_log_probabilities
 
@@ -79,6 +79,23 @@ class Comparison:
     second_halves: Divergence
 
 
+class LogitsSource(Protocol):
+    """What can be compared; `Engine` is one."""
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens it can hold."""
+        ...
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        ...
+
+    def all_logits(self, ids: Sequence[int]) -> Iterator[np.ndarray]:
+        """Add tokens; yields float32 `(chunk, vocabulary_size)`, in chunks as `Engine`'s."""
+        ...
+
+
 def check_comparable(reference: Bundle, bundle: Bundle) -> None:
     """Refuse two bundles whose positions and probabilities do not correspond.
 
@@ -100,29 +117,33 @@ def check_comparable(reference: Bundle, bundle: Bundle) -> None:
 
 
 def compare(
-    reference: Engine,
-    engine: Engine,
+    reference: LogitsSource,
+    engines: Sequence[LogitsSource],
     bos: int,
     ids: Sequence[int],
     length: int = 512,
     max_windows: int | None = None,
     on_window: Callable[[int, int], None] = lambda done, total: None,
-) -> Comparison:
-    """Run both over the same windows; no more than one chunk of logits of each is ever held.
+) -> list[Comparison]:
+    """Run all over the same windows; no more than one chunk of logits of each is ever held.
 
     Args:
         reference: emptied and used.
-        engine: the same.
+        engines: what is compared with it; emptied and used.
         bos: the beginning-of-sequence token.
         ids: the text's tokens; a rest that fills no window is left out.
         length: tokens in a window, at most either context.
         max_windows: stop after as many.
         on_window: told the windows done and those in all.
 
+    Returns:
+        One for each engine.
+
     Raises:
         RequestError: the text fills no window, or the length does not fit.
     """
-    context = min(reference.context_length, engine.context_length)
+    everyone = [reference, *engines]
+    context = min(one.context_length for one in everyone)
     if not _LEAST_LENGTH <= length <= context:
         raise RequestError(
             f"the window must hold {_LEAST_LENGTH} tokens to the context's {context:,}, not "
@@ -136,24 +157,28 @@ def compare(
             f"the text has {len(ids):,} tokens; a window of {length:,} needs {length:,}"
         )
     num_windows = min(num_windows, max_windows or num_windows)
-    table = _Table(num_windows, length)
+    tables = [_Table(num_windows, length) for _ in engines]
     for number in range(num_windows):
         first = number * room
         window = [bos, *ids[first : first + room]]
         targets = ids[first : first + length]
-        for one in (reference, engine):
+        for one in everyone:
             one.rewind(0)
         position = 0
-        for p, q in zip(reference.all_logits(window), engine.all_logits(window), strict=True):
-            table.put(number, position, p, q, targets[position : position + len(p)])
+        for p, *found in zip(*(one.all_logits(window) for one in everyone), strict=True):
+            for table, q in zip(tables, found, strict=True):
+                table.put(number, position, p, q, targets[position : position + len(p)])
             position += len(p)
         on_window(number + 1, num_windows)
-    return Comparison(
-        windows=num_windows,
-        length=length,
-        all_positions=table.divergence(0),
-        second_halves=table.divergence(length // 2),
-    )
+    return [
+        Comparison(
+            windows=num_windows,
+            length=length,
+            all_positions=table.divergence(0),
+            second_halves=table.divergence(length // 2),
+        )
+        for table in tables
+    ]
 
 
 class _Table:

@@ -132,12 +132,17 @@ def slow_tables(engines, ids, length, num_windows):
     return [np.stack([row[i] for row in rows]) for i in range(4)]
 
 
+def compared(reference, engine, *arguments):
+    (found,) = compare(reference, [engine], *arguments)
+    return found
+
+
 @pytest.mark.parametrize(("length", "first"), [(100, 50), (33, 16), (4, 2)])
 def test_a_comparison_is_that_of_the_slow_computation(engines, length, first):
     windows = 3
     ids = text(windows * (length - 1) + length - 1)  # one token short of another window
     told = []
-    found = compare(*engines, BOS, ids, length, None, lambda *step: told.append(step))
+    found = compared(*engines, BOS, ids, length, None, lambda *step: told.append(step))
     assert (found.windows, found.length) == (windows, length)
     assert told == [(1, 3), (2, 3), (3, 3)]
     tables = slow_tables(engines, ids, length, windows)
@@ -155,7 +160,7 @@ def test_a_comparison_is_that_of_the_slow_computation(engines, length, first):
 
 def test_a_bundle_is_no_distance_from_itself(tiny_bundles, engines):
     twin = Engine(Bundle.open(tiny_bundles / "gemma3-fp32"), threads=1)
-    found = compare(engines[0], twin, BOS, text(80), 40).second_halves
+    found = compared(engines[0], twin, BOS, text(80), 40).second_halves
     assert found.same_top_token == Estimate(1.0, 0.0)
     assert found.perplexity == found.reference_perplexity
     assert found.log_ratio == found.probability_difference == Estimate(0.0, 0.0)
@@ -163,9 +168,16 @@ def test_a_bundle_is_no_distance_from_itself(tiny_bundles, engines):
     assert abs(found.kl.value) < 1e-12 and found.kl_quantiles[-1][1] < 1e-12
 
 
+def test_several_are_compared_at_once_as_each_alone(tiny_bundles, engines):
+    reference, engine = engines
+    other = Engine(Bundle.open(tiny_bundles / "gemma3-int8"), threads=1)
+    both = compare(reference, [engine, other], BOS, text(80), 40)
+    assert both == [compared(reference, engine, BOS, text(80), 40)] * 2
+
+
 def test_only_the_first_windows_count_when_asked(engines):
-    part = compare(*engines, BOS, text(200), 20, 2)
-    assert part == compare(*engines, BOS, text(200)[:39], 20)
+    part = compared(*engines, BOS, text(200), 20, 2)
+    assert part == compared(*engines, BOS, text(200)[:39], 20)
 
 
 def test_no_more_than_a_chunk_of_each_is_held(engines, monkeypatch):
@@ -176,7 +188,7 @@ def test_no_more_than_a_chunk_of_each_is_held(engines, monkeypatch):
         return token_log_probabilities(p, targets)
 
     monkeypatch.setattr("edge_demo.compare.token_log_probabilities", watched)
-    compare(*engines, BOS, text(128), 128, 1)
+    compared(*engines, BOS, text(128), 128, 1)
     assert sizes == [64, 64, 64, 64]  # reference and bundle in turn
 
 
@@ -191,7 +203,7 @@ def test_no_more_than_a_chunk_of_each_is_held(engines, monkeypatch):
 )
 def test_what_cannot_be_compared_is_refused(engines, ids, length, message):
     with pytest.raises(RequestError, match=message):
-        compare(*engines, BOS, ids, length)
+        compared(*engines, BOS, ids, length)
 
 
 def test_bundles_of_other_models_are_refused(tiny_bundles, tmp_path):
@@ -229,7 +241,7 @@ def test_compare_reports_what_python_finds(tiny_bundles, engines, words, run, ru
     from edge_demo.tokenizer import Tokenizer
 
     ids = Tokenizer(engines[0].bundle).encode(words.read_text(), bos=False)
-    expected = compare(*engines, BOS, ids, 40, 2)
+    expected = compared(*engines, BOS, ids, 40, 2)
     assert (report["windows"], report["length"]) == (2, 40)
     for name in ("all_positions", "second_halves"):
         part = getattr(expected, name)
