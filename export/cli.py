@@ -99,6 +99,12 @@ def _parser() -> argparse.ArgumentParser:
         action="store_false",
         help="do not run the bundle and compare it with the Keras model",
     )
+    parser.add_argument(
+        "--report",
+        metavar="FILE",
+        help="a text to measure the bundle on, against the float model, for its model card: "
+        "perplexity, KL divergence and same top token over up to 24 windows of 512 tokens",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object, for programs")
     return parser
 
@@ -126,6 +132,7 @@ def _export(arguments: argparse.Namespace) -> int:
                 max_context=arguments.max_context,
                 overwrite=arguments.overwrite,
                 verify=arguments.verify,
+                report=arguments.report,
                 on_progress=show,
             )
     except (ExportRequestError, ModelError) as error:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from export import bundle as writer
 from export.draft import BundleDraft, Progress, lowering_named
 from export.errors import ExportError, ExportRequestError
+from export.memory import free_memory
 from export.quantize.formats import Plan, plan_bytes
 from export.quantize.lattice import MOST_BITS_KEPT, KeptWeights, kept_weights
 from export.quantize.recipes import plan_for_recipe, plan_from_json, recipe_named
@@ -57,6 +58,7 @@ def export_onnx(
     max_context: int | None = None,
     overwrite: bool = False,
     verify: bool = True,
+    report: str | os.PathLike[str] | None = None,
     on_progress: Progress = lambda stage, share: None,
 ) -> ExportResult:
     """Write a bundle that `edge-demo` runs.
@@ -77,6 +79,8 @@ def export_onnx(
         max_context: the longest sequence the bundle is for, in tokens; the model's by default.
         overwrite: whether a bundle that stands there is replaced.
         verify: whether the bundle is run and compared with the Keras layers.
+        report: a UTF-8 text file on which the bundle is measured against the float model, as
+            `edge-demo compare` does, for the model card.
         on_progress: told the stage and how much of it is done, 0 to 1.
 
     Raises:
@@ -97,16 +101,20 @@ def export_onnx(
     max_context = _check_context(max_context, config)
     text = chosen.calibration if calibration is None else calibration
     _check_calibration(calibration, formats)
+    if report is not None:
+        _check_file(report, "text of the report")
     needed = plan_bytes(formats, config)
     if budget is not None:  # it may end with 8 bits everywhere, and keeps both until it is done
         needed += plan_bytes(plan_for_recipe("int8", config), config)
     _check_space(out, needed)
+    if verify or report is not None or budget is not None:
+        _check_memory(2 * plan_bytes(formats, config), budget)
 
     workspace = workspace_path(out)
     try:
         with _told_in_a_sentence(out), writer.unfinished_folder(out, overwrite=overwrite) as folder:
             draft = BundleDraft(folder, checkpoint, recipe, lowering, max_context, on_progress)
-            if verify or text not in (None, "none"):
+            if verify or report is not None or text not in (None, "none"):
                 on_progress("keras", 0)
                 start_keras()
             # Few bits that a source already holds exactly are not rounded a second time.
@@ -121,12 +129,13 @@ def export_onnx(
                 assert draft.bundle is not None
                 quality = verify_bundle(draft.bundle, config, checkpoint.weights, recipe)
                 on_progress("verification", 1)
-            report = {
+            measured = _measure_on_text(draft, report, on_progress)
+            told = {
                 "quality": None if quality is None else dataclasses.asdict(quality),
                 "rounding": rounding,
                 "kl_by_group": rounding.get("losses"),
             }
-            num_bytes = draft.describe(report).num_bytes
+            num_bytes = draft.describe(told | measured).num_bytes
     except Exception:  # not for Ctrl-C: what was worked out until then is of use to the next run
         shutil.rmtree(workspace, ignore_errors=True)
         raise
@@ -164,6 +173,21 @@ def _round(
     return dict(rounding.told)
 
 
+def _measure_on_text(
+    draft: BundleDraft, path: str | os.PathLike[str] | None, on_progress: Progress
+) -> dict[str, Any]:
+    """What the model card says of a text; nothing without one."""
+    if path is None:
+        return {}
+    from export.report import measure_on_text  # it needs Keras
+
+    on_progress("report", 0)
+    assert draft.bundle is not None
+    return measure_on_text(
+        draft.bundle, draft.checkpoint, path, lambda share: on_progress("report", share)
+    )
+
+
 def _open(source) -> Checkpoint:
     if isinstance(source, (str, os.PathLike)):
         return open_checkpoint(source)
@@ -194,10 +218,13 @@ def _check_calibration(calibration: str | os.PathLike[str] | None, formats: Plan
         raise ExportRequestError("floats are not calibrated: leave --calibration, or use int4")
     if calibration in ("self", "text"):
         return
-    path = Path(calibration)
-    if not path.is_file():
-        what = "is not a file" if path.exists() else "does not exist"
-        raise ExportRequestError(f"the calibration text {path} {what}")
+    _check_file(calibration, "calibration text")
+
+
+def _check_file(path: str | os.PathLike[str], what: str) -> None:
+    if not Path(path).is_file():
+        problem = "is not a file" if Path(path).exists() else "does not exist"
+        raise ExportRequestError(f"the {what} {path} {problem}")
 
 
 def _check_context(max_context: int | None, config: GemmaConfig) -> int:
@@ -218,6 +245,18 @@ def _check_space(out: Path, num_bytes: int) -> None:
     if needed > free:
         raise ExportError(
             f"the bundle needs about {needed / 1e6:,.0f} MB; {parent} has {free / 1e6:,.0f} MB free"
+        )
+
+
+def _check_memory(num_bytes: int, budget: float | None) -> None:
+    """Refuse to run a bundle that does not fit: its weights, as stored and as onnxruntime packs
+    them."""
+    free = free_memory()
+    if free is not None and num_bytes > free:
+        instead = "--recipe int8 --no-verify" if budget is not None else "--no-verify"
+        raise ExportError(
+            f"running the bundle to measure it takes about {num_bytes / 1e9:,.1f} GB of memory, "
+            f"{free / 1e9:,.1f} GB are free; {instead} exports without running it"
         )
 
 

@@ -27,6 +27,7 @@ _STAGES = {
     "weights": "storing the weights",
     "graphs": "writing the graphs",
     "verification": "comparing with the Keras layers",
+    "report": "measuring on the text of the report",
 }
 
 

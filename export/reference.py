@@ -6,35 +6,67 @@ run on a laptop, for as many tokens as are wanted at once.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping
 
 import numpy as np
 from keras import ops
 
 from gemma_keras.checkpoints.names import weight_specs
-from gemma_keras.config import GemmaConfig
+from gemma_keras.checkpoints.source import table_pieces
+from gemma_keras.config import GemmaConfig, LayerSpec
 from gemma_keras.layers import GemmaDecoderBlock
-
-_VOCABULARY_BYTES = 256 << 20  # of the head's table, cast at once
 
 
 def embedded(config: GemmaConfig, weights: Mapping[str, np.ndarray], ids: np.ndarray) -> np.ndarray:
     """What the first block sees of ids `(batch, length)`: float32 `(batch, length, hidden_dim)`."""
-    table = weights["token_embedding"]
-    return np.asarray(table[ids], np.float32) * np.float32(config.embedding_scale)
+    tokens, places = np.unique(ids, return_inverse=True)
+    rows = table_rows(config, weights, "token_embedding", tokens)
+    return rows[places.reshape(ids.shape)] * np.float32(config.embedding_scale)
 
 
-def load_block(config: GemmaConfig, weights: Mapping[str, np.ndarray], i: int) -> GemmaDecoderBlock:
-    """Decoder block `i` in float32, with its weights."""
-    block = GemmaDecoderBlock(
-        config.layers[i], config.hidden_dim, config.norm_epsilon, "zeros", dtype="float32"
-    )
-    block.build((1, 1, config.hidden_dim))
-    prefix = f"layers.{i}."
-    for name in weight_specs(config):
-        if name.startswith(prefix):
-            block.variable(name.removeprefix(prefix)).assign(weights[name])
-    return block
+def table_rows(
+    config: GemmaConfig, weights: Mapping[str, np.ndarray], name: str, tokens: np.ndarray
+) -> np.ndarray:
+    """Rows of a table, float32 `(len(tokens), hidden_dim)`, of ids in ascending order."""
+    rows = np.empty((len(tokens), config.hidden_dim), np.float32)
+    for first, piece in table_pieces(weights, name, config.hidden_dim):
+        here = slice(*np.searchsorted(tokens, (first, first + len(piece))))
+        rows[here] = piece[tokens[here] - first]
+    return rows
+
+
+class BlockLoader:
+    """Decoder blocks in float32, one of them in memory at a time.
+
+    Args:
+        config: the model's.
+        weights: canonical name to float array.
+    """
+
+    def __init__(self, config: GemmaConfig, weights: Mapping[str, np.ndarray]) -> None:
+        self._config = config
+        self._weights = weights
+        self._kind: LayerSpec | None = None
+        self._block: GemmaDecoderBlock | None = None
+
+    def load(self, i: int) -> GemmaDecoderBlock:
+        """Block `i` with its weights; the block that was loaded before is not to be used again."""
+        config, kind = self._config, self._config.layers[i]
+        if self._block is None or kind != self._kind:
+            # Layers are parts of cycles, which only the collector frees.
+            self._block = None
+            gc.collect()
+            block = GemmaDecoderBlock(
+                kind, config.hidden_dim, config.norm_epsilon, "zeros", dtype="float32"
+            )
+            block.build((1, 1, config.hidden_dim))
+            self._kind, self._block = kind, block
+        prefix = f"layers.{i}."
+        for name in weight_specs(config):
+            if name.startswith(prefix):
+                self._block.variable(name.removeprefix(prefix)).assign(self._weights[name])
+        return self._block
 
 
 def run_block(block: GemmaDecoderBlock, x: np.ndarray) -> None:
@@ -44,11 +76,16 @@ def run_block(block: GemmaDecoderBlock, x: np.ndarray) -> None:
         x[row] = np.asarray(ops.convert_to_numpy(ops.stop_gradient(out)))[0]
 
 
+def head_table(config: GemmaConfig) -> str:
+    """The table that makes logits of hidden states."""
+    return "token_embedding" if config.tied_head else "head"
+
+
 def head_logits(
     config: GemmaConfig,
     weights: Mapping[str, np.ndarray],
     hidden: np.ndarray,
-    tokens: np.ndarray | None = None,
+    rows: np.ndarray | None = None,
 ) -> np.ndarray:
     """Logits of what the last block returned.
 
@@ -56,22 +93,20 @@ def head_logits(
         config: the model's.
         weights: canonical name to float array.
         hidden: float32 `(n, hidden_dim)`.
-        tokens: ids whose logits are wanted; all by default.
+        rows: of the head's table, those of the tokens whose logits are wanted; all by default.
 
     Returns:
-        float32 `(n, vocabulary_size)`, or as many columns as tokens.
+        float32 `(n, vocabulary_size)`, or as many columns as rows.
     """
     scale = 1 + weights["final_norm"].astype(np.float32)
     mean_square = np.mean(hidden * hidden, axis=-1, keepdims=True)
     normed = hidden / np.sqrt(mean_square + np.float32(config.norm_epsilon)) * scale
-    table = weights["token_embedding" if config.tied_head else "head"]
-    if tokens is not None:
-        table = table[tokens]
-    logits = np.empty((len(hidden), len(table)), np.float32)
-    step = max(1, _VOCABULARY_BYTES // (4 * config.hidden_dim))
-    for first in range(0, len(table), step):
-        piece = np.asarray(table[first : first + step], np.float32)
-        logits[:, first : first + step] = normed @ piece.T
+    if rows is not None:
+        logits = normed @ rows.T
+    else:
+        logits = np.empty((len(hidden), config.vocabulary_size), np.float32)
+        for first, piece in table_pieces(weights, head_table(config), config.hidden_dim):
+            logits[:, first : first + len(piece)] = normed @ piece.T
     if config.final_soft_cap is not None:
         cap = np.float32(config.final_soft_cap)
         logits = np.tanh(logits / cap) * cap
@@ -98,7 +133,8 @@ def reference_logits(
         float32 `(batch * len(positions), vocabulary_size)`, row after row.
     """
     x = embedded(config, weights, ids)
+    blocks = BlockLoader(config, weights)
     for i in range(len(config.layers)):
-        run_block(load_block(config, weights, i), x)
+        run_block(blocks.load(i), x)
         on_progress(i + 1, len(config.layers))
     return head_logits(config, weights, x[:, positions].reshape(-1, config.hidden_dim))

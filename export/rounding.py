@@ -13,6 +13,7 @@ import sentencepiece
 
 from export.draft import BundleDraft, Progress
 from export.errors import ExportRequestError
+from export.memory import free_memory
 from export.quantize.budget import plan_within
 from export.quantize.calibrate import TEXT
 from export.quantize.calibrated import calibrate
@@ -23,7 +24,7 @@ from export.quantize.recipes import raised_plan
 from export.quantize.rounding import search_scales
 from export.quantize.self_sample import memory_needed, self_sample
 from export.quantize.sensitivity import group_members, sensitivities
-from export.quantize.text import ROW_LENGTH, CalibrationText, cut_text, split_rows
+from export.quantize.text import ROW_LENGTH, CalibrationText, cut_text, read_text, split_rows
 from export.quantize.workspace import Workspace, fingerprint
 from export.reference import reference_logits
 from export.verify import Quality, measure
@@ -31,7 +32,6 @@ from gemma_keras.checkpoints import Checkpoint
 
 _METHOD = 1  # raised when results kept from an interrupted export would be of another kind
 _SELF_SAMPLED_ROWS = 36
-_MOST_TEXT_BYTES = 64 << 20
 _MEASURED_LENGTH = 128  # tokens whose states are carried for every group at once
 _MOST_TRIES = 5
 _SAFETY = 0.97
@@ -81,7 +81,7 @@ def round_weights(
         workspace = Workspace(None, "")
     else:
         on_progress("fingerprint", 0)
-        key = fingerprint(checkpoint.weights, _METHOD, config, _identity(text), plan_to_json(plan))
+        key = fingerprint(config, checkpoint.weights, _METHOD, _identity(text), plan_to_json(plan))
         workspace = Workspace(folder, key)
     chosen = _calibration_text(checkpoint, text, workspace, folder, on_progress)
     on_progress("calibration", 0)
@@ -260,7 +260,7 @@ def _calibration_text(
         return _page(checkpoint)
     if text != "self":
         return _text_file(checkpoint, Path(text))
-    needed, free = memory_needed(config), _free_memory()
+    needed, free = memory_needed(config), free_memory()
     if config.hidden_dim % BLOCK_SIZES[0] or (free is not None and needed > free):
         return _page(checkpoint)
     kept = workspace.load("text")
@@ -286,21 +286,7 @@ def _page(checkpoint: Checkpoint) -> CalibrationText:
 
 
 def _text_file(checkpoint: Checkpoint, path: Path) -> CalibrationText:
-    try:
-        with path.open("rb") as file:
-            content = file.read(_MOST_TEXT_BYTES)
-            cut = bool(file.read(1))
-        # where a long text is cut, a character may be
-        decoded = content.decode("utf-8", "ignore" if cut else "strict")
-    except UnicodeDecodeError as error:
-        raise ExportRequestError(f"the calibration text {path} is not UTF-8: {error}") from error
-    except OSError as error:
-        raise ExportRequestError(
-            f"the calibration text {path} cannot be read: {error.strerror}"
-        ) from error
-    if "\0" in decoded:
-        raise ExportRequestError(f"the calibration text {path} is not text: it holds zero bytes")
-    return _cut(checkpoint, decoded, f"the text {path.name}")
+    return _cut(checkpoint, read_text(path, "calibration text"), f"the text {path.name}")
 
 
 def _cut(checkpoint: Checkpoint, text: str, origin: str) -> CalibrationText:
@@ -311,13 +297,3 @@ def _cut(checkpoint: Checkpoint, text: str, origin: str) -> CalibrationText:
 
 def _tokenizer(checkpoint: Checkpoint) -> sentencepiece.SentencePieceProcessor:
     return sentencepiece.SentencePieceProcessor(model_proto=checkpoint.tokenizer_model)
-
-
-def _free_memory() -> int | None:
-    """Bytes that can be had without swapping; `None` where that is not known."""
-    try:
-        with open("/proc/meminfo") as file:
-            lines = dict(line.split(":", 1) for line in file)
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from export.quantize.packing import Quantized, stored_tensors
 from export.quantize.rounding import round_to_nearest
 from export.weights_file import WeightsFile
 from gemma_keras.checkpoints.names import WeightSpec, weight_specs
+from gemma_keras.checkpoints.source import table_pieces
 from gemma_keras.config import GemmaConfig
 
 _PIECE_BYTES = 64 << 20
@@ -52,18 +53,38 @@ def store_weights(
         elif plan[spec.name].quantized:
             _store_quantized(spec, weights, plan[spec.name], file, rounded)
         else:
-            _store_float(spec.name, weights[spec.name], plan[spec.name], file)
+            _store_float(spec, weights, plan[spec.name], file)
         done += int(np.prod(spec.shape))
         on_progress(done, total)
 
 
-def _store_float(name: str, array: np.ndarray, fmt: Format, file: WeightsFile) -> None:
-    if fmt.bits == 16:
+def _pieces(
+    spec: WeightSpec, weights: Mapping[str, np.ndarray]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """A weight as it is stored, `[rows, inputs]` if it gets quantized, from row to row."""
+    if spec.kind == "table":
+        yield from table_pieces(weights, spec.name, spec.shape[1])
+        return
+    rows = weights[spec.name].T
+    step = max(1, _PIECE_BYTES // (4 * rows.shape[1]))
+    for first in range(0, len(rows), step):
+        yield first, rows[first : first + step]
+
+
+def _store_float(
+    spec: WeightSpec, weights: Mapping[str, np.ndarray], fmt: Format, file: WeightsFile
+) -> None:
+    dtype = np.dtype(np.float16 if fmt.bits == 16 else np.float32)
+    file.reserve(spec.name, dtype, spec.shape)
+    whole = [(0, weights[spec.name])] if spec.kind == "matrix" else None
+    for first, piece in whole or _pieces(spec, weights):
         with np.errstate(over="ignore"):
-            array = array.astype(np.float16)
-        if not np.isfinite(array).all():
-            raise ExportError(f"{name} holds values beyond float16's 65,504; use another recipe")
-    file.add(name, array.astype(np.float16 if fmt.bits == 16 else np.float32, copy=False))
+            stored = piece.astype(dtype, copy=False)
+        if fmt.bits == 16 and not np.isfinite(stored).all():
+            raise ExportError(
+                f"{spec.name} holds values beyond float16's 65,504; use another recipe"
+            )
+        file.write_rows(spec.name, first, stored)
 
 
 def _store_quantized(
@@ -79,11 +100,8 @@ def _store_quantized(
         for part, array in stored_tensors(quantized, fmt).items():
             file.add(f"{spec.name}.{part}", array)
     else:
-        array = weights[spec.name]
-        rows = array.T if spec.kind == "matrix" else array
-        step = max(1, _PIECE_BYTES // (4 * num_inputs))
-        for first in range(0, num_rows, step):
-            piece = stored_tensors(round_to_nearest(rows[first : first + step], fmt), fmt)
+        for first, rows in _pieces(spec, weights):
+            piece = stored_tensors(round_to_nearest(rows, fmt), fmt)
             for part, array in piece.items():
                 name = f"{spec.name}.{part}"
                 if not first:

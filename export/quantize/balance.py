@@ -17,6 +17,7 @@ from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 
+from gemma_keras.checkpoints.source import table_pieces
 from gemma_keras.config import GemmaConfig, LayerSpec
 
 _STRENGTH = 0.5
@@ -93,6 +94,12 @@ class BalancedWeights(Mapping[str, np.ndarray]):
         self._outputs[before] = divide
         for name in after:
             self._inputs[name] = multiply
+
+    def table_pieces(self, name: str, step: int) -> Iterator[tuple[int, np.ndarray]]:
+        """A table, which balancing leaves as it is."""
+        return table_pieces(
+            self._weights, name, self._config.hidden_dim, 4 * self._config.hidden_dim * step
+        )
 
     def __getitem__(self, name: str) -> np.ndarray:
         array = self._weights[name]

@@ -10,7 +10,7 @@ import numpy as np
 from keras import ops
 
 from export.quantize.moments import Moments, MomentSum
-from export.reference import load_block, run_block
+from export.reference import BlockLoader, run_block
 from gemma_keras.config import GemmaConfig
 from gemma_keras.layers import GemmaDecoderBlock
 
@@ -39,8 +39,9 @@ def observe(
     Yields:
         For each block: name within the block, of `OBSERVED`, to the moments.
     """
+    blocks = BlockLoader(config, weights)
     for i in range(first_block, len(config.layers)):
-        block = load_block(config, weights, i)
+        block = blocks.load(i)
         with _watch(block) as sums:
             run_block(block, x)
         yield {name: total.mean() for name, total in sums.items()}
@@ -62,4 +63,8 @@ def _watch(block: GemmaDecoderBlock) -> Iterator[dict[str, MomentSum]]:
 
     for name in OBSERVED:
         watch(name)
-    yield sums
+    try:
+        yield sums
+    finally:
+        for name in OBSERVED:
+            del block.sublayer(name).call  # the method of its class is there again

@@ -14,7 +14,14 @@ import numpy as np
 from edge_demo.score import kl_divergence
 from export.quantize.formats import Format, Plan
 from export.quantize.packing import Quantized
-from export.reference import embedded, head_logits, load_block, run_block
+from export.reference import (
+    BlockLoader,
+    embedded,
+    head_logits,
+    head_table,
+    run_block,
+    table_rows,
+)
 from gemma_keras.config import GemmaConfig
 
 # Matrices of a block that get their bits together, those of like cost and like effect.
@@ -83,8 +90,9 @@ def sensitivities(
     states = {"": embedded(config, weights, ids)}  # the exact one, then one for each group
     total = num_blocks + sum(len(here) * (num_blocks - i) for i, here in enumerate(per_block))
     done = 0
+    blocks = BlockLoader(config, weights)
     for i, here in enumerate(per_block):
-        block = load_block(config, weights, i)
+        block = blocks.load(i)
         fresh = {group: states[""].copy() for group in here}
         for state in states.values():
             run_block(block, state)
@@ -108,9 +116,10 @@ def sensitivities(
     count = min(_LIKELY, config.vocabulary_size)
     likely = np.unique(np.argpartition(logits, -count, axis=-1)[:, -count:])
     reference = logits[:, likely]
+    rows = table_rows(config, weights, head_table(config), likely)
     losses = {}
     for group in groups:
-        found = head_logits(config, weights, picked[group], likely)
+        found = head_logits(config, weights, picked[group], rows)
         divergences = kl_divergence(reference, found)
         typical = float(np.median(divergences))
         losses[group] = float(np.minimum(divergences, _MOST_TYPICAL * typical).mean())

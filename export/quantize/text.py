@@ -1,9 +1,10 @@
-"""The text a model is calibrated on, and the text it is then measured on."""
+"""Texts: what a model is calibrated on, and what it is then measured on."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -13,6 +14,7 @@ ROW_LENGTH = 256
 MOST_ROWS = 64
 _FEWEST_TOKENS = 128
 _HELD_OUT_ROWS = 4
+_MOST_BYTES = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,31 @@ class CalibrationText:
         """Of each held-out row, every fourth token of its second half, which has context."""
         length = self.held_out.shape[1]
         return np.arange(length // 2, length, 4)
+
+
+def read_text(path: Path, what: str) -> str:
+    """A UTF-8 text; of one beyond 64 MB, the beginning.
+
+    Args:
+        path: a file.
+        what: it is to be called where it cannot be used.
+
+    Raises:
+        ExportRequestError: it cannot be read, or is no text.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES)
+            cut = bool(file.read(1))
+        # where a long text is cut, a character may be
+        decoded = content.decode("utf-8", "ignore" if cut else "strict")
+    except UnicodeDecodeError as error:
+        raise ExportRequestError(f"the {what} {path} is not UTF-8: {error}") from error
+    except OSError as error:
+        raise ExportRequestError(f"the {what} {path} cannot be read: {error.strerror}") from error
+    if "\0" in decoded:
+        raise ExportRequestError(f"the {what} {path} is not text: it holds zero bytes")
+    return decoded
 
 
 def cut_text(bos: int, tokens: Sequence[int], context: int, origin: str) -> CalibrationText:

@@ -15,6 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
+from gemma_keras.checkpoints.names import weight_specs
+from gemma_keras.checkpoints.source import table_pieces
+from gemma_keras.config import GemmaConfig
+
 _KEY = "key.txt"
 
 
@@ -73,11 +77,16 @@ def _key_of(folder: Path) -> str:
         return ""
 
 
-def fingerprint(weights: Mapping[str, np.ndarray], *others: object) -> str:
-    """A SHA-256 of every weight's bytes and of whatever else decides a result."""
-    digest = hashlib.sha256(repr(others).encode())
-    for name in weights:
-        array = np.ascontiguousarray(weights[name])
-        digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(array.reshape(-1).view(np.uint8).data)
+def fingerprint(config: GemmaConfig, weights: Mapping[str, np.ndarray], *others: object) -> str:
+    """A SHA-256 of a model, in float32, and of whatever else decides a result."""
+    digest = hashlib.sha256(repr((config, *others)).encode())
+    for spec in weight_specs(config).values():
+        digest.update(f"{spec.name} {spec.shape}".encode())
+        if spec.kind == "table":
+            pieces = (piece for _, piece in table_pieces(weights, spec.name, spec.shape[1]))
+        else:
+            pieces = [weights[spec.name]]
+        for piece in pieces:
+            array = np.ascontiguousarray(piece, np.float32)
+            digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

@@ -138,28 +138,39 @@ class GGUFFile:
         Raises:
             CheckpointError: the `gguf` package cannot dequantize its type.
         """
+        return self.read_rows(name, 0, self.tensors[name].shape[0])
+
+    def read_rows(self, name: str, first: int, last: int) -> np.ndarray:
+        """The same of rows `first` to `last` along the tensor's first axis, which alone are read.
+
+        A tensor of one axis can only be read whole.
+        """
         info = self.tensors[name]
-        raw = np.frombuffer(self._bytes, np.uint8, info.num_bytes, info.start)
+        shape = (last - first, *info.shape[1:])
+        # Rows are whole blocks, along the last axis.
+        start, end = (row * info.num_bytes // info.shape[0] for row in (first, last))
+        raw = np.frombuffer(self._bytes, np.uint8, end - start, info.start + start)
         if info.type == gguf.GGMLQuantizationType.F32:
-            return raw.view("<f4").reshape(info.shape)
+            return raw.view("<f4").reshape(shape)
         # A tensor is a run of independent blocks, so it can be dequantized in long stretches; the
         # package's own grouping by 16 rows costs five times as much on the embedding.
         block, block_bytes = gguf.GGML_QUANT_SIZES[info.type]
-        out = np.empty(math.prod(info.shape), np.float32)
+        out = np.empty(math.prod(shape), np.float32)
         step = max(1, _DEQUANTIZE_BYTES // block_bytes)
         try:
-            for first in range(0, info.num_bytes // block_bytes, step):
-                piece = raw[first * block_bytes : (first + step) * block_bytes]
+            for block_number in range(0, len(raw) // block_bytes, step):
+                piece = raw[block_number * block_bytes : (block_number + step) * block_bytes]
                 # Whether the values are finite is for the caller to judge, not numpy's warnings.
                 with np.errstate(over="ignore", invalid="ignore"):
                     values = gguf.dequantize(piece.reshape(1, -1), info.type)
-                out[first * block : first * block + values.size] = values.ravel()
+                place = block_number * block
+                out[place : place + values.size] = values.ravel()
         except NotImplementedError:
             raise CheckpointError(
                 f"tensor {name} is of type {info.type.name}, which the gguf package cannot "
                 "dequantize; convert the file to another type first"
             ) from None
-        return out.reshape(info.shape)
+        return out.reshape(shape)
 
     def stored_as(self, name: str) -> str | None:
         """The tensor's type if it is one of few bits, such as `Q4_K`; `None` for floats."""
@@ -313,6 +324,7 @@ def read_gguf(path: str | os.PathLike[str]) -> Checkpoint:
         file.read,
         stored_as=file.stored_as,
         lattice=file.lattice,
+        read_rows=file.read_rows,
     )
     return Checkpoint(
         config=config,

@@ -26,14 +26,14 @@ def read_safetensors_folder(folder: Path) -> Checkpoint:
     raw_config = _read_json(folder / "config.json")
     config = GemmaConfig.from_hf(raw_config)
     shards = _shards(folder)
-    owner: dict[str, Any] = {}
+    owner: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for shard in shards:
         try:
-            file = safetensors.safe_open(shard, framework="numpy")
-            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                owner[name] = file
-                shapes[name] = tuple(file.get_slice(name).get_shape())
+            with safetensors.safe_open(shard, framework="numpy") as file:
+                for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                    owner[name] = shard
+                    shapes[name] = tuple(file.get_slice(name).get_shape())
         except (safetensors.SafetensorError, OSError) as error:
             raise CheckpointError(f"{shard} cannot be read as safetensors: {error}") from error
     # Multimodal Gemma 3 keeps the text tower under a prefix, beside a vision tower.
@@ -49,8 +49,14 @@ def read_safetensors_folder(folder: Path) -> Checkpoint:
     if "lm_head.weight" not in names and "language_model.lm_head.weight" in names:
         names["lm_head.weight"] = names.pop("language_model.lm_head.weight")
 
+    # A shard is open only while it is read: what is mapped counts as the process's memory.
     def read(name: str) -> np.ndarray:
-        return np.asarray(owner[names[name]].get_tensor(names[name]), dtype=np.float32)
+        with safetensors.safe_open(owner[names[name]], framework="numpy") as file:
+            return np.asarray(file.get_tensor(names[name]), dtype=np.float32)
+
+    def read_rows(name: str, first: int, last: int) -> np.ndarray:
+        with safetensors.safe_open(owner[names[name]], framework="numpy") as file:
+            return np.asarray(file.get_slice(names[name])[first:last], dtype=np.float32)
 
     def ignore(name: str) -> bool:
         vision = ("vision_tower", "multi_modal_projector", "model.vision", "model.multi_modal")
@@ -58,7 +64,14 @@ def read_safetensors_folder(folder: Path) -> Checkpoint:
 
     return Checkpoint(
         config=config,
-        weights=WeightSource(config, "hf", {n: shapes[f] for n, f in names.items()}, read, ignore),
+        weights=WeightSource(
+            config,
+            "hf",
+            {n: shapes[f] for n, f in names.items()},
+            read,
+            ignore,
+            read_rows=read_rows,
+        ),
         tokenizer_model=_tokenizer(folder),
         instruction_tuned=_has_turn_template(folder),
         provenance={

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -24,6 +24,7 @@ class WeightSource(Mapping[str, np.ndarray]):
         read: reads one tensor of the file, by its name there, as float32.
         ignore: names in the file that are allowed to be left over.
         stored_as: names a tensor's type of few bits, or `None`, by its name in the file.
+        read_rows: the same of some rows of a tensor, first and last; reads no others.
         lattice: reads one tensor as integers with scales, by its name in the file, `None` where it
             has none; the file's last axis must be the inputs.
 
@@ -40,11 +41,14 @@ class WeightSource(Mapping[str, np.ndarray]):
         ignore: Callable[[str], bool] = lambda name: False,
         stored_as: Callable[[str], str | None] = lambda name: None,
         lattice: Callable[[str], Lattice | None] = lambda name: None,
+        *,
+        read_rows: Callable[[str, int, int], np.ndarray],
     ) -> None:
         self.config = config
         self.specs = weight_specs(config)
         self._format: FileFormat = file_format
         self._read = read
+        self._read_rows = read_rows
         self._stored_as = stored_as
         self._lattice = lattice
         left_over = {name for name in file_shapes if not ignore(name)}
@@ -74,6 +78,19 @@ class WeightSource(Mapping[str, np.ndarray]):
         array = spec.from_file(array, self._format)
         self._check_finite(spec, array)
         return array
+
+    def table_pieces(self, name: str, step: int) -> Iterator[tuple[int, np.ndarray]]:
+        """A table `step` rows at a time, one piece in memory: the first row's number, the rows.
+
+        Raises:
+            CheckpointError: a value is not finite.
+        """
+        spec = self.specs[name]
+        for first in range(0, spec.shape[0], step):
+            last = min(first + step, spec.shape[0])
+            rows = self._read_rows(spec.file_name(self._format), first, last)
+            self._check_finite(spec, rows)
+            yield first, rows
 
     def stored_as(self, name: str) -> str | None:
         """In what type of few bits the file holds a weight, such as `Q4_0`; `None` for floats."""
@@ -109,6 +126,35 @@ class WeightSource(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self.specs)
+
+
+@runtime_checkable
+class TableSource(Protocol):
+    """Weights whose tables can be read piece by piece, as those of a file can."""
+
+    def table_pieces(self, name: str, step: int) -> Iterator[tuple[int, np.ndarray]]:
+        """A table `step` rows at a time: the first row's number, float32 rows."""
+        ...
+
+
+def table_pieces(
+    weights: Mapping[str, np.ndarray], name: str, width: int, piece_bytes: int = 64 << 20
+) -> Iterator[tuple[int, np.ndarray]]:
+    """A table in pieces, whatever the weights are: the first row's number, float32 rows.
+
+    Args:
+        weights: canonical name to array.
+        name: of a table.
+        width: of its rows.
+        piece_bytes: of a piece, about.
+    """
+    step = max(1, piece_bytes // (4 * width))
+    if isinstance(weights, TableSource):
+        yield from weights.table_pieces(name, step)
+        return
+    table = weights[name]
+    for first in range(0, len(table), step):
+        yield first, table[first : first + step]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from types import SimpleNamespace
@@ -150,12 +151,19 @@ def test_a_damaged_file_counts_as_missing(tmp_path, damage):
     assert workspace.load("x") is None
 
 
-def test_a_fingerprint_tells_any_two_exports_apart():
-    weights = {"a": np.zeros(3, np.float32), "b": np.ones((2, 2), np.float32)}
-    one = fingerprint(weights, "text", 1)
-    assert one == fingerprint({k: v.copy() for k, v in weights.items()}, "text", 1)
-    changed = {**weights, "b": np.ones((2, 2), np.float32) + np.float32(1e-7)}
-    assert len({one, fingerprint(changed, "text", 1), fingerprint(weights, "text", 2)}) == 3
+def test_a_fingerprint_tells_any_two_exports_apart(tiny):
+    config, weights = tiny("gemma3").config, tiny("gemma3").weights
+    one = fingerprint(config, weights, "text", 1)
+    # the same numbers read piece by piece from a file
+    assert one == fingerprint(config, tiny("gemma3").checkpoint.weights, "text", 1)
+    others = {one, fingerprint(config, weights, "text", 2)}
+    for name in ("token_embedding", "layers.1.mlp.down", "final_norm"):
+        changed = weights[name].copy()
+        changed.flat[-1] = np.nextafter(changed.flat[-1], np.float32(9))
+        others.add(fingerprint(config, {**weights, name: changed}, "text", 1))
+    other = dataclasses.replace(config, norm_epsilon=1e-4)
+    others.add(fingerprint(other, weights, "text", 1))
+    assert len(others) == 6
 
 
 class Interrupted(Exception):
