@@ -19,8 +19,6 @@ import os
 import subprocess
 from pathlib import Path
 
-import numpy as np
-
 from edge_demo.bundle import Bundle
 from edge_demo.engine import Engine
 from edge_demo.tokenizer import Tokenizer
@@ -119,15 +117,20 @@ def main() -> None:
     for prompt, theirs in zip(PROMPTS, answers, strict=True):
         ids = tokenizer.encode(prompt)
         engine.rewind(0)
-        rows = np.concatenate(list(engine.all_logits(theirs[:-1])))[len(ids) - 1 :]
-        below = rows.max(axis=1) - rows[np.arange(len(rows)), theirs[len(ids) :]]
+        logits = engine.prefill(ids)
+        parts_at, margin = None, 0.0
+        for number, token in enumerate(theirs[len(ids) :]):
+            if token != logits.argmax():
+                parts_at, margin = number, float(logits.max() - logits[token])
+                break
+            logits = engine.decode(token)
         results.append(
             {
                 "prompt": prompt,
                 "same_prompt_ids": theirs[: len(ids)] == ids,
-                "same_answer": not below.any(),
-                "parts_at": int(below.argmax()) if below.any() else None,
-                "by": float(below.max()),
+                "same_answer": parts_at is None,
+                "parts_at": parts_at,
+                "by": margin,
                 "text": tokenizer.decode(theirs[len(ids) :]),
             }
         )
