@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
 import gguf
 import numpy as np
 import onnx
@@ -11,6 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
+from export import export_onnx
 from export.quantize.formats import Format
 from export.quantize.lattice import best_format, keep, keep_or_round, kept_weights
 from export.quantize.packing import Quantized, split_planes, stored_tensors
@@ -341,6 +345,19 @@ def test_a_q4_0_model_is_stored_as_it_is(tmp_path):
         levels = np.stack([packed & 15, packed >> 4], -1).reshape(*scales.shape, 32)
         values = (levels.astype(np.float32) - 8) * scales[..., None]
         np.testing.assert_array_equal(values.reshape(len(packed), -1).T, weights[name])
+
+
+@pytest.mark.keras
+def test_a_q4_0_file_is_exported_without_rounding_it_twice(tmp_path):
+    write(tmp_path, Type.Q4_0)
+    result = export_onnx(tmp_path / "m.gguf", tmp_path / "out", "int4")
+    plan = json.loads((result.path / "bundle.json").read_text())["plan"]
+    matrices = [entry for name, entry in plan.items() if name.startswith("layers.")]
+    assert matrices == [dataclasses.asdict(Format(4, 32))] * 14
+    assert result.rounding["source"] == "14 Q4_0 matrices of the source are stored as they are"
+    assert result.rounding["losses"] == {}
+    # What is left is the activations' rounding; the weights rounded again would be ten times that.
+    assert result.quality.max_logit_difference < 0.06 * result.quality.logit_spread
 
 
 def test_people_are_told_what_is_rounded_again(tmp_path):

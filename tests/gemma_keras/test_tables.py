@@ -13,8 +13,6 @@ from gemma_keras.errors import CheckpointError
 from tests import gguf_files
 from tests.models import write_tiny_hf
 
-WIDTH = 64  # of the GGUF, whose Q8_0 has blocks of 32
-
 
 @pytest.fixture(scope="module", params=["F32", "F16", "Q8_0", "safetensors"])
 def checkpoint(request, tmp_path_factory):
@@ -22,7 +20,7 @@ def checkpoint(request, tmp_path_factory):
     if request.param == "safetensors":
         write_tiny_hf(folder / "hf", "gemma3")
         return open_checkpoint(folder / "hf")
-    meta = gguf_files.metadata("gemma3", 2, **{"gemma3.embedding_length": WIDTH})
+    meta = gguf_files.metadata("gemma3", 2)
     kind = getattr(gguf.GGMLQuantizationType, request.param)
     arrays = gguf_files.tensors(meta)
     path = gguf_files.write_gguf(folder / "m.gguf", meta, arrays, lambda name: kind)
