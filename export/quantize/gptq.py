@@ -21,6 +21,7 @@ from export.quantize.rounding import best_scales
 
 _DAMPING = 0.01  # of the mean of H's diagonal, added to it
 _LAZY = 128  # inputs whose corrections to the rest of the matrix are applied together
+_PIECE_BYTES = 32 << 20  # of the matrix, rounded at once
 
 
 def gptq(rows: np.ndarray, moments: Moments, fmt: Format) -> Quantized:
@@ -44,14 +45,30 @@ def gptq(rows: np.ndarray, moments: Moments, fmt: Format) -> Quantized:
 
 
 def _round_span(rows: np.ndarray, hessian: np.ndarray, fmt: Format) -> Quantized:
-    num_rows, num_inputs = rows.shape
     importance = np.maximum(np.diag(hessian), 0).astype(np.float32)
+    order = np.argsort(-importance, kind="stable")
+    factor = _inverse_factor(hessian[np.ix_(order, order)].astype(np.float64))
+    # Outputs know nothing of each other; so many at a time bound the memory.
+    step = max(1, _PIECE_BYTES // (4 * rows.shape[1]))
+    pieces = [
+        _round_rows(rows[first : first + step], importance, order, factor, fmt)
+        for first in range(0, len(rows), step)
+    ]
+    return Quantized(
+        np.concatenate([p.levels for p in pieces]),
+        np.concatenate([p.scales for p in pieces]),
+        None if fmt.symmetric else np.concatenate([p.zero_points for p in pieces]),
+    )
+
+
+def _round_rows(
+    rows: np.ndarray, importance: np.ndarray, order: np.ndarray, factor: np.ndarray, fmt: Format
+) -> Quantized:
+    num_rows, num_inputs = rows.shape
     blocks = blocks_of(rows, fmt.block_size)
     weight = blocks_of(importance[None] + importance.mean() * 1e-3, fmt.block_size)[0]
     scales, zeros = best_scales(blocks, weight, fmt)
 
-    order = np.argsort(-importance, kind="stable")
-    factor = _inverse_factor(hessian[np.ix_(order, order)].astype(np.float64))
     work = np.ascontiguousarray(rows.T[order])  # (inputs, outputs), each input contiguous
     levels = np.zeros((blocks.shape[1] * fmt.block_size, num_rows), np.uint8)
     levels[num_inputs:] = fmt.middle  # padding, unless zero points say otherwise
