@@ -71,4 +71,6 @@ def rope_table(rope: RopeSpec, length: int) -> tuple[np.ndarray, np.ndarray]:
     exponents = -np.arange(rope.dims, dtype=np.float32) / np.float32(rope.dims)
     frequencies = (rope.theta**exponents / rope.scale).astype(np.float32)
     angles = np.arange(length, dtype=np.float32)[:, None] * frequencies
-    return np.cos(angles), np.sin(angles)
+    # rounded once, from float64, as `model.onnx` does: the same to the last bit on any processor
+    exact = angles.astype(np.float64)
+    return np.cos(exact).astype(np.float32), np.sin(exact).astype(np.float32)

@@ -135,9 +135,14 @@ class _FusedGraph:
                 f"{rope.name}.frequencies", (frequencies / rope.scale)[None].astype(np.float32)
             )
             angles = self._op("Mul", [column, row], f"{rope.name}.angles")
+            # By way of float64, so that they are the device's tables to the last bit: one bit is
+            # enough to round an activation the other way, and then other tokens come out.
+            exact = self._op("Cast", [angles], f"{rope.name}.exact", to=int(ir.DataType.DOUBLE))
+            cosines = self._op("Cos", [exact], f"{rope.name}.cos.exact")
+            sines = self._op("Sin", [exact], f"{rope.name}.sin.exact")
             tables[key] = (
-                self._op("Cos", [angles], f"{rope.name}.cos"),
-                self._op("Sin", [angles], f"{rope.name}.sin"),
+                self._float32(cosines, f"{rope.name}.cos"),
+                self._float32(sines, f"{rope.name}.sin"),
             )
         return tables
 

@@ -12,6 +12,8 @@ first, over scales that are fixed beforehand.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from export.quantize.formats import Format
@@ -37,10 +39,16 @@ def gptq(rows: np.ndarray, moments: Moments, fmt: Format) -> Quantized:
     for square in moments.squares:
         spans.append(_round_span(rows[:, first : first + len(square)], square, fmt))
         first += len(square)
+    return _joined(spans, axis=1)
+
+
+def _joined(parts: Sequence[Quantized], axis: int) -> Quantized:
+    """Matrices side by side: along their rows, 0, or their blocks, 1."""
+    zeros = [part.zero_points for part in parts if part.zero_points is not None]
     return Quantized(
-        np.concatenate([s.levels for s in spans], axis=1),
-        np.concatenate([s.scales for s in spans], axis=1),
-        None if fmt.symmetric else np.concatenate([s.zero_points for s in spans], axis=1),
+        np.concatenate([part.levels for part in parts], axis=axis),
+        np.concatenate([part.scales for part in parts], axis=axis),
+        np.concatenate(zeros, axis=axis) if zeros else None,
     )
 
 
@@ -54,11 +62,7 @@ def _round_span(rows: np.ndarray, hessian: np.ndarray, fmt: Format) -> Quantized
         _round_rows(rows[first : first + step], importance, order, factor, fmt)
         for first in range(0, len(rows), step)
     ]
-    return Quantized(
-        np.concatenate([p.levels for p in pieces]),
-        np.concatenate([p.scales for p in pieces]),
-        None if fmt.symmetric else np.concatenate([p.zero_points for p in pieces]),
-    )
+    return _joined(pieces, axis=0)
 
 
 def _round_rows(

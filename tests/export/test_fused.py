@@ -169,6 +169,21 @@ def test_interchange_graph_continues_over_its_growing_past(tiny, exported, gener
 
 
 @each_generation
+@pytest.mark.parametrize("recipe", ["fp32", "int8"])
+def test_interchange_graph_gives_the_engines_logits_to_the_last_bit(exported, generation, recipe):
+    """So another runtime that picks the likeliest token picks ours, ties and rounding and all."""
+    bundle = exported(generation, recipe)
+    ids = random_ids()
+    engine, graph = engine_of(bundle), Interchange(bundle)
+    found = [engine.prefill(ids[0, :11].tolist()).copy()]
+    expected = [graph.run(ids[:, :11], np.ones((1, 11)))[0, -1]]
+    for length in range(12, LENGTH + 1):
+        found.append(engine.decode(int(ids[0, length - 1])).copy())
+        expected.append(graph.run(ids[:, length - 1 : length], np.ones((1, length)))[0, -1])
+    np.testing.assert_array_equal(np.stack(found), np.stack(expected))
+
+
+@each_generation
 def test_interchange_graph_ignores_padding_on_the_right(tiny, exported, generation):
     ids, model = random_ids(batch_size=3, length=31), tiny(generation).model
     mask = np.ones_like(ids)
