@@ -24,6 +24,17 @@ _HF_COMMON = {
     "max_position_embeddings": 8192,
     "tie_word_embeddings": True,
 }
+_HF_GEMMA2 = _HF_COMMON | {
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "final_logit_softcapping": 30.0,
+    "attn_logit_softcapping": 50.0,
+}
 _HF_DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma": _HF_COMMON
     | {
@@ -33,28 +44,11 @@ _HF_DEFAULTS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 16,
         "num_key_value_heads": 16,
     },
-    "gemma2": _HF_COMMON
-    | {
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "query_pre_attn_scalar": 256,
-        "sliding_window": 4096,
-        "final_logit_softcapping": 30.0,
-        "attn_logit_softcapping": 50.0,
-    },
-    "gemma3_text": _HF_COMMON
+    "gemma2": _HF_GEMMA2,
+    # transformers' class of it was made from Gemma 2's, sizes included
+    "gemma3_text": _HF_GEMMA2
     | {
         "vocab_size": 262_208,
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "query_pre_attn_scalar": 256,
-        "sliding_window": 4096,
         "max_position_embeddings": 131_072,
         "final_logit_softcapping": None,
         "attn_logit_softcapping": None,
