@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +31,10 @@ def read_safetensors_folder(folder: Path) -> Checkpoint:
     owner: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for shard in shards:
-        try:
-            with safetensors.safe_open(shard, framework="numpy") as file:
-                for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                    owner[name] = shard
-                    shapes[name] = tuple(file.get_slice(name).get_shape())
-        except (safetensors.SafetensorError, OSError) as error:
-            raise CheckpointError(f"{shard} cannot be read as safetensors: {error}") from error
+        with _opened(shard) as file:
+            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                owner[name] = shard
+                shapes[name] = tuple(file.get_slice(name).get_shape())
     # Multimodal Gemma 3 keeps the text tower under a prefix, beside a vision tower.
     prefix = next(
         (
@@ -49,13 +48,12 @@ def read_safetensors_folder(folder: Path) -> Checkpoint:
     if "lm_head.weight" not in names and "language_model.lm_head.weight" in names:
         names["lm_head.weight"] = names.pop("language_model.lm_head.weight")
 
-    # A shard is open only while it is read: what is mapped counts as the process's memory.
     def read(name: str) -> np.ndarray:
-        with safetensors.safe_open(owner[names[name]], framework="numpy") as file:
+        with _opened(owner[names[name]]) as file:
             return np.asarray(file.get_tensor(names[name]), dtype=np.float32)
 
     def read_rows(name: str, first: int, last: int) -> np.ndarray:
-        with safetensors.safe_open(owner[names[name]], framework="numpy") as file:
+        with _opened(owner[names[name]]) as file:
             return np.asarray(file.get_slice(names[name])[first:last], dtype=np.float32)
 
     def ignore(name: str) -> bool:
@@ -81,6 +79,20 @@ def read_safetensors_folder(folder: Path) -> Checkpoint:
             "license": "gemma",
         },
     )
+
+
+@contextlib.contextmanager
+def _opened(shard: Path) -> Iterator[Any]:
+    """A shard, only while it is read: what is mapped counts as the process's memory.
+
+    Raises:
+        CheckpointError: it cannot be read, or not any more.
+    """
+    try:
+        with safetensors.safe_open(shard, framework="numpy") as file:
+            yield file
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(f"{shard} cannot be read as safetensors: {error}") from error
 
 
 def _shards(folder: Path) -> list[Path]:
