@@ -2,7 +2,7 @@
 
     pip install -e .[benchmarks]
     python benchmarks/pareto.py build/sample-int4 build/sample-int8 --reference build/sample-fp32 \\
-        --source sample --text WIKITEXT --out build/pareto
+        --text WIKITEXT --out build/pareto
 
 The peers are made in the output folder: llama.cpp's Q4_K_M (the sample itself), Q4_0 and Q8_0,
 quantized again from that file, and onnxruntime-genai's own int4 export of the same weights. Mean KL
