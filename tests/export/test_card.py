@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import xml.etree.ElementTree as ET
+from collections import Counter
 
 import pytest
 
@@ -69,16 +70,17 @@ def test_a_bundle_has_a_card_that_says_what_it_is(tiny_bundles):
 def test_bytes_by_format_are_those_of_the_weights_file(tiny_bundles, manifest):
     card = (tiny_bundles / "gemma3-int8" / "README.md").read_text()
     rows = re.findall(r"\| (.*?) \| ([\d,]+) \| ([\d.,]+) MB \|", card)
-    assert {name for name, _, _ in rows} == {
-        "int8, a scale for every 32 weights",
-        "float32 (norms)",
-    }
+    sizes = Counter(entry["block_size"] for entry in manifest["plan"].values())
+    layers = len(manifest["model"]["config"]["layers"])
+    assert sizes == {16: 3 * layers, 32: 4 * layers + 1}
     size = manifest["files"]["model.onnx_data"]["bytes"]  # tensors are aligned in it
     assert sum(float(mb.replace(",", "")) for _, _, mb in rows) * 1e6 == pytest.approx(
         size, rel=0.2
     )
     tensors = {name: int(count) for name, count, _ in rows}
-    assert tensors["int8, a scale for every 32 weights"] == len(manifest["plan"])
+    expected = {f"int8, a scale for every {size} weights": n for size, n in sizes.items()}
+    norms = {"float32 (norms)": tensors["float32 (norms)"]}
+    assert tensors == expected | norms
 
 
 def test_what_was_measured_is_shown(manifest, tmp_path):

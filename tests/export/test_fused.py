@@ -262,7 +262,8 @@ def stored_weights(bundle, config):
         # an embedding that is not the head too is there as rows only
         packed = stored[f"{name}.quantized" if f"{name}.quantized" in stored else f"{name}.rows"]
         scales = stored[f"{name}.scales"]
-        blocks = packed.reshape(*scales.shape, 32).astype("float32") - 128
+        block_size = bundle.manifest["plan"][name]["block_size"]
+        blocks = packed.reshape(*scales.shape, block_size).astype("float32") - 128
         values = (blocks * scales[..., None]).reshape(len(packed), -1)
         width = spec.shape[0] if spec.kind == "matrix" else spec.shape[1]
         weights[name] = values[:, :width].T if spec.kind == "matrix" else values[:, :width]
