@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import sentencepiece
+
 from edge_demo.bundle import FORMAT, FORMAT_VERSION, MANIFEST, GraphSpec, RopeSpec
 from export.card import write_card
 from export.contract import WEIGHTS_FILE
@@ -115,14 +117,12 @@ def _sync(folder: Path) -> None:
             os.fsync(file.fileno())
 
 
-def write_tokenizer(folder: Path, checkpoint: Checkpoint, vocabulary_size: int) -> dict[str, Any]:
-    """Write the SentencePiece model; returns the manifest's entry about it.
+def open_tokenizer(checkpoint: Checkpoint) -> sentencepiece.SentencePieceProcessor:
+    """The checkpoint's SentencePiece model, checked.
 
     Raises:
         ExportError: the checkpoint has none, or it does not fit the model.
     """
-    import sentencepiece
-
     if not checkpoint.tokenizer_model:
         raise ExportError(
             "the checkpoint has no SentencePiece model (tokenizer.model); a bundle needs one"
@@ -136,11 +136,22 @@ def write_tokenizer(folder: Path, checkpoint: Checkpoint, vocabulary_size: int) 
             "tokenizer.model has no beginning-of-sequence or no end-of-sequence token, which "
             "Gemma's has"
         )
-    if model.vocab_size() > vocabulary_size:
+    if model.vocab_size() > checkpoint.config.vocabulary_size:
         raise ExportError(
             f"the tokenizer has {model.vocab_size():,} pieces, the model's vocabulary "
-            f"{vocabulary_size:,}"
+            f"{checkpoint.config.vocabulary_size:,}"
         )
+    return model
+
+
+def write_tokenizer(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Write the SentencePiece model; returns the manifest's entry about it.
+
+    Raises:
+        ExportError: the checkpoint has none, or it does not fit the model.
+    """
+    model = open_tokenizer(checkpoint)
+    assert checkpoint.tokenizer_model is not None
     (folder / TOKENIZER_FILE).write_bytes(checkpoint.tokenizer_model)
     chat = None
     stop = [model.eos_id()]

@@ -57,9 +57,6 @@ class BundleDraft:
         lowering: the name of the way to graphs.
         max_context: the longest sequence the bundle is for, in tokens.
         on_progress: told the stage and the share of it that is done.
-
-    Attributes:
-        bundle: as it was written last; `None` before it was stored.
     """
 
     def __init__(
@@ -83,11 +80,17 @@ class BundleDraft:
             "engine": engine_contract(config),
             "candidates": candidates_contract(config),
         }
-        self._tokenizer = writer.write_tokenizer(folder, checkpoint, config.vocabulary_size)
+        self._tokenizer = writer.write_tokenizer(folder, checkpoint)
         self._licence = writer.write_notices(folder, checkpoint, recipe)
         write_ecosystem_files(folder, checkpoint, self._tokenizer, max_context)
         self._plan: Plan = {}
-        self.bundle: Bundle | None = None
+        self._bundle: Bundle | None = None
+
+    @property
+    def bundle(self) -> Bundle:
+        """As it was written last; there is none before `store`."""
+        assert self._bundle is not None
+        return self._bundle
 
     def store(
         self,
@@ -145,5 +148,5 @@ class BundleDraft:
             self.max_context,
             report,
         )
-        self.bundle = Bundle.open(self.folder)
-        return self.bundle
+        self._bundle = Bundle.open(self.folder)
+        return self._bundle

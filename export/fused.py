@@ -22,7 +22,7 @@ from export.contract import (
 from export.nodes import graph_value
 from export.quantize.formats import Format, Plan, rows_and_inputs
 from export.weights_file import WeightsFile
-from gemma_keras.checkpoints.names import weight_specs
+from gemma_keras.checkpoints.names import head_table, weight_specs
 from gemma_keras.config import GemmaConfig, LayerSpec
 
 OPSETS = {"": 23, "com.microsoft": 1}
@@ -63,6 +63,7 @@ class _FusedGraph:
         self.contract = contract
         self.max_context = max_context
         self.specs = weight_specs(config)
+        self.head = head_table(config)
         self.for_engine = contract.file != INTERCHANGE_FILE
         self.inputs = {spec.name: graph_value(spec) for spec in contract.inputs}
         self.nodes: list[ir.Node] = []
@@ -290,11 +291,6 @@ class _FusedGraph:
         return self._op("Mul", [self._op("Tanh", [scaled], "logits.tanh"), factor], out)
 
     # --- parts ---
-
-    @property
-    def head(self) -> str:
-        """The table that makes logits of hidden states."""
-        return "token_embedding" if self.config.tied_head else "head"
 
     def _matmul(self, name: str, x: ir.Value) -> ir.Value:
         fmt = self.plan[name]

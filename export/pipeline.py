@@ -17,6 +17,7 @@ from export.memory import free_memory
 from export.quantize.formats import Plan, plan_bytes
 from export.quantize.lattice import MOST_BITS_KEPT, KeptWeights, kept_weights
 from export.quantize.recipes import plan_for_recipe, plan_from_json, recipe_named
+from export.quantize.text import Windows, read_windows
 from export.quantize.workspace import workspace_path
 from export.start_keras import start_keras
 from gemma_keras.checkpoints import Checkpoint, open_checkpoint
@@ -101,20 +102,19 @@ def export_onnx(
     max_context = _check_context(max_context, config)
     text = chosen.calibration if calibration is None else calibration
     _check_calibration(calibration, formats)
-    if report is not None:
-        _check_file(report, "text of the report")
+    windows = None if report is None else _read_report(report, checkpoint, max_context)
     needed = plan_bytes(formats, config)
     if budget is not None:  # it may end with 8 bits everywhere, and keeps both until it is done
         needed += plan_bytes(plan_for_recipe("int8", config), config)
     _check_space(out, needed)
-    if verify or report is not None or budget is not None:
+    if verify or windows is not None or budget is not None:
         _check_memory(2 * plan_bytes(formats, config), budget)
 
     workspace = workspace_path(out)
     try:
         with _told_in_a_sentence(out), writer.unfinished_folder(out, overwrite=overwrite) as folder:
             draft = BundleDraft(folder, checkpoint, recipe, lowering, max_context, on_progress)
-            if verify or report is not None or text not in (None, "none"):
+            if verify or windows is not None or text not in (None, "none"):
                 on_progress("keras", 0)
                 start_keras()
             # Few bits that a source already holds exactly are not rounded a second time.
@@ -126,16 +126,21 @@ def export_onnx(
                 from export.verify import verify as verify_bundle
 
                 on_progress("verification", 0)
-                assert draft.bundle is not None
                 quality = verify_bundle(draft.bundle, config, checkpoint.weights, recipe)
                 on_progress("verification", 1)
-            measured = _measure_on_text(draft, report, on_progress)
             told = {
                 "quality": None if quality is None else dataclasses.asdict(quality),
                 "rounding": rounding,
                 "kl_by_group": rounding.get("losses"),
             }
-            num_bytes = draft.describe(told | measured).num_bytes
+            if windows is not None:
+                from export.report import measure_on_text
+
+                on_progress("report", 0)
+                told |= measure_on_text(
+                    draft.bundle, checkpoint, windows, lambda share: on_progress("report", share)
+                )
+            num_bytes = draft.describe(told).num_bytes
     except Exception:  # not for Ctrl-C: what was worked out until then is of use to the next run
         shutil.rmtree(workspace, ignore_errors=True)
         raise
@@ -173,21 +178,6 @@ def _round(
     return dict(rounding.told)
 
 
-def _measure_on_text(
-    draft: BundleDraft, path: str | os.PathLike[str] | None, on_progress: Progress
-) -> dict[str, Any]:
-    """What the model card says of a text; nothing without one."""
-    if path is None:
-        return {}
-    from export.report import measure_on_text  # it needs Keras
-
-    on_progress("report", 0)
-    assert draft.bundle is not None
-    return measure_on_text(
-        draft.bundle, draft.checkpoint, path, lambda share: on_progress("report", share)
-    )
-
-
 def _open(source) -> Checkpoint:
     if isinstance(source, (str, os.PathLike)):
         return open_checkpoint(source)
@@ -208,6 +198,12 @@ def _check_budget(
     if not 0 < kl_budget < float("inf"):
         raise ExportRequestError(f"the KL budget must be a positive number, not {kl_budget}")
     return kl_budget
+
+
+def _read_report(path: str | os.PathLike[str], checkpoint: Checkpoint, max_context: int) -> Windows:
+    """The text of the report, read before anything slow begins."""
+    _check_file(path, "text of the report")
+    return read_windows(Path(path), writer.open_tokenizer(checkpoint), max_context)
 
 
 def _check_calibration(calibration: str | os.PathLike[str] | None, formats: Plan) -> None:

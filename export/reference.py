@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from keras import ops
 
-from gemma_keras.checkpoints.names import weight_specs
+from gemma_keras.checkpoints.names import head_table, weight_specs
 from gemma_keras.checkpoints.source import table_pieces
 from gemma_keras.config import GemmaConfig, LayerSpec
 from gemma_keras.layers import GemmaDecoderBlock
@@ -30,7 +30,7 @@ def table_rows(
 ) -> np.ndarray:
     """Rows of a table, float32 `(len(tokens), hidden_dim)`, of ids in ascending order."""
     rows = np.empty((len(tokens), config.hidden_dim), np.float32)
-    for first, piece in table_pieces(weights, name, config.hidden_dim):
+    for first, piece in table_pieces(weights, name):
         here = slice(*np.searchsorted(tokens, (first, first + len(piece))))
         rows[here] = piece[tokens[here] - first]
     return rows
@@ -76,11 +76,6 @@ def run_block(block: GemmaDecoderBlock, x: np.ndarray) -> None:
         x[row] = np.asarray(ops.convert_to_numpy(ops.stop_gradient(out)))[0]
 
 
-def head_table(config: GemmaConfig) -> str:
-    """The table that makes logits of hidden states."""
-    return "token_embedding" if config.tied_head else "head"
-
-
 def head_logits(
     config: GemmaConfig,
     weights: Mapping[str, np.ndarray],
@@ -105,7 +100,7 @@ def head_logits(
         logits = normed @ rows.T
     else:
         logits = np.empty((len(hidden), config.vocabulary_size), np.float32)
-        for first, piece in table_pieces(weights, head_table(config), config.hidden_dim):
+        for first, piece in table_pieces(weights, head_table(config)):
             logits[:, first : first + len(piece)] = normed @ piece.T
     if config.final_soft_cap is not None:
         cap = np.float32(config.final_soft_cap)

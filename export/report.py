@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,15 +11,13 @@ import numpy as np
 from edge_demo.bundle import Bundle
 from edge_demo.compare import compare
 from edge_demo.engine import Engine
-from edge_demo.errors import EdgeError, RequestError
-from edge_demo.tokenizer import Tokenizer
-from export.errors import ExportError, ExportRequestError
-from export.quantize.text import read_text
+from edge_demo.errors import EdgeError
+from export.errors import ExportError
+from export.quantize.text import Windows
 from export.reference import BlockLoader, embedded, head_logits, run_block
 from gemma_keras.checkpoints import Checkpoint
 
-WINDOW, MOST_WINDOWS = 512, 24
-_CHUNK = 64  # positions whose logits are in memory at once, as `Engine.all_logits` has it
+_CHUNK = 64  # positions whose logits are yielded at once, as `Engine.all_logits` does
 
 
 class _FloatModel:
@@ -29,91 +25,67 @@ class _FloatModel:
 
     Args:
         checkpoint: the model.
-        windows: int `(windows, length)`, in the order in which they will be asked for.
+        rows: the windows, int `(windows, length)`.
         on_progress: told the blocks done and those in all.
     """
 
     def __init__(
-        self,
-        checkpoint: Checkpoint,
-        windows: np.ndarray,
-        on_progress: Callable[[int, int], None],
+        self, checkpoint: Checkpoint, rows: np.ndarray, on_progress: Callable[[int, int], None]
     ) -> None:
         self._checkpoint = checkpoint
         config, weights = checkpoint.config, checkpoint.weights
         self.context_length = config.context_length
-        self._hidden = embedded(config, weights, windows)
+        self._hidden = embedded(config, weights, rows)
         blocks = BlockLoader(config, weights)
         for i in range(len(config.layers)):
             run_block(blocks.load(i), self._hidden)
             on_progress(i + 1, len(config.layers))
-        self._windows = {window.tobytes(): row for row, window in enumerate(windows)}
+        self._number = {row.tobytes(): number for number, row in enumerate(rows)}
 
     def rewind(self, length: int) -> None:
         """Nothing to forget: every window is a whole text."""
 
     def all_logits(self, ids: Sequence[int]) -> Iterator[np.ndarray]:
         """Of one of the windows: float32 `(chunk, vocabulary_size)`, one row for each id."""
-        hidden = self._hidden[self._windows[np.asarray(ids, np.int32).tobytes()]]
+        hidden = self._hidden[self._number[np.asarray(ids, np.int32).tobytes()]]
+        # All at once: the head's table is read, and perhaps dequantized, for every call.
+        logits = head_logits(self._checkpoint.config, self._checkpoint.weights, hidden)
         for first in range(0, len(ids), _CHUNK):
-            chunk = hidden[first : first + _CHUNK]
-            yield head_logits(self._checkpoint.config, self._checkpoint.weights, chunk)
+            yield logits[first : first + _CHUNK]
 
 
 def measure_on_text(
-    bundle: Bundle,
-    checkpoint: Checkpoint,
-    path: str | os.PathLike[str],
-    on_progress: Callable[[float], None],
+    bundle: Bundle, checkpoint: Checkpoint, text: Windows, on_progress: Callable[[float], None]
 ) -> dict[str, Any]:
     """What `edge-demo compare --json` would print of a bundle and its float32 reference.
 
     Args:
         bundle: to judge.
         checkpoint: what it was made from.
-        path: a UTF-8 text; at most 24 windows of 512 tokens of it are used.
+        text: to compare on.
         on_progress: told the share that is done.
 
     Returns:
         `comparison` and `text`, as `export.card.write_card` takes them.
 
     Raises:
-        ExportRequestError: the text cannot be read, or fills no window.
         ExportError: the bundle does not run.
     """
-    text = read_text(Path(path), "text of the report")
-    tokenizer = Tokenizer(bundle)
-    ids = tokenizer.encode(text, bos=False)
-    length = min(WINDOW, bundle.context_length)
-    room = length - 1
-    count = min((len(ids) - 1) // room if ids else 0, MOST_WINDOWS)
-    if count < 1:
-        raise ExportRequestError(
-            f"the text of the report {path} has {len(ids)} tokens; {length} are needed"
-        )
-    windows = np.full((count, length), tokenizer.spec.bos, np.int32)
-    windows[:, 1:] = np.reshape(ids[: count * room], (count, room))
-    half = 0.5
+
+    def second_half(done: int, total: int) -> None:
+        on_progress((1 + done / total) / 2)
+
     reference = _FloatModel(
-        checkpoint, windows, lambda done, total: on_progress(half * done / total)
+        checkpoint, text.rows, lambda done, total: on_progress(done / total / 2)
     )
     try:
         (found,) = compare(
-            reference,
-            [Engine(bundle)],
-            tokenizer.spec.bos,
-            ids,
-            length,
-            count,
-            lambda done, total: on_progress(half + half * done / total),
+            reference, [Engine(bundle)], text.bos, text.ids, text.length, text.count, second_half
         )
-    except RequestError as error:
-        raise ExportRequestError(f"{path}: {error}") from error
     except EdgeError as error:
         raise ExportError(f"the exported model does not run: {error}") from error
-    comparison: Mapping[str, Any] = dataclasses.asdict(found)
     who = {
         "reference": {"name": bundle.name, "recipe": "fp32"},
         "bundle": {"name": bundle.name, "recipe": bundle.recipe},
     }
-    return {"comparison": who | dict(comparison), "text": Path(path).name}
+    return {"comparison": who | dataclasses.asdict(found), "text": text.name}

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sentencepiece
 
+from export.bundle import open_tokenizer
 from export.draft import BundleDraft, Progress
 from export.errors import ExportRequestError
 from export.memory import free_memory
@@ -270,7 +270,7 @@ def _calibration_text(
         ids = self_sample(
             config,
             checkpoint.weights,
-            _tokenizer(checkpoint).bos_id(),
+            open_tokenizer(checkpoint).bos_id(),
             shape,
             seed=0,
             folder=folder,
@@ -290,10 +290,6 @@ def _text_file(checkpoint: Checkpoint, path: Path) -> CalibrationText:
 
 
 def _cut(checkpoint: Checkpoint, text: str, origin: str) -> CalibrationText:
-    tokenizer = _tokenizer(checkpoint)
+    tokenizer = open_tokenizer(checkpoint)
     tokens = tokenizer.encode(text)
     return cut_text(tokenizer.bos_id(), tokens, checkpoint.config.context_length, origin)
-
-
-def _tokenizer(checkpoint: Checkpoint) -> sentencepiece.SentencePieceProcessor:
-    return sentencepiece.SentencePieceProcessor(model_proto=checkpoint.tokenizer_model)

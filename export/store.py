@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -12,10 +12,8 @@ from export.quantize.packing import Quantized, stored_tensors
 from export.quantize.rounding import round_to_nearest
 from export.weights_file import WeightsFile
 from gemma_keras.checkpoints.names import WeightSpec, weight_specs
-from gemma_keras.checkpoints.source import table_pieces
+from gemma_keras.checkpoints.source import row_pieces, table_pieces
 from gemma_keras.config import GemmaConfig
-
-_PIECE_BYTES = 64 << 20
 
 
 def store_weights(
@@ -58,26 +56,14 @@ def store_weights(
         on_progress(done, total)
 
 
-def _pieces(
-    spec: WeightSpec, weights: Mapping[str, np.ndarray]
-) -> Iterator[tuple[int, np.ndarray]]:
-    """A weight as it is stored, `[rows, inputs]` if it gets quantized, from row to row."""
-    if spec.kind == "table":
-        yield from table_pieces(weights, spec.name, spec.shape[1])
-        return
-    rows = weights[spec.name].T
-    step = max(1, _PIECE_BYTES // (4 * rows.shape[1]))
-    for first in range(0, len(rows), step):
-        yield first, rows[first : first + step]
-
-
 def _store_float(
     spec: WeightSpec, weights: Mapping[str, np.ndarray], fmt: Format, file: WeightsFile
 ) -> None:
     dtype = np.dtype(np.float16 if fmt.bits == 16 else np.float32)
     file.reserve(spec.name, dtype, spec.shape)
-    whole = [(0, weights[spec.name])] if spec.kind == "matrix" else None
-    for first, piece in whole or _pieces(spec, weights):
+    is_table = spec.kind == "table"
+    pieces = table_pieces(weights, spec.name) if is_table else [(0, weights[spec.name])]
+    for first, piece in pieces:
         with np.errstate(over="ignore"):
             stored = piece.astype(dtype, copy=False)
         if fmt.bits == 16 and not np.isfinite(stored).all():
@@ -100,7 +86,9 @@ def _store_quantized(
         for part, array in stored_tensors(quantized, fmt).items():
             file.add(f"{spec.name}.{part}", array)
     else:
-        for first, rows in _pieces(spec, weights):
+        is_table = spec.kind == "table"
+        pieces = table_pieces(weights, spec.name) if is_table else row_pieces(weights[spec.name].T)
+        for first, rows in pieces:
             piece = stored_tensors(round_to_nearest(rows, fmt), fmt)
             for part, array in piece.items():
                 name = f"{spec.name}.{part}"

@@ -25,7 +25,7 @@ from tf2onnx import optimizer, tf_loader, tfonnx
 
 from export.nodes import OPSET
 from gemma_keras.backbone import GemmaBackbone
-from gemma_keras.checkpoints.names import WeightSpec, weight_specs
+from gemma_keras.checkpoints.names import WeightSpec, head_table, weight_specs
 from gemma_keras.config import GemmaConfig
 
 # tf2onnx ends at 18. From 21 on DequantizeLinear knows blocks and 4-bit integers.
@@ -86,7 +86,7 @@ def trace(config: GemmaConfig, folder: Path) -> None:
         ]
         _write(run, list(within.values()), others, folder / f"block.{i}.onnx", prefix)
 
-    table = "token_embedding" if config.tied_head else "head"
+    table = head_table(config)
 
     def head(weights, hidden):
         norm, matrix = weights["final_norm"], weights["head"]

@@ -37,7 +37,7 @@ from export.errors import ExportError
 from export.nodes import Nodes, graph_value
 from export.quantize.formats import Plan
 from export.weights_file import WeightsFile
-from gemma_keras.checkpoints.names import weight_specs
+from gemma_keras.checkpoints.names import head_table, weight_specs
 from gemma_keras.config import GemmaConfig, LayerSpec
 
 
@@ -151,8 +151,8 @@ class _TracedGraph:
         return self.matrices[name]
 
     def _read_weight(self, name: str) -> ir.Value:
-        if name == "head" and self.config.tied_head:
-            name = "token_embedding"
+        if name == "head":
+            name = head_table(self.config)
         spec = self.specs[name]
         fmt = self.plan.get(name)
         if fmt is not None and fmt.planes == 2:

@@ -40,7 +40,6 @@ EXCEPTIONS = {
         "edge_demo.compare",
         "edge_demo.engine",
         "edge_demo.errors",
-        "edge_demo.tokenizer",
     ),
     # the one definition of the divergence, of exports and on the device
     "export.quantize.sensitivity": ("edge_demo.score",),

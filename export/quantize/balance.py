@@ -95,11 +95,9 @@ class BalancedWeights(Mapping[str, np.ndarray]):
         for name in after:
             self._inputs[name] = multiply
 
-    def table_pieces(self, name: str, step: int) -> Iterator[tuple[int, np.ndarray]]:
+    def table_pieces(self, name: str, piece_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
         """A table, which balancing leaves as it is."""
-        return table_pieces(
-            self._weights, name, self._config.hidden_dim, 4 * self._config.hidden_dim * step
-        )
+        return table_pieces(self._weights, name, piece_bytes)
 
     def __getitem__(self, name: str) -> np.ndarray:
         array = self._weights[name]

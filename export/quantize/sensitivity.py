@@ -14,14 +14,8 @@ import numpy as np
 from edge_demo.score import kl_divergence
 from export.quantize.formats import Format, Plan
 from export.quantize.packing import Quantized
-from export.reference import (
-    BlockLoader,
-    embedded,
-    head_logits,
-    head_table,
-    run_block,
-    table_rows,
-)
+from export.reference import BlockLoader, embedded, head_logits, run_block, table_rows
+from gemma_keras.checkpoints.names import head_table
 from gemma_keras.config import GemmaConfig
 
 # Matrices of a block that get their bits together, those of like cost and like effect.

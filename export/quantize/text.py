@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import sentencepiece
 
 from export.errors import ExportRequestError
 
@@ -15,6 +16,7 @@ MOST_ROWS = 64
 _FEWEST_TOKENS = 128
 _HELD_OUT_ROWS = 4
 _MOST_BYTES = 64 << 20
+_WINDOW, _MOST_WINDOWS = 512, 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +87,52 @@ def cut_text(bos: int, tokens: Sequence[int], context: int, origin: str) -> Cali
     rows = np.full((count, length), bos, np.int32)
     rows[:, 1:] = np.reshape(tokens[: count * (length - 1)], (count, length - 1))
     return split_rows(rows, origin)
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """A text to compare on, as `edge_demo.compare` cuts it.
+
+    Attributes:
+        ids: of its tokens.
+        bos: the beginning-of-sequence token, which every window begins with.
+        length: tokens in a window.
+        count: of the windows.
+        name: of the text.
+    """
+
+    ids: Sequence[int]
+    bos: int
+    length: int
+    count: int
+    name: str
+
+    @property
+    def rows(self) -> np.ndarray:
+        """The windows: int32 `(count, length)`."""
+        rows = np.full((self.count, self.length), self.bos, np.int32)
+        room = self.length - 1
+        rows[:, 1:] = np.reshape(self.ids[: self.count * room], (self.count, room))
+        return rows
+
+
+def read_windows(
+    path: Path, tokenizer: sentencepiece.SentencePieceProcessor, context: int
+) -> Windows:
+    """The first 24 windows of 512 tokens of a text, shorter ones for a shorter context.
+
+    Raises:
+        ExportRequestError: the text cannot be read, or does not fill one.
+    """
+    ids = tokenizer.encode(read_text(path, "text of the report"))
+    length = min(_WINDOW, context)
+    # One token more than fill them: the last position's right token is the next of the text.
+    count = min((len(ids) - 1) // (length - 1), _MOST_WINDOWS)
+    if count < 1:
+        raise ExportRequestError(
+            f"the text of the report {path} has {len(ids)} tokens; {length} are needed"
+        )
+    return Windows(ids, tokenizer.bos_id(), length, count, path.name)
 
 
 def split_rows(rows: np.ndarray, origin: str) -> CalibrationText:

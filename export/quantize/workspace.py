@@ -83,7 +83,7 @@ def fingerprint(config: GemmaConfig, weights: Mapping[str, np.ndarray], *others:
     for spec in weight_specs(config).values():
         digest.update(f"{spec.name} {spec.shape}".encode())
         if spec.kind == "table":
-            pieces = (piece for _, piece in table_pieces(weights, spec.name, spec.shape[1]))
+            pieces = (piece for _, piece in table_pieces(weights, spec.name))
         else:
             pieces = [weights[spec.name]]
         for piece in pieces:

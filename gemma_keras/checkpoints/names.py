@@ -196,6 +196,11 @@ def weight_specs(config: GemmaConfig) -> dict[str, WeightSpec]:
     return {spec.name: spec for spec in specs}
 
 
+def head_table(config: GemmaConfig) -> str:
+    """The table that makes logits of hidden states."""
+    return "token_embedding" if config.tied_head else "head"
+
+
 def parameter_count(config: GemmaConfig) -> int:
     """How many numbers the model has, the embedding counted once when it is also the head."""
     return sum(int(np.prod(spec.shape, dtype=np.int64)) for spec in weight_specs(config).values())

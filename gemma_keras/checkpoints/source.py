@@ -13,6 +13,8 @@ from gemma_keras.checkpoints.names import FileFormat, WeightSpec, weight_specs
 from gemma_keras.config import GemmaConfig
 from gemma_keras.errors import CheckpointError
 
+PIECE_BYTES = 64 << 20  # of a table, in float32, in memory at once
+
 
 class WeightSource(Mapping[str, np.ndarray]):
     """Canonical names to float32 arrays, each read from its file when it is asked for.
@@ -79,15 +81,17 @@ class WeightSource(Mapping[str, np.ndarray]):
         self._check_finite(spec, array)
         return array
 
-    def table_pieces(self, name: str, step: int) -> Iterator[tuple[int, np.ndarray]]:
-        """A table `step` rows at a time, one piece in memory: the first row's number, the rows.
+    def table_pieces(self, name: str, piece_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
+        """A table in pieces, one in memory at a time: the first row's number, float32 rows.
 
         Raises:
             CheckpointError: a value is not finite.
         """
         spec = self.specs[name]
-        for first in range(0, spec.shape[0], step):
-            last = min(first + step, spec.shape[0])
+        num_rows, width = spec.shape
+        step = _rows_in(piece_bytes, width)
+        for first in range(0, num_rows, step):
+            last = min(first + step, num_rows)
             rows = self._read_rows(spec.file_name(self._format), first, last)
             self._check_finite(spec, rows)
             yield first, rows
@@ -132,29 +136,34 @@ class WeightSource(Mapping[str, np.ndarray]):
 class TableSource(Protocol):
     """Weights whose tables can be read piece by piece, as those of a file can."""
 
-    def table_pieces(self, name: str, step: int) -> Iterator[tuple[int, np.ndarray]]:
-        """A table `step` rows at a time: the first row's number, float32 rows."""
+    def table_pieces(self, name: str, piece_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
+        """As `table_pieces`."""
         ...
 
 
 def table_pieces(
-    weights: Mapping[str, np.ndarray], name: str, width: int, piece_bytes: int = 64 << 20
+    weights: Mapping[str, np.ndarray], name: str, piece_bytes: int = PIECE_BYTES
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """A table in pieces, whatever the weights are: the first row's number, float32 rows.
+    """A table in pieces of about `piece_bytes`: the first row's number, float32 rows.
 
-    Args:
-        weights: canonical name to array.
-        name: of a table.
-        width: of its rows.
-        piece_bytes: of a piece, about.
+    Where the weights are a `TableSource`, only one piece is in memory.
     """
-    step = max(1, piece_bytes // (4 * width))
     if isinstance(weights, TableSource):
-        yield from weights.table_pieces(name, step)
-        return
-    table = weights[name]
-    for first in range(0, len(table), step):
-        yield first, table[first : first + step]
+        return weights.table_pieces(name, piece_bytes)
+    return row_pieces(weights[name], piece_bytes)
+
+
+def row_pieces(
+    array: np.ndarray, piece_bytes: int = PIECE_BYTES
+) -> Iterator[tuple[int, np.ndarray]]:
+    """An array in pieces of about `piece_bytes` of float32: the first row's number, the rows."""
+    step = _rows_in(piece_bytes, array.shape[1])
+    for first in range(0, len(array), step):
+        yield first, array[first : first + step]
+
+
+def _rows_in(piece_bytes: int, width: int) -> int:
+    return max(1, piece_bytes // (4 * width))
 
 
 @dataclasses.dataclass(frozen=True)

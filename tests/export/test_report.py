@@ -12,7 +12,9 @@ from edge_demo.compare import compare
 from edge_demo.engine import Engine
 from edge_demo.tokenizer import Tokenizer
 from export import cli, export_onnx, pipeline
+from export.bundle import open_tokenizer
 from export.errors import ExportRequestError
+from export.quantize.text import read_windows
 from export.report import measure_on_text
 from gemma_keras import open_checkpoint
 from tests.models import GENERATIONS, write_tiny_hf
@@ -37,7 +39,9 @@ def test_it_is_the_comparison_with_a_float32_bundle(exported, tmp_path):
     text.write_text(WORDS * 12)
     reference, bundle = (Bundle.open(path) for path in paths)
     shares = []
-    found = measure_on_text(bundle, open_checkpoint(source), text, shares.append)
+    checkpoint = open_checkpoint(source)
+    windows = read_windows(text, open_tokenizer(checkpoint), bundle.context_length)
+    found = measure_on_text(bundle, checkpoint, windows, shares.append)
     assert shares == sorted(shares) and shares[-1] == 1
     ids = Tokenizer(bundle).encode(text.read_text(), bos=False)
     length = bundle.context_length
@@ -78,9 +82,13 @@ def test_a_text_that_cannot_be_used_is_refused(exported, tmp_path, content, mess
     text = tmp_path / "text.txt"
     if content is not None:
         text.write_bytes(content)
+    stages = []
     with pytest.raises(ExportRequestError, match=rf"text of the report .*text.txt .*{message}"):
-        export_onnx(source, tmp_path / "out", calibration="none", report=text)
+        export_onnx(
+            source, tmp_path / "out", report=text, on_progress=lambda *step: stages.append(step)
+        )
     assert not (tmp_path / "out").exists()
+    assert not stages  # nothing slow had begun
 
 
 def test_a_bundle_too_large_to_run_is_refused_unless_it_need_not_run(
