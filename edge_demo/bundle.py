@@ -22,7 +22,7 @@ from typing import Any
 from edge_demo.errors import BundleError
 
 FORMAT = "gemma-keras-bundle"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "bundle.json"
 _MAX_MANIFEST = 16 << 20
 _ALWAYS_HASH = 8 << 20
@@ -67,6 +67,19 @@ class RopeSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class WindowSpec:
+    """A sliding window, and the layers that keep no more than it.
+
+    Attributes:
+        name: of the dimension that is the capacity of such a layer's keys and values.
+        length: tokens that a token sees, itself among them.
+    """
+
+    name: str
+    length: int
+
+
+@dataclasses.dataclass(frozen=True)
 class ChatTemplate:
     """Gemma's turn template, `<start_of_turn>ROLE\\nTEXT<end_of_turn>\\n`, as data.
 
@@ -108,6 +121,7 @@ class Bundle:
             bundles that have none.
         weights: the file that the graphs point into.
         ropes: the rotary tables it needs.
+        windows: the sliding windows of layers that keep no more than theirs.
         tokenizer: file and ids.
         files: name to (bytes, SHA-256).
         manifest: all of `bundle.json`, for people: plan, provenance, quality, licence.
@@ -122,6 +136,7 @@ class Bundle:
     candidates: GraphSpec | None
     weights: str
     ropes: tuple[RopeSpec, ...]
+    windows: tuple[WindowSpec, ...]
     tokenizer: TokenizerSpec
     files: Mapping[str, tuple[int, str]]
     manifest: Mapping[str, Any]
@@ -249,6 +264,7 @@ def _parse(folder: Path, manifest: dict[str, Any]) -> Bundle:
             RopeSpec(str(r["name"]), _factor(r["theta"]), _factor(r["scale"]), _count(r["dims"]))
             for r in manifest["ropes"]
         ),
+        windows=tuple(WindowSpec(str(w["name"]), _count(w["length"])) for w in manifest["windows"]),
         tokenizer=TokenizerSpec(
             file=_plain_name(tokenizer["file"]),
             bos=_index(tokenizer["bos"]),

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from edge_demo.errors import EdgeError, RequestError
+from edge_demo.huge_pages import restart_with_huge_pages
 from edge_demo.terminal import complain
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; exit status 0, 1 for a failure, 2 for a bad request, 130 for Ctrl-C."""
     _prepare_streams()
     arguments = _parser().parse_args(argv)
+    if argv is None and arguments.run is not _inspect:  # a process of its own, with an engine
+        restart_with_huge_pages()
     run: Callable[[argparse.Namespace], int] = arguments.run
     try:
         status = run(arguments)

@@ -67,7 +67,7 @@ class TokenRunner:
                 f"onnxruntime {ort.__version__} cannot load {graph.file}: {error}"
             ) from error
         self._check_contract()
-        self._cache = KVCache(graph, bundle.ropes, bundle.context_length)
+        self._cache = KVCache(graph, bundle.ropes, bundle.windows, bundle.context_length)
         self._decode_call: _Call | None = None
 
     def _check_contract(self) -> None:
@@ -106,10 +106,20 @@ class TokenRunner:
         return self._decode_call.run((token,), range(1))
 
     def rewind(self, length: int) -> None:
-        """Forget all but the first `length` tokens."""
+        """Forget all but the first `length` tokens.
+
+        Where a sliding window has moved on too far, they are run again: see `reusable`.
+        """
         if not 0 <= length <= len(self.tokens):
             raise ValueError(f"cannot rewind {len(self.tokens)} tokens to {length}")
-        del self.tokens[length:]
+        kept = self.tokens[:length]
+        del self.tokens[self.reusable(length) :]
+        if len(self.tokens) < length:
+            self._prefill(kept)
+
+    def reusable(self, length: int) -> int:
+        """How many of the first `length` tokens it holds need not be run again: all, or none."""
+        return length if self._cache.can_rewind(len(self.tokens), length) else 0
 
     @property
     def cache_bytes(self) -> int:
@@ -242,8 +252,18 @@ def _bound_tensors(
     bundle: Bundle, graph: GraphSpec, outputs: Sequence[TensorSpec]
 ) -> tuple[list[TensorSpec], list[TensorSpec]]:
     """The inputs and outputs that a call binds, with as many layers as the bundle has."""
+    windows = {window.name for window in bundle.windows}
     past = [
-        dataclasses.replace(s, dtype="float32", shape=("batch", s.shape[1], "capacity", s.shape[3]))
+        TensorSpec(
+            s.name,
+            "float32",
+            (
+                "batch",
+                s.shape[1],
+                s.shape[2] if s.shape[2] in windows else "capacity",
+                s.shape[3],
+            ),
+        )
         for s in graph.inputs
         if s.name.startswith("past_key_values.") and len(s.shape) == 4
     ]

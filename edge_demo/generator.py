@@ -99,6 +99,7 @@ class Generator:
         start = time.perf_counter()
         reused = _common_prefix(self.engine.tokens, prompt_ids)
         reused = min(reused, max(0, len(prompt_ids) - 1))  # the last token has to give its logits
+        reused = self.engine.reusable(reused)
         self.engine.rewind(reused)
         out.reused_tokens = reused
         logits = self.engine.prefill(list(prompt_ids)[reused:])

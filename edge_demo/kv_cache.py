@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import numpy as np
 
-from edge_demo.bundle import GraphSpec, RopeSpec
+from edge_demo.bundle import GraphSpec, RopeSpec, TensorSpec, WindowSpec
 
 _STEP = 256
+_SLACK = 256  # places beyond a window: its tokens are moved to the front once in as many steps
 
 
 class KVCache:
     """One numpy buffer for each `past_key_values.*` input, `(batch, kv_heads, capacity, head_dim)`.
 
-    The buffers grow in steps as tokens come, rather than being made for the longest context.
+    Buffers of layers that see everything grow in steps as tokens come, rather than being made for
+    the longest context. Those of layers with a sliding window keep one size, whatever the context:
+    of `length` tokens, the operator keeps `resident(length)` at the front and forgets the others
+    (`GroupQueryAttention`'s `sliding_window_cache`, onnxruntime, ContribOperators.md).
 
     Args:
         graph: the engine graph, whose contract gives the shapes.
         ropes: the rotary tables, which have to reach as far as the buffers.
+        windows: the sliding windows, which the shapes name.
         limit: the largest capacity, in tokens.
 
     Attributes:
@@ -25,20 +30,28 @@ class KVCache:
         capacity: tokens that fit now.
     """
 
-    def __init__(self, graph: GraphSpec, ropes: tuple[RopeSpec, ...], limit: int) -> None:
-        self._specs = [s for s in graph.inputs if s.name.startswith("past_key_values.")]
+    def __init__(
+        self,
+        graph: GraphSpec,
+        ropes: tuple[RopeSpec, ...],
+        windows: tuple[WindowSpec, ...],
+        limit: int,
+    ) -> None:
+        specs = [s for s in graph.inputs if s.name.startswith("past_key_values.")]
+        self._growing = [s for s in specs if s.shape[2] == "capacity"]
         self._ropes = ropes
+        self._windows = windows
         self._limit = limit
         self.capacity = 0
+        # Memory that is not written to yet costs nothing, so a window may be longer than the text.
+        self._sizes = {w.name: w.length + _SLACK for w in windows} | {"batch": 1, "capacity": 0}
         self.buffers: dict[str, np.ndarray] = {
-            spec.name: np.zeros(self._shape(spec.shape, 0), np.float32) for spec in self._specs
+            spec.name: np.zeros(self._shape(spec), np.float32) for spec in specs
         }
         self.tables: dict[str, np.ndarray] = {}
 
-    @staticmethod
-    def _shape(shape: tuple[int | str, ...], capacity: int) -> tuple[int, ...]:
-        sizes = {"batch": 1, "capacity": capacity}
-        return tuple(d if isinstance(d, int) else sizes[d] for d in shape)
+    def _shape(self, spec: TensorSpec) -> tuple[int, ...]:
+        return tuple(d if isinstance(d, int) else self._sizes[d] for d in spec.shape)
 
     def reserve(self, tokens: int) -> bool:
         """Make room for `tokens` in all; true if the buffers were replaced by larger ones."""
@@ -47,8 +60,9 @@ class KVCache:
         # A half more than now, so that growing costs little in the end, in whole steps.
         wanted = max(tokens, self.capacity + self.capacity // 2)
         old, self.capacity = self.capacity, min(self._limit, -(-wanted // _STEP) * _STEP)
-        for spec in self._specs:
-            grown = np.zeros(self._shape(spec.shape, self.capacity), np.float32)
+        self._sizes["capacity"] = self.capacity
+        for spec in self._growing:
+            grown = np.zeros(self._shape(spec), np.float32)
             grown[:, :, :old] = self.buffers[spec.name]
             self.buffers[spec.name] = grown
         for rope in self._ropes:
@@ -57,10 +71,27 @@ class KVCache:
             )
         return True
 
+    def can_rewind(self, tokens: int, length: int) -> bool:
+        """Whether all that the first `length` of `tokens` tokens left is still there."""
+        return all(
+            tokens - _resident(tokens, w.length) == length - _resident(length, w.length)
+            for w in self._windows
+        )
+
     @property
     def num_bytes(self) -> int:
         """What the buffers and tables take, in bytes."""
         return sum(a.nbytes for a in (*self.buffers.values(), *self.tables.values()))
+
+
+def _resident(tokens: int, window: int) -> int:
+    """How many of the last tokens a windowed buffer holds: a function of the total alone.
+
+    With capacity C and window W, `T - G * ceil((T - C) / G)` of T tokens beyond C, where
+    `G = C - W + 1`; onnxruntime, ContribOperators.md.
+    """
+    beyond, step = tokens - (window + _SLACK), _SLACK + 1
+    return tokens if beyond <= 0 else tokens - step * -(-beyond // step)
 
 
 def rope_table(rope: RopeSpec, length: int) -> tuple[np.ndarray, np.ndarray]:

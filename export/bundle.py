@@ -8,13 +8,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
 
-from edge_demo.bundle import FORMAT, FORMAT_VERSION, MANIFEST, GraphSpec, RopeSpec
+from edge_demo.bundle import FORMAT, FORMAT_VERSION, MANIFEST, GraphSpec, RopeSpec, WindowSpec
 from export.card import write_card
 from export.contract import WEIGHTS_FILE
 from export.errors import ExportError, ExportRequestError
@@ -188,7 +188,8 @@ def write_manifest(
     lowering: str,
     plan: Plan,
     graphs: Mapping[str, GraphSpec],
-    ropes: Iterator[RopeSpec] | list[RopeSpec],
+    ropes: Iterable[RopeSpec],
+    windows: Iterable[WindowSpec],
     tokenizer: Mapping[str, Any],
     licence: Mapping[str, Any],
     max_context: int,
@@ -217,6 +218,7 @@ def write_manifest(
         "weights": WEIGHTS_FILE,
         "graphs": {name: dataclasses.asdict(graph) for name, graph in graphs.items()},
         "ropes": [dataclasses.asdict(rope) for rope in ropes],
+        "windows": [dataclasses.asdict(window) for window in windows],
         "tokenizer": dict(tokenizer),
         "provenance": checkpoint.provenance,
         "license": dict(licence),

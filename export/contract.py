@@ -7,13 +7,17 @@ Three graphs stand over the same weights:
 * `engine.onnx` is what `edge_demo` runs: keys and values live in buffers of fixed capacity that are
   input and output at once, the rotary tables are inputs (so they grow with the buffers instead of
   being stored for the longest context), and logits are computed only where they are asked for.
+  A layer that sees a sliding window keeps no more than the window.
 * `candidates.onnx` is the same for generation: in place of all logits it returns the ids and logits
   of the few hundred most likely tokens, found inside the graph.
 """
 
 from __future__ import annotations
 
-from edge_demo.bundle import GraphSpec, RopeSpec, TensorSpec
+from collections.abc import Iterable, Mapping
+from itertools import repeat
+
+from edge_demo.bundle import GraphSpec, RopeSpec, TensorSpec, WindowSpec
 from gemma_keras.config import GemmaConfig, LayerSpec
 
 INTERCHANGE_FILE = "model.onnx"
@@ -23,6 +27,9 @@ WEIGHTS_FILE = "model.onnx_data"
 _BATCH = "batch_size"  # transformers.js makes an empty past by this name
 
 _MOST_CANDIDATES = 256
+
+Windows = Mapping[int | None, WindowSpec]
+NO_WINDOWS: Windows = {}
 
 
 def ropes(config: GemmaConfig) -> dict[tuple[float, float, int], RopeSpec]:
@@ -42,6 +49,16 @@ def rope_key(layer: LayerSpec) -> tuple[float, float, int]:
     return layer.rope_theta, layer.rope_scale, layer.head_dim
 
 
+def windows(config: GemmaConfig, max_context: int) -> Windows:
+    """The distinct sliding windows that are shorter than the context, keyed by their lengths."""
+    lengths = sorted({layer.sliding_window or max_context for layer in config.layers})
+    return {
+        length: WindowSpec(f"window_capacity.{i}", length)
+        for i, length in enumerate(lengths)
+        if length < max_context
+    }
+
+
 def interchange_contract(config: GemmaConfig) -> GraphSpec:
     """The contract of `model.onnx`."""
     return GraphSpec(
@@ -49,30 +66,35 @@ def interchange_contract(config: GemmaConfig) -> GraphSpec:
         inputs=(
             TensorSpec("input_ids", "int64", (_BATCH, "sequence_length")),
             TensorSpec("attention_mask", "int64", (_BATCH, "total_sequence_length")),
-            *_key_values(config, "past_key_values", "past_sequence_length", _BATCH),
+            *_key_values(config, "past_key_values", repeat("past_sequence_length"), _BATCH),
         ),
         outputs=(
             TensorSpec("logits", "float32", (_BATCH, "sequence_length", config.vocabulary_size)),
-            *_key_values(config, "present", "total_sequence_length", _BATCH),
+            *_key_values(config, "present", repeat("total_sequence_length"), _BATCH),
         ),
     )
 
 
-def engine_contract(config: GemmaConfig) -> GraphSpec:
+def engine_contract(config: GemmaConfig, windows: Windows = NO_WINDOWS) -> GraphSpec:
     """The contract of `engine.onnx`.
 
     `seqlens_k` is the number of tokens each row will have after the call, less 1, as
     `GroupQueryAttention` counts; `logit_positions` picks positions within the call.
+
+    Args:
+        config: the model's.
+        windows: as `windows` gives them; layers with one of these windows keep no more than it.
     """
     shape = ("batch", "num_logits", config.vocabulary_size)
-    return _in_place(config, ENGINE_FILE, TensorSpec("logits", "float32", shape))
+    return _in_place(config, windows, ENGINE_FILE, TensorSpec("logits", "float32", shape))
 
 
-def candidates_contract(config: GemmaConfig) -> GraphSpec:
+def candidates_contract(config: GemmaConfig, windows: Windows = NO_WINDOWS) -> GraphSpec:
     """The contract of `candidates.onnx`: inputs as the engine's, the best tokens in no order."""
     shape = ("batch", "num_logits", num_candidates(config))
     return _in_place(
         config,
+        windows,
         CANDIDATES_FILE,
         TensorSpec("candidate_ids", "int64", shape),
         TensorSpec("candidate_logits", "float32", shape),
@@ -84,8 +106,12 @@ def num_candidates(config: GemmaConfig) -> int:
     return min(_MOST_CANDIDATES, config.vocabulary_size)
 
 
-def _in_place(config: GemmaConfig, file: str, *outputs: TensorSpec) -> GraphSpec:
+def _in_place(config: GemmaConfig, windows: Windows, file: str, *outputs: TensorSpec) -> GraphSpec:
     """A graph whose keys and values are buffers of fixed capacity, input and output at once."""
+    capacities = [
+        windows[layer.sliding_window].name if layer.sliding_window in windows else "capacity"
+        for layer in config.layers
+    ]
     tables = [
         TensorSpec(f"{rope.name}.{part}", "float32", ("rope_length", rope.dims))
         for rope in ropes(config).values()
@@ -99,14 +125,14 @@ def _in_place(config: GemmaConfig, file: str, *outputs: TensorSpec) -> GraphSpec
             TensorSpec("total_sequence_length", "int32", ()),
             TensorSpec("logit_positions", "int64", ("num_logits",)),
             *tables,
-            *_key_values(config, "past_key_values", "capacity"),
+            *_key_values(config, "past_key_values", capacities),
         ),
-        outputs=(*outputs, *_key_values(config, "present", "capacity")),
+        outputs=(*outputs, *_key_values(config, "present", capacities)),
     )
 
 
 def _key_values(
-    config: GemmaConfig, prefix: str, length: str, batch: str = "batch"
+    config: GemmaConfig, prefix: str, lengths: Iterable[str], batch: str = "batch"
 ) -> list[TensorSpec]:
     return [
         TensorSpec(
@@ -114,6 +140,6 @@ def _key_values(
             "float32",
             (batch, layer.num_kv_heads, length, layer.head_dim),
         )
-        for i, layer in enumerate(config.layers)
+        for i, (layer, length) in enumerate(zip(config.layers, lengths, strict=False))
         for part in ("key", "value")
     ]

@@ -13,11 +13,13 @@ import onnx_ir as ir
 from edge_demo.bundle import Bundle
 from export import bundle as writer
 from export.contract import (
+    NO_WINDOWS,
     WEIGHTS_FILE,
     candidates_contract,
     engine_contract,
     interchange_contract,
     ropes,
+    windows,
 )
 from export.ecosystem import write_ecosystem_files
 from export.errors import ExportRequestError
@@ -75,10 +77,12 @@ class BundleDraft:
         self.lowering = lowering
         self.max_context = max_context
         self._on_progress = on_progress
+        # Standard operators have no cache of a window's length.
+        self._windows = windows(config, max_context) if lowering == "fused" else NO_WINDOWS
         self._graphs = {
             "interchange": interchange_contract(config),
-            "engine": engine_contract(config),
-            "candidates": candidates_contract(config),
+            "engine": engine_contract(config, self._windows),
+            "candidates": candidates_contract(config, self._windows),
         }
         self._tokenizer = writer.write_tokenizer(folder, checkpoint)
         self._licence = writer.write_notices(folder, checkpoint, recipe)
@@ -142,7 +146,8 @@ class BundleDraft:
             self.lowering,
             self._plan,
             self._graphs,
-            list(ropes(self.checkpoint.config).values()),
+            ropes(self.checkpoint.config).values(),
+            self._windows.values(),
             self._tokenizer,
             self._licence,
             self.max_context,

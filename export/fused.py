@@ -19,6 +19,7 @@ from export.contract import (
     rope_key,
     ropes,
 )
+from export.joined import joined_matrices, joined_name
 from export.nodes import graph_value
 from export.quantize.formats import Format, Plan, rows_and_inputs
 from export.weights_file import WeightsFile
@@ -64,7 +65,9 @@ class _FusedGraph:
         self.max_context = max_context
         self.specs = weight_specs(config)
         self.head = head_table(config)
+        self.joined = joined_matrices(config, plan)
         self.for_engine = contract.file != INTERCHANGE_FILE
+        self.contract_shapes = {spec.name: spec.shape for spec in contract.inputs}
         self.inputs = {spec.name: graph_value(spec) for spec in contract.inputs}
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
@@ -162,9 +165,7 @@ class _FusedGraph:
         total: ir.Value,
     ) -> tuple[ir.Value, list[ir.Value]]:
         name = f"layers.{i}.attention"
-        query = self._matmul(f"{name}.query", x)
-        key = self._matmul(f"{name}.key", x)
-        value = self._matmul(f"{name}.value", x)
+        query, key, value = self._matmuls([f"{name}.{n}" for n in ("query", "key", "value")], x)
         if layer.qk_norm:
             query = self._head_norm(f"{name}.query_norm", query, layer.head_dim)
             key = self._head_norm(f"{name}.key_norm", key, layer.head_dim)
@@ -179,6 +180,8 @@ class _FusedGraph:
         }
         if layer.sliding_window is not None:
             attributes["local_window_size"] = layer.sliding_window
+        if self._keeps_a_window(i):
+            attributes["sliding_window_cache"] = 1
         if layer.attention_soft_cap is not None:
             attributes["softcap"] = layer.attention_soft_cap
         attended, *present = self._ops(
@@ -190,12 +193,16 @@ class _FusedGraph:
         )
         return self._matmul(f"{name}.output", attended), present
 
+    def _keeps_a_window(self, i: int) -> bool:
+        """Whether the contract wants no more than a sliding window kept in a layer's buffers."""
+        capacity = self.contract_shapes[f"past_key_values.{i}.key"][2]
+        return self.for_engine and capacity != "capacity"
+
     def _mlp(self, i: int, x: ir.Value) -> ir.Value:
         name = f"layers.{i}.mlp"
-        gate = self._op(
-            "Gelu", [self._matmul(f"{name}.gate", x)], f"{name}.gelu", approximate="tanh"
-        )
-        gated = self._op("Mul", [gate, self._matmul(f"{name}.up", x)], f"{name}.gated")
+        gate, up = self._matmuls([f"{name}.gate", f"{name}.up"], x)
+        gelu = self._op("Gelu", [gate], f"{name}.gelu", approximate="tanh")
+        gated = self._op("Mul", [gelu, up], f"{name}.gated")
         return self._matmul(f"{name}.down", gated)
 
     def _pick(self, hidden: ir.Value) -> ir.Value:
@@ -298,10 +305,35 @@ class _FusedGraph:
             return self._matmul_nbits(name, x, f"{name}.out", fmt)
         return self._op("MatMul", [x, self._float_weight(name)], f"{name}.out")
 
+    def _matmuls(self, names: Sequence[str], x: ir.Value) -> list[ir.Value]:
+        """Products of one input with several matrices; those stored together are one product."""
+        found: list[ir.Value] = []
+        while len(found) < len(names):
+            first = names[len(found)]
+            run = self.joined.get(first)
+            if run is None:
+                found.append(self._matmul(first, x))
+                continue
+            label = joined_name(run)
+            sizes = [rows_and_inputs(self.specs[name])[0] for name in run]
+            num_inputs = rows_and_inputs(self.specs[run[0]])[1]
+            whole = self._matmul_nbits(
+                label, x, f"{label}.out", self.plan[run[0]], shape=(sum(sizes), num_inputs)
+            )
+            split = self._constant(f"split.{sizes}", np.array(sizes, np.int64))
+            found += self._ops("Split", [whole, split], [f"{name}.out" for name in run], axis=-1)
+        return found
+
     def _matmul_nbits(
-        self, name: str, x: ir.Value, out: str, fmt: Format, part: str = "quantized"
+        self,
+        name: str,
+        x: ir.Value,
+        out: str,
+        fmt: Format,
+        part: str = "quantized",
+        shape: tuple[int, int] | None = None,
     ) -> ir.Value:
-        num_rows, num_inputs = rows_and_inputs(self.specs[name])
+        num_rows, num_inputs = shape or rows_and_inputs(self.specs[name])
         inputs = [self._weight(f"{name}.{part}"), self._weight(f"{name}.scales")]
         if not fmt.symmetric:
             inputs.append(self._weight(f"{name}.zero_points"))

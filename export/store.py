@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from export.errors import ExportError
+from export.joined import joined_matrices, joined_name
 from export.quantize.formats import Format, Plan, rows_and_inputs
 from export.quantize.packing import Quantized, stored_tensors
 from export.quantize.rounding import round_to_nearest
@@ -29,7 +30,8 @@ def store_weights(
     A norm is stored as the factor `1 + scale` that ONNX's norms take. A quantized matrix is stored
     as `NAME.quantized` and `NAME.scales`, with `NAME.zero_points` where blocks have their own; in
     two planes as `NAME.high` and `NAME.low`. A table's integers are named a second time, `.rows`
-    for `.quantized` and so on, in the shape that `GatherBlockQuantized` takes.
+    for `.quantized` and so on, in the shape that `GatherBlockQuantized` takes. Matrices that are
+    joined (`export.joined`) lie one after another, and can be read under the name of all as well.
 
     Args:
         config: the model's.
@@ -45,11 +47,16 @@ def store_weights(
     specs = weight_specs(config)
     total = sum(int(np.prod(spec.shape)) for spec in specs.values())
     done = 0
+    joined = joined_matrices(config, plan)
+    others = {name for names in joined.values() for name in names[1:]}
     for spec in specs.values():
         if spec.kind == "norm":
             file.add(spec.name, (1 + weights[spec.name]).astype(np.float32))
+        elif spec.name in others:
+            pass  # with the first of them
         elif plan[spec.name].quantized:
-            _store_quantized(spec, weights, plan[spec.name], file, rounded)
+            together = [specs[name] for name in joined.get(spec.name, (spec.name,))]
+            _store_quantized(together, weights, plan[spec.name], file, rounded)
         else:
             _store_float(spec, weights, plan[spec.name], file)
         done += int(np.prod(spec.shape))
@@ -74,29 +81,45 @@ def _store_float(
 
 
 def _store_quantized(
-    spec: WeightSpec,
+    specs: Sequence[WeightSpec],
     weights: Mapping[str, np.ndarray],
     fmt: Format,
     file: WeightsFile,
     rounded: Callable[[str, Format], Quantized | None],
 ) -> None:
-    num_rows, num_inputs = rows_and_inputs(spec)
-    quantized = rounded(spec.name, fmt)
-    if quantized is not None:
-        for part, array in stored_tensors(quantized, fmt).items():
-            file.add(f"{spec.name}.{part}", array)
-    else:
-        is_table = spec.kind == "table"
-        pieces = table_pieces(weights, spec.name) if is_table else row_pieces(weights[spec.name].T)
-        for first, rows in pieces:
-            piece = stored_tensors(round_to_nearest(rows, fmt), fmt)
-            for part, array in piece.items():
-                name = f"{spec.name}.{part}"
-                if not first:
-                    file.reserve(name, array.dtype, (num_rows, *array.shape[1:]))
-                file.write_rows(name, first, array)
-    if spec.kind == "table":
-        width = num_inputs * (fmt.bits // fmt.planes) // 8
+    """Store a matrix or a table, or matrices that lie one after another."""
+    label = joined_name([spec.name for spec in specs])
+    num_rows = [rows_and_inputs(spec)[0] for spec in specs]
+    for i, spec in enumerate(specs):
+        before = sum(num_rows[:i])
+        for first, piece in _pieces(spec, weights, fmt, rounded):
+            parts = stored_tensors(piece, fmt)
+            for part, array in parts.items():
+                name = f"{label}.{part}"
+                if not before + first:
+                    file.reserve(name, array.dtype, (sum(num_rows), *array.shape[1:]))
+                file.write_rows(name, before + first, array)
+                if label != spec.name and not first:
+                    file.add_rows(f"{spec.name}.{part}", name, before, num_rows[i])
+    if specs[0].kind == "table":
+        width = specs[0].shape[1] * (fmt.bits // fmt.planes) // 8
         for part in ("quantized",) if fmt.planes == 1 else ("high", "low"):
             rows_of = "rows" if part == "quantized" else f"{part}.rows"
-            file.add_view(f"{spec.name}.{rows_of}", f"{spec.name}.{part}", (num_rows, width))
+            file.add_view(f"{label}.{rows_of}", f"{label}.{part}", (num_rows[0], width))
+
+
+def _pieces(
+    spec: WeightSpec,
+    weights: Mapping[str, np.ndarray],
+    fmt: Format,
+    rounded: Callable[[str, Format], Quantized | None],
+) -> Iterator[tuple[int, Quantized]]:
+    """A weight on its lattice, from row to row."""
+    whole = rounded(spec.name, fmt)
+    if whole is not None:
+        yield 0, whole
+        return
+    is_table = spec.kind == "table"
+    pieces = table_pieces(weights, spec.name) if is_table else row_pieces(weights[spec.name].T)
+    for first, rows in pieces:
+        yield first, round_to_nearest(rows, fmt)

@@ -79,6 +79,17 @@ class WeightsFile:
             raise ValueError(f"{name}: {shape} and {stored.shape} differ in size")
         self.tensors[name] = dataclasses.replace(stored, shape=shape)
 
+    def add_rows(self, name: str, of: str, first: int, count: int) -> None:
+        """Name some rows of a stored tensor as a tensor of their own."""
+        stored = self.tensors[of]
+        row_bytes = stored.num_bytes // stored.shape[0]
+        self.tensors[name] = StoredTensor(
+            stored.dtype,
+            (count, *stored.shape[1:]),
+            stored.offset + first * row_bytes,
+            count * row_bytes,
+        )
+
     def initializer(
         self,
         name: str,

@@ -50,7 +50,7 @@ FILES = (
 @pytest.fixture
 def damaged(tiny_bundles, tmp_path):
     """A good bundle, to be spoiled."""
-    return copy_bundle(tiny_bundles / "gemma-fp32", tmp_path / "damaged")
+    return copy_bundle(tiny_bundles / "gemma3-fp32", tmp_path / "damaged")
 
 
 def use(path):
@@ -115,14 +115,15 @@ def test_a_manifest_that_is_none_is_refused(damaged, content, words):
     assert_refused(damaged, damaged / "bundle.json", words)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None, [1]])
+@pytest.mark.parametrize("version", [0, 1, 3, "2", None, [2]])
 def test_another_version_is_refused_by_number(damaged, version):
     edit_manifest(damaged, lambda m: m.update(format_version=version))
-    assert_refused(damaged, f"version {version!r}", "reads 1")
+    assert_refused(damaged, f"version {version!r}", "reads 2")
 
 
 @pytest.mark.parametrize(
-    "key", ["model", "recipe", "graphs", "ropes", "tokenizer", "files", "plan", "license"]
+    "key",
+    ["model", "recipe", "graphs", "ropes", "windows", "tokenizer", "files", "plan", "license"],
 )
 def test_a_missing_key_is_named(damaged, key):
     edit_manifest(damaged, lambda m: m.pop(key) and None)
@@ -336,7 +337,7 @@ def test_a_graph_that_is_none_is_refused_in_one_sentence(damaged, data, capfd):
     assert capfd.readouterr().err == ""
 
 
-@pytest.mark.parametrize("other", ["gemma2-fp32", "short"])
+@pytest.mark.parametrize("other", ["gemma2-fp32", "gemma-fp32"])
 def test_the_graph_of_another_model_is_refused(damaged, tiny_bundles, other):
     for name in ("engine.onnx", "model.onnx_data"):
         rewrite(damaged, name, (tiny_bundles / other / name).read_bytes())
@@ -387,6 +388,9 @@ def test_a_graph_and_a_manifest_that_agree_on_what_the_engine_cannot_feed_are_re
     "edit",
     [
         lambda m: m["ropes"].clear(),
+        lambda m: m["windows"].clear(),
+        lambda m: m["windows"][0].update(name="window_capacity.7"),
+        lambda m: m["windows"][0].update(name="capacity"),
         lambda m: m["ropes"][0].update(name="rope.7"),
         lambda m: m["ropes"][0].update(dims=8),
         lambda m: m["model"].update(vocabulary_size=301),
@@ -395,7 +399,7 @@ def test_a_graph_and_a_manifest_that_agree_on_what_the_engine_cannot_feed_are_re
         lambda m: m["graphs"]["engine"]["inputs"][-1].update(shape=["batch", 3, "capacity", 32]),
         lambda m: m["graphs"]["engine"]["outputs"].pop() and None,
     ],
-    ids=range(8),
+    ids=range(11),
 )
 def test_a_manifest_that_describes_another_graph_is_refused(damaged, edit):
     edit_manifest(damaged, edit)

@@ -16,7 +16,7 @@ from onnx import numpy_helper
 from edge_demo.bundle import Bundle
 from edge_demo.engine import Engine
 from export import export_onnx
-from export.contract import WEIGHTS_FILE, engine_contract, interchange_contract
+from export.contract import WEIGHTS_FILE, engine_contract, interchange_contract, windows
 from export.quantize.formats import plan_bytes
 from export.quantize.recipes import plan_for_recipe
 from gemma_keras import GemmaBackbone, GemmaCausalLM, open_checkpoint
@@ -255,6 +255,13 @@ def initializers(path):
 def stored_weights(bundle, config):
     """What an int8 bundle holds, as canonical weights in float32."""
     stored, weights = initializers(bundle.path / "engine.onnx"), {}
+    for i in range(len(config.layers)):  # what is stored together
+        for first, second in (("attention.key", "attention.value"), ("mlp.gate", "mlp.up")):
+            whole = f"layers.{i}.{first}+{second.rpartition('.')[2]}"
+            for part in ("quantized", "scales"):
+                halves = np.split(stored[f"{whole}.{part}"], 2)
+                for name, rows in zip((first, second), halves, strict=True):
+                    stored[f"layers.{i}.{name}.{part}"] = rows
     for name, spec in weight_specs(config).items():
         if spec.kind == "norm":
             weights[name] = stored[name] - 1
@@ -280,7 +287,7 @@ def with_exact_activations(bundle):
         for attribute in node.attribute
         if attribute.name == "accuracy_level"
     ]
-    assert len(levels) == 7 * len(bundle.manifest["model"]["config"]["layers"]) + 1
+    assert len(levels) == 5 * len(bundle.manifest["model"]["config"]["layers"]) + 1
     assert {attribute.i for attribute in levels} == {4}
     for attribute in levels:
         attribute.i = 0
@@ -371,7 +378,10 @@ def test_graph_keeps_its_contract(tiny, exported, generation, recipe, file):
     bundle = exported(generation, recipe)
     config = tiny(generation).model.backbone.config
     onnx.checker.check_model(str(bundle.path / file), full_check=False)
-    contract = engine_contract(config) if file == "engine.onnx" else interchange_contract(config)
+    if file == "engine.onnx":
+        contract = engine_contract(config, windows(config, bundle.context_length))
+    else:
+        contract = interchange_contract(config)
     assert contract.file == file
     role = "engine" if file == "engine.onnx" else "interchange"
     as_json = json.loads(json.dumps(dataclasses.asdict(contract)))
