@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from edge_demo.engine import Engine
     from edge_demo.generator import Generation, Generator
     from edge_demo.sampling import Sampler
+    from edge_demo.speculate import Drafter
     from edge_demo.tokenizer import Tokenizer
 
 INTERRUPTED = 130
@@ -137,6 +138,12 @@ def _parser() -> argparse.ArgumentParser:
             "(default: %(default)s)",
         )
         group.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
+        sub.add_argument(
+            "--lookup",
+            action="store_true",
+            help="guess tokens by looking up how the text went on before: the same answer, sooner "
+            "where it repeats its prompt",
+        )
 
     sub = command("generate", _generate, "Continue a prompt.")
     sub.add_argument("--prompt", metavar="TEXT", help="what to continue (default: read stdin)")
@@ -227,6 +234,12 @@ def _sampler(arguments: argparse.Namespace) -> Sampler:
     return Sampler(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
 
 
+def _drafter(arguments: argparse.Namespace) -> Drafter | None:
+    from edge_demo.speculate import PromptLookup
+
+    return PromptLookup() if arguments.lookup else None
+
+
 def _load(arguments: argparse.Namespace, sampler: Sampler) -> tuple[Bundle, Generator, float]:
     start = time.perf_counter()
     from edge_demo.bundle import Bundle
@@ -251,7 +264,9 @@ def _generate(arguments: argparse.Namespace) -> int:
         prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
     _, generator, load_s = _load(arguments, sampler)
     generation = Generation(generator.tokenizer.encode(prompt))
-    pieces = generator.stream(generation.prompt_ids, sampler, arguments.max_tokens, generation)
+    pieces = generator.stream(
+        generation.prompt_ids, sampler, arguments.max_tokens, generation, _drafter(arguments)
+    )
     status = 0
     generator.engine.admit(generation.prompt_ids)
     if not arguments.json:
@@ -319,6 +334,7 @@ def _chat(arguments: argparse.Namespace) -> int:
         + " Ctrl-C stops an answer, Ctrl-D ends."
     )
     turns: list[tuple[str, str]] = []
+    drafter = _drafter(arguments)
     while True:
         message = _read_turn()
         if message is None:
@@ -332,7 +348,7 @@ def _chat(arguments: argparse.Namespace) -> int:
             ids = generator.tokenizer.encode("".join(text for _, text in turns))
         generation = Generation(ids)
         try:
-            for piece in generator.stream(ids, sampler, arguments.max_tokens, generation):
+            for piece in generator.stream(ids, sampler, arguments.max_tokens, generation, drafter):
                 if not arguments.json:
                     show(piece)
         except KeyboardInterrupt:

@@ -68,7 +68,7 @@ class TokenRunner:
             ) from error
         self._check_contract()
         self._cache = KVCache(graph, bundle.ropes, bundle.windows, bundle.context_length)
-        self._decode_call: _Call | None = None
+        self._calls: dict[int, _Call] = {}
 
     def _check_contract(self) -> None:
         graph = self.graph
@@ -98,12 +98,21 @@ class TokenRunner:
             outputs = self._run(chunk, range(len(chunk) - 1, len(chunk)))
         return outputs
 
-    def _decode(self, token: int) -> list[np.ndarray]:
-        self.admit((token,))
-        self._reserve(1)
-        if self._decode_call is None:
-            self._decode_call = _Call(self, 1, 1)
-        return self._decode_call.run((token,), range(1))
+    def _extend(self, ids: Sequence[int]) -> list[np.ndarray]:
+        """Run a few tokens in a binding that is kept; one row of outputs for each."""
+        self.admit(ids)
+        self._reserve(len(ids))
+        if len(ids) not in self._calls:
+            self._calls[len(ids)] = _Call(self, len(ids), len(ids))
+        return self._calls[len(ids)].run(ids, range(len(ids)))
+
+    def retractable(self, count: int) -> int:
+        """How many tokens, at most `count`, can follow one more and be taken back afterwards."""
+        first = len(self.tokens) + 1
+        count = min(count, self.context_length - first)
+        while count > 0 and not self._cache.can_rewind(first + count, first):
+            count -= 1
+        return max(count, 0)
 
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens.
@@ -149,7 +158,7 @@ class TokenRunner:
 
     def _reserve(self, more: int) -> None:
         if self._cache.reserve(len(self.tokens) + more):
-            self._decode_call = None  # it is bound to the old buffers
+            self._calls.clear()  # they are bound to the old buffers
 
     def _run(self, ids: Sequence[int], positions: range) -> list[np.ndarray]:
         self._reserve(len(ids))
@@ -196,7 +205,11 @@ class Engine(TokenRunner):
         Raises:
             RequestError: the context is full, or the id is outside the vocabulary.
         """
-        return self._decode(token)[0][0]
+        return self._extend((token,))[0][0]
+
+    def extend(self, ids: Sequence[int]) -> list[np.ndarray]:
+        """Add a few tokens at once; the logits after each, as `decode` returns them."""
+        return list(self._extend(ids)[0])
 
     def all_logits(self, ids: Sequence[int]) -> Iterator[np.ndarray]:
         """Add tokens and yield the logits after each of them, in chunks of bounded size.
@@ -244,8 +257,11 @@ class CandidateEngine(TokenRunner):
         Raises:
             RequestError: the context is full, or the id is outside the vocabulary.
         """
-        ids, logits = self._decode(token)
-        return Candidates(ids[0], logits[0])
+        return self.extend((token,))[0]
+
+    def extend(self, tokens: Sequence[int]) -> list[Candidates]:
+        """Add a few tokens at once; the candidates after each, as `decode` returns them."""
+        return [Candidates(*row) for row in zip(*self._extend(tokens), strict=True)]
 
 
 def _bound_tensors(

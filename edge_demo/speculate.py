@@ -1,0 +1,143 @@
+"""Speculative decoding: guess some tokens, run them at once, keep those that come out the same.
+
+A model reads all its weights to run one token or a few. So tokens that are guessed well come nearly
+for nothing (Leviathan et al., 2022, arXiv:2211.17192). Here a guess is a single token, not a
+distribution, and each token is chosen by the sampler from the model's own logits, guessed or not:
+what comes out is what plain decoding gives, with the same random numbers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from edge_demo.engine import CandidateEngine, Engine
+from edge_demo.sampling import Candidates
+
+_NGRAMS = (4, 3, 2)
+_FEWEST, _MOST = 2, 8
+_PAUSE = 8
+_LONGEST_PAUSE = 128
+
+
+class Drafter(Protocol):
+    """What guesses the next tokens."""
+
+    def draft(self, tokens: Sequence[int], most: int) -> list[int]:
+        """At most `most` tokens that may follow; none if it knows nothing."""
+        ...
+
+
+class PromptLookup:
+    """Guesses that a text goes on as it did the last time the same few tokens stood there.
+
+    The n-grams of prompt and answer are the draft model: good where an answer repeats its prompt,
+    as in summaries, edits of code, or quotations (prompt lookup decoding, Saxena, 2023).
+    """
+
+    def __init__(self) -> None:
+        self._tokens: list[int] = []
+        self._after: dict[tuple[int, ...], int] = {}
+
+    def draft(self, tokens: Sequence[int], most: int) -> list[int]:
+        """As `Drafter`; `tokens` are all those so far, from the first on."""
+        known = len(self._tokens)
+        if list(tokens[:known]) != self._tokens:
+            known = 0
+            self._after.clear()
+        # What follows position `end` is known only from the next token on.
+        for end in range(max(1, known), len(tokens)):
+            for n in _NGRAMS:
+                if n <= end:
+                    self._after[tuple(tokens[end - n : end])] = end
+        self._tokens = list(tokens)
+        for n in _NGRAMS:
+            found = self._after.get(tuple(tokens[-n:])) if n <= len(tokens) else None
+            if found is not None:
+                return list(tokens[found : found + most])
+        return []
+
+
+class Speculator:
+    """Decodes with guesses; leaves the engine as plain decoding would.
+
+    It measures what guesses gain, and pauses, longer each time, while they cost more.
+
+    Args:
+        engine: to run.
+        drafter: guesses; `None` for plain decoding.
+    """
+
+    def __init__(self, engine: Engine | CandidateEngine, drafter: Drafter | None) -> None:
+        self._engine = engine
+        self._drafter = drafter
+        self._ahead: list[tuple[int, np.ndarray | Candidates]] = []
+        self._length = _FEWEST
+        self._drafted = self._accepted = 0
+        self._seconds = 0.0
+        self._plain_s: float | None = None
+        self._pause = _PAUSE
+        self._wait = 0
+
+    @property
+    def held(self) -> int:
+        """How many tokens the engine would hold without guesses."""
+        return len(self._engine.tokens) - len(self._ahead)
+
+    def decode(self, token: int, text: Sequence[int]) -> np.ndarray | Candidates:
+        """The logits after a token, as the engine's `decode`.
+
+        Args:
+            token: to add.
+            text: all tokens so far, `token` the last of them.
+        """
+        if self._ahead:
+            guessed, logits = self._ahead[0]
+            if guessed == token:
+                del self._ahead[0]
+                self._accepted += 1
+                return logits
+        self.settle()
+        draft = self._draft(text)
+        start = time.perf_counter()
+        if not draft:
+            logits = self._engine.decode(token)
+            self._plain_s = _average(self._plain_s, time.perf_counter() - start)
+            return logits
+        first, *others = self._engine.extend([token, *draft])
+        self._ahead = list(zip(draft, others, strict=True))
+        self._drafted, self._accepted = len(draft), 0
+        self._seconds = time.perf_counter() - start
+        return first
+
+    def _draft(self, text: Sequence[int]) -> list[int]:
+        self._wait -= 1
+        if self._drafter is None or self._plain_s is None or self._wait >= 0:
+            return []
+        most = self._engine.retractable(self._length)
+        return self._drafter.draft(text, most) if most else []
+
+    def settle(self) -> None:
+        """Take back what was guessed and not reached, and judge the guesses."""
+        if self._drafted:
+            if self._accepted == self._drafted:
+                self._length = min(2 * self._drafted, _MOST)
+            else:
+                self._length = max(_FEWEST, self._accepted + 1)
+            assert self._plain_s is not None
+            if self._accepted and self._seconds < self._plain_s * (1 + self._accepted):
+                self._pause = _PAUSE
+            else:
+                self._wait = self._pause
+                self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+        self._drafted = self._accepted = 0
+        if self._ahead:
+            self._engine.rewind(self.held)
+            self._ahead = []
+
+
+def _average(old: float | None, new: float) -> float:
+    return new if old is None else 0.8 * old + 0.2 * new
