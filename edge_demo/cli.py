@@ -141,8 +141,8 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--lookup",
             action="store_true",
-            help="guess tokens by looking up how the text went on before: the same answer, sooner "
-            "where it repeats its prompt",
+            help="guess tokens by looking up how the text went on before: answers of the same "
+            "probability, sooner where they repeat the prompt or themselves",
         )
 
     sub = command("generate", _generate, "Continue a prompt.")

@@ -89,8 +89,8 @@ class Generator:
             sampler: chooses each token.
             max_tokens: the most to generate.
             generation: filled in while the text is yielded.
-            drafter: guesses tokens ahead; the text is the same, and comes faster if it guesses
-                well.
+            drafter: guesses tokens ahead; the text is the same up to rounding, and comes faster
+                if it guesses well; see `edge_demo.speculate`.
 
         Raises:
             RequestError: the prompt is empty or does not fit the context.

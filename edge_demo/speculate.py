@@ -3,7 +3,9 @@
 A model reads all its weights to run one token or a few. So tokens that are guessed well come nearly
 for nothing (Leviathan et al., 2022, arXiv:2211.17192). Here a guess is a single token, not a
 distribution, and each token is chosen by the sampler from the model's own logits, guessed or not:
-what comes out is what plain decoding gives, with the same random numbers.
+what comes out is what plain decoding gives, with the same random numbers, as far as arithmetic on
+several rows rounds as that on one does. With activations in 8 bits it does not always, and where
+two tokens are nearly as likely the other one may come.
 """
 
 from __future__ import annotations
