@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,9 +17,11 @@ from export.quantize.moments import Moments
 from export.quantize.packing import Quantized, pack_bits, unpack_bits
 from export.quantize.workspace import Workspace
 from export.reference import embedded
+from gemma_keras.checkpoints.names import weight_specs
 from gemma_keras.config import GemmaConfig
 
 _FEW_BITS = 4  # at most these are worth rounding with error feedback
+_LARGE = 1 << 24  # numbers in matrices that are not rounded beside others, to save memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +85,7 @@ def calibrate(
         for i, moments in enumerate(observe(config, weights, x, done), start=done):
             rms = {name: moment.rms for name, moment in moments.items()}
             balanced.balance_block(i, rms, keep)
-            for name, fmt, quantized in _round_block(balanced, i, moments, plan, keep):
+            for name, fmt, quantized in _round_block(config, balanced, i, moments, plan, keep):
                 workspace.save(name, _packed(quantized, fmt))
             workspace.save(f"block.{i}", rms)
             workspace.save("state", {"blocks": np.array(i + 1), "x": x})
@@ -91,6 +94,7 @@ def calibrate(
 
 
 def _round_block(
+    config: GemmaConfig,
     weights: BalancedWeights,
     i: int,
     moments: Mapping[str, Moments],
@@ -98,6 +102,7 @@ def _round_block(
     keep: Collection[str],
 ) -> list[tuple[str, Format, Quantized]]:
     """Round the matrices of one block, those that see the same inputs together."""
+    specs = weight_specs(config)
     jobs: list[tuple[list[str], Moments, Format]] = []
     for observed, names in OBSERVED.items():
         formats: dict[Format, list[str]] = {}
@@ -111,15 +116,17 @@ def _round_block(
 
     def run(job: tuple[list[str], Moments, Format]) -> list[tuple[str, Format, Quantized]]:
         names, seen, fmt = job
-        matrices = [weights[name].T for name in names]
-        joined = gptq(np.concatenate(matrices), seen, fmt)
+        joined = gptq(np.concatenate([weights[name].T for name in names]), seen, fmt)
         results, first = [], 0
-        for name, matrix in zip(names, matrices, strict=True):
-            results.append((name, fmt, joined.rows(first, first + len(matrix))))
-            first += len(matrix)
+        for name in names:
+            end = first + specs[name].shape[1]
+            results.append((name, fmt, joined.rows(first, end)))
+            first = end
         return results
 
-    with ThreadPoolExecutor(2) as pool:
+    sizes = [sum(math.prod(specs[name].shape) for name in names) for names, _, _ in jobs]
+    largest = max(sizes, default=0)
+    with ThreadPoolExecutor(2 if largest < _LARGE else 1) as pool:
         return [result for results in pool.map(run, jobs) for result in results]
 
 
