@@ -110,7 +110,7 @@ class TokenRunner:
         """How many tokens, at most `count`, can follow one more and be taken back afterwards."""
         first = len(self.tokens) + 1
         count = min(count, self.context_length - first)
-        while count > 0 and not self._cache.can_rewind(first + count, first):
+        while count > 0 and not self._cache.holds(first, first + count):
             count -= 1
         return max(count, 0)
 
@@ -123,12 +123,13 @@ class TokenRunner:
             raise ValueError(f"cannot rewind {len(self.tokens)} tokens to {length}")
         kept = self.tokens[:length]
         del self.tokens[self.reusable(length) :]
+        self._cache.reached = len(self.tokens)
         if len(self.tokens) < length:
             self._prefill(kept)
 
     def reusable(self, length: int) -> int:
         """How many of the first `length` tokens it holds need not be run again: all, or none."""
-        return length if self._cache.can_rewind(len(self.tokens), length) else 0
+        return length if self._cache.holds(length) else 0
 
     @property
     def cache_bytes(self) -> int:
@@ -157,8 +158,12 @@ class TokenRunner:
                 )
 
     def _reserve(self, more: int) -> None:
-        if self._cache.reserve(len(self.tokens) + more):
-            self._calls.clear()  # they are bound to the old buffers
+        if self._cache.reached != len(self.tokens):  # a run was interrupted
+            self.rewind(len(self.tokens))
+        needed = len(self.tokens) + more
+        if needed > self._cache.capacity:
+            self._calls.clear()  # they are bound to buffers that are now replaced
+            self._cache.reserve(needed)
 
     def _run(self, ids: Sequence[int], positions: range) -> list[np.ndarray]:
         self._reserve(len(ids))
@@ -348,9 +353,13 @@ class _Call:
         self._seqlens_k[0] = total - 1
         self._total[...] = total
         self._positions[:] = positions
+        self._engine._cache.reached = total
+        self._run_session()
+        tokens.extend(ids)
+        return [array[0] for array in self._outputs]
+
+    def _run_session(self) -> None:
         try:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:  # onnxruntime's errors share no base class of their own
             raise EdgeError(f"onnxruntime could not run the model: {error}") from error
-        tokens.extend(ids)
-        return [array[0] for array in self._outputs]

@@ -28,6 +28,7 @@ class KVCache:
         buffers: input name to buffer.
         tables: input name to rotary table, `(capacity, dims)`.
         capacity: tokens that fit now.
+        reached: tokens that the buffers were last taken to, by a run that has ended or not.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class KVCache:
         self._windows = windows
         self._limit = limit
         self.capacity = 0
+        self.reached = 0
         # Memory that is not written to yet costs nothing, so a window may be longer than the text.
         self._sizes = {w.name: w.length + _SLACK for w in windows} | {"batch": 1, "capacity": 0}
         self.buffers: dict[str, np.ndarray] = {
@@ -59,20 +61,21 @@ class KVCache:
             return False
         # A half more than now, so that growing costs little in the end, in whole steps.
         wanted = max(tokens, self.capacity + self.capacity // 2)
-        old, self.capacity = self.capacity, min(self._limit, -(-wanted // _STEP) * _STEP)
-        self._sizes["capacity"] = self.capacity
-        for spec in self._growing:
-            grown = np.zeros(self._shape(spec), np.float32)
-            grown[:, :, :old] = self.buffers[spec.name]
-            self.buffers[spec.name] = grown
+        old, capacity = self.capacity, min(self._limit, -(-wanted // _STEP) * _STEP)
+        self._sizes["capacity"] = capacity
+        grown = {spec.name: np.zeros(self._shape(spec), np.float32) for spec in self._growing}
+        for name, buffer in grown.items():
+            buffer[:, :, :old] = self.buffers[name]
         for rope in self._ropes:
-            self.tables[f"{rope.name}.cos"], self.tables[f"{rope.name}.sin"] = rope_table(
-                rope, self.capacity
-            )
+            cos, sin = rope_table(rope, capacity)
+            self.tables |= {f"{rope.name}.cos": cos, f"{rope.name}.sin": sin}
+        self.buffers |= grown  # only now, so that Ctrl-C leaves a cache that can be used
+        self.capacity = capacity
         return True
 
-    def can_rewind(self, tokens: int, length: int) -> bool:
-        """Whether all that the first `length` of `tokens` tokens left is still there."""
+    def holds(self, length: int, reached: int | None = None) -> bool:
+        """Whether all that the first `length` tokens left is there, now or at `reached` tokens."""
+        tokens = self.reached if reached is None else reached
         return all(
             tokens - _resident(tokens, w.length) == length - _resident(length, w.length)
             for w in self._windows

@@ -273,6 +273,33 @@ def test_scores_left_in_the_middle_leave_the_tokens_that_were_run(models):
     assert_close(engine.prefill(ids[SCORE_CHUNK:]), plain.logits(ids)[-1])
 
 
+@pytest.mark.parametrize("held", range(1, 2 * (WINDOW + SLACK) + 1))
+@pytest.mark.parametrize("new", [1, PREFILL_CHUNK, 3 * PREFILL_CHUNK])
+def test_a_run_that_is_interrupted_is_as_if_it_had_not_been(models, monkeypatch, held, new):
+    """Ctrl-C is noticed when onnxruntime returns: then the buffers have the new tokens already."""
+    engine, plain = models
+    ids = text(held + new + 1)
+    engine.rewind(0)
+    engine.prefill(ids[:held])
+
+    run = engine_module._Call._run_session
+
+    def interrupted(call):
+        run(call)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module._Call, "_run_session", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            if new == 1:
+                engine.decode(7)
+            else:
+                engine.prefill(text(new, seed=1))
+    assert engine.tokens == ids[:held]
+    assert_close(engine.decode(ids[held]), plain.logits(ids[: held + 1])[-1])
+    assert_close(engine.prefill(ids[held + 1 :]), plain.logits(ids)[-1])
+
+
 # --- buffers and tables ---------------------------------------------------------------------------
 
 
