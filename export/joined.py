@@ -10,9 +10,12 @@ from collections.abc import Iterator, Sequence
 from export.quantize.formats import Plan
 from gemma_keras.config import GemmaConfig
 
+# The matrices of a block, those that see the same input together.
 SAME_INPUT = (
     ("attention.query", "attention.key", "attention.value"),
+    ("attention.output",),
     ("mlp.gate", "mlp.up"),
+    ("mlp.down",),
 )
 
 

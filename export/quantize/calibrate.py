@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from keras import ops
 
+from export.joined import SAME_INPUT
 from export.quantize.moments import Moments, MomentSum
 from export.reference import BlockLoader, run_block
 from gemma_keras.config import GemmaConfig
@@ -16,12 +17,7 @@ from gemma_keras.layers import GemmaDecoderBlock
 
 TEXT = Path(__file__).with_name("calibration.txt")
 # Matrices that see the same inputs, by the first of them, which is the one that is watched.
-OBSERVED = {
-    "attention.query": ("attention.query", "attention.key", "attention.value"),
-    "attention.output": ("attention.output",),
-    "mlp.gate": ("mlp.gate", "mlp.up"),
-    "mlp.down": ("mlp.down",),
-}
+OBSERVED = {names[0]: names for names in SAME_INPUT}
 
 
 def observe(
