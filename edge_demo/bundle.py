@@ -264,7 +264,10 @@ def _parse(folder: Path, manifest: dict[str, Any]) -> Bundle:
             RopeSpec(str(r["name"]), _factor(r["theta"]), _factor(r["scale"]), _count(r["dims"]))
             for r in manifest["ropes"]
         ),
-        windows=tuple(WindowSpec(str(w["name"]), _count(w["length"])) for w in manifest["windows"]),
+        windows=tuple(
+            WindowSpec(str(w["name"]), _window(w["length"], model["context_length"]))
+            for w in manifest["windows"]
+        ),
         tokenizer=TokenizerSpec(
             file=_plain_name(tokenizer["file"]),
             bos=_index(tokenizer["bos"]),
@@ -318,6 +321,12 @@ def _count(value: Any) -> int:
 def _index(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 50:
         raise ValueError(f"{reprlib.repr(value)} is not a size or an index")
+    return value
+
+
+def _window(value: Any, context_length: int) -> int:
+    if _count(value) >= context_length:
+        raise ValueError(f"a sliding window of {value:,} tokens is not shorter than the context")
     return value
 
 

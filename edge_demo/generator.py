@@ -108,7 +108,7 @@ class Generator:
         out.reused_tokens = reused
         logits = self.engine.prefill(list(prompt_ids)[reused:])
         text = TextStream(self.tokenizer)
-        ahead = Speculator(self.engine, drafter)
+        ahead = Speculator(self.engine, drafter, prompt_ids)
         try:
             while True:
                 token = sampler.pick(logits)
@@ -129,7 +129,7 @@ class Generator:
                 if ahead.held >= self.engine.context_length:
                     out.finish_reason = "context"
                     break
-                logits = ahead.decode(token, [*prompt_ids, *out.ids])
+                logits = ahead.decode(token)
         finally:
             ahead.settle()
         rest = text.flush()

@@ -71,11 +71,18 @@ class Speculator:
     Args:
         engine: to run.
         drafter: guesses; `None` for plain decoding.
+        prompt_ids: what the engine has run.
     """
 
-    def __init__(self, engine: Engine | CandidateEngine, drafter: Drafter | None) -> None:
+    def __init__(
+        self,
+        engine: Engine | CandidateEngine,
+        drafter: Drafter | None,
+        prompt_ids: Sequence[int],
+    ) -> None:
         self._engine = engine
         self._drafter = drafter
+        self._text = list(prompt_ids)
         self._ahead: list[tuple[int, np.ndarray | Candidates]] = []
         self._length = _FEWEST
         self._drafted = self._accepted = 0
@@ -89,13 +96,9 @@ class Speculator:
         """How many tokens the engine would hold without guesses."""
         return len(self._engine.tokens) - len(self._ahead)
 
-    def decode(self, token: int, text: Sequence[int]) -> np.ndarray | Candidates:
-        """The logits after a token, as the engine's `decode`.
-
-        Args:
-            token: to add.
-            text: all tokens so far, `token` the last of them.
-        """
+    def decode(self, token: int) -> np.ndarray | Candidates:
+        """Add one token; the logits after it, as the engine's `decode`."""
+        self._text.append(token)
         if self._ahead:
             guessed, logits = self._ahead[0]
             if guessed == token:
@@ -103,7 +106,7 @@ class Speculator:
                 self._accepted += 1
                 return logits
         self.settle()
-        draft = self._draft(text)
+        draft = self._draft()
         start = time.perf_counter()
         if not draft:
             logits = self._engine.decode(token)
@@ -115,12 +118,12 @@ class Speculator:
         self._seconds = time.perf_counter() - start
         return first
 
-    def _draft(self, text: Sequence[int]) -> list[int]:
+    def _draft(self) -> list[int]:
         self._wait -= 1
         if self._drafter is None or self._plain_s is None or self._wait >= 0:
             return []
         most = self._engine.retractable(self._length)
-        return self._drafter.draft(text, most) if most else []
+        return self._drafter.draft(self._text, most) if most else []
 
     def settle(self) -> None:
         """Take back what was guessed and not reached, and judge the guesses."""

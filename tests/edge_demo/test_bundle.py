@@ -139,6 +139,12 @@ def test_a_count_of_the_wrong_type_or_size_is_refused(damaged, key, value):
     assert_refused(damaged, "bundle.json", "damaged")
 
 
+@pytest.mark.parametrize("value", [True, -1, 0, 7.5, "7", None, 128, 1 << 49], ids=repr)
+def test_a_window_that_no_layer_can_have_is_refused_before_it_is_allocated(damaged, value):
+    edit_manifest(damaged, lambda m: m["windows"][0].update(length=value))
+    assert_refused(damaged, "bundle.json", "damaged")
+
+
 @pytest.mark.parametrize(
     "value",
     [None, "x", 0, -1.0, float("nan"), float("inf"), 10**400, True],

@@ -163,10 +163,10 @@ def test_guesses_that_never_hold_are_made_less_and_less(generators):
             return [5] * most
 
     wrong, tokens = Wrong(), text(4)
-    ahead = Speculator(generator.engine, wrong)
+    ahead = Speculator(generator.engine, wrong, tokens)
     for _ in range(100):
         tokens.append(7)
-        ahead.decode(7, tokens)
+        ahead.decode(7)
     assert 2 <= wrong.calls <= 6
     ahead.settle()
     assert generator.engine.tokens == tokens
