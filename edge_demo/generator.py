@@ -101,7 +101,7 @@ class Generator:
             )
         out = generation or Generation(list(prompt_ids))
         start = time.perf_counter()
-        reused = _common_prefix(self.engine.tokens, prompt_ids)
+        reused = common_prefix(self.engine.tokens, prompt_ids)
         reused = min(reused, max(0, len(prompt_ids) - 1))  # the last token has to give its logits
         reused = self.engine.reusable(reused)
         self.engine.rewind(reused)
@@ -150,7 +150,8 @@ class Generator:
         return generation
 
 
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many of the first tokens of two texts are the same."""
     count = 0
     for x, y in zip(a, b, strict=False):
         if x != y:
