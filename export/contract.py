@@ -17,6 +17,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from itertools import repeat
 
+import numpy as np
+
 from edge_demo.bundle import GraphSpec, RopeSpec, TensorSpec, WindowSpec
 from gemma_keras.config import GemmaConfig, LayerSpec
 
@@ -73,6 +75,25 @@ def interchange_contract(config: GemmaConfig) -> GraphSpec:
             *_key_values(config, "present", repeat("total_sequence_length"), _BATCH),
         ),
     )
+
+
+def interchange_inputs(config: GemmaConfig, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """Every input of `model.onnx`, by name, for rows of tokens that nothing stands before.
+
+    Args:
+        config: the model's.
+        ids: `(batch, length)`.
+    """
+    sizes = {_BATCH: len(ids), "past_sequence_length": 0}
+    given = {
+        spec.name: np.zeros([n if isinstance(n, int) else sizes[n] for n in spec.shape], spec.dtype)
+        for spec in interchange_contract(config).inputs
+        if spec.name.startswith("past_key_values.")
+    }
+    return given | {
+        "input_ids": ids.astype(np.int64),
+        "attention_mask": np.ones_like(ids, np.int64),
+    }
 
 
 def engine_contract(config: GemmaConfig, windows: Windows = NO_WINDOWS) -> GraphSpec:

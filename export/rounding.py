@@ -14,6 +14,7 @@ from export.bundle import open_tokenizer
 from export.draft import BundleDraft, Progress
 from export.errors import ExportRequestError
 from export.memory import free_memory
+from export.pieces import logits_in_pieces
 from export.quantize.budget import plan_within
 from export.quantize.calibrate import TEXT
 from export.quantize.calibrated import calibrate
@@ -27,7 +28,7 @@ from export.quantize.sensitivity import group_members, sensitivities
 from export.quantize.text import ROW_LENGTH, CalibrationText, cut_text, read_text, split_rows
 from export.quantize.workspace import Workspace, fingerprint
 from export.reference import reference_logits
-from export.verify import Quality, measure
+from export.verify import Quality, compare_logits
 from gemma_keras.checkpoints import Checkpoint
 
 _METHOD = 1  # raised when results kept from an interrupted export would be of another kind
@@ -165,10 +166,16 @@ def round_within(
 
     def attempt(most: float) -> _Attempt:
         chosen = plan_within(config, plan, raised_plan(config), groups, losses, most)
-        bundle = draft.store(rounding.weights, chosen, stored)
+        draft.store(rounding.weights, chosen, stored)
         on_progress("measuring", 0)
-        quality = measure(bundle, text.held_out, positions, reference, "on held-out text")
-        on_progress("measuring", 1)
+        found = logits_in_pieces(
+            draft.folder,
+            config,
+            text.held_out,
+            positions,
+            lambda done, total: on_progress("measuring", done / total),
+        )
+        quality = compare_logits(reference, found, "on held-out text")
         return _Attempt(most, chosen, quality)
 
     tried = _search(attempt, budget, sum(losses.values()))

@@ -14,6 +14,7 @@ from edge_demo.errors import EdgeError
 from edge_demo.score import kl_divergence
 from edge_demo.tokenizer import Tokenizer
 from export.errors import ExportError
+from export.pieces import logits_in_pieces
 from export.reference import reference_logits
 from gemma_keras.config import GemmaConfig
 
@@ -23,6 +24,7 @@ TEXT = Path(__file__).with_name("verification.txt")
 # to 0.02; a wrong graph whole nats.
 _MOST_MEAN_KL = {"fp32": 1e-5, "fp16": 1e-3, "int8": 0.1, "int4": 2.0}
 _BATCH = 64
+_MOST_BYTES_WHOLE = 1 << 30  # of a bundle; onnxruntime holds most of them twice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,43 +67,17 @@ def compare_logits(reference: np.ndarray, found: np.ndarray, against: str) -> Qu
     )
 
 
-def measure(
-    bundle: Bundle, ids: np.ndarray, positions: np.ndarray, reference: np.ndarray, against: str
-) -> Quality:
-    """Run a bundle on rows of tokens and compare its logits.
-
-    Args:
-        bundle: to judge.
-        ids: `(batch, length)`.
-        positions: of each row, those to compare, in order.
-        reference: float32 `(batch * len(positions), vocabulary_size)`, row after row.
-        against: what the reference is.
-
-    Raises:
-        ExportError: the bundle does not run.
-    """
-    first = int(positions[0])
-    try:
-        engine = Engine(bundle)
-        found = []
-        for row in ids.tolist():
-            engine.rewind(0)
-            if first:
-                engine.prefill(row[:first])
-            logits = np.concatenate(list(engine.all_logits(row[first:])))
-            found.append(logits[positions - first])
-    except EdgeError as error:
-        raise ExportError(f"the exported model does not run: {error}") from error
-    return compare_logits(reference, np.concatenate(found), against)
-
-
 def verify(
     bundle: Bundle, config: GemmaConfig, weights: Mapping[str, np.ndarray], recipe: str
 ) -> Quality:
     """Run the bundle and the Keras layers on the fixed text of `verification.txt`.
 
+    The engine runs it; of a bundle that would take too much memory, its interchange graph is run
+    piece by piece.
+
     Raises:
-        ExportError: they differ by more than the recipe can explain, so the graph is wrong.
+        ExportError: the bundle does not run, or they differ by more than the recipe can explain,
+            so the graph is wrong.
     """
     import keras
 
@@ -109,8 +85,12 @@ def verify(
     rows = np.array([ids[: min(192, bundle.context_length)]], np.int32)
     positions = np.arange(rows.shape[1])
     reference = reference_logits(config, weights, rows, positions)
+    if bundle.num_bytes > _MOST_BYTES_WHOLE:
+        found = logits_in_pieces(bundle.path, config, rows, positions)
+    else:
+        found = _engine_logits(bundle, rows[0].tolist())
     against = f"against the Keras layers on {keras.config.backend()} in float32"
-    quality = measure(bundle, rows, positions, reference, against)
+    quality = compare_logits(reference, found, against)
     most = _MOST_MEAN_KL[recipe]
     if not quality.mean_kl <= most:
         raise ExportError(
@@ -118,3 +98,10 @@ def verify(
             f"where {recipe} may lose {most:g}; nothing was written"
         )
     return quality
+
+
+def _engine_logits(bundle: Bundle, ids: list[int]) -> np.ndarray:
+    try:
+        return np.concatenate(list(Engine(bundle).all_logits(ids)))
+    except EdgeError as error:
+        raise ExportError(f"the exported model does not run: {error}") from error

@@ -17,7 +17,7 @@ from export.errors import ExportRequestError
 from export.quantize.text import read_windows
 from export.report import measure_on_text
 from gemma_keras import open_checkpoint
-from tests.models import GENERATIONS, write_tiny_hf
+from tests.models import GENERATIONS, TEXT, write_tiny_hf
 
 pytestmark = pytest.mark.keras
 WORDS = "The gardener waters the young trees – before the sun is high.\n"
@@ -91,13 +91,13 @@ def test_a_text_that_cannot_be_used_is_refused(exported, tmp_path, content, mess
     assert not stages  # nothing slow had begun
 
 
-def test_a_bundle_too_large_to_run_is_refused_unless_it_need_not_run(
-    exported, tmp_path, monkeypatch, capsys
-):
+def test_a_report_that_memory_does_not_allow_is_refused(exported, tmp_path, monkeypatch, capsys):
     source, _ = exported
     monkeypatch.setattr(pipeline, "free_memory", lambda: 1000)
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT * 20)
     arguments = [str(source), str(tmp_path / "out"), "--calibration", "none"]
-    assert cli.main(arguments) == 1
-    message = "running the bundle to measure it takes about 0.0 GB of memory, 0.0 GB are free"
+    assert cli.main([*arguments, "--report", str(text)]) == 1
+    message = "the text of the report takes about 0.0 GB of memory, 0.0 GB are free"
     assert message in capsys.readouterr().err
     assert cli.main([*arguments, "--no-verify"]) == 0

@@ -37,6 +37,7 @@ from export import export_onnx, traced
 from export.contract import WEIGHTS_FILE, engine_contract, interchange_contract, ropes
 from export.errors import ExportError, ExportRequestError
 from export.fused import build_graph
+from export.pieces import logits_in_pieces
 from export.quantize.formats import Format
 from export.quantize.recipes import INT4, INT8
 from export.store import store_weights
@@ -483,6 +484,15 @@ def test_the_engine_says_the_same_with_either_bundle(bundles):
     assert difference(logits["traced"], logits["fused"]) < TOLERANCE
     assert said["traced"] == said["fused"]
     assert len(set(said["traced"])) > 3
+
+
+def test_pieces_of_a_traced_graph_give_what_the_engine_gives(bundles):
+    ids, config = random_ids(1), config_of("gemma2")
+    positions = np.arange(ids.shape[1])
+    found = logits_in_pieces(bundles["traced"], config, ids, positions, piece_bytes=50_000)
+    engine = Engine(Bundle.open(bundles["traced"]), threads=1)
+    expected = np.concatenate(list(engine.all_logits(ids[0].tolist())))
+    assert difference(found, expected) < TOLERANCE
 
 
 def test_both_lowerings_read_one_weights_file(bundles):
