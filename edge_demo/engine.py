@@ -17,7 +17,7 @@ from edge_demo.sampling import Candidates
 _PREFILL_CHUNK = 512
 _SCORE_CHUNK = 64  # 67 MB of logits for a vocabulary of 262 144
 _MOST_THREADS = 1024
-_DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(int32)": "int32"}
+_DTYPES = {"tensor(float)": "float32"} | {f"tensor({n})": n for n in ("int64", "int32", "int8")}
 
 
 class TokenRunner:
@@ -277,7 +277,7 @@ def _bound_tensors(
     past = [
         TensorSpec(
             s.name,
-            "float32",
+            "int8" if s.dtype == "int8" else "float32",
             (
                 "batch",
                 s.shape[1],

@@ -37,7 +37,7 @@ def _page(bundle: Bundle, verified: bool) -> str:
         f"{bundle.name}  ({kind}, {model['parameters']:,} parameters)",
         f"  recipe      {bundle.recipe}: "
         + ", ".join(f"{n} tensors {name}" for name, n in formats.most_common()),
-        f"  context     {bundle.context_length:,} tokens",
+        f"  context     {bundle.context_length:,} tokens, {_kept(bundle)}",
         f"  source      {_provenance(manifest.get('provenance', {}))}",
         f"  licence     {manifest['license']['name']}, see {manifest['license']['notice']}",
     ]
@@ -54,6 +54,18 @@ def _page(bundle: Bundle, verified: bool) -> str:
     lines.append(f"  files       {megabytes(bundle.num_bytes)} in all ({state})")
     lines += [f"    {name:<24} {size:>14,}" for name, (size, _) in bundle.files.items()]
     return "\n".join(lines)
+
+
+def _kept(bundle: Bundle) -> str:
+    keys = [s for s in bundle.engine.inputs if s.name.endswith(".key")]
+    windowed = sum(s.shape[2] != "capacity" for s in keys)
+    integers = sum(s.dtype == "int8" for s in keys)
+    told = ["keys and values in float32"]
+    if integers:
+        told.append(f"of {integers} layers in int8")
+    if windowed:
+        told.append(f"of {windowed} layers for a window only")
+    return ", ".join(told)
 
 
 def _format(entry: dict[str, Any]) -> str:

@@ -48,7 +48,7 @@ class KVCache:
         # Memory that is not written to yet costs nothing, so a window may be longer than the text.
         self._sizes = {w.name: w.length + _SLACK for w in windows} | {"batch": 1, "capacity": 0}
         self.buffers: dict[str, np.ndarray] = {
-            spec.name: np.zeros(self._shape(spec), np.float32) for spec in specs
+            spec.name: np.zeros(self._shape(spec), spec.dtype) for spec in specs
         }
         self.tables: dict[str, np.ndarray] = {}
 
@@ -63,7 +63,7 @@ class KVCache:
         wanted = max(tokens, self.capacity + self.capacity // 2)
         old, capacity = self.capacity, min(self._limit, -(-wanted // _STEP) * _STEP)
         self._sizes["capacity"] = capacity
-        grown = {spec.name: np.zeros(self._shape(spec), np.float32) for spec in self._growing}
+        grown = {spec.name: np.zeros(self._shape(spec), spec.dtype) for spec in self._growing}
         for name, buffer in grown.items():
             buffer[:, :, :old] = self.buffers[name]
         for rope in self._ropes:

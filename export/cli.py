@@ -85,6 +85,13 @@ def _parser() -> argparse.ArgumentParser:
         help="fused: onnxruntime's own operators; traced: standard operators only (default: fused)",
     )
     parser.add_argument(
+        "--kv-cache-dtype",
+        default="float32",
+        metavar="DTYPE",
+        help="float32 or int8: how edge-demo keeps keys and values of layers that see the whole "
+        "text (default: float32)",
+    )
+    parser.add_argument(
         "--max-context",
         type=int,
         metavar="N",
@@ -129,6 +136,7 @@ def _export(arguments: argparse.Namespace) -> int:
                 calibration=arguments.calibration,
                 plan=plan,
                 lowering=arguments.lowering,
+                kv_cache_dtype=arguments.kv_cache_dtype,
                 max_context=arguments.max_context,
                 overwrite=arguments.overwrite,
                 verify=arguments.verify,

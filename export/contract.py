@@ -14,7 +14,7 @@ Three graphs stand over the same weights:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from itertools import repeat
 
 import numpy as np
@@ -96,7 +96,14 @@ def interchange_inputs(config: GemmaConfig, ids: np.ndarray) -> dict[str, np.nda
     }
 
 
-def engine_contract(config: GemmaConfig, windows: Windows = NO_WINDOWS) -> GraphSpec:
+def whole_layers(config: GemmaConfig, windows: Windows) -> tuple[int, ...]:
+    """The layers that keep the keys and values of the whole text, by index."""
+    return tuple(i for i, s in enumerate(config.layers) if s.sliding_window not in windows)
+
+
+def engine_contract(
+    config: GemmaConfig, windows: Windows = NO_WINDOWS, int8_layers: Collection[int] = ()
+) -> GraphSpec:
     """The contract of `engine.onnx`.
 
     `seqlens_k` is the number of tokens each row will have after the call, less 1, as
@@ -105,17 +112,22 @@ def engine_contract(config: GemmaConfig, windows: Windows = NO_WINDOWS) -> Graph
     Args:
         config: the model's.
         windows: as `windows` gives them; layers with one of these windows keep no more than it.
+        int8_layers: those whose keys and values are kept as 8-bit integers.
     """
     shape = ("batch", "num_logits", config.vocabulary_size)
-    return _in_place(config, windows, ENGINE_FILE, TensorSpec("logits", "float32", shape))
+    logits = TensorSpec("logits", "float32", shape)
+    return _in_place(config, windows, int8_layers, ENGINE_FILE, logits)
 
 
-def candidates_contract(config: GemmaConfig, windows: Windows = NO_WINDOWS) -> GraphSpec:
+def candidates_contract(
+    config: GemmaConfig, windows: Windows = NO_WINDOWS, int8_layers: Collection[int] = ()
+) -> GraphSpec:
     """The contract of `candidates.onnx`: inputs as the engine's, the best tokens in no order."""
     shape = ("batch", "num_logits", num_candidates(config))
     return _in_place(
         config,
         windows,
+        int8_layers,
         CANDIDATES_FILE,
         TensorSpec("candidate_ids", "int64", shape),
         TensorSpec("candidate_logits", "float32", shape),
@@ -127,7 +139,13 @@ def num_candidates(config: GemmaConfig) -> int:
     return min(_MOST_CANDIDATES, config.vocabulary_size)
 
 
-def _in_place(config: GemmaConfig, windows: Windows, file: str, *outputs: TensorSpec) -> GraphSpec:
+def _in_place(
+    config: GemmaConfig,
+    windows: Windows,
+    int8_layers: Collection[int],
+    file: str,
+    *outputs: TensorSpec,
+) -> GraphSpec:
     """A graph whose keys and values are buffers of fixed capacity, input and output at once."""
     capacities = [
         windows[layer.sliding_window].name if layer.sliding_window in windows else "capacity"
@@ -146,19 +164,23 @@ def _in_place(config: GemmaConfig, windows: Windows, file: str, *outputs: Tensor
             TensorSpec("total_sequence_length", "int32", ()),
             TensorSpec("logit_positions", "int64", ("num_logits",)),
             *tables,
-            *_key_values(config, "past_key_values", capacities),
+            *_key_values(config, "past_key_values", capacities, int8_layers=int8_layers),
         ),
-        outputs=(*outputs, *_key_values(config, "present", capacities)),
+        outputs=(*outputs, *_key_values(config, "present", capacities, int8_layers=int8_layers)),
     )
 
 
 def _key_values(
-    config: GemmaConfig, prefix: str, lengths: Iterable[str], batch: str = "batch"
+    config: GemmaConfig,
+    prefix: str,
+    lengths: Iterable[str],
+    batch: str = "batch",
+    int8_layers: Collection[int] = (),
 ) -> list[TensorSpec]:
     return [
         TensorSpec(
             f"{prefix}.{i}.{part}",
-            "float32",
+            "int8" if i in int8_layers else "float32",
             (batch, layer.num_kv_heads, length, layer.head_dim),
         )
         for i, (layer, length) in enumerate(zip(config.layers, lengths, strict=False))

@@ -19,19 +19,25 @@ from export.contract import (
     engine_contract,
     interchange_contract,
     ropes,
+    whole_layers,
     windows,
 )
 from export.ecosystem import write_ecosystem_files
 from export.errors import ExportRequestError
 from export.fused import build_graph
+from export.kv_scales import measure_kv_scales
 from export.quantize.formats import Format, Plan
 from export.quantize.packing import Quantized
+from export.quantize.text import page
 from export.store import store_weights
 from export.traced import build_traced_graph
 from export.weights_file import WeightsFile
 from gemma_keras.checkpoints import Checkpoint
 
 Progress = Callable[[str, float], None]
+
+KV_CACHE_DTYPES = ("float32", "int8")
+_KV_ROWS = 8  # of the page of text that the scales of keys and values are measured on
 
 LOWERINGS = {"fused": build_graph, "traced": build_traced_graph}
 
@@ -58,6 +64,8 @@ class BundleDraft:
         recipe: its name.
         lowering: the name of the way to graphs.
         max_context: the longest sequence the bundle is for, in tokens.
+        kv_cache_dtype: one of `KV_CACHE_DTYPES`: how the engine's graphs keep keys and values of
+            layers that keep those of the whole text.
         on_progress: told the stage and the share of it that is done.
     """
 
@@ -68,6 +76,7 @@ class BundleDraft:
         recipe: str,
         lowering: str,
         max_context: int,
+        kv_cache_dtype: str,
         on_progress: Progress,
     ) -> None:
         config = checkpoint.config
@@ -79,10 +88,12 @@ class BundleDraft:
         self._on_progress = on_progress
         # Standard operators have no cache of a window's length.
         self._windows = windows(config, max_context) if lowering == "fused" else NO_WINDOWS
+        int8 = kv_cache_dtype == "int8"
+        self._int8_layers = whole_layers(config, self._windows) if int8 else ()
         self._graphs = {
             "interchange": interchange_contract(config),
-            "engine": engine_contract(config, self._windows),
-            "candidates": candidates_contract(config, self._windows),
+            "engine": engine_contract(config, self._windows, self._int8_layers),
+            "candidates": candidates_contract(config, self._windows, self._int8_layers),
         }
         self._tokenizer = writer.write_tokenizer(folder, checkpoint)
         self._licence = writer.write_notices(folder, checkpoint, recipe)
@@ -124,13 +135,21 @@ class BundleDraft:
                 lambda done, total: self._on_progress("weights", done / total),
                 rounded,
             )
+        kv_scales = None
         for number, contract in enumerate(self._graphs.values()):
             self._on_progress("graphs", number / len(self._graphs))
-            graph = build(config, plan, file, contract, self.max_context)
+            graph = build(config, plan, file, contract, self.max_context, kv_scales)
             ir.save(graph, self.folder / contract.file)
             onnx.checker.check_model(str(self.folder / contract.file))
+            if self._int8_layers and kv_scales is None:  # by the first, which keeps floats
+                kv_scales = self._measure_kv_scales()
         self._on_progress("graphs", 1)
         return self.describe({})
+
+    def _measure_kv_scales(self) -> dict[str, np.ndarray]:
+        tokenizer = writer.open_tokenizer(self.checkpoint)
+        text = page(tokenizer, self.max_context).rows[:_KV_ROWS]
+        return measure_kv_scales(self.folder, self.checkpoint.config, text, self._int8_layers)
 
     def describe(self, report: Mapping[str, Any]) -> Bundle:
         """Write the manifest about what is in the folder.

@@ -6,7 +6,7 @@ Operators of the domain `com.microsoft` are documented in onnxruntime's ContribO
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -31,11 +31,17 @@ _IR_VERSION = 11
 _MICROSOFT = "com.microsoft"
 _INT8_ACTIVATIONS = 4
 _LOW_PLANE_STEPS = 16  # of the low plane in one of the high
+_PER_CHANNEL = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
 _GROUP = 64  # logits whose maximum stands for them while candidates are sought
 
 
 def build_graph(
-    config: GemmaConfig, plan: Plan, weights: WeightsFile, contract: GraphSpec, max_context: int
+    config: GemmaConfig,
+    plan: Plan,
+    weights: WeightsFile,
+    contract: GraphSpec,
+    max_context: int,
+    kv_scales: Mapping[str, np.ndarray] | None = None,
 ) -> ir.Model:
     """The model as one graph that keeps `contract` and points into `weights`.
 
@@ -45,8 +51,10 @@ def build_graph(
         weights: where they are stored.
         contract: one of `export.contract`.
         max_context: length of the rotary tables that the interchange graph holds, in tokens.
+        kv_scales: as `export.kv_scales` measures them, for layers whose keys and values the
+            contract wants as 8-bit integers.
     """
-    return _FusedGraph(config, plan, weights, contract, max_context).build()
+    return _FusedGraph(config, plan, weights, contract, max_context, kv_scales or {}).build()
 
 
 class _FusedGraph:
@@ -57,17 +65,19 @@ class _FusedGraph:
         weights: WeightsFile,
         contract: GraphSpec,
         max_context: int,
+        kv_scales: Mapping[str, np.ndarray],
     ) -> None:
         self.config = config
         self.plan = plan
         self.weights = weights
         self.contract = contract
         self.max_context = max_context
+        self.kv_scales = kv_scales
         self.specs = weight_specs(config)
         self.head = head_table(config)
         self.joined = joined_matrices(config, plan)
         self.for_engine = contract.file != INTERCHANGE_FILE
-        self.contract_shapes = {spec.name: spec.shape for spec in contract.inputs}
+        self.contracted = {spec.name: spec for spec in contract.inputs}
         self.inputs = {spec.name: graph_value(spec) for spec in contract.inputs}
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
@@ -171,7 +181,7 @@ class _FusedGraph:
             key = self._head_norm(f"{name}.key_norm", key, layer.head_dim)
         past = [self.inputs[f"past_key_values.{i}.{part}"] for part in ("key", "value")]
         outputs = [f"{name}.attended", f"present.{i}.key", f"present.{i}.value"]
-        attributes: dict[str, int | float] = {
+        attributes: dict[str, int | float | str] = {
             "num_heads": layer.num_heads,
             "kv_num_heads": layer.num_kv_heads,
             "scale": layer.query_scale,
@@ -184,9 +194,15 @@ class _FusedGraph:
             attributes["sliding_window_cache"] = 1
         if layer.attention_soft_cap is not None:
             attributes["softcap"] = layer.attention_soft_cap
+        scales = []
+        if self.contracted[f"past_key_values.{i}.key"].dtype == "int8":
+            attributes |= {"kv_cache_bit_width": 8} | _PER_CHANNEL
+            names = [f"present.{i}.{part}" for part in ("key", "value")]
+            # its position_ids, attention_bias and head_sink come first, which nothing is given for
+            scales = [None] * 3 + [self._constant(f"{n}.scale", self.kv_scales[n]) for n in names]
         attended, *present = self._ops(
             "GroupQueryAttention",
-            [query, key, value, *past, seqlens, total, *table],
+            [query, key, value, *past, seqlens, total, *table, *scales],
             outputs,
             domain=_MICROSOFT,
             **attributes,
@@ -195,7 +211,7 @@ class _FusedGraph:
 
     def _keeps_a_window(self, i: int) -> bool:
         """Whether the contract wants no more than a sliding window kept in a layer's buffers."""
-        capacity = self.contract_shapes[f"past_key_values.{i}.key"][2]
+        capacity = self.contracted[f"past_key_values.{i}.key"].shape[2]
         return self.for_engine and capacity != "capacity"
 
     def _mlp(self, i: int, x: ir.Value) -> ir.Value:
@@ -442,7 +458,7 @@ class _FusedGraph:
     def _ops(
         self,
         op_type: str,
-        inputs: Sequence[ir.Value],
+        inputs: Sequence[ir.Value | None],
         outputs: Sequence[str],
         domain: str = "",
         **attributes,

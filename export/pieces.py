@@ -8,7 +8,7 @@ read once however many inputs there are, and only one piece of them is in memory
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,57 +51,51 @@ def logits_in_pieces(
     found = run_in_pieces(
         folder / INTERCHANGE_FILE,
         [interchange_inputs(config, row[None]) for row in ids],
-        "logits",
-        lambda logits: logits[0, positions],
+        {"logits": lambda logits: logits[0, positions]},
         on_progress,
         piece_bytes,
     )
-    return np.concatenate(found)
+    return np.concatenate([values["logits"] for values in found])
 
 
 def run_in_pieces(
     path: Path,
     inputs: Sequence[Mapping[str, np.ndarray]],
-    output: str,
-    pick: Callable[[np.ndarray], np.ndarray] = lambda value: value,
+    picks: Mapping[str, Callable[[np.ndarray], np.ndarray]],
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     piece_bytes: int = PIECE_BYTES,
-) -> list[np.ndarray]:
+) -> list[dict[str, np.ndarray]]:
     """Run a graph on several inputs.
 
     Args:
         path: of the ONNX model; its external weights stand in the same folder.
         inputs: for each run, every input of the graph by name.
-        output: the name of the one that is wanted.
-        pick: what is kept of it.
+        picks: the values that are wanted, by name, and what is to be kept of each.
         on_progress: told the pieces done and those in all.
         piece_bytes: as `cut_graph` takes it.
 
     Returns:
-        What was picked, for each run.
+        For each run, what was picked, by name.
 
     Raises:
         ExportError: onnxruntime cannot run it.
     """
     model = onnx.load(str(path), load_external_data=False)
-    pieces = list(cut_graph(model.graph, output, piece_bytes))
+    pieces = list(cut_graph(model.graph, picks, piece_bytes))
     runs = [dict(given) for given in inputs]
     for number, piece in enumerate(pieces):
         try:
             session = _session(model, piece, runs[0], path.parent)
             for values in runs:
-                found: Any = session.run(
-                    piece.gives, {name: values[name] for name in piece.reads}
-                )
+                found: Any = session.run(piece.gives, {name: values[name] for name in piece.reads})
                 values |= dict(zip(piece.gives, found, strict=True))
-                if output in values:
-                    values[output] = pick(values[output])
+                values |= {name: picks[name](values[name]) for name in picks.keys() & piece.gives}
                 for name in values.keys() - piece.kept:
                     del values[name]
         except Exception as error:  # onnxruntime's errors share no base class of their own
             raise ExportError(f"the exported model does not run: {error}") from error
         on_progress(number + 1, len(pieces))
-    return [values[output] for values in runs]
+    return [{name: values[name] for name in picks} for values in runs]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +106,7 @@ class Piece:
         nodes: in the graph's order.
         weights: the initializers they read.
         reads: names of inputs of the graph, or of values of earlier pieces.
-        gives: names of values that later pieces read, or of the output.
+        gives: names of values that later pieces read, or that are wanted.
         kept: names of what is still needed after it.
     """
 
@@ -124,19 +118,19 @@ class Piece:
 
 
 def cut_graph(
-    graph: onnx.GraphProto, output: str, piece_bytes: int = PIECE_BYTES
+    graph: onnx.GraphProto, wanted: Collection[str], piece_bytes: int = PIECE_BYTES
 ) -> Iterator[Piece]:
-    """Cut what an output needs of a graph into pieces.
+    """Cut what some values need of a graph into pieces.
 
     Args:
         graph: its nodes in an order in which they can run.
-        output: the name of the value that is wanted.
+        wanted: the names of the values.
         piece_bytes: of weights, the most in one piece, unless a single node has more.
     """
     weights = {tensor.name: tensor for tensor in graph.initializer}
     runs: list[list[onnx.NodeProto]] = []
     size = 0
-    for node in _needed(graph, output):
+    for node in _needed(graph, wanted):
         own = sum(weight_bytes(weights[name]) for name in node.input if name in weights)
         if not runs or size + own > piece_bytes:
             runs.append([])
@@ -146,19 +140,19 @@ def cut_graph(
     read = [{name for node in run for name in node.input if name} for run in runs]
     given = [{name for node in run for name in node.output if name} for run in runs]
     for number, run in enumerate(runs):
-        later = set().union({output}, *read[number + 1 :])
+        later = set(wanted).union(*read[number + 1 :])
         inputs = read[number] - given[number] - weights.keys()
         own = [weights[name] for name in sorted(read[number] & weights.keys())]
         yield Piece(run, own, sorted(inputs), sorted(given[number] & later), later)
 
 
-def _needed(graph: onnx.GraphProto, output: str) -> list[onnx.NodeProto]:
-    """The nodes that an output depends on, in the graph's order."""
-    wanted, nodes = {output}, []
+def _needed(graph: onnx.GraphProto, wanted: Collection[str]) -> list[onnx.NodeProto]:
+    """The nodes that values depend on, in the graph's order."""
+    needed, nodes = set(wanted), []
     for node in reversed(graph.node):
-        if not wanted.isdisjoint(node.output):
+        if not needed.isdisjoint(node.output):
             nodes.append(node)
-            wanted.update(node.input)
+            needed.update(node.input)
     return nodes[::-1]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from export import bundle as writer
-from export.draft import BundleDraft, Progress, lowering_named
+from export.draft import KV_CACHE_DTYPES, BundleDraft, Progress, lowering_named
 from export.errors import ExportError, ExportRequestError
 from export.memory import free_memory
 from export.quantize.formats import Plan, plan_bytes
@@ -56,6 +56,7 @@ def export_onnx(
     calibration: str | os.PathLike[str] | None = None,
     plan: Mapping[str, Mapping[str, Any]] | None = None,
     lowering: str = "fused",
+    kv_cache_dtype: str = "float32",
     max_context: int | None = None,
     overwrite: bool = False,
     verify: bool = True,
@@ -77,6 +78,8 @@ def export_onnx(
             the weights it names; nothing is chosen by measurement then.
         lowering: `fused`, graphs of onnxruntime's operators, or `traced`, graphs of standard
             operators made from the Keras code, which any ONNX runtime can run.
+        kv_cache_dtype: how the engine keeps keys and values of layers that see the whole text:
+            `float32`, or `int8`, which makes long texts faster and smaller in memory.
         max_context: the longest sequence the bundle is for, in tokens; the model's by default.
         overwrite: whether a bundle that stands there is replaced.
         verify: whether the bundle is run and compared with the Keras layers.
@@ -96,6 +99,7 @@ def export_onnx(
     checkpoint = _open(source)
     config = checkpoint.config
     lowering_named(lowering)
+    _check_kv_cache_dtype(kv_cache_dtype, lowering)
     chosen = recipe_named(recipe)
     formats = plan_for_recipe(recipe, config) | plan_from_json(plan or {}, config)
     budget = _check_budget(kl_budget, recipe, plan)
@@ -113,7 +117,9 @@ def export_onnx(
     workspace = workspace_path(out)
     try:
         with _told_in_a_sentence(out), writer.unfinished_folder(out, overwrite=overwrite) as folder:
-            draft = BundleDraft(folder, checkpoint, recipe, lowering, max_context, on_progress)
+            draft = BundleDraft(
+                folder, checkpoint, recipe, lowering, max_context, kv_cache_dtype, on_progress
+            )
             if verify or windows is not None or text not in (None, "none"):
                 on_progress("keras", 0)
                 start_keras()
@@ -182,6 +188,17 @@ def _open(source) -> Checkpoint:
     if isinstance(source, (str, os.PathLike)):
         return open_checkpoint(source)
     return source.as_checkpoint()
+
+
+def _check_kv_cache_dtype(dtype: str, lowering: str) -> None:
+    if dtype not in KV_CACHE_DTYPES:
+        raise ExportRequestError(
+            f"keys and values are kept as {' or '.join(KV_CACHE_DTYPES)}, not as {dtype!r}"
+        )
+    if dtype != "float32" and lowering != "fused":
+        raise ExportRequestError(
+            f"{lowering} graphs keep keys and values as float32; use --lowering fused"
+        )
 
 
 def _check_budget(

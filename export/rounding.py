@@ -16,7 +16,6 @@ from export.errors import ExportRequestError
 from export.memory import free_memory
 from export.pieces import logits_in_pieces
 from export.quantize.budget import plan_within
-from export.quantize.calibrate import TEXT
 from export.quantize.calibrated import calibrate
 from export.quantize.formats import BLOCK_SIZES, Format, Plan, plan_to_json
 from export.quantize.lattice import KeptWeights
@@ -25,7 +24,7 @@ from export.quantize.recipes import raised_plan
 from export.quantize.rounding import search_scales
 from export.quantize.self_sample import memory_needed, self_sample
 from export.quantize.sensitivity import group_members, sensitivities
-from export.quantize.text import ROW_LENGTH, CalibrationText, cut_text, read_text, split_rows
+from export.quantize.text import ROW_LENGTH, CalibrationText, page, split_rows, text_file
 from export.quantize.workspace import Workspace, fingerprint
 from export.reference import reference_logits
 from export.verify import Quality, compare_logits
@@ -130,7 +129,7 @@ def round_within(
     """
     checkpoint = draft.checkpoint
     config, exact = checkpoint.config, checkpoint.weights
-    text = rounding.text or _page(checkpoint)
+    text = rounding.text or page(open_tokenizer(checkpoint), config.context_length)
     positions = text.positions
 
     def rounded(name: str, fmt: Format) -> Quantized:
@@ -262,14 +261,14 @@ def _calibration_text(
     folder: Path,
     on_progress: Progress,
 ) -> CalibrationText:
-    config = checkpoint.config
+    config, tokenizer = checkpoint.config, open_tokenizer(checkpoint)
     if text == "text":
-        return _page(checkpoint)
+        return page(tokenizer, config.context_length)
     if text != "self":
-        return _text_file(checkpoint, Path(text))
+        return text_file(Path(text), tokenizer, config.context_length)
     needed, free = memory_needed(config), free_memory()
     if config.hidden_dim % BLOCK_SIZES[0] or (free is not None and needed > free):
-        return _page(checkpoint)
+        return page(tokenizer, config.context_length)
     kept = workspace.load("text")
     if kept is None:
         on_progress("self-sampling", 0)
@@ -277,7 +276,7 @@ def _calibration_text(
         ids = self_sample(
             config,
             checkpoint.weights,
-            open_tokenizer(checkpoint).bos_id(),
+            tokenizer.bos_id(),
             shape,
             seed=0,
             folder=folder,
@@ -286,17 +285,3 @@ def _calibration_text(
         kept = {"ids": ids}
         workspace.save("text", kept)
     return split_rows(kept["ids"], "text that the model wrote itself")
-
-
-def _page(checkpoint: Checkpoint) -> CalibrationText:
-    return _cut(checkpoint, TEXT.read_text(encoding="utf-8"), "a page of the exporter's own")
-
-
-def _text_file(checkpoint: Checkpoint, path: Path) -> CalibrationText:
-    return _cut(checkpoint, read_text(path, "calibration text"), f"the text {path.name}")
-
-
-def _cut(checkpoint: Checkpoint, text: str, origin: str) -> CalibrationText:
-    tokenizer = open_tokenizer(checkpoint)
-    tokens = tokenizer.encode(text)
-    return cut_text(tokenizer.bos_id(), tokens, checkpoint.config.context_length, origin)

@@ -33,7 +33,7 @@ from export.dequantize import (
     dequantized_rows,
     float32,
 )
-from export.errors import ExportError
+from export.errors import ExportError, ExportRequestError
 from export.nodes import Nodes, graph_value
 from export.quantize.formats import Plan
 from export.weights_file import WeightsFile
@@ -42,7 +42,12 @@ from gemma_keras.config import GemmaConfig, LayerSpec
 
 
 def build_traced_graph(
-    config: GemmaConfig, plan: Plan, weights: WeightsFile, contract: GraphSpec, max_context: int
+    config: GemmaConfig,
+    plan: Plan,
+    weights: WeightsFile,
+    contract: GraphSpec,
+    max_context: int,
+    kv_scales: Mapping[str, np.ndarray] | None = None,
 ) -> ir.Model:
     """The model as one graph of standard operators that keeps `contract` and points into `weights`.
 
@@ -52,13 +57,19 @@ def build_traced_graph(
         weights: where they are stored.
         contract: one of `export.contract`.
         max_context: not used: rotary angles are computed from positions, not looked up.
+        kv_scales: must be none: keys and values are kept as floats.
 
     Raises:
-        ExportRequestError: a weight's format has no standard operators.
+        ExportRequestError: a weight's format, or the keys' and values', has no standard operators.
         ExportError: the layers could not be traced.
     """
     for name, fmt in plan.items():
         check_format(name, fmt)
+    if kv_scales:
+        raise ExportRequestError(
+            "standard operators keep keys and values as floats; leave --kv-cache-dtype, or use "
+            "--lowering fused"
+        )
     return _TracedGraph(config, plan, weights, contract).build()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import numpy as np
 from keras import ops
@@ -15,7 +14,6 @@ from export.reference import BlockLoader, run_block
 from gemma_keras.config import GemmaConfig
 from gemma_keras.layers import GemmaDecoderBlock
 
-TEXT = Path(__file__).with_name("calibration.txt")
 # Matrices that see the same inputs, by the first of them, which is the one that is watched.
 OBSERVED = {names[0]: names for names in SAME_INPUT}
 

@@ -17,6 +17,7 @@ _FEWEST_TOKENS = 128
 _HELD_OUT_ROWS = 4
 _MOST_BYTES = 64 << 20
 _WINDOW, _MOST_WINDOWS = 512, 24
+_PAGE = Path(__file__).with_name("calibration.txt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +64,24 @@ def read_text(path: Path, what: str) -> str:
     if "\0" in decoded:
         raise ExportRequestError(f"the {what} {path} is not text: it holds zero bytes")
     return decoded
+
+
+def page(tokenizer: sentencepiece.SentencePieceProcessor, context: int) -> CalibrationText:
+    """A page that comes with this package, cut for a model's context."""
+    tokens = tokenizer.encode(_PAGE.read_text(encoding="utf-8"))
+    return cut_text(tokenizer.bos_id(), tokens, context, "a page of the exporter's own")
+
+
+def text_file(
+    path: Path, tokenizer: sentencepiece.SentencePieceProcessor, context: int
+) -> CalibrationText:
+    """A text of the user's.
+
+    Raises:
+        ExportRequestError: it cannot be read, or is too short.
+    """
+    tokens = tokenizer.encode(read_text(path, "calibration text"))
+    return cut_text(tokenizer.bos_id(), tokens, context, f"the text {path.name}")
 
 
 def cut_text(bos: int, tokens: Sequence[int], context: int, origin: str) -> CalibrationText:

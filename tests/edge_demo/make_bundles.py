@@ -18,13 +18,16 @@ SHORT_CONTEXT = 16
 
 
 def main(folder: Path) -> None:
-    """Write `GENERATION-RECIPE` for each of them, `short` (fp32) and `chat` (int8)."""
+    """Write `GENERATION-RECIPE` and `GENERATION-int8-cache` (fp32) for each, and `short` (fp32) and
+    `chat` (int8)."""
     folder.mkdir()
     for generation in GENERATIONS:
         source = folder / f"tiny-{generation}"
         write_tiny_hf(source, generation)
         for recipe in ("fp32", "int8"):
             export_onnx(source, folder / f"{generation}-{recipe}", recipe, verify=False)
+        out = folder / f"{generation}-int8-cache"
+        export_onnx(source, out, "fp32", kv_cache_dtype="int8", verify=False)
     export_onnx(source, folder / "short", "fp32", max_context=SHORT_CONTEXT, verify=False)
     tuned = folder / "tiny-chat"
     shutil.copytree(source, tuned)

@@ -107,6 +107,16 @@ def test_a_missing_source(target):
     assert "no/such/model does not exist; give a .gguf file" in line
 
 
+def test_a_kv_cache_of_another_dtype_names_those_there_are(good, target):
+    line = refusal(good, target, *QUICK, "--kv-cache-dtype", "fp8")
+    assert "keys and values are kept as float32 or int8, not as 'fp8'" in line
+
+
+def test_standard_operators_keep_floats(good, target):
+    line = refusal(good, target, *QUICK, "--kv-cache-dtype", "int8", "--lowering", "traced")
+    assert "traced graphs keep keys and values as float32; use --lowering fused" in line
+
+
 def test_an_unknown_recipe_names_those_there_are(good, target):
     line = refusal(good, target, "--recipe", "int3")
     assert "'int3'; choose one of int4, int8, fp16, fp32" in line
