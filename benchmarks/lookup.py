@@ -14,8 +14,8 @@ import statistics
 from pathlib import Path
 
 from edge_demo.bundle import Bundle
-from edge_demo.engine import CandidateEngine
-from edge_demo.generator import Generator, common_prefix
+from edge_demo.engine import CandidateEngine, common_prefix
+from edge_demo.generator import Generator
 from edge_demo.sampling import Sampler
 from edge_demo.speculate import PromptLookup
 from edge_demo.tokenizer import Tokenizer

@@ -127,11 +127,17 @@ def _parser() -> argparse.ArgumentParser:
             "(default: %(default)s)",
         )
         group.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
-        sub.add_argument(
+        guesses = sub.add_argument_group(
+            "guesses", "tokens guessed ahead and run at once: answers of the same probability"
+        ).add_mutually_exclusive_group()
+        guesses.add_argument(
             "--lookup",
             action="store_true",
-            help="guess tokens by looking up how the text went on before: answers of the same "
-            "probability, sooner where they repeat the prompt or themselves",
+            help="look up how the text went on before: sooner where an answer repeats its prompt "
+            "or itself",
+        )
+        guesses.add_argument(
+            "--draft", metavar="BUNDLE", help="ask a smaller model with the same tokenizer"
         )
 
     sub = command("generate", commands.run_generate, "Continue a prompt.")

@@ -35,10 +35,17 @@ def _sampler(arguments: argparse.Namespace) -> Sampler:
     return Sampler(arguments.temperature, arguments.top_k, arguments.top_p, arguments.seed)
 
 
-def _drafter(arguments: argparse.Namespace) -> Drafter | None:
-    from edge_demo.speculate import PromptLookup
+def _drafter(arguments: argparse.Namespace, bundle: Bundle) -> Drafter | None:
+    from edge_demo.bundle import Bundle
+    from edge_demo.generator import engine_for
+    from edge_demo.sampling import Sampler
+    from edge_demo.speculate import DraftModel, PromptLookup, check_draft
 
-    return PromptLookup() if arguments.lookup else None
+    if arguments.draft is None:
+        return PromptLookup() if arguments.lookup else None
+    draft = Bundle.open(arguments.draft)
+    check_draft(bundle, draft)
+    return DraftModel(engine_for(draft, Sampler(), arguments.threads))
 
 
 def _load(arguments: argparse.Namespace, sampler: Sampler) -> tuple[Bundle, Generator, float]:
@@ -64,10 +71,11 @@ def run_generate(arguments: argparse.Namespace) -> int:
         if sys.stdin.isatty():
             raise RequestError("give a prompt with --prompt, or on stdin")
         prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
-    _, generator, load_s = _load(arguments, sampler)
+    bundle, generator, load_s = _load(arguments, sampler)
+    drafter = _drafter(arguments, bundle)
     generation = Generation(generator.tokenizer.encode(prompt))
     pieces = generator.stream(
-        generation.prompt_ids, sampler, arguments.max_tokens, generation, _drafter(arguments)
+        generation.prompt_ids, sampler, arguments.max_tokens, generation, drafter
     )
     status = 0
     generator.engine.admit(generation.prompt_ids)
@@ -137,7 +145,7 @@ def run_chat(arguments: argparse.Namespace) -> int:
         + " Ctrl-C stops an answer, Ctrl-D ends."
     )
     turns: list[tuple[str, str]] = []
-    drafter = _drafter(arguments)
+    drafter = _drafter(arguments, bundle)
     while True:
         message = _read_turn()
         if message is None:

@@ -269,6 +269,16 @@ class CandidateEngine(TokenRunner):
         return [Candidates(*row) for row in zip(*self._extend(tokens), strict=True)]
 
 
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many of the first tokens of two texts are the same."""
+    count = 0
+    for x, y in zip(a, b, strict=False):
+        if x != y:
+            break
+        count += 1
+    return count
+
+
 def _bound_tensors(
     bundle: Bundle, graph: GraphSpec, outputs: Sequence[TensorSpec]
 ) -> tuple[list[TensorSpec], list[TensorSpec]]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from edge_demo.bundle import Bundle
-from edge_demo.engine import CandidateEngine, Engine
+from edge_demo.engine import CandidateEngine, Engine, common_prefix
 from edge_demo.errors import RequestError
 from edge_demo.sampling import Sampler
 from edge_demo.speculate import Drafter, Speculator
@@ -148,13 +148,3 @@ class Generator:
         for _ in self.stream(prompt_ids, sampler, max_tokens, generation, drafter):
             pass
         return generation
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many of the first tokens of two texts are the same."""
-    count = 0
-    for x, y in zip(a, b, strict=False):
-        if x != y:
-            break
-        count += 1
-    return count

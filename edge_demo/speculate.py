@@ -16,8 +16,10 @@ from typing import Protocol
 
 import numpy as np
 
-from edge_demo.engine import CandidateEngine, Engine
-from edge_demo.sampling import Candidates
+from edge_demo.bundle import Bundle
+from edge_demo.engine import CandidateEngine, Engine, common_prefix
+from edge_demo.errors import RequestError
+from edge_demo.sampling import Candidates, Sampler
 
 _NGRAMS = (4, 3, 2)
 _FEWEST, _MOST = 2, 8
@@ -63,6 +65,47 @@ class PromptLookup:
         return []
 
 
+class DraftModel:
+    """Guesses what a smaller model of the same vocabulary would say, greedily.
+
+    Args:
+        engine: of the smaller model; it follows the text, and is nobody else's.
+    """
+
+    def __init__(self, engine: Engine | CandidateEngine) -> None:
+        self._engine = engine
+        self._greedy = Sampler()
+
+    def draft(self, tokens: Sequence[int], most: int) -> list[int]:
+        """As `Drafter`; none where the text does not fit its context."""
+        most = min(most, self._engine.context_length - len(tokens))
+        if most < 1:
+            return []
+        shared = common_prefix(self._engine.tokens, tokens)
+        shared = self._engine.reusable(min(shared, len(tokens) - 1))
+        self._engine.rewind(shared)
+        new = tokens[shared:]
+        last = self._engine.extend(new)[-1] if len(new) <= _MOST else self._engine.prefill(new)
+        guesses = [self._greedy.pick(last)]
+        while len(guesses) < most:
+            guesses.append(self._greedy.pick(self._engine.decode(guesses[-1])))
+        return guesses
+
+
+def check_draft(bundle: Bundle, draft: Bundle) -> None:
+    """Refuse a draft bundle whose tokens are not the bundle's.
+
+    Raises:
+        RequestError: it has another tokenizer.
+    """
+    own, other = (b.files[b.tokenizer.file][1] for b in (bundle, draft))
+    if (own, bundle.vocabulary_size) != (other, draft.vocabulary_size):
+        raise RequestError(
+            f"the draft {draft.path} has another tokenizer than {bundle.path}; its guesses would "
+            "mean nothing"
+        )
+
+
 class Speculator:
     """Decodes with guesses; leaves the engine as plain decoding would.
 
@@ -106,9 +149,10 @@ class Speculator:
                 self._accepted += 1
                 return logits
         self.settle()
-        draft = self._draft()
         start = time.perf_counter()
+        draft = self._draft()
         if not draft:
+            start = time.perf_counter()
             logits = self._engine.decode(token)
             self._plain_s = _average(self._plain_s, time.perf_counter() - start)
             return logits

@@ -175,10 +175,7 @@ class _FusedGraph:
         total: ir.Value,
     ) -> tuple[ir.Value, list[ir.Value]]:
         name = f"layers.{i}.attention"
-        query, key, value = self._matmuls([f"{name}.{n}" for n in ("query", "key", "value")], x)
-        if layer.qk_norm:
-            query = self._head_norm(f"{name}.query_norm", query, layer.head_dim)
-            key = self._head_norm(f"{name}.key_norm", key, layer.head_dim)
+        query, key, value = self._query_key_value(name, layer, x)
         past = [self.inputs[f"past_key_values.{i}.{part}"] for part in ("key", "value")]
         outputs = [f"{name}.attended", f"present.{i}.key", f"present.{i}.value"]
         attributes: dict[str, int | float | str] = {
@@ -208,6 +205,35 @@ class _FusedGraph:
             **attributes,
         )
         return self._matmul(f"{name}.output", attended), present
+
+    def _query_key_value(self, name: str, layer: LayerSpec, x: ir.Value) -> Sequence[ir.Value]:
+        matrices = [f"{name}.{n}" for n in ("query", "key", "value")]
+        if not layer.qk_norm:
+            return self._matmuls(matrices, x)
+        query_norm, key_norm = (self._weight(f"{name}.{n}_norm") for n in ("query", "key"))
+        if self.joined.get(matrices[0]) != tuple(matrices):
+            query, key, value = self._matmuls(matrices, x)
+            query = self._head_norm(f"{name}.query_norm", query, query_norm, layer.head_dim)
+            return query, self._head_norm(f"{name}.key_norm", key, key_norm, layer.head_dim), value
+        # One norm over the heads of both; the factors are repeated once, when a runtime loads them.
+        query_size, key_size, value_size = self._num_outputs(matrices)
+        whole = self._joined_matmul(matrices, x)
+        both, value = self._split(whole, (query_size + key_size, value_size))
+        factors = self._op(
+            "Concat",
+            [
+                self._repeated(query_norm, layer.num_heads, layer.head_dim),
+                self._repeated(key_norm, layer.num_kv_heads, layer.head_dim),
+            ],
+            f"{name}.query+key_norm",
+            axis=0,
+        )
+        normed = self._head_norm(f"{name}.query+key_norm", both, factors, layer.head_dim)
+        return *self._split(normed, (query_size, key_size)), value
+
+    def _repeated(self, norm: ir.Value, heads: int, head_dim: int) -> ir.Value:
+        shape = self._constant(f"shape.{heads}.{head_dim}", np.array([heads, head_dim], np.int64))
+        return self._op("Expand", [norm, shape], f"{norm.name}.repeated")
 
     def _keeps_a_window(self, i: int) -> bool:
         """Whether the contract wants no more than a sliding window kept in a layer's buffers."""
@@ -330,15 +356,25 @@ class _FusedGraph:
             if run is None:
                 found.append(self._matmul(first, x))
                 continue
-            label = joined_name(run)
-            sizes = [rows_and_inputs(self.specs[name])[0] for name in run]
-            num_inputs = rows_and_inputs(self.specs[run[0]])[1]
-            whole = self._matmul_nbits(
-                label, x, f"{label}.out", self.plan[run[0]], shape=(sum(sizes), num_inputs)
-            )
-            split = self._constant(f"split.{sizes}", np.array(sizes, np.int64))
-            found += self._ops("Split", [whole, split], [f"{name}.out" for name in run], axis=-1)
+            found += self._split(self._joined_matmul(run, x), self._num_outputs(run))
         return found
+
+    def _joined_matmul(self, names: Sequence[str], x: ir.Value) -> ir.Value:
+        """The products with matrices that are stored together, one after another."""
+        label = joined_name(names)
+        shape = sum(self._num_outputs(names)), rows_and_inputs(self.specs[names[0]])[1]
+        return self._matmul_nbits(label, x, f"{label}.out", self.plan[names[0]], shape=shape)
+
+    def _num_outputs(self, names: Sequence[str]) -> list[int]:
+        return [rows_and_inputs(self.specs[name])[0] for name in names]
+
+    def _split(self, x: ir.Value, sizes: Sequence[int]) -> Sequence[ir.Value]:
+        """Parts of the last axis."""
+        constant = self._constant(
+            f"split.{'.'.join(str(size) for size in sizes)}", np.array(sizes, np.int64)
+        )
+        outputs = [f"{x.name}.{number}" for number in range(len(sizes))]
+        return self._ops("Split", [x, constant], outputs, axis=-1)
 
     def _matmul_nbits(
         self,
@@ -396,21 +432,24 @@ class _FusedGraph:
             quantize_axis=1,
         )
 
-    def _norm(self, name: str, x: ir.Value) -> ir.Value:
+    def _norm(self, name: str, x: ir.Value, factors: ir.Value | None = None) -> ir.Value:
         return self._op(
             "RMSNormalization",
-            [x, self._weight(name)],
+            [x, self._weight(name) if factors is None else factors],
             f"{name}.out",
             axis=-1,
             epsilon=self.config.norm_epsilon,
         )
 
-    def _head_norm(self, name: str, x: ir.Value, head_dim: int) -> ir.Value:
-        """The norm of each head by itself: `(batch, length, heads * head_dim)` in and out."""
+    def _head_norm(self, name: str, x: ir.Value, factors: ir.Value, head_dim: int) -> ir.Value:
+        """The norm of each head by itself: `(batch, length, heads * head_dim)` in and out.
+
+        The factors are those of one head, or of each.
+        """
         split = self._constant(f"shape.heads.{head_dim}", np.array([0, 0, -1, head_dim], np.int64))
         merge = self._constant("shape.merged", np.array([0, 0, -1], np.int64))
         heads = self._op("Reshape", [x, split], f"{name}.heads")
-        return self._op("Reshape", [self._norm(name, heads), merge], f"{name}.merged")
+        return self._op("Reshape", [self._norm(name, heads, factors), merge], f"{name}.merged")
 
     def _add_and_norm(
         self, name: str, x: ir.Value, residual: ir.Value

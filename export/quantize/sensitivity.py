@@ -12,20 +12,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import numpy as np
 
 from edge_demo.score import kl_divergence
+from export.joined import SAME_INPUT, joined_name
 from export.quantize.formats import Format, Plan
 from export.quantize.packing import Quantized
 from export.reference import BlockLoader, embedded, head_logits, run_block, table_rows
 from gemma_keras.checkpoints.names import head_table
 from gemma_keras.config import GemmaConfig
 
-# Matrices of a block that get their bits together, those of like cost and like effect.
-GROUPS = {
-    "attention.query": ("attention.query",),
-    "attention.key_value": ("attention.key", "attention.value"),
-    "attention.output": ("attention.output",),
-    "mlp.gate_up": ("mlp.gate", "mlp.up"),
-    "mlp.down": ("mlp.down",),
-}
 _MOST_TYPICAL = 10
 _LIKELY = 256  # tokens at each position that the divergence is taken over
 
@@ -33,17 +26,18 @@ _LIKELY = 256  # tokens at each position that the divergence is taken over
 def group_members(
     config: GemmaConfig, plan: Plan, keep: Collection[str] = ()
 ) -> dict[str, tuple[str, ...]]:
-    """Group name, such as `layers.3.mlp.gate_up`, to its matrices of fewer than 8 bits.
+    """Group name, such as `layers.3.mlp.gate+up`, to its matrices of fewer than 8 bits.
 
-    Those in `keep` are left out.
+    Matrices that see the same input get their bits together, so that they are one product. Those
+    in `keep` are left out.
     """
     groups = {}
     for i in range(len(config.layers)):
-        for group, names in GROUPS.items():
+        for names in SAME_INPUT:
             here = [f"layers.{i}.{n}" for n in names]
             members = tuple(n for n in here if plan[n].bits < 8 and n not in keep)
             if members:
-                groups[f"layers.{i}.{group}"] = members
+                groups[joined_name(here)] = members
     return groups
 
 

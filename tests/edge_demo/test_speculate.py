@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_demo import kv_cache
 from edge_demo.bundle import Bundle
 from edge_demo.engine import CandidateEngine, Engine
+from edge_demo.errors import RequestError
 from edge_demo.generator import Generation, Generator
 from edge_demo.sampling import Sampler
-from edge_demo.speculate import PromptLookup, Speculator
+from edge_demo.speculate import DraftModel, PromptLookup, Speculator, check_draft
 from edge_demo.tokenizer import Tokenizer
 from tests.models import GENERATIONS, WINDOW
 
@@ -121,6 +123,100 @@ def test_what_is_retractable_can_be_taken_back_without_running_it_again(generato
         engine.extend(text(1 + room, seed=2))
         assert engine.reusable(total + 1) == total + 1
         engine.rewind(total + 1)
+
+
+# --- a smaller model guesses ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def draft_models(tiny_bundles):
+    """One that often guesses right, and one that never does and forgets sooner."""
+    near = Bundle.open(tiny_bundles / "gemma3-int8")
+    far = Bundle.open(tiny_bundles / "short")
+    return {
+        "near": DraftModel(CandidateEngine(near, threads=1)),
+        "far": DraftModel(Engine(far, threads=1)),
+    }
+
+
+@pytest.mark.parametrize("kind", [Engine, CandidateEngine])
+@pytest.mark.parametrize("which", ["near", "far"])
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(length=st.integers(1, 40), count=st.integers(2, 60), seed=st.integers(0, 5))
+def test_a_draft_model_changes_nothing_but_time(
+    generators, draft_models, kind, which, length, count, seed
+):
+    plain, guessing = generators[kind]
+    sampler = {"temperature": 0.5 * (seed % 2), "top_k": 40, "seed": seed}
+    plain.engine.rewind(0)
+    expected = plain.generate(text(length, seed), Sampler(**sampler), count)
+    guessing.engine.rewind(0)
+    found = guessing.generate(text(length, seed), Sampler(**sampler), count, draft_models[which])
+    assert found.ids == expected.ids
+
+
+def test_a_draft_model_guesses_its_own_greedy_text(tiny_bundles, draft_models):
+    bundle = Bundle.open(tiny_bundles / "gemma3-int8")
+    generator = Generator(CandidateEngine(bundle, threads=1), Tokenizer(bundle))
+    prompt = text(20)
+    said = generator.generate(prompt, Sampler(), 12).ids
+    model = draft_models["near"]
+    assert model.draft(prompt, 5) == said[:5]
+    assert model.draft(prompt + said[:3], 4) == said[3:7]  # its guesses held
+    assert model.draft([*prompt, *said[:4], 17], 3) != said[5:8]  # they did not
+    assert model.draft(prompt + said[:8], 4) == said[8:12]
+    assert draft_models["far"].draft(text(16), 4) == []  # its context is full
+
+
+def test_a_draft_with_another_tokenizer_is_refused(tiny_bundles):
+    bundle = Bundle.open(tiny_bundles / "gemma3-int8")
+    check_draft(bundle, Bundle.open(tiny_bundles / "gemma-fp32"))
+    with pytest.raises(RequestError, match="has another tokenizer than"):
+        check_draft(bundle, Bundle.open(tiny_bundles / "chat"))
+
+
+# --- what is sampled ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guess", ["likeliest", "unlikely", "none"])
+def test_two_sampled_tokens_have_the_models_probabilities(generators, guess):
+    """Chi-square of 4,000 pairs against the exact probabilities of the 16 there can be."""
+    generator = generators[Engine][0]
+    engine, prompt, count, top_k = generator.engine, text(9), 4000, 4
+
+    def distribution(tokens):
+        engine.rewind(0)
+        ids, probabilities = Sampler(8.0, top_k).distribution(engine.prefill(tokens))
+        return dict(zip(ids.tolist(), probabilities.tolist(), strict=True))
+
+    expected = {
+        (first, second): p * q
+        for first, p in distribution(prompt).items()
+        for second, q in distribution([*prompt, first]).items()
+    }
+    rank = {"likeliest": 0, "unlikely": -1}.get(guess)
+    after = {f: list(distribution([*prompt, f])) for f in distribution(prompt)}
+
+    class Guess:
+        def draft(self, tokens, most):
+            return [] if rank is None else [after[tokens[-1]][rank]]
+
+    sampler, found = Sampler(8.0, top_k, seed=0), dict.fromkeys(expected, 0)
+    for _ in range(count):
+        engine.rewind(len(prompt) - 1)
+        logits = engine.prefill(prompt[-1:])
+        ahead = Speculator(engine, Guess(), prompt)
+        ahead._plain_s = 1.0  # so that it guesses from the first token on
+        first = sampler.pick(logits)
+        second = sampler.pick(ahead.decode(first))
+        ahead.settle()
+        found[first, second] += 1
+    statistic = sum((found[c] - count * p) ** 2 / (count * p) for c, p in expected.items())
+    assert min(expected.values()) * count > 5  # so that the statistic has its distribution
+    assert statistic < scipy.stats.chi2.ppf(0.999, len(expected) - 1)
+
+
+# --- prompt lookup --------------------------------------------------------------------------------
 
 
 def test_lookup_continues_as_the_text_went_on_the_last_time():
