@@ -13,6 +13,9 @@ from collections import Counter, defaultdict
 
 import pytest
 
+from tests.models import GENERATIONS
+
+BACKENDS = ("jax", "tensorflow", "torch")
 PART = os.environ.get("GEMMA_TEST_PART")
 if PART:  # the parts share the processor
     for variable in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
@@ -22,10 +25,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def pytest_collection_modifyitems(config, items):
-    """In a worker, keep the tests of its part."""
+    """In a worker, keep the tests of its part; of those marked `spread`, its generation's."""
     if not PART:
         return
     wanted = [item for item in items if ("keras" in item.keywords) == (PART == "keras")]
+    backend = os.environ.get("KERAS_BACKEND")
+    if backend in BACKENDS:
+        own = GENERATIONS[BACKENDS.index(backend)]
+        wanted = [
+            item
+            for item in wanted
+            if "spread" not in item.keywords or item.callspec.params["generation"] == own
+        ]
     config.hook.pytest_deselected(items=[item for item in items if item not in wanted])
     items[:] = wanted
 

@@ -92,6 +92,7 @@ def test_a_text_that_is_too_short_is_refused(count):
         cut_text(2, [7] * count, 8192, "novel")
 
 
+@pytest.mark.spread
 @each_generation
 def test_a_model_writes_its_own_text(tiny, generation, tmp_path):
     model, told = tiny(generation), []
@@ -170,6 +171,7 @@ class Interrupted(Exception):
     pass
 
 
+@pytest.mark.spread
 @each_generation
 @pytest.mark.parametrize("after", [1, 2])
 def test_an_interrupted_calibration_goes_on_where_it_was(tiny, generation, after, tmp_path):
@@ -208,6 +210,7 @@ def test_an_interrupted_calibration_goes_on_where_it_was(tiny, generation, after
 # --- sensitivities and the budget ----------------------------------------------------------------
 
 
+@pytest.mark.spread
 @each_generation
 def test_a_sensitivity_is_the_divergence_of_the_model_with_that_group_rounded(
     tiny, generation, tmp_path
@@ -301,6 +304,7 @@ def calibration_text(tmp_path_factory):
     return path
 
 
+@pytest.mark.spread
 @each_generation
 def test_int4_keeps_its_budget_and_says_what_it_chose(tiny, generation, calibration_text, tmp_path):
     model = tiny(generation)
@@ -380,6 +384,7 @@ def test_a_plan_that_cannot_be_followed_is_refused(tiny, entries, message):
         plan_from_json(entries, tiny("gemma3").config)
 
 
+@pytest.mark.spread
 @each_generation
 @pytest.mark.parametrize("recipe", ["fp32", "fp16", "int8", "int4"])
 def test_candidates_are_the_likeliest_tokens_and_their_logits(tiny, generation, recipe, tmp_path):
