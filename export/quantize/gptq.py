@@ -22,6 +22,7 @@ from export.quantize.packing import Quantized, blocks_of
 from export.quantize.rounding import best_scales
 
 _DAMPING = 0.01  # of the mean of H's diagonal, added to it
+_SMALL = 128  # triangular matrices up to this size are inverted as any other
 _LAZY = 128  # inputs whose corrections to the rest of the matrix are applied together
 _PIECE_BYTES = 32 << 20  # of the matrix, rounded at once
 
@@ -119,5 +120,18 @@ def _inverse_factor(hessian: np.ndarray) -> np.ndarray:
     # H = L Lᵀ read backwards gives H = M Mᵀ with M upper, and U = M⁻¹ up to order
     lower = np.linalg.cholesky(hessian[::-1, ::-1])
     upper = lower[::-1, ::-1]  # H = upper upperᵀ
-    inverse = np.linalg.inv(upper)  # upper; H⁻¹ = inverseᵀ inverse
-    return np.triu(inverse).astype(np.float32)
+    return _inverse_of_upper(upper).astype(np.float32)  # U, since H⁻¹ = Uᵀ U
+
+
+def _inverse_of_upper(matrix: np.ndarray) -> np.ndarray:
+    """Of an upper triangular matrix, by halves: a sixth of the work of a general inverse."""
+    size = len(matrix)
+    if size <= _SMALL:
+        return np.triu(np.linalg.inv(matrix))
+    half = size // 2
+    inverse = np.zeros_like(matrix)
+    first, last = slice(half), slice(half, None)
+    inverse[first, first] = _inverse_of_upper(matrix[first, first])
+    inverse[last, last] = _inverse_of_upper(matrix[last, last])
+    inverse[first, last] = -(inverse[first, first] @ (matrix[first, last] @ inverse[last, last]))
+    return inverse
