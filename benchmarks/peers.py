@@ -18,12 +18,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 
 from edge_demo.bench import bench, peak_rss_bytes
 from edge_demo.bundle import Bundle
 from edge_demo.engine import Engine
+from edge_demo.graph_weights import bytes_per_token
 from gemma_keras import open_checkpoint
 from gemma_keras.checkpoints.names import weight_specs
 
@@ -87,21 +87,6 @@ class _Kind:
 def _bundle_speed(path: Path, threads: int, prompt: int, new: int, repeats: int):
     found = bench(Bundle.open(path), threads, prompt, new, repeats)
     return found.prefill_tokens_per_s, found.decode_tokens_per_s
-
-
-def _graph_bytes(path: Path) -> int:
-    """Of a graph's weights, without those of which only rows are looked up."""
-    graph = onnx.load(path, load_external_data=False).graph
-    looks_up = ("Gather", "GroupQueryAttention")  # the latter in tables of rotary angles
-    read = {
-        name for node in graph.node if not node.op_type.startswith(looks_up) for name in node.input
-    }
-    places = {}
-    for tensor in graph.initializer:
-        if tensor.name in read and tensor.external_data:
-            entries = {entry.key: entry.value for entry in tensor.external_data}
-            places[entries.get("offset", "0")] = int(entries["length"])
-    return sum(places.values())
 
 
 # --- llama.cpp ---
@@ -316,11 +301,11 @@ KINDS = {
     "bundle": _Kind(
         lambda path, threads: Engine(Bundle.open(path), threads),
         _bundle_speed,
-        lambda path: _graph_bytes(path / "candidates.onnx"),
+        lambda path: bytes_per_token(path / "candidates.onnx"),
     ),
     "llama.cpp": _Kind(_LlamaEngine, _llama_speed, _gguf_bytes),
     "onnxruntime-genai": _Kind(
-        _GraphEngine, _genai_speed, lambda path: _graph_bytes(path / "model.onnx")
+        _GraphEngine, _genai_speed, lambda path: bytes_per_token(path / "model.onnx")
     ),
 }
 

@@ -1,0 +1,147 @@
+"""Which weights a graph reads, and how: from the ONNX file alone, without onnx or onnxruntime.
+
+ONNX is protocol buffers; the few fields wanted here are read by their numbers, from `onnx.proto3`
+(github.com/onnx/onnx). What is cut short or of another kind is a damaged bundle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+from edge_demo.errors import BundleError
+
+# Operators that look up rows of a table; the latter in tables of rotary angles.
+_LOOKUPS = ("Gather", "GroupQueryAttention")
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredWeight:
+    """One tensor of the weights file, as a graph uses it.
+
+    Attributes:
+        name: in the graph.
+        shape: as stored, so packed integers are counted in bytes.
+        offset: where it begins in the weights file, in bytes.
+        num_bytes: its size there.
+        used_by: the operators that read it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    num_bytes: int
+    used_by: frozenset[str]
+
+    @property
+    def looked_up(self) -> bool:
+        """Whether rows of it are looked up, as of an embedding table."""
+        return any(operator.startswith(_LOOKUPS) for operator in self.used_by)
+
+    @property
+    def multiplied(self) -> bool:
+        """Whether all of it is read, in a product or the like."""
+        return not all(operator.startswith(_LOOKUPS) for operator in self.used_by)
+
+
+def stored_weights(path: Path) -> list[StoredWeight]:
+    """The weights that a graph points at in its weights file, and uses.
+
+    Raises:
+        BundleError: the file is no ONNX graph.
+    """
+    try:
+        return list(_stored_weights(path.read_bytes()))
+    except (IndexError, ValueError, KeyError) as error:
+        raise BundleError(f"{path} is no ONNX graph: {error}") from error
+
+
+def bytes_per_token(path: Path) -> int:
+    """Bytes of weights that one step of decoding reads: all but those of which rows are looked up.
+
+    Raises:
+        BundleError: the file is no ONNX graph.
+    """
+    read = {w.offset: w.num_bytes for w in stored_weights(path) if w.multiplied}
+    return sum(read.values())  # a place that two shapes share is read once
+
+
+def _stored_weights(data: bytes) -> Iterator[StoredWeight]:
+    view = memoryview(data)
+    graphs = [value for number, value in _fields(view) if number == 7]
+    if len(graphs) != 1 or not isinstance(graphs[0], memoryview):
+        raise ValueError("it holds no graph")
+    users: dict[str, set[str]] = {}
+    tensors: list[memoryview] = []
+    for number, value in _fields(graphs[0]):
+        if not isinstance(value, memoryview):
+            continue
+        if number == 1:
+            node = list(_fields(value))
+            operator = next((_text(v) for n, v in node if n == 4), "")
+            for name in (_text(v) for n, v in node if n == 1):
+                users.setdefault(name, set()).add(operator)
+        elif number == 5:
+            tensors.append(value)
+    for tensor in tensors:
+        name, shape, place = "", [], {}
+        for number, value in _fields(tensor):
+            if number == 1:
+                shape += [value] if isinstance(value, int) else _varints(value)
+            elif number == 8:
+                name = _text(value)
+            elif number == 13:
+                entry = dict(_fields(value)) if isinstance(value, memoryview) else {}
+                place[_text(entry[1])] = _text(entry[2])
+        if place and name in users:
+            offset, length = int(place.get("offset", "0")), int(place["length"])
+            yield StoredWeight(name, tuple(shape), offset, length, frozenset(users[name]))
+
+
+def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """Number and value of each field of one message."""
+    place = 0
+    while place < len(data):
+        tag, place = _varint(data, place)
+        number, kind = tag >> 3, tag & 7
+        if kind == _VARINT:
+            value, place = _varint(data, place)
+            yield number, value
+            continue
+        if kind == _BYTES:
+            size, place = _varint(data, place)
+        elif kind in (_FIXED64, _FIXED32):
+            size = 8 if kind == _FIXED64 else 4
+        else:
+            raise ValueError(f"a field of kind {kind}")
+        if place + size > len(data):
+            raise ValueError("it is cut short")
+        yield number, data[place : place + size]
+        place += size
+
+
+def _varint(data: memoryview, place: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = data[place]
+        place += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, place
+    raise ValueError("a number without end")
+
+
+def _varints(data: memoryview) -> list[int]:
+    values, place = [], 0
+    while place < len(data):
+        value, place = _varint(data, place)
+        values.append(value)
+    return values
+
+
+def _text(value: int | memoryview) -> str:
+    if isinstance(value, int):
+        raise ValueError("a number where a name should be")
+    return bytes(value).decode("utf-8")

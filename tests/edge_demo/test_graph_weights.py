@@ -1,0 +1,62 @@
+"""The reader of ONNX files beside the onnx package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+
+from edge_demo.errors import BundleError
+from edge_demo.graph_weights import bytes_per_token, stored_weights
+
+GRAPHS = ("engine.onnx", "candidates.onnx", "model.onnx")
+
+
+@pytest.fixture(params=["gemma2-fp32", "gemma3-int8"])
+def bundle(request, tiny_bundles) -> Path:
+    return tiny_bundles / request.param
+
+
+@pytest.mark.parametrize("file", GRAPHS)
+def test_it_finds_what_onnx_finds(bundle, file):
+    graph = onnx.load(bundle / file, load_external_data=False).graph
+    users = {}
+    for node in graph.node:
+        for name in node.input:
+            users.setdefault(name, set()).add(node.op_type)
+    expected = {}
+    for tensor in graph.initializer:
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        if place and tensor.name in users:
+            size = (int(place.get("offset", "0")), int(place["length"]))
+            expected[tensor.name] = (tuple(tensor.dims), *size, users[tensor.name])
+    found = stored_weights(bundle / file)
+    assert len(found) == len(expected) > 20
+    assert {w.name: (w.shape, w.offset, w.num_bytes, set(w.used_by)) for w in found} == expected
+
+
+def test_a_token_reads_all_but_what_is_looked_up(tiny_bundles):
+    """The table of these bundles is embedding and head at once, and only the head reads it whole."""
+    path = tiny_bundles / "gemma3-int8" / "engine.onnx"
+    weights = stored_weights(path)
+    tables = [w for w in weights if w.looked_up and not w.multiplied]
+    assert tables and {w.offset for w in tables} < {w.offset for w in weights if w.multiplied}
+    assert bytes_per_token(path) == sum({w.offset: w.num_bytes for w in weights}.values())
+
+
+@pytest.mark.parametrize("keep", [0.01, 0.5, 0.999])
+def test_a_graph_that_is_cut_short_is_refused(bundle, tmp_path, keep):
+    data = (bundle / "engine.onnx").read_bytes()
+    path = tmp_path / "engine.onnx"
+    path.write_bytes(data[: int(keep * len(data))])
+    with pytest.raises(BundleError, match=r"engine\.onnx is no ONNX graph"):
+        stored_weights(path)
+
+
+@pytest.mark.parametrize("data", [b"", b"no graph", b"\xff" * 40, b"\x3a\x00\x3a\x00", b"\x38\x01"])
+def test_what_is_no_graph_is_refused(tmp_path, data):
+    path = tmp_path / "engine.onnx"
+    path.write_bytes(data)
+    with pytest.raises(BundleError, match="no ONNX graph"):
+        stored_weights(path)
