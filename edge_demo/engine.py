@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
+from edge_demo import memory
 from edge_demo.bundle import Bundle, GraphSpec, TensorSpec
 from edge_demo.errors import BundleError, EdgeError, RequestError
 from edge_demo.kv_cache import KVCache
 from edge_demo.sampling import Candidates
 
-_PREFILL_CHUNK = 512
 _SCORE_CHUNK = 64  # 67 MB of logits for a vocabulary of 262 144
 _MOST_THREADS = 1024
 _DTYPES = {"tensor(float)": "float32"} | {f"tensor({n})": n for n in ("int64", "int32", "int8")}
@@ -37,6 +37,7 @@ class TokenRunner:
 
     Raises:
         BundleError: a file has changed, or the graph does not keep its contract.
+        EdgeError: there is not enough memory; see `edge_demo.memory`.
         RequestError: `threads` is out of range.
     """
 
@@ -50,6 +51,7 @@ class TokenRunner:
         if threads is not None and not 1 <= threads <= _MOST_THREADS:
             raise RequestError(f"threads must be 1 to {_MOST_THREADS:,}, not {threads:,}")
         bundle.verify()
+        self._prefill_chunk = memory.admit(bundle, graph)
         self.bundle = bundle
         self.graph = graph
         self.outputs = tuple(outputs)
@@ -63,6 +65,11 @@ class TokenRunner:
                 str(bundle.path / graph.file), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # onnxruntime's errors share no base class of their own
+            if "bad_alloc" in str(error):
+                raise EdgeError(
+                    f"memory ran out while {graph.file} was loaded; close other programs, or "
+                    "export with fewer bits"
+                ) from error
             raise BundleError(
                 f"onnxruntime {ort.__version__} cannot load {graph.file}: {error}"
             ) from error
@@ -93,8 +100,8 @@ class TokenRunner:
     def _prefill(self, ids: Sequence[int]) -> list[np.ndarray]:
         self.admit(ids)
         outputs: list[np.ndarray] = []
-        for first in range(0, len(ids), _PREFILL_CHUNK):
-            chunk = ids[first : first + _PREFILL_CHUNK]
+        for first in range(0, len(ids), self._prefill_chunk):
+            chunk = ids[first : first + self._prefill_chunk]
             outputs = self._run(chunk, range(len(chunk) - 1, len(chunk)))
         return outputs
 
@@ -179,6 +186,7 @@ class Engine(TokenRunner):
 
     Raises:
         BundleError: a file has changed, or the graph does not keep its contract.
+        EdgeError: there is not enough memory; see `edge_demo.memory`.
         RequestError: `threads` is out of range.
     """
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from edge_demo import cache_size
 from edge_demo.bundle import GraphSpec, RopeSpec, TensorSpec, WindowSpec
-
-_STEP = 256
-_SLACK = 256  # places beyond a window: its tokens are moved to the front once in as many steps
 
 
 class KVCache:
@@ -46,7 +44,10 @@ class KVCache:
         self.capacity = 0
         self.reached = 0
         # Memory that is not written to yet costs nothing, so a window may be longer than the text.
-        self._sizes = {w.name: w.length + _SLACK for w in windows} | {"batch": 1, "capacity": 0}
+        self._sizes = {w.name: w.length + cache_size.SLACK for w in windows} | {
+            "batch": 1,
+            "capacity": 0,
+        }
         self.buffers: dict[str, np.ndarray] = {
             spec.name: np.zeros(self._shape(spec), spec.dtype) for spec in specs
         }
@@ -61,7 +62,7 @@ class KVCache:
             return False
         # A half more than now, so that growing costs little in the end, in whole steps.
         wanted = max(tokens, self.capacity + self.capacity // 2)
-        old, capacity = self.capacity, min(self._limit, -(-wanted // _STEP) * _STEP)
+        old, capacity = self.capacity, cache_size.capacity_for(wanted, self._limit)
         self._sizes["capacity"] = capacity
         grown = {spec.name: np.zeros(self._shape(spec), spec.dtype) for spec in self._growing}
         for name, buffer in grown.items():
@@ -93,7 +94,7 @@ def _resident(tokens: int, window: int) -> int:
     With capacity C and window W, `T - G * ceil((T - C) / G)` of T tokens beyond C, where
     `G = C - W + 1`; onnxruntime, ContribOperators.md.
     """
-    beyond, step = tokens - (window + _SLACK), _SLACK + 1
+    beyond, step = tokens - (window + cache_size.SLACK), cache_size.SLACK + 1
     return tokens if beyond <= 0 else tokens - step * -(-beyond // step)
 
 

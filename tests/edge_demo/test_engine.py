@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edge_demo import cache_size, memory
 from edge_demo import engine as engine_module
-from edge_demo import kv_cache
 from edge_demo.bundle import Bundle, RopeSpec
 from edge_demo.engine import Engine
 from edge_demo.errors import RequestError
@@ -39,9 +39,9 @@ LENGTHS = sorted(
 def small_steps():
     """Boundaries that a text of a few tokens crosses."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kv_cache, "_STEP", STEP)
-        patch.setattr(kv_cache, "_SLACK", SLACK)
-        patch.setattr(engine_module, "_PREFILL_CHUNK", PREFILL_CHUNK)
+        patch.setattr(cache_size, "STEP", STEP)
+        patch.setattr(cache_size, "SLACK", SLACK)
+        patch.setattr(memory, "CHUNKS", (PREFILL_CHUNK,))
         patch.setattr(engine_module, "_SCORE_CHUNK", SCORE_CHUNK)
         yield
 

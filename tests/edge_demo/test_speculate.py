@@ -8,7 +8,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_demo import kv_cache
+from edge_demo import cache_size
 from edge_demo.bundle import Bundle
 from edge_demo.engine import CandidateEngine, Engine
 from edge_demo.errors import RequestError
@@ -26,8 +26,8 @@ SLACK = 3
 def small_steps():
     """Windows and buffers whose ends a text of a few tokens crosses."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kv_cache, "_STEP", 8)
-        patch.setattr(kv_cache, "_SLACK", SLACK)
+        patch.setattr(cache_size, "STEP", 8)
+        patch.setattr(cache_size, "SLACK", SLACK)
         yield
 
 

@@ -1,0 +1,33 @@
+"""How large the key-value buffers are: what `KVCache` makes, as arithmetic alone."""
+
+from __future__ import annotations
+
+from edge_demo.bundle import GraphSpec, RopeSpec, WindowSpec
+
+STEP = 256
+SLACK = 256  # places beyond a window: its tokens are moved to the front once in as many steps
+
+
+def capacity_for(tokens: int, limit: int) -> int:
+    """Places of a buffer that grows, made for `tokens` and for at most `limit` tokens."""
+    return min(limit, -(-tokens // STEP) * STEP)
+
+
+def cache_bytes(
+    graph: GraphSpec,
+    ropes: tuple[RopeSpec, ...],
+    windows: tuple[WindowSpec, ...],
+    limit: int,
+    tokens: int,
+) -> int:
+    """Bytes of keys, values and rotary tables, float32, of buffers made for `tokens` at once."""
+    capacity = capacity_for(tokens, limit)
+    sizes = {w.name: w.length + SLACK for w in windows} | {"batch": 1, "capacity": capacity}
+    total = sum(2 * rope.dims * capacity for rope in ropes)
+    for spec in graph.inputs:
+        if spec.name.startswith("past_key_values."):
+            count = 1
+            for size in spec.shape:
+                count *= size if isinstance(size, int) else sizes[size]
+            total += count
+    return 4 * total
