@@ -1,4 +1,4 @@
-"""`edge-demo`: generate, chat, bench, score, compare and inspect a bundle.
+"""`edge-demo`: generate, chat, bench, score, compare and inspect a bundle, or look at the device.
 
 Nothing heavy is imported before it is known that it will be used, so `--help` is quick.
 """
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from edge_demo import commands
+from edge_demo import bench_command, commands
 from edge_demo.errors import EdgeError, RequestError
 from edge_demo.huge_pages import restart_with_huge_pages
 from edge_demo.terminal import complain
@@ -23,9 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; exit status 0, 1 for a failure, 2 for a bad request, 130 for Ctrl-C."""
     _prepare_streams()
     arguments = _parser().parse_args(argv)
-    if argv is None and arguments.run is not commands.run_inspect:
-        # a process of its own, with an engine
+    if argv is None and _runs_well_in_huge_pages(arguments):
         restart_with_huge_pages()
+    _heed_force(arguments)
     run: Callable[[argparse.Namespace], int] = arguments.run
     try:
         status = run(arguments)
@@ -44,6 +44,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain(error if str(error) else "out of memory")
         _drop_unwritten()
         return 1
+
+
+def _runs_well_in_huge_pages(arguments: argparse.Namespace) -> bool:
+    """Whether the command reads much memory, and there is enough of it for whole huge pages."""
+    if arguments.run is commands.run_inspect:
+        return False
+    if arguments.run is _run_doctor:  # measures what the others have
+        return True
+    from edge_demo.memory import is_short
+
+    return not is_short(arguments.bundle)
+
+
+def _heed_force(arguments: argparse.Namespace) -> None:
+    if getattr(arguments, "force", False):
+        from edge_demo.memory import FORCE
+
+        os.environ[FORCE] = "1"
+
+
+def _run_doctor(arguments: argparse.Namespace) -> int:
+    from edge_demo.doctor import run
+
+    return run(arguments)
 
 
 def _prepare_streams() -> None:
@@ -93,6 +117,12 @@ def _parser() -> argparse.ArgumentParser:
             type=_positive,
             metavar="N",
             help="threads for an operator (default: cores)",
+        )
+        force_option(sub)
+
+    def force_option(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--force", action="store_true", help="run even what seems not to fit into memory"
         )
 
     def sampling_options(sub: argparse.ArgumentParser, defaults: Sampling) -> None:
@@ -151,11 +181,11 @@ def _parser() -> argparse.ArgumentParser:
     engine_options(sub)
     sampling_options(sub, Sampling(512, 1.0, 64, 0.95))
 
-    sub = command("bench", commands.run_bench, "Measure load time, prefill, decode and memory.")
-    engine_options(sub)
-    sub.add_argument("--prompt-tokens", type=_positive, default=512, metavar="N")
-    sub.add_argument("--decode-tokens", type=_positive, default=64, metavar="N")
-    sub.add_argument("--repeats", type=_positive, default=3, metavar="N")
+    sub = command(
+        "bench", bench_command.run, "Measure prefill, decode, load time and memory, in a table."
+    )
+    bench_command.add_options(sub)
+    force_option(sub)
 
     def window_options(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(
@@ -201,6 +231,12 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("inspect", commands.run_inspect, "Show what a bundle holds.")
     sub.add_argument("--verify", action="store_true", help="compare every file with its SHA-256")
+
+    text = "What this device is, what fits on it, and how fast that may be."
+    sub = subparsers.add_parser("doctor", help=text, description=text)
+    sub.add_argument("bundles", metavar="BUNDLE", nargs="*", help="bundles to judge too")
+    sub.add_argument("--json", action="store_true", help="print one JSON object, for programs")
+    sub.set_defaults(run=_run_doctor)
     return parser
 
 

@@ -203,30 +203,6 @@ def _read_turn() -> str | None:
 # --- measure and look ---------------------------------------------------------------------------
 
 
-def run_bench(arguments: argparse.Namespace) -> int:
-    """Measure a bundle."""
-    from edge_demo.bench import bench
-    from edge_demo.bundle import Bundle
-    from edge_demo.terminal import megabytes
-
-    result = bench(
-        Bundle.open(arguments.bundle),
-        arguments.threads,
-        arguments.prompt_tokens,
-        arguments.decode_tokens,
-        arguments.repeats,
-    )
-    if arguments.json:
-        print(json.dumps(dataclasses.asdict(result)))
-        return 0
-    print(f"load          {result.load_s:8.2f} s")
-    print(f"first token   {result.ttft_s:8.2f} s        after {result.prompt_tokens} tokens")
-    print(f"prefill       {result.prefill_tokens_per_s:8.1f} tokens/s")
-    print(f"decode        {result.decode_tokens_per_s:8.1f} tokens/s")
-    print(f"peak memory   {megabytes(result.peak_rss_bytes):>8}")
-    return 0
-
-
 def run_score(arguments: argparse.Namespace) -> int:
     """Perplexity of a text, or accuracy on HellaSwag."""
     text_options = {name: getattr(arguments, name) for name in ("length", "stride", "windows")}

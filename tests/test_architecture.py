@@ -262,7 +262,16 @@ assert checkpoint.weights["layers.1.mlp.up"].shape == (96, 160)
     assert not loaded & set(KERAS)
 
 
-EDGE_COMMANDS = [[], ["generate"], ["chat"], ["bench"], ["score"], ["compare"], ["inspect"]]
+EDGE_COMMANDS = [
+    [],
+    ["generate"],
+    ["chat"],
+    ["bench"],
+    ["score"],
+    ["compare"],
+    ["inspect"],
+    ["doctor"],
+]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from edge_demo.score import score
 from tests.edge_demo.bundle_files import copy_bundle, edit_manifest, flip_byte, rewrite
 from tests.edge_demo.conftest import ROOT, generator
 
+# `doctor` needs no bundle: test_doctor.py; what `bench` shows: test_bench.py
 COMMANDS = ("generate", "chat", "bench", "score", "compare", "inspect")
 REPORT = {"prompt_ids", "ids", "text", "finish_reason", "timings", "peak_rss_bytes"}
 TIMINGS = {"load_s", "ttft_s", "prefill_tokens_per_s", "decode_tokens_per_s"}
@@ -195,34 +196,7 @@ def test_chat_without_a_word_ends_well(tiny):
     assert edge_demo("chat", tiny, stdin="")[0] == ""
 
 
-# --- bench, score and inspect --------------------------------------------------------------------
-
-BENCH = {
-    "load_s", "ttft_s", "prefill_tokens_per_s", "decode_tokens_per_s", "peak_rss_bytes",
-    "prompt_tokens", "decode_tokens", "repeats",
-}  # fmt: skip
-
-
-def test_bench_measures_everything_it_promises_over_a_whole_context(tiny, run, run_json):
-    arguments = (
-        "bench", tiny, "--prompt-tokens", 123, "--decode-tokens", 5, "--repeats", 2, "--threads", 1,
-    )  # fmt: skip
-    found = run_json(*arguments)
-    assert set(found) == BENCH
-    assert all(value > 0 for value in found.values())
-    assert (found["prompt_tokens"], found["decode_tokens"], found["repeats"]) == (123, 5, 2)
-    assert found["prefill_tokens_per_s"] == pytest.approx(123 / found["ttft_s"])
-    status, out, _ = run(*arguments)
-    assert status == 0
-    for word in ("load", "first token", "after 123 tokens", "prefill", "decode", "peak memory"):
-        assert word in out
-
-
-@pytest.mark.sample
-def test_bench_of_the_sample_knows_how_large_it_is(sample_bundle):
-    options = ("--prompt-tokens", 16, "--decode-tokens", 2, "--repeats", 1, "--json")
-    found = json.loads(edge_demo("bench", sample_bundle, *options)[0])
-    assert 300e6 < found["peak_rss_bytes"] < 4e9
+# --- score and inspect --------------------------------------------------------------------
 
 
 def test_score_reports_what_python_finds(tiny, tmp_path, run, run_json):
@@ -276,7 +250,7 @@ def test_inspect_of_the_sample_shows_its_licence(sample_bundle):
 OPTIONS = {
     "generate": "--prompt --threads --max-tokens --temperature --top-k --top-p --seed --json",
     "chat": "--threads --max-tokens --temperature --top-k --top-p --seed --json",
-    "bench": "--prompt-tokens --decode-tokens --repeats --threads --json",
+    "bench": "-p --prompt-tokens -n --decode-tokens -d --depth -r --repeats -t --threads -o --output --force --json",
     "score": "--text --length --stride --windows --hellaswag --tasks --threads --json",
     "compare": "REFERENCE --text --length --windows --threads --json",
     "inspect": "--verify --json",
@@ -429,7 +403,8 @@ def test_a_prompt_longer_than_the_context_is_refused_with_both_counts(run, tiny_
 
 def test_bench_and_score_that_do_not_fit_the_context_are_refused(refused, command, tiny_bundles):
     short = tiny_bundles / "short"
-    refused("bench", short, "--prompt-tokens", 16, "--decode-tokens", 1, names=["16 + 1", "of 16"])
+    refused("bench", short, "--prompt-tokens", 17, names=["17 tokens", "of 16"])
+    refused("bench", short, "-p", 0, "-n", 1, "-d", 16, names=["16 + 1", "of 16"])
     refused(*command("score", short)[:-1], 17, names=["17", "16"])
     refused(*command("score", short), "--stride", 16, names=["stride 1 to 15", "16"])
     refused(*command("score", short)[:-1], 1, names=["at least 2"])

@@ -212,3 +212,17 @@ def test_the_sample_is_refused_where_it_cannot_fit_and_runs_where_it_does(sample
     status, out, err = limited("RLIMIT_DATA", needed.data + 30 * MB, *generate)
     assert status == 0, err
     assert out == "1, 2, 3, 4, 5, 6, 7,\n"
+
+
+@linux
+def test_huge_pages_are_not_asked_for_where_memory_is_short(tiny_bundles):
+    bundle = tiny_bundles / "gemma3-int8"
+    code = (
+        "import resource, sys; from edge_demo.memory import is_short; n = int(sys.argv[2]);"
+        "print(is_short(sys.argv[1])); resource.setrlimit(resource.RLIMIT_DATA, (n, n));"
+        "print(is_short(sys.argv[1]), is_short('nowhere'))"
+    )
+    needed = memory.estimate(Bundle.open(bundle), chunk=memory.CHUNKS[-1]).data
+    command = [sys.executable, "-W", "error", "-c", code, str(bundle), str(needed - 10 * MB)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr == "" and done.stdout.split() == ["False", "True", "False"]

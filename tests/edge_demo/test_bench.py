@@ -1,0 +1,163 @@
+"""`edge-demo bench`: what is run, and how it is shown. No test asks how fast anything is."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import statistics
+
+import pytest
+
+from edge_demo import bench as bench_module
+from edge_demo.bench import BenchReport, Test, Timing, bench, run_tests
+from edge_demo.bench_command import as_json, as_markdown
+from edge_demo.bundle import Bundle
+from edge_demo.errors import RequestError
+from tests.edge_demo.test_commands import edge_demo
+
+Test.__test__ = False  # no test case of pytest
+
+KEYS = {
+    "model", "recipe", "weights_bytes", "load_s", "ttft_s", "prefill_tokens_per_s",
+    "decode_tokens_per_s", "prompt_tokens", "decode_tokens", "repeats", "peak_rss_bytes", "celsius",
+    "throttled", "tests",
+}  # fmt: skip
+
+
+@pytest.fixture
+def tiny(tiny_bundles):
+    return tiny_bundles / "gemma3-int8"
+
+
+def test_programs_get_the_long_names_they_know(tiny, run_json):
+    found = run_json(
+        "bench", tiny, "--prompt-tokens", 123, "--decode-tokens", 5, "--repeats", 2, "--threads", 1
+    )
+    assert set(found) == KEYS
+    assert (found["prompt_tokens"], found["decode_tokens"], found["repeats"]) == (123, 5, 2)
+    assert found["weights_bytes"] == (tiny / "model.onnx_data").stat().st_size
+    assert found["load_s"] > 0 and 20e6 < found["peak_rss_bytes"] < 64e9
+    prompt, decode = found["tests"]
+    assert (prompt["test"], decode["test"]) == ("pp123", "tg5")
+    for test in found["tests"]:
+        assert len(test["seconds"]) == 2 and test["threads"] == 1
+        speeds = [test["tokens"] / s for s in test["seconds"]]
+        assert test["tokens_per_s"]["mean"] == pytest.approx(statistics.fmean(speeds))
+        assert test["tokens_per_s"]["deviation"] == pytest.approx(statistics.stdev(speeds))
+    assert found["prefill_tokens_per_s"] == prompt["tokens_per_s"]["mean"]
+    assert found["decode_tokens_per_s"] == decode["tokens_per_s"]["mean"]
+    assert found["ttft_s"] == pytest.approx(statistics.fmean(prompt["seconds"]))
+
+
+def test_people_get_a_table_like_that_of_llama_bench(tiny, run):
+    status, out, err = run("bench", tiny, "-p", "8,16", "-n", 4, "-d", "0,32", "-r", 2, "-t", "1,2")
+    assert (status, err) == (0, "")
+    lines = out.splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:14]]
+    assert cells[0] == ["model", "size", "threads", "test", "t/s"]
+    assert re.fullmatch(r"(\|-+:?)+\|", lines[1])
+    assert len({len(line) for line in lines[:14]}) == 1
+    tests = ["pp8", "pp16", "tg4", "pp8 @ d32", "pp16 @ d32", "tg4 @ d32"]
+    assert [(c[2], c[3]) for c in cells[2:]] == [(t, test) for t in "12" for test in tests]
+    for model, size, _, _, speed in cells[2:]:
+        assert model == "tiny-gemma3 int8" and size.endswith(" MB")
+        assert re.fullmatch(r"\d+\.\d\d ± \d+\.\d\d", speed)
+    assert lines[14] == "" and "load" in lines[15] and "after 8 tokens" in lines[15]
+    assert "peak memory" in lines[15]
+
+
+def test_csv_and_json_say_the_same_in_their_ways(tiny, run):
+    options = ("bench", tiny, "-p", 0, "-n", 3, "-d", 7, "-r", 1)
+    (row,) = csv.DictReader(run(*options, "-o", "csv")[1].splitlines())
+    assert (row["model"], row["test"], row["depth"]) == ("tiny-gemma3 int8", "tg3 @ d7", "7")
+    assert int(row["bytes"]) == (tiny / "model.onnx_data").stat().st_size
+    assert float(row["mean"]) > 0 and float(row["deviation"]) == 0
+    found = json.loads(run(*options, "-o", "json")[1])
+    assert set(found) == KEYS
+    assert found["ttft_s"] is found["prefill_tokens_per_s"] is found["prompt_tokens"] is None
+    assert [t["test"] for t in found["tests"]] == ["tg3 @ d7"]
+
+
+def test_mean_and_deviation_are_of_speeds(tiny):
+    timing = Timing(Test("tg", 100, 4096), 2, (2.0, 4.0))
+    assert timing.mean == pytest.approx(37.5)
+    assert timing.deviation == pytest.approx(statistics.stdev([50, 25]))
+    report = BenchReport((timing,), 1.0, 10**9, 61.5, "not throttled")
+    table = as_markdown(Bundle.open(tiny), report)
+    assert "| tg100 @ d4096 | 37.50 ± 17.68 |" in table
+    assert as_json(Bundle.open(tiny), report, 2)["celsius"] == 61.5
+
+
+@pytest.mark.parametrize("generation", ["gemma", "gemma2", "gemma3"])
+def test_what_is_timed_begins_at_its_depth(tiny_bundles, generation, monkeypatch):
+    """Sliding windows forget: what a rewind lost has to be there again before the clock starts."""
+    bundle = Bundle.open(tiny_bundles / f"{generation}-int8")
+    held = []
+
+    class Runner(bench_module._Runner):
+        def _hold(self, tokens):
+            super()._hold(tokens)
+            held.append(list(self._engine.tokens))
+
+    monkeypatch.setattr(bench_module, "_Runner", Runner)
+    tests = [Test("pp", 20), Test("tg", 9, 60), Test("pp", 30, 60), Test("tg", 5)]
+    report = run_tests(bundle, tests, (1,), 2)
+    assert [len(tokens) for tokens in held] == [0, 0, 60, 60, 60, 60, 0, 0]
+    assert held[2] == held[3] == held[4]
+    assert [t.test for t in report.timings] == tests
+
+
+def test_progress_counts_all_runs(tiny):
+    told = []
+    run_tests(
+        Bundle.open(tiny), [Test("pp", 4), Test("tg", 2)], (1, 2), 3, lambda *n: told.append(n)
+    )
+    assert told == [(i, 12) for i in range(1, 13)]
+
+
+def test_the_whole_context_can_be_used_and_no_more(tiny_bundles):
+    bundle = Bundle.open(tiny_bundles / "short")
+    report = run_tests(bundle, [Test("pp", 16), Test("tg", 1, 15), Test("pp", 6, 10)], (1,), 1)
+    assert len(report.timings) == 3
+    with pytest.raises(RequestError, match="12 \\+ 5 tokens do not fit the context of 16"):
+        run_tests(bundle, [Test("tg", 5, 12)])
+    with pytest.raises(RequestError, match="17 tokens do not fit the context of 16"):
+        run_tests(bundle, [Test("pp", 17)])
+
+
+def test_bench_for_programs_in_python(tiny_bundles):
+    found = bench(Bundle.open(tiny_bundles / "short"), 1, 10, 6, 2)
+    assert (found.prompt_tokens, found.decode_tokens, found.repeats) == (10, 6, 2)
+    assert found.prefill_tokens_per_s == pytest.approx(10 / found.ttft_s)
+    assert min(found.load_s, found.decode_tokens_per_s, found.peak_rss_bytes) > 0
+    with pytest.raises(RequestError, match="10 \\+ 7 tokens"):
+        bench(Bundle.open(tiny_bundles / "short"), 1, 10, 7, 2)
+
+
+@pytest.mark.parametrize(
+    "options, names",
+    [
+        (["-p", "0", "-n", "0"], ["nothing to measure"]),
+        (["-p", "-1"], ["-p", "-1"]),
+        (["-p", "many"], ["--prompt-tokens", "'many'"]),
+        (["-n", "1,,2"], ["--decode-tokens", "'1,,2'"]),
+        (["-d", "0,x"], ["--depth", "'0,x'"]),
+        (["-r", "0"], ["--repeats", "'0'"]),
+        (["-r", "100000"], ["--repeats", "10,000"]),
+        (["-t", "0"], ["threads", "0"]),
+        (["-t", "1025"], ["threads", "1,025"]),
+        (["-o", "xml"], ["--output", "xml"]),
+    ],
+    ids=" ".join,
+)
+def test_what_cannot_be_measured_is_refused_in_one_line(tiny, refused, options, names):
+    refused("bench", tiny, "-p", 4, "-n", 2, *options, names=names)
+
+
+@pytest.mark.sample
+def test_bench_of_the_sample_knows_how_large_it_is(sample_bundle):
+    options = ("-p", 16, "-n", 2, "-d", "0,600", "-r", 1, "--json")
+    found = json.loads(edge_demo("bench", sample_bundle, *options)[0])
+    assert 300e6 < found["peak_rss_bytes"] < 4e9
+    assert [t["test"] for t in found["tests"]] == ["pp16", "tg2", "pp16 @ d600", "tg2 @ d600"]

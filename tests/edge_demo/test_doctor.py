@@ -1,0 +1,143 @@
+"""`edge-demo doctor` on this machine, and what it says of others."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+
+import pytest
+
+from edge_demo import memory
+from edge_demo.bundle import Bundle
+from edge_demo.doctor import LIKELY_SHARE, describe, examine
+from edge_demo.graph_weights import bytes_per_token
+from tests.edge_demo.test_device import pi_5
+from tests.edge_demo.test_memory import MB, limited, linux
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_bundles):
+    return tiny_bundles / "gemma3-int8"
+
+
+@pytest.fixture(scope="module")
+def here(tiny):
+    return examine([Bundle.open(tiny)])
+
+
+def test_doctor_reports_to_programs(tiny, run_json):
+    found = run_json("doctor", tiny)
+    assert set(found) == {"device", "runs_here", "memory", "versions", "bundles", "sizes"}
+    assert found["runs_here"] is True and found["sizes"] == []
+    assert found["versions"]["python"] == platform.python_version()
+    for package in ("onnxruntime", "numpy", "sentencepiece"):
+        assert found["versions"][package] == importlib.metadata.version(package)
+    (bundle,) = found["bundles"]
+    assert (bundle["path"], bundle["recipe"], bundle["fits"]) == (str(tiny), "int8", True)
+    assert bundle["needed"] == memory.estimate(Bundle.open(tiny)).resident
+    assert bundle["longest_context"] == Bundle.open(tiny).context_length == 128
+
+
+def test_decode_speed_is_memory_speed_by_bytes_a_token(tiny, here):
+    (bundle,) = here["bundles"]
+    read = bytes_per_token(tiny / "candidates.onnx")
+    assert bundle["bytes_per_token"] == read
+    most = here["memory"]["read_bytes_per_s"] / read
+    assert bundle["tokens_per_s"]["most"] == pytest.approx(most)
+    assert bundle["tokens_per_s"]["likely"] == pytest.approx([s * most for s in LIKELY_SHARE])
+
+
+def test_doctor_tells_people(tiny, run):
+    status, out, err = run("doctor", tiny)
+    assert (status, err) == (0, "")
+    for word in ("64-bit", "cores", "instructions", "memory reads", "GB/s", "swap", "huge pages",
+                 "temperature", "throttling", "onnxruntime", "fits", "tokens/s", "disk"):  # fmt: skip
+        assert word in out
+    assert str(tiny) in out and "What fits" not in out
+
+
+def test_without_a_bundle_common_sizes_are_judged(run, run_json):
+    sizes = run_json("doctor")["sizes"]
+    assert {(size["name"], size["recipe"]) for size in sizes} >= {
+        (name, recipe)
+        for name in ("Gemma 3 270M", "Gemma 3 1B", "Gemma 2B", "Gemma 3 4B")
+        for recipe in ("int4", "int8")
+    }
+    for size in sizes:
+        assert size["fits"] in (True, False) or memory.rooms() == []
+    out = run("doctor")[1]
+    assert "What fits" in out and "Gemma 3 1B" in out
+
+
+@pytest.mark.sample
+def test_the_size_of_the_sample_is_that_of_its_bundle(sample_bundle):
+    """The table of sizes is arithmetic on parameters; the estimate reads the graph."""
+    row = next(
+        s for s in examine([])["sizes"] if (s["name"], s["recipe"]) == ("Gemma 3 270M", "int8")
+    )
+    needed = memory.estimate(Bundle.open(sample_bundle))
+    assert row["needed"] == pytest.approx(needed.anonymous, rel=0.05)
+    speed = examine([Bundle.open(sample_bundle)])
+    assert speed["bundles"][0]["bytes_per_token"] == pytest.approx(
+        (100 + 168) * 1.14 * MB, rel=0.02
+    )
+
+
+def test_a_raspberry_pi_of_4_gb(tmp_path):
+    found = examine([], pi_5(tmp_path))
+    page = describe(found)
+    assert page.startswith("Raspberry Pi 5 Model B Rev 1.0, Cortex-A76\n")
+    for words in ("dot product, fp16; not i8mm", "4.25 GB, 2.99 GB to be had", "102 MB free",
+                  "huge pages: always", "61 °C", "now frequency capped"):  # fmt: skip
+        assert words in page
+    fits = {(s["name"], s["recipe"]): s["fits"] for s in found["sizes"]}
+    assert fits["Gemma 3 1B", "int8"] and fits["Gemma 2B", "int4"]
+    assert not fits["Gemma 2B", "int8"] and not fits["Gemma 7B", "int4"]
+    assert "does not fit" in page
+
+
+def test_a_device_that_tells_nothing(tmp_path, tiny):
+    """As macOS, which has neither `proc` nor `sys`."""
+    found = examine([], tmp_path)
+    assert found["memory"]["available"] is None
+    assert all(size["fits"] is None for size in found["sizes"])
+    page = describe(found)
+    assert page.count("unknown") > 8 and "None" not in page
+
+
+def test_a_32_bit_system_is_told_that_it_cannot_run_it(here):
+    found = json.loads(json.dumps(here))
+    found["device"] |= {"bits": 32, "machine": "armv7l"}
+    found["runs_here"] = False
+    page = describe(found)
+    assert "armv7l, 32-bit" in page and "64-bit system" in page and "tokens/s" not in page
+
+
+def test_what_is_missing_is_said(here):
+    found = json.loads(json.dumps(here))
+    found["versions"]["onnxruntime"] = None
+    found["memory"]["read_bytes_per_s"] = found["bundles"][0]["tokens_per_s"] = None
+    found["bundles"][0]["disk"] = None
+    page = describe(found)
+    assert "onnxruntime missing" in page
+    assert page.count("unknown") >= 3
+
+
+@linux
+def test_a_bundle_that_cannot_fit_is_said_so(tiny):
+    needed = memory.estimate(Bundle.open(tiny), chunk=memory.CHUNKS[-1])
+    status, out, err = limited("RLIMIT_AS", needed.address_space - 20 * MB, "doctor", tiny)
+    assert status == 0, err
+    assert "does not fit" in out and "under RLIMIT_AS" in out
+
+
+def test_doctor_refuses_a_bundle_that_is_none(refused, tmp_path):
+    refused("doctor", tmp_path / "nowhere", names=[tmp_path / "nowhere", "does not exist"])
+    (tmp_path / "bundle.json").write_text("{")
+    refused("doctor", tmp_path, names=["bundle.json", "not JSON"])
+
+
+def test_help_of_doctor(run):
+    status, out, err = run("doctor", "--help")
+    assert (status, err) == (0, "") and "BUNDLE" in out and "--json" in out
