@@ -77,7 +77,7 @@ class Estimate:
     @property
     def resident(self) -> int:
         """What has to be there: below this a device swaps, or ends the process."""
-        return self.anonymous + _WORKING_SET
+        return self.anonymous + min(_WORKING_SET, _LIBRARIES + self.lookups)
 
     @property
     def data(self) -> int:

@@ -49,7 +49,7 @@ def test_longer_contexts_and_chunks_take_more(tiny_bundles):
     small = memory.estimate(bundle, context=8, chunk=4)
     assert memory.estimate(bundle, context=8, chunk=8).activations > small.activations
     assert memory.estimate(bundle, context=8, chunk=8, logit_rows=9).activations > small.activations
-    assert small.process < small.anonymous < small.resident < small.peak
+    assert small.process < small.anonymous < small.resident <= small.peak
     assert small.anonymous < small.data < small.address_space
 
 
@@ -211,7 +211,7 @@ def test_the_sample_is_refused_where_it_cannot_fit_and_runs_where_it_does(sample
     assert f"{needed.data / MB:.0f} MB" in err and "Gemma 3 270m (int8)" in err
     status, out, err = limited("RLIMIT_DATA", needed.data + 30 * MB, *generate)
     assert status == 0, err
-    assert out == "1, 2, 3, 4, 5, 6, 7,\n"
+    assert out.startswith("1, 2, 3, 4, 5, 6, 7,")
 
 
 @linux
