@@ -199,6 +199,23 @@ class Bundle:
                 return spec.shape[-1]
         return 0
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, of all that decides which tokens and which keys and values come out.
+
+        It is made of the hashes in the manifest, which `verify` compares with the files.
+        """
+        graphs = [self.engine, *([self.candidates] if self.candidates else [])]
+        names = [*(graph.file for graph in graphs), self.weights, self.tokenizer.file]
+        facts = [
+            self.context_length,
+            [self.files[name] for name in names],
+            [dataclasses.astuple(rope) for rope in self.ropes],
+            [dataclasses.astuple(window) for window in self.windows],
+            dataclasses.astuple(self.tokenizer),
+        ]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
     def verify(self, *, use_memory: bool = True) -> None:
         """Compare every file with its SHA-256.
 

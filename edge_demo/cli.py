@@ -170,16 +170,36 @@ def _parser() -> argparse.ArgumentParser:
             "--draft", metavar="BUNDLE", help="ask a smaller model with the same tokenizer"
         )
 
+    def prompt_cache_options(sub: argparse.ArgumentParser, what: str) -> None:
+        sub.add_argument(
+            "--prompt-cache",
+            metavar="FILE",
+            help=f"keep the keys and values of {what} in FILE, and begin with those that are there",
+        )
+        sub.add_argument(
+            "--prompt-cache-ro",
+            action="store_true",
+            help="use the prompt cache, and do not write it",
+        )
+
     sub = command("generate", commands.run_generate, "Continue a prompt.")
     sub.add_argument("--prompt", metavar="TEXT", help="what to continue (default: read stdin)")
     engine_options(sub)
     sampling_options(sub, Sampling(128, 0.0, 0, 1.0))
+    prompt_cache_options(sub, "the prompt")
 
     sub = command(
         "chat", commands.run_chat, "Talk in turns, or, with a base model, continue text in turns."
     )
+    sub.add_argument(
+        "--system",
+        metavar="TEXT",
+        default="",
+        help="what an instruction-tuned model is told before the first message",
+    )
     engine_options(sub)
     sampling_options(sub, Sampling(512, 1.0, 64, 0.95))
+    prompt_cache_options(sub, "the --system text, or of the first message without one,")
 
     sub = command(
         "bench", bench_command.run, "Measure prefill, decode, load time and memory, in a table."

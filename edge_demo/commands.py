@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from edge_demo.bundle import Bundle
     from edge_demo.engine import Engine
     from edge_demo.generator import Generation, Generator
+    from edge_demo.prompt_cache_option import PromptCacheOption
     from edge_demo.sampling import Sampler
     from edge_demo.speculate import Drafter
     from edge_demo.tokenizer import Tokenizer
@@ -60,12 +61,19 @@ def _load(arguments: argparse.Namespace, sampler: Sampler) -> tuple[Bundle, Gene
     return bundle, generator, time.perf_counter() - start
 
 
+def _prompt_cache(arguments: argparse.Namespace) -> PromptCacheOption:
+    from edge_demo.prompt_cache_option import PromptCacheOption
+
+    return PromptCacheOption(arguments.prompt_cache, arguments.prompt_cache_ro)
+
+
 def run_generate(arguments: argparse.Namespace) -> int:
     """Continue a prompt."""
     from edge_demo.generator import Generation
     from edge_demo.terminal import note, show
 
     sampler = _sampler(arguments)
+    cache = _prompt_cache(arguments)
     prompt = arguments.prompt
     if prompt is None:
         if sys.stdin.isatty():
@@ -79,23 +87,26 @@ def run_generate(arguments: argparse.Namespace) -> int:
     )
     status = 0
     generator.engine.admit(generation.prompt_ids)
+    cache.load(generator.engine)
     if not arguments.json:
         show(prompt)
     try:
-        for piece in pieces:
+        for number, piece in enumerate(pieces):
             if not arguments.json:
                 show(piece)
+            if number == 0:  # the engine holds the prompt and nothing more
+                cache.save_prompt(generator.engine, generation)
     except KeyboardInterrupt:
         status = INTERRUPTED
     if arguments.json:
-        print(json.dumps(_report(generation, load_s)))
+        print(json.dumps(_report(generation, load_s, cache)))
     else:
         show("\n")
         note(_summary(generation, load_s))
     return status
 
 
-def _report(generation: Generation, load_s: float) -> dict[str, Any]:
+def _report(generation: Generation, load_s: float, cache: PromptCacheOption) -> dict[str, Any]:
     from edge_demo.bench import peak_rss_bytes
 
     return {
@@ -103,6 +114,8 @@ def _report(generation: Generation, load_s: float) -> dict[str, Any]:
         "ids": generation.ids,
         "text": generation.text,
         "finish_reason": generation.finish_reason,
+        "reused_tokens": generation.reused_tokens,
+        "prompt_cache": cache.report,
         "timings": {
             "load_s": load_s,
             "ttft_s": generation.prefill_s,
@@ -133,8 +146,19 @@ def run_chat(arguments: argparse.Namespace) -> int:
     from edge_demo.terminal import note, show
 
     sampler = _sampler(arguments)
+    cache = _prompt_cache(arguments)
     bundle, generator, load_s = _load(arguments, sampler)
     tuned = bundle.tokenizer.chat is not None
+    if arguments.system and not tuned:
+        raise RequestError(
+            f"{bundle.name} is a base model: it has no place for --system; leave it out"
+        )
+    system_ids = generator.tokenizer.encode_system(arguments.system) if arguments.system else []
+    if system_ids:
+        generator.engine.admit(system_ids)
+    cache.load(generator.engine)
+    if system_ids and generator.prepare(system_ids) < len(system_ids):
+        cache.save(generator.engine)
     note(
         f"{bundle.name} ({bundle.recipe}), "
         + (
@@ -154,14 +178,17 @@ def run_chat(arguments: argparse.Namespace) -> int:
             continue
         turns.append(("user", message))
         if tuned:
-            ids = generator.tokenizer.encode_chat(turns)
+            ids = generator.tokenizer.encode_chat(turns, arguments.system)
         else:
             ids = generator.tokenizer.encode("".join(text for _, text in turns))
         generation = Generation(ids)
+        pieces = generator.stream(ids, sampler, arguments.max_tokens, generation, drafter)
         try:
-            for piece in generator.stream(ids, sampler, arguments.max_tokens, generation, drafter):
+            for number, piece in enumerate(pieces):
                 if not arguments.json:
                     show(piece)
+                if number == 0 and len(turns) == 1 and not system_ids:
+                    cache.save_prompt(generator.engine, generation)
         except KeyboardInterrupt:
             pass
         except RequestError as error:
@@ -169,7 +196,7 @@ def run_chat(arguments: argparse.Namespace) -> int:
             note(f"{error}. The last message was left out.")
             continue
         if arguments.json:
-            print(json.dumps(_report(generation, load_s)), flush=True)
+            print(json.dumps(_report(generation, load_s, cache)), flush=True)
         else:
             show("\n")
             note(f"[{generation.finish_reason}] {len(generation.ids)} tokens")

@@ -12,7 +12,7 @@ import onnxruntime as ort
 from edge_demo import memory
 from edge_demo.bundle import Bundle, GraphSpec, TensorSpec
 from edge_demo.errors import BundleError, EdgeError, RequestError
-from edge_demo.kv_cache import KVCache
+from edge_demo.kv_cache import KVCache, Snapshot
 from edge_demo.sampling import Candidates
 
 _SCORE_CHUNK = 64  # 67 MB of logits for a vocabulary of 262 144
@@ -138,6 +138,29 @@ class TokenRunner:
         """How many of the first `length` tokens it holds need not be run again: all, or none."""
         return length if self._cache.holds(length) else 0
 
+    def snapshot(self) -> Snapshot:
+        """What it holds, to be given to `restore`: views, which the next run changes."""
+        self._recover()
+        return Snapshot(list(self.tokens), self._cache.filled())
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Hold what an engine of the same bundle held, and nothing else.
+
+        Raises:
+            RequestError: the tokens do not fit the context, or an id is outside the vocabulary.
+        """
+        self.tokens.clear()
+        self._cache.reached = 0
+        self.admit(snapshot.tokens)
+        self._reserve(len(snapshot.tokens))
+        self._cache.fill(snapshot.filled)
+        self._cache.reached = len(snapshot.tokens)
+        self.tokens.extend(snapshot.tokens)
+
+    def layout(self, length: int) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+        """Data type and shape of each array that a snapshot of `length` tokens has."""
+        return self._cache.layout(length)
+
     @property
     def cache_bytes(self) -> int:
         """What keys, values and rotary tables take now, in bytes."""
@@ -164,9 +187,12 @@ class TokenRunner:
                     f"token id {token} is outside the vocabulary of {self.bundle.vocabulary_size:,}"
                 )
 
-    def _reserve(self, more: int) -> None:
+    def _recover(self) -> None:
         if self._cache.reached != len(self.tokens):  # a run was interrupted
             self.rewind(len(self.tokens))
+
+    def _reserve(self, more: int) -> None:
+        self._recover()
         needed = len(self.tokens) + more
         if needed > self._cache.capacity:
             self._calls.clear()  # they are bound to buffers that are now replaced

@@ -29,7 +29,8 @@ class Generation:
             `interrupted` until then.
         reused_tokens: tokens of the prompt that an earlier answer had left in the engine.
         prefill_s: from the start to the first token.
-        decode_s: from the first token to the last.
+        decode_s: from the first token to the last, without the time that the reader of the text
+            takes.
     """
 
     prompt_ids: list[int]
@@ -74,6 +75,24 @@ class Generator:
         self.engine = engine
         self.tokenizer = tokenizer
 
+    def prepare(self, ids: Sequence[int]) -> int:
+        """Have the engine hold `ids` and nothing else; how many of them it held already.
+
+        Raises:
+            RequestError: they do not fit the context.
+        """
+        held = self._keep(ids, len(ids))
+        if held < len(ids):
+            self.engine.prefill(list(ids)[held:])
+        return held
+
+    def _keep(self, ids: Sequence[int], most: int) -> int:
+        """Rewind to what the engine has in common with `ids`, at most `most` tokens of it."""
+        common = min(common_prefix(self.engine.tokens, ids), most)
+        held = self.engine.reusable(common)
+        self.engine.rewind(held)
+        return held
+
     def stream(
         self,
         prompt_ids: Sequence[int],
@@ -101,12 +120,11 @@ class Generator:
             )
         out = generation or Generation(list(prompt_ids))
         start = time.perf_counter()
-        reused = common_prefix(self.engine.tokens, prompt_ids)
-        reused = min(reused, max(0, len(prompt_ids) - 1))  # the last token has to give its logits
-        reused = self.engine.reusable(reused)
-        self.engine.rewind(reused)
+        # the last token has to give its logits
+        reused = self._keep(prompt_ids, max(0, len(prompt_ids) - 1))
         out.reused_tokens = reused
         logits = self.engine.prefill(list(prompt_ids)[reused:])
+        since = start
         text = TextStream(self.tokenizer)
         ahead = Speculator(self.engine, drafter, prompt_ids)
         try:
@@ -119,10 +137,12 @@ class Generator:
                     out.finish_reason = "stop"
                     break
                 out.ids.append(token)
-                out.decode_s = now - start - out.prefill_s
+                if len(out.ids) > 1:
+                    out.decode_s += now - since
                 piece = text.push(token)
                 out.text += piece
                 yield piece
+                since = time.perf_counter()  # what a reader does with a piece is its own time
                 if len(out.ids) >= max_tokens:
                     out.finish_reason = "length"
                     break

@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from edge_demo import cache_size
 from edge_demo.bundle import GraphSpec, RopeSpec, TensorSpec, WindowSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """What some tokens left in the buffers, from which an engine can go on.
+
+    Attributes:
+        tokens: their ids.
+        filled: input name to keys or values, `(batch, kv_heads, places, head_dim)`, as many places
+            as `KVCache.layout` says.
+    """
+
+    tokens: list[int]
+    filled: dict[str, np.ndarray]
+
+    def copy(self) -> Snapshot:
+        """One that lasts, whatever is run meanwhile."""
+        return Snapshot(list(self.tokens), {n: rows.copy() for n, rows in self.filled.items()})
 
 
 class KVCache:
@@ -21,11 +41,13 @@ class KVCache:
         ropes: the rotary tables, which have to reach as far as the buffers.
         windows: the sliding windows, which the shapes name.
         limit: the largest capacity, in tokens.
+        batch: texts that the buffers hold, a row each.
 
     Attributes:
         buffers: input name to buffer.
         tables: input name to rotary table, `(capacity, dims)`.
         capacity: tokens that fit now.
+        batch: as it was given.
         reached: tokens that the buffers were last taken to, by a run that has ended or not.
     """
 
@@ -35,17 +57,20 @@ class KVCache:
         ropes: tuple[RopeSpec, ...],
         windows: tuple[WindowSpec, ...],
         limit: int,
+        batch: int = 1,
     ) -> None:
         specs = [s for s in graph.inputs if s.name.startswith("past_key_values.")]
+        self._places = {s.name: str(s.shape[2]) for s in specs}
         self._growing = [s for s in specs if s.shape[2] == "capacity"]
         self._ropes = ropes
         self._windows = windows
         self._limit = limit
+        self.batch = batch
         self.capacity = 0
         self.reached = 0
         # Memory that is not written to yet costs nothing, so a window may be longer than the text.
         self._sizes = {w.name: w.length + cache_size.SLACK for w in windows} | {
-            "batch": 1,
+            "batch": batch,
             "capacity": 0,
         }
         self.buffers: dict[str, np.ndarray] = {
@@ -81,6 +106,28 @@ class KVCache:
             tokens - _resident(tokens, w.length) == length - _resident(length, w.length)
             for w in self._windows
         )
+
+    def layout(self, length: int) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+        """Data type and shape of what `length` tokens leave in each buffer, from its front on."""
+        windows = {w.name: _resident(length, w.length) for w in self._windows}
+        layout = {}
+        for name, buffer in self.buffers.items():
+            batch, heads, _, dim = buffer.shape
+            places = windows.get(self._places[name], length)
+            layout[name] = buffer.dtype, (batch, heads, places, dim)
+        return layout
+
+    def filled(self) -> dict[str, np.ndarray]:
+        """Views of what the tokens reached have left, shaped as `layout` says."""
+        return {
+            name: self.buffers[name][:, :, : shape[2]]
+            for name, (_, shape) in self.layout(self.reached).items()
+        }
+
+    def fill(self, filled: dict[str, np.ndarray], row: int = 0) -> None:
+        """Copy what one text left, as `filled` gives it, into a row; there must be room."""
+        for name, rows in filled.items():
+            self.buffers[name][row, :, : rows.shape[2]] = rows[0]
 
     @property
     def num_bytes(self) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import sentencepiece
 
-from edge_demo.bundle import Bundle
+from edge_demo.bundle import Bundle, ChatTemplate
 from edge_demo.errors import BundleError
 
 _SPACE = "\u2581"
@@ -55,26 +55,43 @@ class Tokenizer:
         ids = self._model.encode(clean)
         return [self.spec.bos, *ids] if bos else ids
 
-    def encode_chat(self, turns: Sequence[tuple[str, str]]) -> list[int]:
+    def encode_chat(self, turns: Sequence[tuple[str, str]], system: str = "") -> list[int]:
         """The ids of a conversation in Gemma's turn template, ready for the model's next turn.
 
         Args:
-            turns: `("user" or "model", text)`, oldest first.
+            turns: `("user" or "model", text)`, oldest first, a user's.
+            system: what the model is told before all. Gemma's template has no role for it: it
+                stands before the first message, a blank line between them.
 
         Raises:
             BundleError: the bundle is not instruction-tuned.
         """
-        chat = self.spec.chat
-        if chat is None:
-            raise BundleError("the bundle has no turn template; it is not instruction-tuned")
+        chat = self._chat()
         newline = self.encode("\n", bos=False)
         ids = [self.spec.bos]
+        before = f"{system}\n\n" if system else ""
         for who, text in turns:
             role = chat.model if who == "model" else chat.user
             # The role and the text are one stretch, as one string would be tokenized.
-            ids += [chat.start_of_turn, *self.encode(f"{role}\n{text.strip()}", bos=False)]
+            ids += [chat.start_of_turn, *self.encode(f"{role}\n{before}{text.strip()}", bos=False)]
+            before = ""
             ids += [chat.end_of_turn, *newline]
         return [*ids, chat.start_of_turn, *self.encode(f"{chat.model}\n", bos=False)]
+
+    def encode_system(self, system: str) -> list[int]:
+        """What every conversation begins with that `encode_chat` makes with this system text.
+
+        Raises:
+            BundleError: the bundle is not instruction-tuned.
+        """
+        chat = self._chat()
+        stretch = self.encode(f"{chat.user}\n{system}", bos=False)
+        return [self.spec.bos, chat.start_of_turn, *stretch]
+
+    def _chat(self) -> ChatTemplate:
+        if self.spec.chat is None:
+            raise BundleError("the bundle has no turn template; it is not instruction-tuned")
+        return self.spec.chat
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids; control tokens are empty."""

@@ -18,7 +18,10 @@ from tests.edge_demo.conftest import ROOT, generator
 
 # `doctor` needs no bundle: test_doctor.py; what `bench` shows: test_bench.py
 COMMANDS = ("generate", "chat", "bench", "score", "compare", "inspect")
-REPORT = {"prompt_ids", "ids", "text", "finish_reason", "timings", "peak_rss_bytes"}
+REPORT = {
+    "prompt_ids", "ids", "text", "finish_reason", "reused_tokens", "prompt_cache", "timings",
+    "peak_rss_bytes",
+}  # fmt: skip
 TIMINGS = {"load_s", "ttft_s", "prefill_tokens_per_s", "decode_tokens_per_s"}
 EDGE_DEMO = [sys.executable, "-W", "error", "-m", "edge_demo.cli"]
 
@@ -152,6 +155,7 @@ def test_chat_with_a_tuned_model_keeps_the_turns(tiny_bundles):
         [("user", "Hi!"), ("model", first["text"]), ("user", "Boat?")]
     )
     assert set(first) == set(second) == REPORT
+    assert first["prompt_cache"] is None and second["reused_tokens"] > 0
     assert first["timings"]["load_s"] == second["timings"]["load_s"] > 0
 
 
@@ -248,9 +252,12 @@ def test_inspect_of_the_sample_shows_its_licence(sample_bundle):
 # --- help and bad options ------------------------------------------------------------------------
 
 OPTIONS = {
-    "generate": "--prompt --threads --max-tokens --temperature --top-k --top-p --seed --json",
-    "chat": "--threads --max-tokens --temperature --top-k --top-p --seed --json",
-    "bench": "-p --prompt-tokens -n --decode-tokens -d --depth -r --repeats -t --threads -o --output --force --json",
+    "generate": "--prompt --threads --max-tokens --temperature --top-k --top-p --seed --json "
+    "--prompt-cache --prompt-cache-ro --lookup --draft --force",
+    "chat": "--system --threads --max-tokens --temperature --top-k --top-p --seed --json "
+    "--prompt-cache --prompt-cache-ro --lookup --draft --force",
+    "bench": "-p --prompt-tokens -n --decode-tokens -d --depth -r --repeats -t --threads -o "
+    "--output --force --json",
     "score": "--text --length --stride --windows --hellaswag --tasks --threads --json",
     "compare": "REFERENCE --text --length --windows --threads --json",
     "inspect": "--verify --json",
