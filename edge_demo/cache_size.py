@@ -20,14 +20,14 @@ def cache_bytes(
     limit: int,
     tokens: int,
 ) -> int:
-    """Bytes of keys, values and rotary tables, float32, of buffers made for `tokens` at once."""
+    """Bytes of keys, values and rotary tables, of buffers made for `tokens` at once."""
     capacity = capacity_for(tokens, limit)
     sizes = {w.name: w.length + SLACK for w in windows} | {"batch": 1, "capacity": capacity}
-    total = sum(2 * rope.dims * capacity for rope in ropes)
+    total = sum(8 * rope.dims * capacity for rope in ropes)
     for spec in graph.inputs:
         if spec.name.startswith("past_key_values."):
-            count = 1
+            count = 1 if spec.dtype == "int8" else 4
             for size in spec.shape:
                 count *= size if isinstance(size, int) else sizes[size]
             total += count
-    return 4 * total
+    return total

@@ -187,6 +187,28 @@ def _parser() -> argparse.ArgumentParser:
     engine_options(sub)
     sampling_options(sub, Sampling(128, 0.0, 0, 1.0))
     prompt_cache_options(sub, "the prompt")
+    group = sub.add_argument_group("many prompts")
+    group.add_argument(
+        "--batch",
+        metavar="FILE",
+        help='prompts, one JSON object a line: {"prompt": TEXT}, and if wanted "id", "max_tokens", '
+        '"temperature", "top_k", "top_p", "seed"',
+    )
+    group.add_argument(
+        "--out",
+        metavar="FILE",
+        help="where their answers go, one JSON object a line, in the same order; the same command "
+        "again goes on after those that are there",
+    )
+    group.add_argument(
+        "--overwrite", action="store_true", help="begin anew, whatever --out has already"
+    )
+    group.add_argument(
+        "--batch-size",
+        type=_positive,
+        metavar="N",
+        help="how many are decoded at once: 1, 2, 4, 8, 16, 32 or 64 (default: 4)",
+    )
 
     sub = command(
         "chat", commands.run_chat, "Talk in turns, or, with a base model, continue text in turns."

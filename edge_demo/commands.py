@@ -68,7 +68,17 @@ def _prompt_cache(arguments: argparse.Namespace) -> PromptCacheOption:
 
 
 def run_generate(arguments: argparse.Namespace) -> int:
-    """Continue a prompt."""
+    """Continue a prompt, or those of a file."""
+    if arguments.batch is not None:
+        others = ("prompt", "prompt_cache", "prompt_cache_ro", "lookup")
+        _refuse_with(arguments, others, "does not go with --batch; leave it out")
+
+        from edge_demo.batch_command import run_batch
+
+        return run_batch(arguments)
+    of_batch = ("out", "overwrite", "batch_size")
+    _refuse_with(arguments, of_batch, "goes with --batch FILE only; leave it out")
+
     from edge_demo.generator import Generation
     from edge_demo.terminal import note, show
 
@@ -104,6 +114,12 @@ def run_generate(arguments: argparse.Namespace) -> int:
         show("\n")
         note(_summary(generation, load_s))
     return status
+
+
+def _refuse_with(arguments: argparse.Namespace, names: tuple[str, ...], why: str) -> None:
+    for name in names:
+        if getattr(arguments, name) not in (None, False):
+            raise RequestError(f"--{name.replace('_', '-')} {why}")
 
 
 def _report(generation: Generation, load_s: float, cache: PromptCacheOption) -> dict[str, Any]:

@@ -354,19 +354,24 @@ def _present(past: str) -> str:
 class _Call:
     """One binding of the session to buffers for `length` tokens and `num_logits` output rows."""
 
-    def __init__(self, engine: TokenRunner, length: int, num_logits: int) -> None:
+    def __init__(
+        self, engine: TokenRunner, length: int, num_logits: int, cache: KVCache | None = None
+    ) -> None:
+        cache = engine._cache if cache is None else cache
         self._engine = engine
         self._session = engine._session
-        self._input_ids = np.zeros((1, length), np.int64)
-        self._seqlens_k = np.zeros(1, np.int32)
+        batch = cache.batch
+        self._input_ids = np.zeros((batch, length), np.int64)
+        self._seqlens_k = np.zeros(batch, np.int32)
         self._total = np.zeros((), np.int32)
         self._positions = np.zeros(num_logits, np.int64)
         self._outputs = [
-            np.empty((1, num_logits, *(d for d in spec.shape if isinstance(d, int))), spec.dtype)
+            np.empty(
+                (batch, num_logits, *(d for d in spec.shape if isinstance(d, int))), spec.dtype
+            )
             for spec in engine.outputs
         ]
         self._binding = self._session.io_binding()
-        cache = engine._cache
         inputs: dict[str, np.ndarray] = {
             "input_ids": self._input_ids,
             "seqlens_k": self._seqlens_k,
@@ -391,6 +396,7 @@ class _Call:
         return value
 
     def run(self, ids: Sequence[int], positions: range) -> list[np.ndarray]:
+        """Add tokens to the one text that the engine holds."""
         tokens = self._engine.tokens
         total = len(tokens) + len(ids)
         self._input_ids[0] = ids
@@ -401,6 +407,14 @@ class _Call:
         self._run_session()
         tokens.extend(ids)
         return [array[0] for array in self._outputs]
+
+    def step(self, tokens: Sequence[int], totals: Sequence[int]) -> list[np.ndarray]:
+        """Add a token to each of a batch of texts, which then have `totals` tokens."""
+        self._input_ids[:, 0] = tokens
+        self._seqlens_k[:] = np.array(totals) - 1
+        self._total[...] = max(totals)
+        self._run_session()
+        return [array[:, 0] for array in self._outputs]
 
     def _run_session(self) -> None:
         try:

@@ -253,7 +253,8 @@ def test_inspect_of_the_sample_shows_its_licence(sample_bundle):
 
 OPTIONS = {
     "generate": "--prompt --threads --max-tokens --temperature --top-k --top-p --seed --json "
-    "--prompt-cache --prompt-cache-ro --lookup --draft --force",
+    "--prompt-cache --prompt-cache-ro --lookup --draft --force --batch --out --overwrite "
+    "--batch-size",
     "chat": "--system --threads --max-tokens --temperature --top-k --top-p --seed --json "
     "--prompt-cache --prompt-cache-ro --lookup --draft --force",
     "bench": "-p --prompt-tokens -n --decode-tokens -d --depth -r --repeats -t --threads -o "

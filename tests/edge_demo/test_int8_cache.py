@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edge_demo import cache_size
 from edge_demo import engine as engine_module
-from edge_demo import kv_cache
 from edge_demo.bundle import Bundle
 from edge_demo.engine import CandidateEngine, Engine
 from edge_demo.tokenizer import Tokenizer
@@ -23,8 +23,8 @@ STEP, SLACK, PREFILL_CHUNK = 16, 5, 8
 def small_steps():
     """Boundaries that a text of a few tokens crosses."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kv_cache, "_STEP", STEP)
-        patch.setattr(kv_cache, "_SLACK", SLACK)
+        patch.setattr(cache_size, "STEP", STEP)
+        patch.setattr(cache_size, "SLACK", SLACK)
         patch.setattr(engine_module, "_PREFILL_CHUNK", PREFILL_CHUNK)
         yield
 

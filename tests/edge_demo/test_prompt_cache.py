@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edge_demo import cache_size
 from edge_demo import engine as engine_module
-from edge_demo import kv_cache
 from edge_demo.bundle import Bundle
 from edge_demo.engine import CandidateEngine, Engine
 from edge_demo.errors import RequestError
@@ -42,8 +42,8 @@ LENGTHS = sorted(
 def small_steps():
     """Boundaries that a text of a few tokens crosses."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kv_cache, "_STEP", STEP)
-        patch.setattr(kv_cache, "_SLACK", SLACK)
+        patch.setattr(cache_size, "STEP", STEP)
+        patch.setattr(cache_size, "SLACK", SLACK)
         patch.setattr(engine_module, "_PREFILL_CHUNK", PREFILL_CHUNK)
         yield
 
@@ -369,7 +369,7 @@ def test_a_writer_that_is_killed_at_any_time_leaves_a_good_file(tiny_bundles, tm
     # with the sizes of windows that the other process has
     engine = load_afresh = None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kv_cache, "_SLACK", 256)
+        patch.setattr(cache_size, "SLACK", 256)
         engine = Engine(Bundle.open(tiny_bundles / "gemma3-fp32"), threads=1)
         load_afresh = PromptCache(tmp_path / "p").load
         pauses = np.random.default_rng(0).random(12) * 0.02
@@ -551,7 +551,7 @@ def test_a_system_text_that_cannot_be_used_is_refused(tiny, tiny_bundles):
 @pytest.mark.sample
 def test_the_real_model_goes_on_to_the_bit(sample_bundle, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kv_cache, "_SLACK", 256)
+        patch.setattr(cache_size, "SLACK", 256)
         patch.setattr(engine_module, "_PREFILL_CHUNK", 512)
         bundle = Bundle.open(sample_bundle)
         plain, loaded = (CandidateEngine(bundle, threads=1) for _ in range(2))

@@ -1,0 +1,92 @@
+"""`edge-demo generate BUNDLE --batch FILE --out FILE`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from typing import Any
+
+from edge_demo.batch import BatchRunner
+from edge_demo.batch_items import Item, read_items
+from edge_demo.batch_results import Results
+from edge_demo.bench import peak_rss_bytes
+from edge_demo.bundle import Bundle
+from edge_demo.errors import RequestError
+from edge_demo.generator import Generation
+from edge_demo.terminal import Progress, megabytes, note
+from edge_demo.tokenizer import Tokenizer
+
+_ROWS = 4
+
+
+def _result(item: Item, answer: Generation | RequestError) -> dict[str, Any]:
+    if isinstance(answer, RequestError):
+        return {"id": item.id, "error": str(answer)}
+    return {
+        "id": item.id,
+        "text": answer.text,
+        "finish_reason": answer.finish_reason,
+        "prompt_tokens": len(answer.prompt_ids),
+        "tokens": len(answer.ids),
+    }
+
+
+def run_batch(arguments: argparse.Namespace) -> int:
+    """Continue all prompts of a file; exit status 1 if some of them could not be."""
+    if arguments.out is None:
+        raise RequestError("--batch needs --out FILE for its results")
+    defaults = Item(
+        0, None, "", arguments.max_tokens, arguments.temperature, arguments.top_k,
+        arguments.top_p, arguments.seed or 0,
+    )  # fmt: skip
+    defaults.sampler()  # refuses options out of range
+    items = read_items(arguments.batch, defaults)
+    if os.path.exists(arguments.out) and os.path.samefile(arguments.batch, arguments.out):
+        raise RequestError(f"{arguments.out} holds the prompts; choose another --out")
+    start = time.perf_counter()
+    bundle = Bundle.open(arguments.bundle)
+    rows = arguments.batch_size or _ROWS
+    # before the results are touched: what is refused must not cost those of an earlier run
+    runner = BatchRunner(bundle, Tokenizer(bundle), items, rows, arguments.threads)
+    keys = [item.key(bundle.fingerprint) for item in items]
+    tokens = interrupted = 0
+    with Results(arguments.out, keys, arguments.overwrite) as results:
+        rest = [item for item in items if item.index not in results.done]
+        before = len(items) - len(rest)
+        if before:
+            note(f"{before:,} of {len(items):,} results are in {arguments.out} already")
+        try:
+            progress = Progress("prompt")
+            for done, (item, answer) in enumerate(runner.run(rest), start=1):
+                results.add(item.index, _result(item, answer))
+                tokens += 0 if isinstance(answer, RequestError) else len(answer.ids)
+                progress(done, len(rest))
+        except KeyboardInterrupt:
+            interrupted = 1
+        done, errors = len(results.done), results.errors
+    seconds = time.perf_counter() - start
+    report = {
+        "prompts": len(items),
+        "done": done,
+        "done_before": before,
+        "errors": errors,
+        "tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_s": tokens / seconds,
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+    if arguments.json:
+        print(json.dumps(report))
+    else:
+        note(
+            f"{done:,} of {len(items):,} prompts done · {tokens:,} tokens in {seconds:.1f} s · "
+            f"{tokens / seconds:.0f} tokens/s · {megabytes(peak_rss_bytes())}"
+        )
+    if errors:
+        note(f'{errors:,} of them could not be run; their lines in {arguments.out} have an "error"')
+    if interrupted:
+        note("the same command goes on from here")
+        return 130
+    return 1 if errors else 0
