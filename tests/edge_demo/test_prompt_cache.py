@@ -21,6 +21,7 @@ from edge_demo import engine as engine_module
 from edge_demo.bundle import Bundle
 from edge_demo.engine import CandidateEngine, Engine
 from edge_demo.errors import RequestError
+from edge_demo.kv_cache import _resident as resident_places
 from edge_demo.prompt_cache import CacheError, PromptCache
 from tests.edge_demo.bundle_files import copy_bundle, edit_manifest
 from tests.edge_demo.conftest import ROOT, generator
@@ -181,7 +182,7 @@ def test_only_what_windows_still_hold_is_written(engine, tmp_path):
         PromptCache(tmp_path / "p").save(engine)
         header = read_header(tmp_path / "p")
         places = {e["shape"][2] for n, e in header.items() if n.startswith("past")}
-        resident = length if length == 5 else kv_cache._resident(length, WINDOW)
+        resident = length if length == 5 else resident_places(length, WINDOW)
         assert places == {length, resident} and resident <= WINDOW + SLACK
 
 

@@ -107,7 +107,7 @@ def test_rows_that_come_and_go_are_what_each_is_alone(engines, count, rounds):
             np.testing.assert_allclose(found[row], expected, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("recipe", ["fp32", "int8"])
+@pytest.mark.parametrize("recipe", ["fp32", "int8", "int8-cache"])
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
 def test_a_row_does_not_know_its_place_nor_its_neighbours(tiny_bundles, recipe, count):
     engine = Engine(Bundle.open(tiny_bundles / f"gemma3-{recipe}"), threads=1)
