@@ -1,4 +1,9 @@
-"""Bundles for these tests, made once a run by processes of their own and shared by the workers."""
+"""Bundles for these tests, made once a run by processes of their own and shared by the workers.
+
+A machine that cannot export, such as an emulated device, is handed them: `GEMMA_TEST_BUNDLES` names
+a folder that holds `tiny-bundles`, as `make_bundles` writes it, and for the tests marked `sample`
+also `sample-int8`.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +23,13 @@ from edge_demo.generator import Generator
 from edge_demo.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
+HANDED_OVER = os.environ.get("GEMMA_TEST_BUNDLES")
 
 
 def made_once(tmp_path_factory, name: str, module: str, *before: str, after: tuple = ()) -> Path:
-    """The folder that `python -m MODULE *before FOLDER *after` makes."""
+    """The folder that `python -m MODULE *before FOLDER *after` makes, or that was handed over."""
+    if HANDED_OVER:
+        return Path(HANDED_OVER, name)
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     with filelock.FileLock(f"{folder}.lock"):

@@ -1,6 +1,7 @@
 """Writes the small random bundles of these tests: `python -m tests.edge_demo.make_bundles FOLDER`.
 
-A process of its own, so that the tests' stays free of what an export needs.
+A process of its own, so that the tests' stays free of what an export needs; what others take from
+this module can be had without it, too.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from pathlib import Path
 
 from sentencepiece import sentencepiece_model_pb2 as proto
 
-from export import export_onnx
 from tests.models import GENERATIONS, tiny_tokenizer_model, write_tiny_hf
 
 SHORT_CONTEXT = 16
@@ -20,6 +20,8 @@ SHORT_CONTEXT = 16
 def main(folder: Path) -> None:
     """Write `GENERATION-RECIPE` and `GENERATION-int8-cache` (fp32) for each, and `short` (fp32) and
     `chat` (int8)."""
+    from export import export_onnx
+
     folder.mkdir()
     for generation in GENERATIONS:
         source = folder / f"tiny-{generation}"
