@@ -2,6 +2,7 @@
 # make test    the whole test suite, on JAX, TensorFlow and PyTorch
 # make check   format, lint and types, then the tests: what CI runs
 # make clean   remove what these made
+# make test-arm64   run the device's side on the processors of two boards, emulated (needs qemu)
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -11,7 +12,7 @@ SAMPLING ?= --max-tokens 64 --temperature 0.7 --top-k 40 --seed 3
 BUNDLE := build/sample-int8
 CODE   := $(wildcard export/*.py export/quantize/*.py gemma_keras/*.py gemma_keras/checkpoints/*.py)
 
-.PHONY: demo test check lint format clean
+.PHONY: demo test test-arm64 check lint format clean
 
 demo: $(BUNDLE)/bundle.json
 	@echo "==> Speaking: edge-demo generate $(BUNDLE) --prompt \"$(PROMPT)\""
@@ -38,6 +39,26 @@ PARTS := --dist=each -o console_output_style=classic $(foreach backend,jax tenso
          --tx popen//id=rest//env:GEMMA_TEST_PART=rest
 test: $(VENV)/installed-dev
 	@$(BIN)/pytest $(PARTS) $(PYTEST_ARGS)
+
+# The device's side on a Raspberry Pi 5 and 4, emulated by qemu: see tools/arm64.
+SAMPLES := $(foreach recipe,fp32 int8 int4,build/sample-$(recipe)/bundle.json)
+test-arm64: build/arm64 $(SAMPLES) build/tiny-bundles/made
+	@$(BIN)/python -m tools.arm64 build $(ARM64_ARGS)
+
+.PHONY: build/arm64
+build/arm64: $(VENV)/installed-dev
+	@$(BIN)/python -m tools.arm64.user_space $@
+
+build/sample-%/bundle.json: $(CODE) | $(VENV)/installed-demo
+	@echo "==> Exporting: export-onnx sample build/sample-$* --recipe $*"
+	@$(BIN)/export-onnx sample build/sample-$* --recipe $* --overwrite
+
+build/tiny-bundles/made: $(CODE) tests/models.py tests/edge_demo/make_bundles.py | $(VENV)/installed-dev
+	@echo "==> Exporting the small models of the tests"
+	@rm -rf build/tiny-bundles build/tiny-bundles.partial
+	@$(BIN)/python -m tests.edge_demo.make_bundles build/tiny-bundles.partial
+	@mv build/tiny-bundles.partial build/tiny-bundles
+	@touch $@
 
 check: lint test
 

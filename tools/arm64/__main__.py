@@ -1,0 +1,204 @@
+"""`python -m tools.arm64 BUNDLES`: the device's side, on the processors of two boards, emulated.
+
+BUNDLES is a folder that holds `tiny-bundles` and `sample-fp32`, `sample-int8`, `sample-int4`, made
+here; `make test-arm64` makes them. The exit status is 1 if anything failed, 2 if nothing can run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from edge_demo.terminal import megabytes
+from tools.arm64 import agree, instructions
+from tools.arm64.observe import Observation
+from tools.arm64.user_space import (
+    PROCESSORS,
+    ROOT,
+    Processor,
+    Progress,
+    SetupError,
+    UserSpace,
+    build,
+)
+
+EXACT = ("fp32", "int8")  # must give the same tokens; int4 leaves no margin for that
+RECIPES = (*EXACT, "int4")
+# What int4 may differ between two processors, as a share of what it differs from float32.
+MOST_OF_INT4 = 0.5
+_ONLY_WHERE_EXPORTED = ("keras", "tensorflow", "jax", "torch", "onnx", "gemma_keras", "export")
+
+
+class Checks:
+    """Keeps what failed and shows everything.
+
+    Args:
+        say: shown a line for each check.
+
+    Attributes:
+        failures: the lines of those that failed.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self.failures: list[str] = []
+
+    def __call__(self, good: bool, line: str) -> None:
+        """One check."""
+        self._say(f"{'ok  ' if good else 'FAIL'}  {line}")
+        if not good:
+            self.failures.append(line)
+
+
+def check_instructions(space: UserSpace, processor: Processor, check: Checks) -> None:
+    """The emulated processor has what the real one has, and no more."""
+    for name in instructions.INSTRUCTIONS:
+        command = [space.python(processor), "-m", "tools.arm64.instructions", name]
+        done = subprocess.run(
+            command, cwd=ROOT, env=os.environ | space.environment(), capture_output=True
+        )
+        lacks = name in instructions.NEWER and not processor.dot_product
+        check(
+            done.returncode == (-signal.SIGILL if lacks else 0),
+            f"{processor.name}: {name} {'is refused' if done.returncode else 'runs'}",
+        )
+
+
+def check_tests(space: UserSpace, processor: Processor, bundles: Path, check: Checks) -> None:
+    """The tests of `edge_demo`, there, on bundles made here."""
+    command = [space.python(processor), "-m", "pytest", "-q", "-m", "not sample"]
+    command += ["-p", "no:cacheprovider", "tests/edge_demo"]
+    handed_over = {"GEMMA_TEST_BUNDLES": str(bundles), "GEMMA_TEST_PART": "rest"}
+    environment = os.environ | space.environment(tests=True) | handed_over
+    done = subprocess.run(command, cwd=ROOT, env=environment)
+    check(done.returncode == 0, f"{processor.name}: the tests of edge_demo")
+
+
+def check_sample(
+    space: UserSpace,
+    processors: Iterable[Processor],
+    bundles: Path,
+    options: list[str],
+    say: Callable[[str], None],
+    check: Checks,
+) -> None:
+    """The real bundles: what is computed here and there, side by side."""
+    with tempfile.TemporaryDirectory(dir=space.folder) as folder:
+
+        def observe(
+            name: str, python: Path, recipe: str, more: dict[str, str]
+        ) -> Observation | None:
+            say(f"{name}: running sample-{recipe}")
+            place = Path(folder, f"{name}-{recipe}")
+            command = [python, "-m", "tools.arm64.observe", bundles / f"sample-{recipe}", place]
+            # what is remembered of checked files is remembered for this run only
+            environment = os.environ | {"XDG_CACHE_HOME": folder} | more
+            done = subprocess.run([*command, *options], cwd=ROOT, env=environment)
+            if done.returncode:
+                check(False, f"{name}: sample-{recipe} ended with status {done.returncode}")
+                return None
+            return Observation.read(place)
+
+        here = {recipe: observe("here", Path(sys.executable), recipe, {}) for recipe in RECIPES}
+        for processor in processors:
+            for recipe, ours in here.items():
+                theirs = observe(
+                    processor.name, space.python(processor), recipe, space.environment()
+                )
+                if ours is not None and theirs is not None:
+                    _judge(processor, recipe, ours, theirs, here["fp32"], check)
+
+
+def _judge(
+    processor: Processor,
+    recipe: str,
+    here: Observation,
+    there: Observation,
+    exact: Observation | None,
+    check: Checks,
+) -> None:
+    name = f"{processor.name}, {recipe}"
+    found = agree.compare(here, there)
+    clear = sum(margin > 2 * found.noise for row in here.margins for margin in row)
+    parting = "".join(
+        f"; answer {answer} parts at token {token}, margin {margin:.3f}"
+        for answer, token, margin in found.partings
+    )
+    check(
+        recipe not in EXACT or not found.clear_partings,
+        f"{name}: {found.same} of {found.tokens} greedy tokens as here{parting}; {clear} are "
+        "clearer than twice the noise",
+    )
+    line = (
+        f"{name}: greatest logit difference {found.noise:.2g}, mean KL {found.kl:.2g} nats, "
+        f"same top token {found.same_top_token:.1%}, over {len(here.logits)} positions"
+    )
+    good = True
+    if recipe not in EXACT and exact is not None:
+        rounding = agree.mean_kl(exact, here), agree.mean_kl(exact, there)
+        line += f"; from fp32 {rounding[0]:.3f} here, {rounding[1]:.3f} there"
+        good = found.kl <= MOST_OF_INT4 * rounding[0]
+    check(good, line)
+    strangers = sorted(set(there.modules) & set(_ONLY_WHERE_EXPORTED))
+    check(not strangers, f"{name}: imports nothing of an export {strangers or ''}".rstrip())
+    check(
+        there.machine == "aarch64" and there.onnxruntime == here.onnxruntime,
+        f"{name}: {there.machine}, onnxruntime {there.onnxruntime}; peak memory "
+        f"{megabytes(there.generate_bytes)}, the emulator's own included (here "
+        f"{megabytes(here.generate_bytes)})",
+    )
+
+
+def main() -> int:
+    """Build the user space and run everything."""
+    parser = argparse.ArgumentParser(prog="python -m tools.arm64", description=__doc__)
+    parser.add_argument("bundles", type=Path, help="the folder that holds the bundles")
+    parser.add_argument("--folder", type=Path, default=ROOT / "build" / "arm64", help="user space")
+    names = [processor.name for processor in PROCESSORS]
+    parser.add_argument("--processor", choices=names, action="append", help="default: all")
+    parser.add_argument(
+        "--part", choices=("tests", "sample"), action="append", help="default: both"
+    )
+    parser.add_argument("--max-tokens", type=int, default=16, help="of each greedy answer")
+    parser.add_argument("--positions", type=int, default=64, help="of the text compared")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    arguments = parser.parse_args()
+    say = Progress()
+    check = Checks(say)
+    processors = [p for p in PROCESSORS if p.name in (arguments.processor or names)]
+    parts = arguments.part or ["tests", "sample"]
+    bundles = arguments.bundles.resolve()
+    try:
+        for recipe in RECIPES if "sample" in parts else ():
+            if not (bundles / f"sample-{recipe}" / "bundle.json").exists():
+                raise SetupError(f"{bundles} holds no sample-{recipe}; make test-arm64 makes it")
+        if "tests" in parts and not (bundles / "tiny-bundles").exists():
+            raise SetupError(f"{bundles} holds no tiny-bundles; make test-arm64 makes them")
+        space = build(arguments.folder, say)
+    except SetupError as error:
+        print(f"test-arm64: {error}", file=sys.stderr)
+        return 2
+    for processor in processors:
+        check_instructions(space, processor, check)
+    if "sample" in parts:
+        options = ["--max-tokens", str(arguments.max_tokens)]
+        options += ["--positions", str(arguments.positions), "--threads", str(arguments.threads)]
+        check_sample(space, processors, bundles, options, say, check)
+    if "tests" in parts:
+        for processor in processors:
+            say(f"{processor.name}: the tests of edge_demo (some minutes)")
+            check_tests(space, processor, bundles, check)
+    for line in check.failures:
+        print(f"test-arm64: failed: {line}", file=sys.stderr)
+    say("failed" if check.failures else f"all is well on {', '.join(p.board for p in processors)}")
+    return 1 if check.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,298 @@
+"""A small arm64 Linux in a folder: Debian's Python under qemu's user emulation, and aarch64 wheels.
+
+It needs no root, no chroot and no kernel support for foreign programs. apt-get, told to be another
+architecture in folders of its own, checks signatures and finds what is needed; dpkg-deb unpacks.
+A launcher for each processor, `UserSpace.python`, is a program of this machine, so that Python
+there can start itself: it finds the launcher's name in `sys.executable`.
+
+Standard library only. `python -m tools.arm64.user_space FOLDER` makes one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SUITE = "bookworm"  # glibc 2.36 and Python 3.11, as Raspberry Pi OS of the same name
+PYTHON = "3.11"
+MIRROR = os.environ.get("DEBIAN_MIRROR", "http://deb.debian.org/debian")
+KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+PACKAGES = ("python3", "libstdc++6")
+# What the tests of `edge_demo` use beside the device's packages; onnx spoils graphs in them.
+TEST_PACKAGES = ("pytest", "hypothesis", "filelock", "onnx")
+# Their version here is their version there, so that the processor is the only difference.
+_SAME_VERSION = ("onnxruntime", "sentencepiece")
+_PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux2014", "manylinux_2_17")
+_CORES = os.cpu_count() or 1  # as many as here: onnxruntime binds its threads to them
+
+
+class SetupError(Exception):
+    """The user space cannot be made here, in one sentence that says what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Processor:
+    """A processor as qemu emulates it.
+
+    Attributes:
+        name: qemu's, after `-cpu`.
+        board: that has it.
+        features: what Linux lists in `/proc/cpuinfo` on that board.
+        part: Arm's number of the core.
+        revision: variant and revision.
+        dot_product: whether it has the 8-bit dot products of Armv8.2, which came with the large
+            system extensions' atomic operations.
+    """
+
+    name: str
+    board: str
+    features: str
+    part: int
+    revision: tuple[int, int]
+    dot_product: bool
+
+
+_A72 = "fp asimd evtstrm crc32 cpuid"
+_A76 = (
+    "fp asimd evtstrm aes pmull sha1 sha2 crc32 atomics fphp asimdhp cpuid asimdrdm lrcpc dcpop "
+    "asimddp"
+)
+PROCESSORS = (
+    Processor("cortex-a76", "Raspberry Pi 5", _A76, 0xD0B, (4, 1), True),
+    Processor("cortex-a72", "Raspberry Pi 4", _A72, 0xD08, (0, 3), False),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class UserSpace:
+    """What `build` has made.
+
+    Attributes:
+        folder: that holds it.
+    """
+
+    folder: Path
+
+    def python(self, processor: Processor) -> Path:
+        """The Python of a processor, to be started like any program."""
+        return self.folder / processor.name / "python"
+
+    def environment(self, *, tests: bool = False) -> dict[str, str]:
+        """What the environment of that Python has to hold beside this process's own.
+
+        Args:
+            tests: whether what the tests need can be imported, too.
+        """
+        places = [self.folder / "device", *([self.folder / "tests"] if tests else []), ROOT]
+        return {"PYTHONPATH": os.pathsep.join(map(str, places)), "PYTHONNOUSERSITE": "1"}
+
+
+def build(folder: Path, say: Callable[[str], None]) -> UserSpace:
+    """Make what is not there yet, or was made from something else.
+
+    Args:
+        folder: to make it in.
+        say: shown a line before each step that takes seconds.
+
+    Raises:
+        SetupError: a program is missing, or a download failed.
+    """
+    qemu = _program("qemu-aarch64-static", "qemu-user-static")
+    folder = folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    system = folder / "system"
+    _make(system, ("Debian", SUITE, *PACKAGES), lambda new: _unpack_debian(new, say))
+    device, tests = _device_requirements(), TEST_PACKAGES
+    _make(folder / "device", device, lambda new: _install(new, device, say))
+    _make(folder / "tests", tests, lambda new: _install(new, tests, say))
+    for processor in PROCESSORS:
+        root = folder / processor.name
+        launcher = _launcher(qemu, root, processor)
+        made_from = (launcher, _cpuinfo(processor))
+        _make(root, made_from, lambda new, p=processor, s=launcher: _lay_out(new, system, p, s))
+    return UserSpace(folder)
+
+
+def _make(folder: Path, made_from: Sequence[str], make: Callable[[Path], None]) -> None:
+    """Make a folder under a name of its own and give it its final one when it is whole."""
+    note = "\n".join(made_from)
+    stamp = folder / ".made-from"
+    if stamp.is_file() and stamp.read_text() == note:
+        return
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    make(partial)
+    (partial / stamp.name).write_text(note)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+# --- Debian ---------------------------------------------------------------------------------------
+
+
+def _unpack_debian(new: Path, say: Callable[[str], None]) -> None:
+    apt_get, dpkg_deb = _program("apt-get", "apt"), _program("dpkg-deb", "dpkg")
+    if not KEYRING.exists():
+        raise SetupError(
+            f"Debian's keys are not in {KEYRING}; apt-get install debian-archive-keyring"
+        )
+    apt = new / "apt"
+    for part in ("lists/partial", "archives/partial"):
+        (apt / part).mkdir(parents=True)
+    (apt / "status").touch()  # nothing is installed
+    (apt / "sources.list").write_text(f"deb [signed-by={KEYRING}] {MIRROR} {SUITE} main\n")
+    settings = {
+        "APT::Architecture": "arm64",
+        "APT::Architectures::": "arm64",
+        "APT::Install-Recommends": "false",
+        "APT::Sandbox::User": "",  # may not enter these folders
+        "Debug::NoLocking": "1",
+        "Dir::Cache": apt,
+        "Dir::Etc::sourcelist": apt / "sources.list",
+        "Dir::Etc::sourceparts": "/dev/null",
+        "Dir::Log": apt,
+        "Dir::State": apt,
+        "Dir::State::status": apt / "status",
+    }
+    options = [word for name, value in settings.items() for word in ("-o", f"{name}={value}")]
+    say(f"reading Debian's list of arm64 packages ({SUITE}, 9 MB)")
+    _run([apt_get, *options, "update"], "apt-get could not read the list of packages")
+    say(f"fetching {', '.join(PACKAGES)} and what they need (16 MB)")
+    fetch = ("install", "--yes", "--download-only", *PACKAGES)
+    _run([apt_get, *options, *fetch], "apt-get could not fetch the packages")
+    archives = sorted((apt / "archives").glob("*.deb"))
+    say(f"unpacking {len(archives)} packages")
+    for archive in archives:
+        _run([dpkg_deb, "--extract", archive, new], f"{archive.name} could not be unpacked")
+    shutil.rmtree(apt)
+
+
+# --- wheels ---------------------------------------------------------------------------------------
+
+
+def _device_requirements() -> tuple[str, ...]:
+    """What `pyproject.toml` says a device installs, some of it in this environment's version."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    try:
+        here = {name: importlib.metadata.version(name) for name in _SAME_VERSION}
+    except importlib.metadata.PackageNotFoundError as error:
+        raise SetupError(
+            f"{error.name} is not installed for {sys.executable}; use the project's environment, "
+            "as make test-arm64 does"
+        ) from error
+    pinned = tuple(f"{name}=={version}" for name, version in here.items())
+    return (*project["dependencies"], *pinned)
+
+
+def _install(new: Path, requirements: Iterable[str], say: Callable[[str], None]) -> None:
+    say(f"installing {new.stem}: the aarch64 wheels of {' '.join(requirements)} (100 MB)")
+    command = [sys.executable, "-m", "pip", "install", "--target", str(new)]
+    command += ["--disable-pip-version-check", "--quiet", "--no-compile", "--upgrade"]
+    command += ["--only-binary=:all:", "--implementation=cp", f"--python-version={PYTHON}"]
+    command += [f"--platform={platform}_aarch64" for platform in _PLATFORMS]
+    _run([*command, *requirements], "pip could not install the wheels")
+
+
+# --- what differs from processor to processor -----------------------------------------------------
+
+
+def _lay_out(new: Path, system: Path, processor: Processor, launcher: str) -> None:
+    """The system by links, with files of its own where Linux tells programs about the processor.
+
+    onnxruntime reads them at its import, and crashes if there is nothing.
+    """
+    for place in system.iterdir():
+        if place.is_dir():
+            (new / place.name).symlink_to(Path("..", system.name, place.name))
+    (new / "proc").mkdir()
+    (new / "proc" / "cpuinfo").write_text(_cpuinfo(processor))
+    cpus = new / "sys" / "devices" / "system" / "cpu"
+    cpus.mkdir(parents=True)
+    for state in ("possible", "present", "online"):
+        (cpus / state).write_text(f"0-{_CORES - 1}\n")
+    (new / "python").write_text(launcher)
+    (new / "python").chmod(0o755)
+
+
+def _cpuinfo(processor: Processor) -> str:
+    variant, revision = processor.revision
+    core = (
+        f"BogoMIPS\t: 108.00\nFeatures\t: {processor.features}\nCPU implementer\t: 0x41\n"
+        f"CPU architecture: 8\nCPU variant\t: {variant:#x}\nCPU part\t: {processor.part:#x}\n"
+        f"CPU revision\t: {revision}\n\n"
+    )
+    return "".join(f"processor\t: {number}\n{core}" for number in range(_CORES))
+
+
+def _launcher(qemu: str, root: Path, processor: Processor) -> str:
+    """A shell script: the name it is started by is what that Python takes for its own."""
+    home, python = shlex.quote(f"PYTHONHOME={root / 'usr'}"), shlex.quote(f"{root}/usr/bin/python3")
+    name = shlex.quote(str(root / "python"))
+    return (
+        "#!/bin/sh\n"
+        f"exec {shlex.quote(qemu)} -L {shlex.quote(str(root))} -cpu {processor.name} "
+        f'-E {home} -0 {name} {python} "$@"\n'
+    )
+
+
+# --- other programs -------------------------------------------------------------------------------
+
+
+def _program(name: str, package: str) -> str:
+    found = shutil.which(name)
+    if found is None:
+        raise SetupError(f"{name} is not installed; on Debian or Ubuntu: apt-get install {package}")
+    return found
+
+
+def _run(command: Sequence[object], failure: str) -> None:
+    done = subprocess.run(
+        [str(word) for word in command],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    if done.returncode:
+        said = " ".join(done.stdout.split("\n")[-6:]).strip()
+        raise SetupError(f"{failure}: {said}")
+
+
+class Progress:
+    """Lines with the seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+
+    def __call__(self, line: str) -> None:
+        """Show a line."""
+        print(f"[{time.monotonic() - self._start:4.0f} s] {line}", flush=True)
+
+
+def main() -> int:
+    """Make the user space; exit status 2 if that cannot be done here."""
+    if len(sys.argv) != 2:
+        print("usage: python -m tools.arm64.user_space FOLDER", file=sys.stderr)
+        return 2
+    try:
+        build(Path(sys.argv[1]), Progress())
+    except SetupError as error:
+        print(f"test-arm64: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
