@@ -6,18 +6,22 @@
 
 All take turns, each in a process of its own, at the same number of threads, with huge pages for
 whoever allocates with malloc. Prints medians of 512 tokens of prefill and 64 of decode after them,
-and each bundle's ratio to each peer. How faithful each is: `pareto.py`.
+each bundle's ratio to each peer, and the share of the memory's bandwidth that each uses. How
+faithful each is: `pareto.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pareto import measure_speed, peers_of_the_sample
 from peers import Contender
+
+from edge_demo.throughput import memory_bytes_per_s
 
 
 def table(contenders: Sequence[Contender], speeds: Sequence[Mapping[str, float]]) -> str:
@@ -36,6 +40,19 @@ def table(contenders: Sequence[Contender], speeds: Sequence[Mapping[str, float]]
     return "\n".join(lines)
 
 
+def shares(
+    contenders: Sequence[Contender], speeds: Sequence[Mapping[str, float]], threads: int
+) -> str:
+    """How much of the memory's read bandwidth decoding uses, counted in the weights it reads."""
+    bandwidth = statistics.median(memory_bytes_per_s(threads) for _ in range(5))
+    lines = [f"{bandwidth / 1e9:.1f} GB/s are read by {threads} threads; of that"]
+    for contender, speed in zip(contenders, speeds, strict=True):
+        size = contender.bytes_per_token()
+        share = size * speed["decode"] / bandwidth
+        lines.append(f"* {contender.name}: {share:.0%}, {size / 1e6:,.0f} MB a token")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("bundles", type=Path, nargs="+")
@@ -48,7 +65,9 @@ def main() -> None:
     os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     contenders = [Contender(path.name, "bundle", path) for path in arguments.bundles]
     contenders += peers_of_the_sample(arguments.out, arguments.reference)
-    print(table(contenders, measure_speed(contenders, arguments.threads, arguments.rounds)))
+    speeds = measure_speed(contenders, arguments.threads, arguments.rounds)
+    print(table(contenders, speeds))
+    print(f"\n{shares(contenders, speeds, arguments.threads)}")
 
 
 if __name__ == "__main__":

@@ -3,24 +3,21 @@
     python benchmarks/large_edge.py gemma_2b build/large/gemma_2b-int4 --folder build/large
 
 The bundle is one of `large.py`; the GGUF file has random Q4_0 blocks, the table included, and is
-made where it is missing. Both take turns, each in a process of its own. The memory bandwidth beside
-them is of all threads reading numpy arrays. The words of random weights mean nothing, so only time
-and memory are compared.
+made where it is missing. Both take turns, each in a process of its own. The words of random weights
+mean nothing, so only time and memory are compared.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import statistics
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gguf
 import numpy as np
-from edge import table
+from edge import shares, table
 from large import write_checkpoint
+from pareto import measure_speed
 from peers import Contender
 from sentencepiece import SentencePieceProcessor
 
@@ -30,7 +27,6 @@ from gemma_keras.checkpoints.names import weight_specs
 
 _BLOCK = 32
 _SCALE = 0.003
-_READ_BYTES = 1 << 29
 _NORMAL, _CONTROL, _BYTE = 1, 3, 6
 
 
@@ -92,18 +88,6 @@ def _random_q4_0(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray
     return blocks.reshape(shape[0], -1)
 
 
-def read_bandwidth(threads: int) -> float:
-    """Bytes a second that threads together read of memory, the median of nine times."""
-    parts = np.array_split(np.ones(_READ_BYTES // 8), threads)
-    seconds = []
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(9):
-            start = time.perf_counter()
-            list(pool.map(np.max, parts))
-            seconds.append(time.perf_counter() - start)
-    return _READ_BYTES / statistics.median(seconds)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("size", help="such as gemma_2b")
@@ -124,27 +108,10 @@ def main() -> None:
         Contender(arguments.bundle.name, "bundle", arguments.bundle),
         Contender("llama.cpp Q4_0", "llama.cpp", peer),
     ]
-    counts = arguments.threads, arguments.prompt_tokens, arguments.decode_tokens, 1
-    found: list[list[dict[str, float]]] = [[] for _ in contenders]
-    bandwidths = []
-    told = Progress("run")
-    for number in range(arguments.rounds * len(contenders)):
-        which = number % len(contenders)
-        bandwidths.append(read_bandwidth(arguments.threads))
-        found[which].append(contenders[which].speed(*counts))
-        told(number + 1, arguments.rounds * len(contenders))
-    speeds = [
-        {key: statistics.median(one[key] for one in runs) for key in runs[0]} for runs in found
-    ]
+    counts = arguments.prompt_tokens, arguments.decode_tokens, 1
+    speeds = measure_speed(contenders, arguments.threads, arguments.rounds, *counts)
     print(table(contenders, speeds))
-    bandwidth = statistics.median(bandwidths)
-    print(
-        f"\nRead bandwidth {bandwidth / 1e9:.1f} GB/s; bytes a token reads, and their share of it:"
-    )
-    for contender, speed in zip(contenders, speeds, strict=True):
-        size = contender.bytes_per_token()
-        share = size * speed["decode"] / bandwidth
-        print(f"{contender.name}: {size / 1e6:,.0f} MB, {share:.0%}")
+    print(f"\n{shares(contenders, speeds, arguments.threads)}")
 
 
 if __name__ == "__main__":

@@ -77,13 +77,18 @@ def measure_quality(
 
 
 def measure_speed(
-    contenders: Sequence[Contender], threads: int, rounds: int
+    contenders: Sequence[Contender],
+    threads: int,
+    rounds: int,
+    prompt: int = 512,
+    new: int = 64,
+    repeats: int = 3,
 ) -> list[dict[str, float]]:
     """Medians over rounds in which the contenders take turns."""
     told, runs = Progress("round"), {contender.name: [] for contender in contenders}
     for number in range(rounds):
         for contender in contenders:
-            runs[contender.name].append(contender.speed(threads, 512, 64, 3))
+            runs[contender.name].append(contender.speed(threads, prompt, new, repeats))
         told(number + 1, rounds)
     return [
         {key: statistics.median(run[key] for run in found) for key in found[0]}

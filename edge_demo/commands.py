@@ -70,7 +70,7 @@ def _prompt_cache(arguments: argparse.Namespace) -> PromptCacheOption:
 def run_generate(arguments: argparse.Namespace) -> int:
     """Continue a prompt, or those of a file."""
     if arguments.batch is not None:
-        others = ("prompt", "prompt_cache", "prompt_cache_ro", "lookup")
+        others = ("prompt", "prompt_cache", "prompt_cache_ro", "lookup", "draft")
         _refuse_with(arguments, others, "does not go with --batch; leave it out")
 
         from edge_demo.batch_command import run_batch
@@ -80,7 +80,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
     _refuse_with(arguments, of_batch, "goes with --batch FILE only; leave it out")
 
     from edge_demo.generator import Generation
-    from edge_demo.terminal import note, show
+    from edge_demo.terminal import Progress, note, show
 
     sampler = _sampler(arguments)
     cache = _prompt_cache(arguments)
@@ -93,17 +93,20 @@ def run_generate(arguments: argparse.Namespace) -> int:
     drafter = _drafter(arguments, bundle)
     generation = Generation(generator.tokenizer.encode(prompt))
     pieces = generator.stream(
-        generation.prompt_ids, sampler, arguments.max_tokens, generation, drafter
+        generation.prompt_ids,
+        sampler,
+        arguments.max_tokens,
+        generation,
+        drafter,
+        Progress("prompt token", vanishes=True),
     )
     status = 0
     generator.engine.admit(generation.prompt_ids)
     cache.load(generator.engine)
-    if not arguments.json:
-        show(prompt)
     try:
         for number, piece in enumerate(pieces):
             if not arguments.json:
-                show(piece)
+                show(piece if number else prompt + piece)
             if number == 0:  # the engine holds the prompt and nothing more
                 cache.save_prompt(generator.engine, generation)
     except KeyboardInterrupt:
@@ -159,7 +162,7 @@ def _summary(generation: Generation, load_s: float) -> str:
 def run_chat(arguments: argparse.Namespace) -> int:
     """Talk in turns."""
     from edge_demo.generator import Generation
-    from edge_demo.terminal import note, show
+    from edge_demo.terminal import Progress, note, show
 
     sampler = _sampler(arguments)
     cache = _prompt_cache(arguments)
@@ -198,7 +201,8 @@ def run_chat(arguments: argparse.Namespace) -> int:
         else:
             ids = generator.tokenizer.encode("".join(text for _, text in turns))
         generation = Generation(ids)
-        pieces = generator.stream(ids, sampler, arguments.max_tokens, generation, drafter)
+        told = Progress("prompt token", vanishes=True)
+        pieces = generator.stream(ids, sampler, arguments.max_tokens, generation, drafter, told)
         try:
             for number, piece in enumerate(pieces):
                 if not arguments.json:

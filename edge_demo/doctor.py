@@ -214,8 +214,7 @@ def describe(found: dict[str, Any]) -> str:
         f"  memory reads  {_speed(sizes['read_bytes_per_s'])}",
         f"  temperature   {_celsius(looked['celsius'])}",
         f"  throttling    {looked['throttled'] or 'unknown'}",
-        "  software      "
-        + ", ".join(f"{n} {v or 'missing'}" for n, v in found["versions"].items()),
+        f"  software      {_versions(found['versions'])}",
     ]
     if not found["runs_here"]:
         lines.append(

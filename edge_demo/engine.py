@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,8 @@ from edge_demo.bundle import Bundle, GraphSpec, TensorSpec
 from edge_demo.errors import BundleError, EdgeError, RequestError
 from edge_demo.kv_cache import KVCache, Snapshot
 from edge_demo.sampling import Candidates
+
+OnProgress = Callable[[int, int], None]
 
 _SCORE_CHUNK = 64  # 67 MB of logits for a vocabulary of 262 144
 _MOST_THREADS = 1024
@@ -97,12 +99,16 @@ class TokenRunner:
         """The most tokens it can hold."""
         return self.bundle.context_length
 
-    def _prefill(self, ids: Sequence[int]) -> list[np.ndarray]:
+    def _prefill(
+        self, ids: Sequence[int], on_progress: OnProgress | None = None
+    ) -> list[np.ndarray]:
         self.admit(ids)
         outputs: list[np.ndarray] = []
         for first in range(0, len(ids), self._prefill_chunk):
             chunk = ids[first : first + self._prefill_chunk]
             outputs = self._run(chunk, range(len(chunk) - 1, len(chunk)))
+            if on_progress is not None:
+                on_progress(first + len(chunk), len(ids))
         return outputs
 
     def _extend(self, ids: Sequence[int]) -> list[np.ndarray]:
@@ -221,11 +227,12 @@ class Engine(TokenRunner):
         logits = TensorSpec("logits", "float32", shape)
         super().__init__(bundle, bundle.engine, [logits], threads)
 
-    def prefill(self, ids: Sequence[int]) -> np.ndarray:
-        """Add tokens after those it holds.
+    def prefill(self, ids: Sequence[int], on_progress: OnProgress | None = None) -> np.ndarray:
+        """Add tokens after those it holds, in chunks: Ctrl-C stops between two of them.
 
         Args:
             ids: at least one.
+            on_progress: told, after each chunk, the tokens run and those in all.
 
         Returns:
             Logits after the last of them, float32 `(vocabulary_size,)`.
@@ -233,7 +240,7 @@ class Engine(TokenRunner):
         Raises:
             RequestError: they do not fit the context, or an id is outside the vocabulary.
         """
-        return self._prefill(ids)[0][0]
+        return self._prefill(ids, on_progress)[0][0]
 
     def decode(self, token: int) -> np.ndarray:
         """Add one token.
@@ -281,13 +288,15 @@ class CandidateEngine(TokenRunner):
         ]
         super().__init__(bundle, graph, outputs, threads)
 
-    def prefill(self, ids: Sequence[int]) -> Candidates:
+    def prefill(self, ids: Sequence[int], on_progress: OnProgress | None = None) -> Candidates:
         """Add tokens after those it holds; the candidates after the last of them.
+
+        Arguments as `Engine.prefill`.
 
         Raises:
             RequestError: they do not fit the context, or an id is outside the vocabulary.
         """
-        found, logits = self._prefill(ids)
+        found, logits = self._prefill(ids, on_progress)
         return Candidates(found[0], logits[0])
 
     def decode(self, token: int) -> Candidates:

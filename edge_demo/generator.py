@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from edge_demo.bundle import Bundle
-from edge_demo.engine import CandidateEngine, Engine, common_prefix
+from edge_demo.engine import CandidateEngine, Engine, OnProgress, common_prefix
 from edge_demo.errors import RequestError
 from edge_demo.sampling import Sampler
 from edge_demo.speculate import Drafter, Speculator
@@ -100,6 +100,7 @@ class Generator:
         max_tokens: int,
         generation: Generation | None = None,
         drafter: Drafter | None = None,
+        on_prefill: OnProgress | None = None,
     ) -> Iterator[str]:
         """Yield the answer's text as it comes; pieces may be empty.
 
@@ -110,6 +111,7 @@ class Generator:
             generation: filled in while the text is yielded.
             drafter: guesses tokens ahead; the text is the same up to rounding, and comes faster
                 if it guesses well; see `edge_demo.speculate`.
+            on_prefill: told, after each chunk of the prompt, the tokens run and those in all.
 
         Raises:
             RequestError: the prompt is empty or does not fit the context.
@@ -123,7 +125,7 @@ class Generator:
         # the last token has to give its logits
         reused = self._keep(prompt_ids, max(0, len(prompt_ids) - 1))
         out.reused_tokens = reused
-        logits = self.engine.prefill(list(prompt_ids)[reused:])
+        logits = self.engine.prefill(list(prompt_ids)[reused:], on_prefill)
         since = start
         text = TextStream(self.tokenizer)
         ahead = Speculator(self.engine, drafter, prompt_ids)

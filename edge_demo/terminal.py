@@ -48,11 +48,13 @@ class Progress:
     Args:
         what: the steps' name, singular.
         every_s: seconds from one line of a log to the next.
+        vanishes: whether nothing of it is left on a terminal when all is done.
     """
 
-    def __init__(self, what: str, every_s: float = 30.0) -> None:
+    def __init__(self, what: str, every_s: float = 30.0, vanishes: bool = False) -> None:
         self._what = what
         self._every_s = every_s
+        self._vanishes = vanishes
         self._start = self._shown = time.perf_counter()
 
     def __call__(self, done: int, total: int) -> None:
@@ -63,6 +65,8 @@ class Progress:
             line += f", {_duration((now - self._start) / done * (total - done))} left"
         if sys.stderr.isatty():
             end = "\n" if done == total else ""
+            if self._vanishes and done == total:
+                line = end = ""
             print(f"\r{line}\x1b[K", end=end, file=sys.stderr, flush=True)
         elif now - self._shown >= self._every_s:
             print(line, file=sys.stderr, flush=True)

@@ -249,3 +249,17 @@ def test_the_real_model_continues_as_the_plain_loop_where_its_margin_is_no_noise
     clear = best - second > 0.1
     assert clear.sum() >= 8
     assert rows.argmax(axis=1)[clear].tolist() == np.array(found)[clear].tolist()
+
+
+def test_a_long_prompt_tells_how_far_it_is(tiny_bundles, monkeypatch):
+    one = generator(tiny_bundles / "gemma3-fp32")
+    one.engine._prefill_chunk = 8
+    told = []
+    ids = list(range(4, 34))
+    for _ in one.stream(ids, Sampler(), 2, on_prefill=lambda *at: told.append(at)):
+        pass
+    assert told == [(8, 30), (16, 30), (24, 30), (30, 30)]
+    del told[:]
+    for _ in one.stream([*ids, 5, 6, 7], Sampler(), 2, on_prefill=lambda *at: told.append(at)):
+        pass
+    assert told == [(3, 3)]  # the beginning is there

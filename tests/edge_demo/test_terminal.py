@@ -268,6 +268,16 @@ def test_progress_tells_a_terminal_what_is_left(monkeypatch, clock):
     )
 
 
+def test_progress_that_vanishes_leaves_an_empty_line(monkeypatch, clock):
+    stream = Stream(terminal=True)
+    monkeypatch.setattr(sys, "stderr", stream)
+    progress = Progress("prompt token", vanishes=True)
+    clock[0] = 3
+    progress(512, 1024)
+    progress(1024, 1024)
+    assert stream.getvalue() == "\rprompt token 512 of 1,024, 3 s left\x1b[K\r\x1b[K"
+
+
 def test_progress_tells_a_log_now_and_then(monkeypatch, clock):
     stream = Stream(terminal=False)
     monkeypatch.setattr(sys, "stderr", stream)
