@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from edge_demo.bundle import GraphSpec, RopeSpec, WindowSpec
+from edge_demo.errors import BundleError
 
 STEP = 256
 SLACK = 256  # places beyond a window: its tokens are moved to the front once in as many steps
@@ -20,7 +21,11 @@ def cache_bytes(
     limit: int,
     tokens: int,
 ) -> int:
-    """Bytes of keys, values and rotary tables, of buffers made for `tokens` at once."""
+    """Bytes of keys, values and rotary tables, of buffers made for `tokens` at once.
+
+    Raises:
+        BundleError: the graph names a dimension that is none of these.
+    """
     capacity = capacity_for(tokens, limit)
     sizes = {w.name: w.length + SLACK for w in windows} | {"batch": 1, "capacity": capacity}
     total = sum(8 * rope.dims * capacity for rope in ropes)
@@ -28,6 +33,8 @@ def cache_bytes(
         if spec.name.startswith("past_key_values."):
             count = 1 if spec.dtype == "int8" else 4
             for size in spec.shape:
+                if isinstance(size, str) and size not in sizes:
+                    raise BundleError(f"{graph.file} has a {spec.name!r} of unknown size")
                 count *= size if isinstance(size, int) else sizes[size]
             total += count
     return total

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_demo import cache_size
-from edge_demo import engine as engine_module
+from edge_demo import cache_size, memory
 from edge_demo.bundle import Bundle
 from edge_demo.engine import CandidateEngine, Engine
 from edge_demo.tokenizer import Tokenizer
@@ -25,7 +24,7 @@ def small_steps():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache_size, "STEP", STEP)
         patch.setattr(cache_size, "SLACK", SLACK)
-        patch.setattr(engine_module, "_PREFILL_CHUNK", PREFILL_CHUNK)
+        patch.setattr(memory, "CHUNKS", (PREFILL_CHUNK,))
         yield
 
 

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_demo import cache_size
+from edge_demo import cache_size, memory
 from edge_demo import engine as engine_module
 from edge_demo.bundle import Bundle
 from edge_demo.engine import CandidateEngine, Engine
@@ -45,7 +45,7 @@ def small_steps():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache_size, "STEP", STEP)
         patch.setattr(cache_size, "SLACK", SLACK)
-        patch.setattr(engine_module, "_PREFILL_CHUNK", PREFILL_CHUNK)
+        patch.setattr(memory, "CHUNKS", (PREFILL_CHUNK,))
         yield
 
 
@@ -553,7 +553,7 @@ def test_a_system_text_that_cannot_be_used_is_refused(tiny, tiny_bundles):
 def test_the_real_model_goes_on_to_the_bit(sample_bundle, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache_size, "SLACK", 256)
-        patch.setattr(engine_module, "_PREFILL_CHUNK", 512)
+        patch.setattr(memory, "CHUNKS", (512,))
         bundle = Bundle.open(sample_bundle)
         plain, loaded = (CandidateEngine(bundle, threads=1) for _ in range(2))
         ids = np.random.default_rng(0).integers(3, 200_000, 830).tolist()
