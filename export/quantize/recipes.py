@@ -13,11 +13,12 @@ from gemma_keras.checkpoints.names import weight_specs
 from gemma_keras.config import GemmaConfig
 
 INT8 = Format(8, 32)
-INT4 = Format(4, 32, symmetric=False)
+# Blocks of 128 lose more than those of 32, but what int4 raises to 8 bits makes up for it, and a
+# product takes three quarters of the time.
+INT4 = Format(4, 128, symmetric=False)
 TWO_PLANES = Format(8, 128, planes=2)
 _FINE_INT8 = Format(8, 16)
-# What `int4` raises a matrix to: next to its 4 bits, the blocks' size is lost in the noise, and
-# fewer scales are less to read.
+# What `int4` raises a matrix to: next to its 4 bits, the blocks' size is lost in the noise.
 _RAISED = Format(8, 128)
 
 
