@@ -136,7 +136,7 @@ def test_what_all_prompts_begin_with_is_run_once(tiny, tmp_path, monkeypatch):
     prefill = TokenRunner._prefill
     monkeypatch.setattr(
         TokenRunner, "_prefill",
-        lambda engine, ids: computed.append(len(ids)) or prefill(engine, ids),
+        lambda engine, ids, *told: computed.append(len(ids)) or prefill(engine, ids, *told),
     )  # fmt: skip
     beginning = "When the rain stopped, the children ran out to look for "
     items = [

@@ -182,9 +182,9 @@ def test_a_used_engine_continues_any_prompt_as_a_fresh_one(pair, calls):
 class CountingEngine(Engine):
     """Keeps what it was asked to compute."""
 
-    def prefill(self, ids):
+    def prefill(self, ids, *told):
         self.computed = list(ids)
-        return super().prefill(ids)
+        return super().prefill(ids, *told)
 
 
 def test_the_second_turn_of_a_conversation_computes_only_what_is_new(tiny, tiny_bundles):
