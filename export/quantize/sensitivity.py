@@ -12,13 +12,22 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import numpy as np
 
 from edge_demo.score import kl_divergence
-from export.joined import SAME_INPUT, joined_name
+from export.joined import joined_name
 from export.quantize.formats import Format, Plan
 from export.quantize.packing import Quantized
 from export.reference import BlockLoader, embedded, head_logits, run_block, table_rows
 from gemma_keras.checkpoints.names import head_table
 from gemma_keras.config import GemmaConfig
 
+# Matrices of a block that get their bits together: those of like cost and like effect. A query with
+# its key and value would be one product of three, but then it gets 8 bits nearly everywhere.
+_GROUPS = (
+    ("attention.query",),
+    ("attention.key", "attention.value"),
+    ("attention.output",),
+    ("mlp.gate", "mlp.up"),
+    ("mlp.down",),
+)
 _MOST_TYPICAL = 10
 _LIKELY = 256  # tokens at each position that the divergence is taken over
 
@@ -28,12 +37,11 @@ def group_members(
 ) -> dict[str, tuple[str, ...]]:
     """Group name, such as `layers.3.mlp.gate+up`, to its matrices of fewer than 8 bits.
 
-    Matrices that see the same input get their bits together, so that they are one product. Those
-    in `keep` are left out.
+    Those in `keep` are left out.
     """
     groups = {}
     for i in range(len(config.layers)):
-        for names in SAME_INPUT:
+        for names in _GROUPS:
             here = [f"layers.{i}.{n}" for n in names]
             members = tuple(n for n in here if plan[n].bits < 8 and n not in keep)
             if members:
