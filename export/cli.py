@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         metavar="X",
         help="for int4: how much the bundle may lose, as the mean KL divergence from the float "
-        "model in nats; matrices get 8 bits until it does not (default: 0.04)",
+        "model in nats; matrices get 8 bits until it does not (default: 0.045)",
     )
     parser.add_argument(
         "--calibration",

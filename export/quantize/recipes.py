@@ -52,7 +52,7 @@ class Recipe:
 
 
 RECIPES = {
-    "int4": Recipe(INT4, TWO_PLANES, kl_budget=0.04, calibration="self"),
+    "int4": Recipe(INT4, TWO_PLANES, kl_budget=0.045, calibration="self"),
     # These three lose most for their size: blocks of 16 in them take a sixth of the whole loss.
     "int8": Recipe(
         INT8,
