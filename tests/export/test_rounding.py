@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,7 +25,6 @@ from export.quantize.workspace import Workspace, fingerprint, workspace_path
 from export.reference import reference_logits
 from export.rounding import _Attempt, _search
 from gemma_keras import open_checkpoint
-from gemma_keras.checkpoints.names import weight_specs
 from tests.models import GENERATIONS, TEXT, write_tiny_hf
 
 pytestmark = pytest.mark.keras
@@ -263,7 +261,11 @@ def test_a_plan_within_a_budget_raises_what_loses_most_for_its_bytes(tiny):
     assert sizes == sorted(sizes)
     # of groups that lose the same, those of fewest bytes first
     small = raised(total - 52)[0] - {"layers.2.mlp.down"}
-    prices = {g: sum(math.prod(weight_specs(config)[n].shape) for n in groups[g]) for g in groups}
+    bare = plan_bytes(plan, config)
+    prices = {
+        group: plan_bytes(plan | {n: better[n] for n in names}, config) - bare
+        for group, names in groups.items()
+    }
     dearest = max(prices[group] for group in small)
     assert dearest <= min(prices[g] for g in groups.keys() - small - {"layers.2.mlp.down"})
 

@@ -366,8 +366,10 @@ def test_onnxruntime_runs_quantized_products_on_packed_weights(
     )
     nodes = onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node
     ops = [node.op_type for node in nodes]
-    assert ops.count("MatMulNBits") == 7 * len(config_of(generation).layers) + packed_heads
-    assert ops.count("DequantizeLinear") == dequantized
+    matrices = [s for s in weight_specs(config_of(generation)).values() if s.kind == "matrix"]
+    padded = [s for s in matrices if s.shape[0] % FORMATS[fmt][0].block_size]  # not recognized
+    assert ops.count("MatMulNBits") == len(matrices) - len(padded) + packed_heads > 0
+    assert ops.count("DequantizeLinear") == dequantized + len(padded)
 
 
 @pytest.mark.parametrize("fmt", ["fp32", "int8"])
