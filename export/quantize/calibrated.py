@@ -12,7 +12,7 @@ import numpy as np
 from export.quantize.balance import BalancedWeights
 from export.quantize.calibrate import OBSERVED, observe
 from export.quantize.formats import Format, Plan
-from export.quantize.gptq import gptq
+from export.quantize.gptq import feedbacks, gptq
 from export.quantize.moments import Moments
 from export.quantize.packing import Quantized, pack_bits, unpack_bits
 from export.quantize.workspace import Workspace
@@ -116,13 +116,9 @@ def _round_block(
 
     def run(job: tuple[list[str], Moments, Format]) -> list[tuple[str, Format, Quantized]]:
         names, seen, fmt = job
-        joined = gptq(np.concatenate([weights[name].T for name in names]), seen, fmt)
-        results, first = [], 0
-        for name in names:
-            end = first + specs[name].shape[1]
-            results.append((name, fmt, joined.rows(first, end)))
-            first = end
-        return results
+        # What matrices of one input share is worked out once, but they are in memory one by one.
+        feedback = list(feedbacks(seen)) if len(names) > 1 else feedbacks(seen)
+        return [(name, fmt, gptq(weights[name].T, feedback, fmt)) for name in names]
 
     sizes = [sum(math.prod(specs[name].shape) for name in names) for names, _, _ in jobs]
     largest = max(sizes, default=0)

@@ -12,7 +12,8 @@ first, over scales that are fixed beforehand.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -27,19 +28,44 @@ _LAZY = 128  # inputs whose corrections to the rest of the matrix are applied to
 _PIECE_BYTES = 32 << 20  # of the matrix, rounded at once
 
 
-def gptq(rows: np.ndarray, moments: Moments, fmt: Format) -> Quantized:
+@dataclasses.dataclass(frozen=True)
+class Feedback:
+    """What rounding needs to know of some inputs, for any matrix that sees them.
+
+    Attributes:
+        importance: their mean squares, float32 `[in]`.
+        order: in which they are rounded.
+        factor: the `U` of above in that order, float32 `[in, in]`.
+    """
+
+    importance: np.ndarray
+    order: np.ndarray
+    factor: np.ndarray
+
+
+def feedbacks(moments: Moments) -> Iterator[Feedback]:
+    """One for each of the moments' squares, when it is asked for: each takes as much memory."""
+    for square in moments.squares:
+        importance = np.maximum(np.diag(square), 0).astype(np.float32)
+        order = np.argsort(-importance, kind="stable")
+        factor = _inverse_factor(square[np.ix_(order, order)].astype(np.float64))
+        yield Feedback(importance, order, factor)
+
+
+def gptq(rows: np.ndarray, feedback: Iterable[Feedback], fmt: Format) -> Quantized:
     """Round a matrix so that its outputs on a text change least.
 
     Args:
         rows: float32 `[outputs, inputs]`.
-        moments: of its inputs on the text; feedback stays within each of their squares.
-        fmt: a quantized one, whose blocks do not cross the squares' edges.
+        feedback: of its inputs, one part of them after the other; errors stay within a part.
+        fmt: a quantized one, whose blocks do not cross the parts' edges.
     """
     spans = []
     first = 0
-    for square in moments.squares:
-        spans.append(_round_span(rows[:, first : first + len(square)], square, fmt))
-        first += len(square)
+    for part in feedback:
+        last = first + len(part.order)
+        spans.append(_round_span(rows[:, first:last], part, fmt))
+        first = last
     return _joined(spans, axis=1)
 
 
@@ -53,22 +79,18 @@ def _joined(parts: Sequence[Quantized], axis: int) -> Quantized:
     )
 
 
-def _round_span(rows: np.ndarray, hessian: np.ndarray, fmt: Format) -> Quantized:
-    importance = np.maximum(np.diag(hessian), 0).astype(np.float32)
-    order = np.argsort(-importance, kind="stable")
-    factor = _inverse_factor(hessian[np.ix_(order, order)].astype(np.float64))
+def _round_span(rows: np.ndarray, feedback: Feedback, fmt: Format) -> Quantized:
     # Outputs know nothing of each other; so many at a time bound the memory.
     step = max(1, _PIECE_BYTES // (4 * rows.shape[1]))
     pieces = [
-        _round_rows(rows[first : first + step], importance, order, factor, fmt)
+        _round_rows(rows[first : first + step], feedback, fmt)
         for first in range(0, len(rows), step)
     ]
     return _joined(pieces, axis=0)
 
 
-def _round_rows(
-    rows: np.ndarray, importance: np.ndarray, order: np.ndarray, factor: np.ndarray, fmt: Format
-) -> Quantized:
+def _round_rows(rows: np.ndarray, feedback: Feedback, fmt: Format) -> Quantized:
+    importance, order, factor = feedback.importance, feedback.order, feedback.factor
     num_rows, num_inputs = rows.shape
     blocks = blocks_of(rows, fmt.block_size)
     weight = blocks_of(importance[None] + importance.mean() * 1e-3, fmt.block_size)[0]

@@ -27,11 +27,6 @@ class Quantized:
     scales: np.ndarray
     zero_points: np.ndarray | None = None
 
-    def rows(self, first: int, end: int) -> Quantized:
-        """Some of its rows."""
-        zeros = None if self.zero_points is None else self.zero_points[first:end]
-        return Quantized(self.levels[first:end], self.scales[first:end], zeros)
-
     def values(self, fmt: Format, num_inputs: int) -> np.ndarray:
         """The numbers that it stands for: float32 `[rows, num_inputs]`."""
         zero = fmt.middle if self.zero_points is None else self.zero_points[..., None]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from export.quantize.formats import Format
-from export.quantize.gptq import gptq
+from export.quantize.gptq import feedbacks, gptq
 from export.quantize.moments import Moments
 from export.quantize.rounding import best_scales, round_to_nearest
 
@@ -61,7 +61,7 @@ def gptq_slowly(rows, hessian, fmt):
 def test_levels_are_those_of_the_slow_algorithm(fmt):
     rows, inputs = problem(24, 192, seed=1)
     moments = moments_of(inputs)
-    found = gptq(rows, moments, fmt)
+    found = gptq(rows, feedbacks(moments), fmt)
     expected = gptq_slowly(rows, moments.squares[0], fmt)
     # A value within float32's error of the middle between two levels may go either way, and what
     # follows in its row then differs by as little.
@@ -73,7 +73,7 @@ def test_levels_are_those_of_the_slow_algorithm(fmt):
 def test_outputs_change_less_than_by_rounding_to_nearest(fmt):
     rows, inputs = problem(40, 256, seed=2)
     nearest = output_error(round_to_nearest(rows, fmt), fmt, rows, inputs)
-    found = output_error(gptq(rows, moments_of(inputs), fmt), fmt, rows, inputs)
+    found = output_error(gptq(rows, feedbacks(moments_of(inputs)), fmt), fmt, rows, inputs)
     assert found < 0.6 * nearest
 
 
@@ -84,7 +84,7 @@ def test_any_shape_and_any_moments_give_levels_in_range(fmt, num_rows, num_input
     rows = rng.normal(size=(num_rows, num_inputs)).astype(np.float32)
     inputs = rng.normal(size=(int(rng.integers(1, 20)), num_inputs)).astype(np.float32)
     inputs *= rng.random(num_inputs) < rng.random()  # dead inputs, maybe all of them
-    quantized = gptq(rows, moments_of(inputs), fmt)
+    quantized = gptq(rows, feedbacks(moments_of(inputs)), fmt)
     assert quantized.levels.shape == (num_rows, fmt.num_blocks(num_inputs), fmt.block_size)
     assert quantized.levels.max() < 1 << fmt.bits
     values = quantized.values(fmt, quantized.levels.shape[1] * fmt.block_size)
@@ -96,9 +96,9 @@ def test_any_shape_and_any_moments_give_levels_in_range(fmt, num_rows, num_input
 def test_a_matrix_rounded_in_pieces_is_the_same(fmt, monkeypatch):
     rows, inputs = problem(23, 70, 3)
     moments = moments_of(inputs)
-    whole = gptq(rows, moments, fmt)
+    whole = gptq(rows, feedbacks(moments), fmt)
     monkeypatch.setattr("export.quantize.gptq._PIECE_BYTES", 4 * 70 * 5)
-    pieces = gptq(rows, moments, fmt)
+    pieces = gptq(rows, feedbacks(moments), fmt)
     # A product of fewer rows may add up in another order, which flips a level now and then.
     assert (pieces.levels != whole.levels).mean() < 0.01
     np.testing.assert_array_equal(pieces.scales, whole.scales)
@@ -110,9 +110,9 @@ def test_feedback_stays_within_the_squares_of_a_wide_matrix():
     rows, inputs = problem(8, 256, seed=3)
     fmt = FORMATS[0]
     halves = [moments_of(inputs[:, :128]).squares[0], moments_of(inputs[:, 128:]).squares[0]]
-    whole = gptq(rows, Moments(halves), fmt)
+    whole = gptq(rows, feedbacks(Moments(halves)), fmt)
     for number, square in enumerate(halves):
-        part = gptq(rows[:, 128 * number : 128 * (number + 1)], Moments([square]), fmt)
+        part = gptq(rows[:, 128 * number : 128 * (number + 1)], feedbacks(Moments([square])), fmt)
         np.testing.assert_array_equal(whole.levels[:, 4 * number : 4 * (number + 1)], part.levels)
 
 
