@@ -11,6 +11,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from export.quantize import calibrate
 from export.quantize.balance import BalancedWeights
 from export.quantize.calibrate import observe
 from export.reference import embedded, reference_logits
@@ -212,7 +213,9 @@ def reference_moments(model):
 
 
 @each_generation
-def test_moments_are_of_what_flows_through_transformers_model(tiny, generation):
+@pytest.mark.parametrize("large", [0, 1 << 26])  # each block built anew, or used again
+def test_moments_are_of_what_flows_through_transformers_model(tiny, generation, large, monkeypatch):
+    monkeypatch.setattr(calibrate, "_LARGE", large)
     model = tiny(generation)
     found = moments_of(model.config, model.weights, random_ids())
     expected = reference_moments(model)
