@@ -54,7 +54,9 @@ class BlockLoader:
         """Block `i` with its weights; the block that was loaded before is not to be used again."""
         config, kind = self._config, self._config.layers[i]
         if self._block is None or kind != self._kind:
-            self.release()
+            # Layers are parts of cycles, which only the collector frees.
+            self._block = None
+            gc.collect()
             block = GemmaDecoderBlock(
                 kind, config.hidden_dim, config.norm_epsilon, "zeros", dtype="float32"
             )
@@ -65,12 +67,6 @@ class BlockLoader:
             if name.startswith(prefix):
                 self._block.variable(name.removeprefix(prefix)).assign(self._weights[name])
         return self._block
-
-    def release(self) -> None:
-        """Let go of the block's memory; the next one is built anew."""
-        if self._block is not None:
-            self._block = None
-            gc.collect()  # layers are parts of cycles, which only the collector frees
 
 
 def run_block(block: GemmaDecoderBlock, x: np.ndarray) -> None:

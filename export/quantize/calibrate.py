@@ -14,7 +14,6 @@ from export.reference import BlockLoader, run_block
 from gemma_keras.config import GemmaConfig
 from gemma_keras.layers import GemmaDecoderBlock
 
-_LARGE = 1 << 26  # numbers in a block that is not kept while its weights are rounded
 # Matrices that see the same inputs, by the first of them, which is the one that is watched.
 OBSERVED = {names[0]: names for names in SAME_INPUT}
 
@@ -39,9 +38,6 @@ def observe(
         block = blocks.load(i)
         with _watch(block) as sums:
             run_block(block, x)
-        if block.count_params() > _LARGE:  # whoever rounds its weights needs the memory
-            del block
-            blocks.release()
         yield {name: total.mean() for name, total in sums.items()}
 
 
