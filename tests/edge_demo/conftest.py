@@ -7,15 +7,18 @@ also `sample-int8`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
 import pytest
 
+from edge_demo import cache_size, memory
 from edge_demo.bundle import Bundle
 from edge_demo.cli import main
 from edge_demo.engine import Engine
@@ -72,6 +75,16 @@ def generator(bundle: Path) -> Generator:
     """On an engine of its own."""
     opened = Bundle.open(bundle)
     return Generator(Engine(opened, threads=1), Tokenizer(opened))
+
+
+@contextlib.contextmanager
+def short_boundaries(step: int, slack: int, chunk: int) -> Iterator[None]:
+    """Buffers that grow in `step`, windows with `slack`, prompts in chunks: a short text meets all."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache_size, "STEP", step)
+        patch.setattr(cache_size, "SLACK", slack)
+        patch.setattr(memory, "CHUNKS", (chunk,))
+        yield
 
 
 # --- commands ------------------------------------------------------------------------------------

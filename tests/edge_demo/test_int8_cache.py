@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_demo import cache_size, memory
 from edge_demo.bundle import Bundle
 from edge_demo.engine import CandidateEngine, Engine
 from edge_demo.tokenizer import Tokenizer
+from tests.edge_demo.conftest import short_boundaries
 from tests.models import GENERATIONS, TEXT, VOCABULARY_SIZE
 
 STEP, SLACK, PREFILL_CHUNK = 16, 5, 8
@@ -20,11 +20,7 @@ STEP, SLACK, PREFILL_CHUNK = 16, 5, 8
 
 @pytest.fixture(scope="module", autouse=True)
 def small_steps():
-    """Boundaries that a text of a few tokens crosses."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_size, "STEP", STEP)
-        patch.setattr(cache_size, "SLACK", SLACK)
-        patch.setattr(memory, "CHUNKS", (PREFILL_CHUNK,))
+    with short_boundaries(STEP, SLACK, PREFILL_CHUNK):
         yield
 
 

@@ -24,7 +24,7 @@ from edge_demo.errors import RequestError
 from edge_demo.kv_cache import _resident as resident_places
 from edge_demo.prompt_cache import CacheError, PromptCache
 from tests.edge_demo.bundle_files import copy_bundle, edit_manifest
-from tests.edge_demo.conftest import ROOT, generator
+from tests.edge_demo.conftest import ROOT, generator, short_boundaries
 from tests.edge_demo.test_commands import edge_demo, reports, shell
 from tests.models import GENERATIONS, VOCABULARY_SIZE, WINDOW
 
@@ -41,15 +41,13 @@ LENGTHS = sorted(
 
 @pytest.fixture(scope="module", autouse=True)
 def small_steps():
-    """Boundaries that a text of a few tokens crosses."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_size, "STEP", STEP)
-        patch.setattr(cache_size, "SLACK", SLACK)
-        patch.setattr(memory, "CHUNKS", (PREFILL_CHUNK,))
+    with short_boundaries(STEP, SLACK, PREFILL_CHUNK):
         yield
 
 
-@pytest.fixture(scope="module", params=[(g, r) for g in GENERATIONS for r in ("fp32", "int8")])
+@pytest.fixture(
+    scope="module", params=[(g, r) for g in GENERATIONS for r in ("fp32", "int8", "int8-cache")]
+)
 def pairs(request, tiny_bundles):
     """Two engines of each kind."""
     bundle = Bundle.open(tiny_bundles / "-".join(request.param))

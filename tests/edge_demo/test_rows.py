@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_demo import cache_size, memory
 from edge_demo.bundle import Bundle
 from edge_demo.engine import CandidateEngine, Engine
 from edge_demo.errors import RequestError
 from edge_demo.rows import Rows
+from tests.edge_demo.conftest import short_boundaries
 from tests.edge_demo.make_bundles import SHORT_CONTEXT
 from tests.models import GENERATIONS, VOCABULARY_SIZE, WINDOW
 
@@ -24,11 +24,7 @@ LENGTHS = [
 
 @pytest.fixture(scope="module", autouse=True)
 def small_steps():
-    """Boundaries that a text of a few tokens crosses."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_size, "STEP", STEP)
-        patch.setattr(cache_size, "SLACK", SLACK)
-        patch.setattr(memory, "CHUNKS", (PREFILL_CHUNK,))
+    with short_boundaries(STEP, SLACK, PREFILL_CHUNK):
         yield
 
 
