@@ -20,10 +20,11 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from edge_demo.bench import bench, peak_rss_bytes
+from edge_demo.bench import Test, run_tests
 from edge_demo.bundle import Bundle
 from edge_demo.engine import Engine
 from edge_demo.graph_weights import bytes_per_token
+from edge_demo.rooms import peak_rss_bytes
 from gemma_keras import open_checkpoint
 from gemma_keras.checkpoints.names import weight_specs
 
@@ -85,8 +86,10 @@ class _Kind:
 
 
 def _bundle_speed(path: Path, threads: int, prompt: int, new: int, repeats: int):
-    found = bench(Bundle.open(path), threads, prompt, new, repeats)
-    return found.prefill_tokens_per_s, found.decode_tokens_per_s
+    tests = [Test("pp", prompt), Test("tg", new, prompt)]
+    found = run_tests(Bundle.open(path), tests, [threads], repeats)
+    prefill, decode = (statistics.median(timing.speeds) for timing in found.timings)
+    return prefill, decode
 
 
 # --- llama.cpp ---
@@ -229,7 +232,7 @@ def _genai_speed(path: Path, threads: int, prompt: int, new: int, repeats: int):
 
 
 def _timed(prefill: Callable, decode: Callable, prompt: int, new: int, repeats: int):
-    """Medians of tokens a second, as `edge_demo.bench` takes them."""
+    """Medians of tokens a second, as of a bundle."""
     prefill()
     prefills, decodes = [], []
     for _ in range(repeats):

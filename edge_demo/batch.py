@@ -14,11 +14,12 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from edge_demo import memory
 from edge_demo.batch_items import Item
 from edge_demo.bundle import Bundle
-from edge_demo.engine import CandidateEngine, Engine
+from edge_demo.engine import CandidateEngine, Engine, common_prefix
 from edge_demo.errors import RequestError
-from edge_demo.generator import Generation, common_prefix
+from edge_demo.generator import Generation
 from edge_demo.kv_cache import Snapshot
 from edge_demo.rows import Rows
 from edge_demo.sampling import Candidates, Sampler
@@ -39,11 +40,6 @@ class _Text:
     stream: TextStream
     start: float
 
-    @property
-    def held(self) -> int:
-        """Tokens that an engine would hold: all but the last."""
-        return len(self.generation.prompt_ids) + len(self.generation.ids) - 1
-
 
 class BatchRunner:
     """Answers the prompts of a file.
@@ -60,6 +56,7 @@ class BatchRunner:
 
     Raises:
         BundleError: as `Engine`.
+        EdgeError: there is not enough memory for as many rows.
         RequestError: there cannot be as many rows or threads.
     """
 
@@ -75,10 +72,12 @@ class BatchRunner:
             sizes = ", ".join(map(str, SIZES))
             raise RequestError(f"the batch size must be one of {sizes}; found {rows:,}")
         self._tokenizer = tokenizer
+        rows = min(rows, next((size for size in SIZES if size >= len(items)), rows))
         few = all(0 < item.sampler().reach <= bundle.num_candidates for item in items)
+        graph = bundle.candidates if few else None
+        memory.admit(bundle, graph or bundle.engine, texts=1 + rows)
         self._engine = (CandidateEngine if few else Engine)(bundle, threads)
-        enough = next((size for size in SIZES if size >= len(items)), rows)
-        self._rows = Rows(self._engine, min(rows, enough))
+        self._rows = Rows(self._engine, rows)
         self.shared = _beginning_of_all(tokenizer, items, bundle.context_length)
         self._beginning: Snapshot | None = None
 
@@ -141,17 +140,9 @@ class BatchRunner:
         now = time.perf_counter() - text.start
         out.prefill_s = out.prefill_s or now
         out.decode_s = now - out.prefill_s
-        if token in self._tokenizer.spec.stop:
-            out.finish_reason = "stop"
-        else:
-            out.ids.append(token)
-            out.text += text.stream.push(token)
-            if len(out.ids) >= text.item.max_tokens:
-                out.finish_reason = "length"
-            elif text.held >= self._engine.context_length:
-                out.finish_reason = "context"
-            else:
-                return True
+        out.take(token, text.stream, text.item.max_tokens, self._engine.context_length)
+        if out.finish_reason == "interrupted":
+            return True
         out.text += text.stream.flush()
         return False
 

@@ -11,10 +11,10 @@ from typing import Any
 from edge_demo.batch import BatchRunner
 from edge_demo.batch_items import Item, read_items
 from edge_demo.batch_results import Results
-from edge_demo.bench import peak_rss_bytes
 from edge_demo.bundle import Bundle
 from edge_demo.errors import RequestError
 from edge_demo.generator import Generation
+from edge_demo.rooms import peak_rss_bytes
 from edge_demo.terminal import Progress, megabytes, note
 from edge_demo.tokenizer import Tokenizer
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -16,68 +14,8 @@ from edge_demo.bundle import Bundle
 from edge_demo.engine import CandidateEngine, Engine
 from edge_demo.errors import RequestError
 from edge_demo.generator import engine_for
+from edge_demo.rooms import peak_rss_bytes
 from edge_demo.sampling import Sampler
-
-
-@dataclasses.dataclass(frozen=True)
-class BenchResult:
-    """One measurement; speeds are medians over the repeats.
-
-    Attributes:
-        load_s: from nothing to a ready engine.
-        ttft_s: from the prompt to the first token.
-        prefill_tokens_per_s: over the prompt.
-        decode_tokens_per_s: over the tokens generated after it.
-        peak_rss_bytes: of the whole process.
-        prompt_tokens: length of the prompt.
-        decode_tokens: tokens generated.
-        repeats: measurements taken.
-    """
-
-    load_s: float
-    ttft_s: float
-    prefill_tokens_per_s: float
-    decode_tokens_per_s: float
-    peak_rss_bytes: int
-    prompt_tokens: int
-    decode_tokens: int
-    repeats: int
-
-
-def bench(
-    bundle: Bundle,
-    threads: int | None = None,
-    prompt_tokens: int = 512,
-    decode_tokens: int = 64,
-    repeats: int = 3,
-) -> BenchResult:
-    """Load the bundle and time a random prompt and greedy decoding after it.
-
-    Raises:
-        RequestError: the counts are not positive, or do not fit the context.
-    """
-    if min(prompt_tokens, decode_tokens, repeats) < 1:
-        raise RequestError("prompt tokens, decode tokens and repeats must be positive")
-    _check_fits(bundle, prompt_tokens, decode_tokens)
-    runner = _Runner(bundle, threads)
-    prefills, decodes = [], []
-    for _ in range(repeats):
-        prefills.append(runner.prefill_s(0, prompt_tokens))
-        decodes.append(runner.decode_s(prompt_tokens, decode_tokens))
-    ttft_s = statistics.median(prefills)
-    return BenchResult(
-        load_s=runner.load_s,
-        ttft_s=ttft_s,
-        prefill_tokens_per_s=prompt_tokens / ttft_s,
-        decode_tokens_per_s=decode_tokens / statistics.median(decodes),
-        peak_rss_bytes=peak_rss_bytes(),
-        prompt_tokens=prompt_tokens,
-        decode_tokens=decode_tokens,
-        repeats=repeats,
-    )
-
-
-# --- tests as llama-bench has them ---------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,15 +181,3 @@ class _Runner:
         for _ in range(tokens):
             token = self._sampler.pick(self._engine.decode(token))
         return time.perf_counter() - start
-
-
-def peak_rss_bytes() -> int:
-    """The most memory this process has had resident, in bytes."""
-    try:
-        # Not `ru_maxrss`: that begins with what the parent had when it started this process.
-        with open("/proc/self/status") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["VmHWM"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

@@ -13,9 +13,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from edge_demo import bench_command, commands
+from edge_demo import bench_command, commands, huge_pages
 from edge_demo.errors import EdgeError, RequestError
-from edge_demo.huge_pages import restart_with_huge_pages
 from edge_demo.terminal import complain
 
 
@@ -23,8 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; exit status 0, 1 for a failure, 2 for a bad request, 130 for Ctrl-C."""
     _prepare_streams()
     arguments = _parser().parse_args(argv)
-    if argv is None and _runs_well_in_huge_pages(arguments):
-        restart_with_huge_pages()
+    if argv is None and huge_pages.of_use() and _runs_well_in_huge_pages(arguments):
+        huge_pages.restart_with_huge_pages()
     _heed_force(arguments)
     run: Callable[[argparse.Namespace], int] = arguments.run
     try:

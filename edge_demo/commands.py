@@ -37,13 +37,15 @@ def _sampler(arguments: argparse.Namespace) -> Sampler:
 
 
 def _drafter(arguments: argparse.Namespace, bundle: Bundle) -> Drafter | None:
-    from edge_demo.bundle import Bundle
-    from edge_demo.generator import engine_for
-    from edge_demo.sampling import Sampler
     from edge_demo.speculate import DraftModel, PromptLookup, check_draft
 
     if arguments.draft is None:
         return PromptLookup() if arguments.lookup else None
+
+    from edge_demo.bundle import Bundle
+    from edge_demo.generator import engine_for
+    from edge_demo.sampling import Sampler
+
     draft = Bundle.open(arguments.draft)
     check_draft(bundle, draft)
     return DraftModel(engine_for(draft, Sampler(), arguments.threads))
@@ -126,7 +128,7 @@ def _refuse_with(arguments: argparse.Namespace, names: tuple[str, ...], why: str
 
 
 def _report(generation: Generation, load_s: float, cache: PromptCacheOption) -> dict[str, Any]:
-    from edge_demo.bench import peak_rss_bytes
+    from edge_demo.rooms import peak_rss_bytes
 
     return {
         "prompt_ids": generation.prompt_ids,
@@ -146,7 +148,7 @@ def _report(generation: Generation, load_s: float, cache: PromptCacheOption) -> 
 
 
 def _summary(generation: Generation, load_s: float) -> str:
-    from edge_demo.bench import peak_rss_bytes
+    from edge_demo.rooms import peak_rss_bytes
     from edge_demo.terminal import megabytes
 
     speed = generation.decode_tokens_per_s

@@ -15,6 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from edge_demo.system_files import read_text
+
 _ROOT = Path("/")
 # Instructions that products of 4 and 8 bit weights are made for, by the names Linux has for them.
 _INSTRUCTIONS = {
@@ -80,20 +82,20 @@ class Device:
 
 def look(root: Path = _ROOT) -> Device:
     """Ask this device, or one whose `proc` and `sys` lie in a folder."""
-    cpuinfo = _text(root / "proc/cpuinfo")
+    cpuinfo = read_text(root / "proc/cpuinfo")
     machine = platform.machine()
     found, missing = instructions(cpuinfo)
     return Device(
         system=platform.system(),
         machine=machine,
         bits=64 if sys.maxsize > 1 << 32 else 32,
-        board=_text(root / "proc/device-tree/model").strip("\0\n") or None,
+        board=read_text(root / "proc/device-tree/model").strip("\0\n") or None,
         processor=processor(cpuinfo) or _sysctl("machdep.cpu.brand_string"),
         cores=physical_cores(root),
         instructions=found,
         missing=missing,
         page_bytes=_page_bytes(),
-        huge_pages=chosen(_text(root / "sys/kernel/mm/transparent_hugepage/enabled")),
+        huge_pages=chosen(read_text(root / "sys/kernel/mm/transparent_hugepage/enabled")),
         celsius=celsius(root),
         throttled=throttled(root),
     )
@@ -135,7 +137,7 @@ def physical_cores(root: Path = _ROOT) -> int | None:
         number = folder.name.removeprefix("cpu")
         if not number.isdigit() or (root == _ROOT and allowed and int(number) not in allowed):
             continue
-        siblings = _text(folder / "topology/thread_siblings_list").strip()
+        siblings = read_text(folder / "topology/thread_siblings_list").strip()
         cores.add(siblings or number)
     if cores:
         return len(cores)
@@ -147,7 +149,7 @@ def celsius(root: Path = _ROOT) -> float | None:
     """The hottest of the device's thermal zones, in degrees."""
     found = []
     for path in (root / "sys/class/thermal").glob("thermal_zone*/temp"):
-        text = _text(path).strip()
+        text = read_text(path).strip()
         if text.isdigit() and 0 < int(text) < 150_000:  # in thousandths
             found.append(int(text) / 1000)
     return max(found, default=None)
@@ -155,7 +157,7 @@ def celsius(root: Path = _ROOT) -> float | None:
 
 def throttled(root: Path = _ROOT) -> str | None:
     """What a Raspberry Pi says of throttling, in words; see `throttling`."""
-    text = _text(root / "sys/devices/platform/soc/soc:firmware/get_throttled")
+    text = read_text(root / "sys/devices/platform/soc/soc:firmware/get_throttled")
     if not text and root == _ROOT and shutil.which("vcgencmd"):
         text = _output("vcgencmd", "get_throttled") or ""
     return throttling(text)
@@ -193,10 +195,3 @@ def _output(*command: str) -> str | None:
     except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
         return None
     return done.stdout.strip() or None if done.returncode == 0 else None
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""

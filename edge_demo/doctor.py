@@ -15,14 +15,16 @@ from typing import Any
 from edge_demo import device, memory
 from edge_demo.bundle import Bundle
 from edge_demo.graph_weights import bytes_per_token
+from edge_demo.rooms import free_memory, rooms
+from edge_demo.system_files import read_sizes, read_text
 from edge_demo.terminal import megabytes, show
 
 PACKAGES = ("onnxruntime", "numpy", "sentencepiece")
 _MB = 10**6
-# The share of "memory speed / bytes a token reads" that decoding reached with int4 and int8 of
-# Gemma 3 270M on two cores of a server: 0.19 to 0.38; see docs/lab-notes.md. Larger models, and
-# boards whose memory is slower beside their cores, reach more.
-LIKELY_SHARE = (0.2, 0.4)
+# The share of "memory speed / bytes a token reads" that decoding reaches on two idle cores of a
+# server: 0.47 with int4 and 0.54 with int8 of Gemma 3 270M, 0.62 with int4 of 2B's shape; on a busy
+# one 0.2. See docs/lab-notes.md, and `benchmarks/edge.py`.
+LIKELY_SHARE = (0.3, 0.6)
 
 # Parameters of the decoder blocks and of the table, in millions.
 _SIZES = {
@@ -45,7 +47,8 @@ class _Recipe:
     table_kept: float
 
 
-# Blocks of 32 with float32 scales; the table of int4 has blocks of 128 and half is read.
+# int4: blocks of 128 with float32 scales, a quarter of the matrices in 8 bits, half of the table
+# read; int8: blocks of 32.
 _RECIPES = {"int4": _Recipe(0.66, 0.79, 0.53, 0.56), "int8": _Recipe(1.14, 1.28, 1.14, 1.28)}
 _BESIDE = 240 * _MB  # process, its files, tokenizer, cache and activations of a small model
 
@@ -69,9 +72,9 @@ def examine(bundles: Sequence[Bundle], root: Path = Path("/")) -> dict[str, Any]
         root: where `proc` and `sys` lie.
     """
     looked = device.look(root)
-    room = memory.rooms(root)
-    free = min((r.free for r in room if r.counts == "resident"), default=None)
-    meminfo = memory.read_sizes(_text(root / "proc/meminfo"))
+    room = rooms(root)
+    free = free_memory(root)
+    meminfo = read_sizes(read_text(root / "proc/meminfo"))
     speed = _memory_speed(looked.cores or 1, min((r.free for r in room), default=None))
     return {
         "device": dataclasses.asdict(looked),
@@ -181,13 +184,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""
 
 
 # --- for people ----------------------------------------------------------------------------------

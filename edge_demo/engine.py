@@ -77,7 +77,7 @@ class TokenRunner:
             ) from error
         self._check_contract()
         self._cache = KVCache(graph, bundle.ropes, bundle.windows, bundle.context_length)
-        self._calls: dict[int, _Call] = {}
+        self._calls: dict[int, Call] = {}
 
     def _check_contract(self) -> None:
         graph = self.graph
@@ -116,7 +116,7 @@ class TokenRunner:
         self.admit(ids)
         self._reserve(len(ids))
         if len(ids) not in self._calls:
-            self._calls[len(ids)] = _Call(self, len(ids), len(ids))
+            self._calls[len(ids)] = Call(self, len(ids), len(ids))
         return self._calls[len(ids)].run(ids, range(len(ids)))
 
     def retractable(self, count: int) -> int:
@@ -206,7 +206,7 @@ class TokenRunner:
 
     def _run(self, ids: Sequence[int], positions: range) -> list[np.ndarray]:
         self._reserve(len(ids))
-        return _Call(self, len(ids), len(positions)).run(ids, positions)
+        return Call(self, len(ids), len(positions)).run(ids, positions)
 
 
 class Engine(TokenRunner):
@@ -360,7 +360,7 @@ def _present(past: str) -> str:
     return past.replace("past_key_values.", "present.")
 
 
-class _Call:
+class Call:
     """One binding of the session to buffers for `length` tokens and `num_logits` output rows."""
 
     def __init__(

@@ -41,6 +41,32 @@ class Generation:
     prefill_s: float = 0.0
     decode_s: float = 0.0
 
+    def take(self, token: int, text: TextStream, max_tokens: int, context: int) -> str:
+        """Add the next token, unless it ends the answer.
+
+        Args:
+            token: as it was chosen.
+            text: turns tokens into text.
+            max_tokens: the most there may be.
+            context: how many tokens an engine can hold, which need not hold the last one.
+
+        Returns:
+            The text that has become certain, which may be empty. `finish_reason` is `interrupted`
+            as long as there is more to come.
+        """
+        piece = ""
+        if token in text.tokenizer.spec.stop:
+            self.finish_reason = "stop"
+        else:
+            self.ids.append(token)
+            piece = text.push(token)
+            if len(self.ids) >= max_tokens:
+                self.finish_reason = "length"
+            elif len(self.prompt_ids) + len(self.ids) > context:
+                self.finish_reason = "context"
+        self.text += piece
+        return piece
+
     @property
     def prefill_tokens_per_s(self) -> float | None:
         """Prompt tokens computed a second."""
@@ -135,21 +161,14 @@ class Generator:
                 now = time.perf_counter()
                 if not out.prefill_s:
                     out.prefill_s = now - start
-                if token in self.tokenizer.spec.stop:
-                    out.finish_reason = "stop"
+                piece = out.take(token, text, max_tokens, self.engine.context_length)
+                if out.finish_reason == "stop":
                     break
-                out.ids.append(token)
                 if len(out.ids) > 1:
                     out.decode_s += now - since
-                piece = text.push(token)
-                out.text += piece
                 yield piece
                 since = time.perf_counter()  # what a reader does with a piece is its own time
-                if len(out.ids) >= max_tokens:
-                    out.finish_reason = "length"
-                    break
-                if ahead.held >= self.engine.context_length:
-                    out.finish_reason = "context"
+                if out.finish_reason != "interrupted":
                     break
                 logits = ahead.decode(token)
         finally:

@@ -20,12 +20,7 @@ _POLICY = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def restart_with_huge_pages() -> None:
-    """Start this command again with huge pages, if that is of use here; else do nothing.
-
-    Whoever has set `GLIBC_TUNABLES`, to whatever, is left alone.
-    """
-    if not _of_use(os.environ):
-        return
+    """Start this command again with huge pages; it does not return, unless that cannot be done."""
     try:
         arguments = [sys.executable, *sys.orig_argv[1:]]
         os.execve(sys.executable, arguments, os.environ | {_VARIABLE: _SETTING})
@@ -33,7 +28,11 @@ def restart_with_huge_pages() -> None:
         pass  # slower, and no worse
 
 
-def _of_use(environment: Mapping[str, str], policy: Path = _POLICY) -> bool:
+def of_use(environment: Mapping[str, str] = os.environ, policy: Path = _POLICY) -> bool:
+    """Whether starting again would give huge pages that there are not now.
+
+    Whoever has set `GLIBC_TUNABLES`, to whatever, is left alone.
+    """
     if sys.platform != "linux" or _VARIABLE in environment or not sys.executable:
         return False
     name, version = platform.libc_ver()

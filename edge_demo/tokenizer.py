@@ -117,12 +117,12 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("edge_demo.one_mark_a_byte")
 
     def push(self, token: int) -> str:
         """The text that this token completes; may be empty."""
-        piece = self._tokenizer.piece(token)
+        piece = self.tokenizer.piece(token)
         if isinstance(piece, bytes):
             return self._decoder.decode(piece)
         return self.flush() + piece

@@ -99,6 +99,8 @@ class BundleDraft:
         self._licence = writer.write_notices(folder, checkpoint, recipe)
         write_ecosystem_files(folder, checkpoint, self._tokenizer, max_context)
         self._plan: Plan = {}
+        # Measured once: what else a plan rounds moves them by far less than their margin.
+        self._kv_scales: dict[str, np.ndarray] = {}
         self._bundle: Bundle | None = None
 
     @property
@@ -135,14 +137,13 @@ class BundleDraft:
                 lambda done, total: self._on_progress("weights", done / total),
                 rounded,
             )
-        kv_scales = None
         for number, contract in enumerate(self._graphs.values()):
             self._on_progress("graphs", number / len(self._graphs))
-            graph = build(config, plan, file, contract, self.max_context, kv_scales)
+            graph = build(config, plan, file, contract, self.max_context, self._kv_scales)
             ir.save(graph, self.folder / contract.file)
             onnx.checker.check_model(str(self.folder / contract.file))
-            if self._int8_layers and kv_scales is None:  # by the first, which keeps floats
-                kv_scales = self._measure_kv_scales()
+            if self._int8_layers and not self._kv_scales:  # by the first graph, which keeps floats
+                self._kv_scales = self._measure_kv_scales()
         self._on_progress("graphs", 1)
         return self.describe({})
 

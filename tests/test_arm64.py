@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 
 from edge_demo.sampling import Candidates, Sampler
 from tests.edge_demo.conftest import made_once
-from tools.arm64 import instructions, user_space
+from tools.arm64 import user_space
 from tools.arm64.agree import compare
 from tools.arm64.observe import Observation, WatchedSampler
 
@@ -128,17 +127,3 @@ def test_a_folder_has_its_name_only_when_it_is_whole(tmp_path):
     user_space._make(folder, ["b"], make("another"))
     assert (folder / "file").read_text() == "another"
     assert [path.name for path in tmp_path.iterdir()] == ["system"]
-
-
-@pytest.mark.arm64
-@pytest.mark.parametrize("processor", user_space.PROCESSORS, ids=lambda p: p.name)
-@pytest.mark.parametrize("name", instructions.INSTRUCTIONS)
-def test_a_processor_refuses_the_instructions_it_lacks(processor, name):
-    space = user_space.UserSpace(ROOT / "build" / "arm64")
-    if not space.python(processor).exists():
-        pytest.skip("no arm64 user space; make test-arm64 makes it")
-    command = [space.python(processor), "-m", "tools.arm64.instructions", name]
-    environment = os.environ | space.environment()
-    status = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True).returncode
-    lacks = name in instructions.NEWER and not processor.dot_product
-    assert status == (-signal.SIGILL if lacks else 0)

@@ -21,7 +21,7 @@ import pytest
 from edge_demo import cache_size, memory
 from edge_demo.bundle import Bundle
 from edge_demo.cli import main
-from edge_demo.engine import Engine
+from edge_demo.engine import Call, Engine
 from edge_demo.generator import Generator
 from edge_demo.tokenizer import Tokenizer
 
@@ -84,6 +84,20 @@ def short_boundaries(step: int, slack: int, chunk: int) -> Iterator[None]:
         patch.setattr(cache_size, "STEP", step)
         patch.setattr(cache_size, "SLACK", slack)
         patch.setattr(memory, "CHUNKS", (chunk,))
+        yield
+
+
+@contextlib.contextmanager
+def interrupted_runs() -> Iterator[None]:
+    """Ctrl-C, which is noticed when onnxruntime returns: the buffers have the new tokens already."""
+    run = Call._run_session
+
+    def interrupted(call: Call) -> None:
+        run(call)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Call, "_run_session", interrupted)
         yield
 
 

@@ -10,7 +10,7 @@ import statistics
 import pytest
 
 from edge_demo import bench as bench_module
-from edge_demo.bench import BenchReport, Test, Timing, bench, run_tests
+from edge_demo.bench import BenchReport, Test, Timing, run_tests
 from edge_demo.bench_command import as_json, as_markdown
 from edge_demo.bundle import Bundle
 from edge_demo.errors import RequestError
@@ -124,15 +124,6 @@ def test_the_whole_context_can_be_used_and_no_more(tiny_bundles):
         run_tests(bundle, [Test("tg", 5, 12)])
     with pytest.raises(RequestError, match="17 tokens do not fit the context of 16"):
         run_tests(bundle, [Test("pp", 17)])
-
-
-def test_bench_for_programs_in_python(tiny_bundles):
-    found = bench(Bundle.open(tiny_bundles / "short"), 1, 10, 6, 2)
-    assert (found.prompt_tokens, found.decode_tokens, found.repeats) == (10, 6, 2)
-    assert found.prefill_tokens_per_s == pytest.approx(10 / found.ttft_s)
-    assert min(found.load_s, found.decode_tokens_per_s, found.peak_rss_bytes) > 0
-    with pytest.raises(RequestError, match="10 \\+ 7 tokens"):
-        bench(Bundle.open(tiny_bundles / "short"), 1, 10, 7, 2)
 
 
 @pytest.mark.parametrize(

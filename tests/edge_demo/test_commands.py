@@ -138,6 +138,32 @@ def test_the_sample_speaks(sample_bundle):
 # --- chat ----------------------------------------------------------------------------------------
 
 
+def test_a_draft_model_gives_the_same_answer(tiny_bundles):
+    bundle, draft = tiny_bundles / "gemma3-fp32", tiny_bundles / "gemma3-int8"
+    options = ("--prompt", "The boat", "--max-tokens", 20, "--threads", 1, "--json")
+    plain, drafted = (
+        json.loads(edge_demo("generate", bundle, *options, *more)[0])
+        for more in ((), ("--draft", draft))
+    )
+    assert drafted["ids"] == plain["ids"]
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (("--draft", "{chat}"), "has another tokenizer than"),
+        (("--draft", "nowhere"), "nowhere"),
+        (("--draft", "{chat}", "--lookup"), "not allowed with"),
+    ],
+    ids=["another tokenizer", "missing", "two kinds of guesses"],
+)
+def test_a_draft_that_cannot_be_used_is_refused(tiny_bundles, more, message):
+    more = [part.format(chat=tiny_bundles / "chat") for part in more]
+    bundle = tiny_bundles / "gemma3-fp32"
+    out, err = edge_demo("generate", bundle, "--prompt", "A", *more, status=2)
+    assert (out, err.count("\n")) == ("", 1) and message in err
+
+
 def reports(out):
     return [json.loads(line) for line in out.splitlines()]
 

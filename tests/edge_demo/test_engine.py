@@ -12,13 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_demo import cache_size, memory
 from edge_demo import engine as engine_module
 from edge_demo.bundle import Bundle, RopeSpec
 from edge_demo.engine import Engine
 from edge_demo.errors import RequestError
 from edge_demo.kv_cache import KVCache, rope_table
-from tests.edge_demo.conftest import ROOT
+from tests.edge_demo.conftest import ROOT, interrupted_runs, short_boundaries
 from tests.edge_demo.make_bundles import SHORT_CONTEXT
 from tests.models import GENERATIONS, VOCABULARY_SIZE, WINDOW
 
@@ -38,10 +37,10 @@ LENGTHS = sorted(
 @pytest.fixture(scope="module", autouse=True)
 def small_steps():
     """Boundaries that a text of a few tokens crosses."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cache_size, "STEP", STEP)
-        patch.setattr(cache_size, "SLACK", SLACK)
-        patch.setattr(memory, "CHUNKS", (PREFILL_CHUNK,))
+    with (
+        short_boundaries(STEP, SLACK, PREFILL_CHUNK),
+        pytest.MonkeyPatch.context() as patch,
+    ):
         patch.setattr(engine_module, "_SCORE_CHUNK", SCORE_CHUNK)
         yield
 
@@ -275,26 +274,17 @@ def test_scores_left_in_the_middle_leave_the_tokens_that_were_run(models):
 
 @pytest.mark.parametrize("held", range(1, 2 * (WINDOW + SLACK) + 1))
 @pytest.mark.parametrize("new", [1, PREFILL_CHUNK, 3 * PREFILL_CHUNK])
-def test_a_run_that_is_interrupted_is_as_if_it_had_not_been(models, monkeypatch, held, new):
+def test_a_run_that_is_interrupted_is_as_if_it_had_not_been(models, held, new):
     """Ctrl-C is noticed when onnxruntime returns: then the buffers have the new tokens already."""
     engine, plain = models
     ids = text(held + new + 1)
     engine.rewind(0)
     engine.prefill(ids[:held])
-
-    run = engine_module._Call._run_session
-
-    def interrupted(call):
-        run(call)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine_module._Call, "_run_session", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            if new == 1:
-                engine.decode(7)
-            else:
-                engine.prefill(text(new, seed=1))
+    with interrupted_runs():
+        if new == 1:
+            engine.decode(7)
+        else:
+            engine.prefill(text(new, seed=1))
     assert engine.tokens == ids[:held]
     assert_close(engine.decode(ids[held]), plain.logits(ids[: held + 1])[-1])
     assert_close(engine.prefill(ids[held + 1 :]), plain.logits(ids)[-1])

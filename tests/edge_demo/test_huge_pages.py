@@ -8,12 +8,13 @@ import sys
 
 import pytest
 
-from edge_demo.huge_pages import _of_use
+from edge_demo.huge_pages import of_use
 
 CODE = """
 import os, sys
 from edge_demo import huge_pages
-huge_pages.restart_with_huge_pages()
+if huge_pages.of_use():
+    huge_pages.restart_with_huge_pages()
 print(os.environ.get("GLIBC_TUNABLES"), *sys.argv[1:], sys.stdin.read(), sep="|")
 """
 
@@ -33,7 +34,7 @@ def run(environment):
 
 def test_a_command_starts_again_once_with_its_arguments_and_its_input():
     setting, *others = run({})
-    assert setting == ("glibc.malloc.hugetlb=1" if _of_use({}) else "None")
+    assert setting == ("glibc.malloc.hugetlb=1" if of_use({}) else "None")
     assert others == ["two words", "--json", "a prompt"]
 
 
@@ -57,4 +58,4 @@ def test_only_where_memory_has_to_ask_for_them(tmp_path, policy, wanted):
     if policy is not None:
         path.write_text(policy + "\n")
     on_linux = sys.platform == "linux" and os.confstr("CS_GNU_LIBC_VERSION") >= "glibc 2.35"
-    assert _of_use({}, path) == (wanted and on_linux)
+    assert of_use({}, path) == (wanted and on_linux)

@@ -13,6 +13,8 @@ from edge_demo import memory
 from edge_demo.bundle import Bundle
 from edge_demo.cache_size import cache_bytes
 from edge_demo.kv_cache import KVCache
+from edge_demo.rooms import _VERSION_1, control_group_rooms, rooms
+from edge_demo.system_files import read_sizes
 from tests.edge_demo.conftest import ROOT
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="limits and /proc of Linux")
@@ -59,6 +61,7 @@ import numpy as np
 from edge_demo import Bundle, memory
 from edge_demo.generator import engine_for
 from edge_demo.sampling import Sampler
+from edge_demo.system_files import read_sizes
 from edge_demo.tokenizer import Tokenizer
 bundle = Bundle.open(sys.argv[1])
 needed = memory.estimate(bundle)
@@ -68,7 +71,7 @@ for _ in range(2):
     engine.rewind(0)
     engine.prefill(ids)
 with open("/proc/self/status") as file:
-    status = memory.read_sizes(file.read())
+    status = read_sizes(file.read())
 print(json.dumps([needed.anonymous, status["RssAnon"], needed.peak, status["VmHWM"]]))
 """
 
@@ -103,14 +106,14 @@ def fake(root, files):
 
 
 def test_sizes_are_read_in_bytes():
-    sizes = memory.read_sizes(MEMINFO)
+    sizes = read_sizes(MEMINFO)
     assert sizes["MemAvailable"] == 2921036 * 1024
     assert "HugePages_Total" not in sizes  # a count
-    assert memory.read_sizes("nonsense\n:\nMemFree: many kB\n") == {}
+    assert read_sizes("nonsense\n:\nMemFree: many kB\n") == {}
 
 
 def group(limit, usage, inactive=0, active=0, version=2):
-    names = ("memory.max", "memory.current") if version == 2 else memory._VERSION_1[:2]
+    names = ("memory.max", "memory.current") if version == 2 else _VERSION_1[:2]
     prefix = "" if version == 2 else "total_"
     stat = f"anon 5\n{prefix}inactive_file {inactive}\n{prefix}active_file {active}\n"
     return {names[0]: f"{limit}\n", names[1]: f"{usage}\n", "memory.stat": stat}
@@ -125,12 +128,12 @@ def test_the_tightest_of_nested_control_groups_counts(tmp_path):
     ):
         files |= {f"sys/fs/cgroup/{folder}{name}": text for name, text in found.items()}
     root = fake(tmp_path, files)
-    assert [r for r in memory.control_group_rooms(root) if r is not None] == [300 * MB]
-    by_bound = {room.bound: room.free for room in memory.rooms(root)}
+    assert [r for r in control_group_rooms(root) if r is not None] == [300 * MB]
+    by_bound = {room.bound: room.free for room in rooms(root)}
     assert by_bound["in its control group"] == 300 * MB
     assert by_bound["of the device"] == 2921036 * 1024
     (root / "sys/fs/cgroup/user.slice/service/memory.max").write_text(f"{150 * MB}\n")
-    assert min(r for r in memory.control_group_rooms(root) if r is not None) == 50 * MB
+    assert min(r for r in control_group_rooms(root) if r is not None) == 50 * MB
 
 
 def test_control_groups_of_version_1_are_read_too(tmp_path):
@@ -141,7 +144,7 @@ def test_control_groups_of_version_1_are_read_too(tmp_path):
         ("box/inner/", group(9223372036854771712, 10 * MB, version=1)),
     ):
         files |= {f"sys/fs/cgroup/memory/{folder}{name}": text for name, text in found.items()}
-    assert [r for r in memory.control_group_rooms(fake(tmp_path, files)) if r] == [292 * MB]
+    assert [r for r in control_group_rooms(fake(tmp_path, files)) if r] == [292 * MB]
 
 
 def test_a_full_group_has_no_room_and_a_strange_one_is_passed_over(tmp_path):
@@ -150,13 +153,13 @@ def test_a_full_group_has_no_room_and_a_strange_one_is_passed_over(tmp_path):
         {"proc/self/cgroup": "nonsense\n0::/a\n"}
         | {f"sys/fs/cgroup/a/{name}": text for name, text in group(10 * MB, 11 * MB).items()},
     )
-    assert [r for r in memory.control_group_rooms(root) if r is not None] == [0]
+    assert [r for r in control_group_rooms(root) if r is not None] == [0]
     (root / "sys/fs/cgroup/a/memory.current").write_text("many\n")
-    assert [r for r in memory.control_group_rooms(root) if r is not None] == []
+    assert [r for r in control_group_rooms(root) if r is not None] == []
 
 
 def test_a_system_without_proc_is_no_reason_to_refuse(tmp_path):
-    bounds = [room.bound for room in memory.rooms(tmp_path)]
+    bounds = [room.bound for room in rooms(tmp_path)]
     assert "of the device" not in bounds and "in its control group" not in bounds
 
 

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from edge_demo.bench import peak_rss_bytes
 from edge_demo.bundle import Bundle
 from edge_demo.engine import Engine
 from edge_demo.generator import Generation, Generator, engine_for
+from edge_demo.rooms import peak_rss_bytes
 from edge_demo.sampling import Candidates, Sampler
 from edge_demo.tokenizer import Tokenizer
 
