@@ -20,14 +20,12 @@ from export.contract import (
     ropes,
 )
 from export.joined import joined_matrices, joined_name
-from export.nodes import graph_value
+from export.named_nodes import NamedNodes
 from export.quantize.formats import Format, Plan, rows_and_inputs
 from export.weights_file import WeightsFile
 from gemma_keras.checkpoints.names import head_table, weight_specs
 from gemma_keras.config import GemmaConfig, LayerSpec
 
-OPSETS = {"": 23, "com.microsoft": 1}
-_IR_VERSION = 11
 _MICROSOFT = "com.microsoft"
 _INT8_ACTIVATIONS = 4
 _LOW_PLANE_STEPS = 16  # of the low plane in one of the high
@@ -57,7 +55,7 @@ def build_graph(
     return _FusedGraph(config, plan, weights, contract, max_context, kv_scales or {}).build()
 
 
-class _FusedGraph:
+class _FusedGraph(NamedNodes):
     def __init__(
         self,
         config: GemmaConfig,
@@ -67,10 +65,9 @@ class _FusedGraph:
         max_context: int,
         kv_scales: Mapping[str, np.ndarray],
     ) -> None:
+        super().__init__(weights, contract)
         self.config = config
         self.plan = plan
-        self.weights = weights
-        self.contract = contract
         self.max_context = max_context
         self.kv_scales = kv_scales
         self.specs = weight_specs(config)
@@ -78,9 +75,6 @@ class _FusedGraph:
         self.joined = joined_matrices(config, plan)
         self.for_engine = contract.file != INTERCHANGE_FILE
         self.contracted = {spec.name: spec for spec in contract.inputs}
-        self.inputs = {spec.name: graph_value(spec) for spec in contract.inputs}
-        self.nodes: list[ir.Node] = []
-        self.initializers: dict[str, ir.Value] = {}
 
     # --- the model, in order ---
 
@@ -109,25 +103,25 @@ class _FusedGraph:
             normed, residual = self._add_and_norm(next_norm, fed, residual)
         hidden = self._pick(normed)
         if self.contract.file == CANDIDATES_FILE:
-            return self._model([*self._candidates(hidden), *presents])
-        return self._model([self._cap(self._logits(hidden), "logits"), *presents])
+            return self.model([*self._candidates(hidden), *presents])
+        return self.model([self._cap(self._logits(hidden), "logits"), *presents])
 
     def _lengths(self) -> tuple[ir.Value, ir.Value]:
         """`seqlens_k` and `total_sequence_length` as `GroupQueryAttention` takes them."""
         if self.for_engine:
             return self.inputs["seqlens_k"], self.inputs["total_sequence_length"]
         mask = self.inputs["attention_mask"]
-        axis = self._constant("axis_1", np.array([1], np.int64))
-        count = self._op("ReduceSum", [mask, axis], "attention_mask.count", keepdims=0)
-        one = self._constant("one", np.array(1, np.int64))
-        seqlens = self._op("Sub", [count, one], "attention_mask.count_less_1")
-        shape = self._op("Shape", [mask], "attention_mask.shape")
-        index = self._constant("index_1", np.array(1, np.int64))
-        total = self._op("Gather", [shape, index], "attention_mask.total", axis=0)
+        axis = self.constant("axis_1", np.array([1], np.int64))
+        count = self.op("ReduceSum", [mask, axis], "attention_mask.count", keepdims=0)
+        one = self.constant("one", np.array(1, np.int64))
+        seqlens = self.op("Sub", [count, one], "attention_mask.count_less_1")
+        shape = self.op("Shape", [mask], "attention_mask.shape")
+        index = self.constant("index_1", np.array(1, np.int64))
+        total = self.op("Gather", [shape, index], "attention_mask.total", axis=0)
         int32 = int(ir.DataType.INT32)
         return (
-            self._op("Cast", [seqlens], "seqlens_k", to=int32),
-            self._op("Cast", [total], "total_sequence_length", to=int32),
+            self.op("Cast", [seqlens], "seqlens_k", to=int32),
+            self.op("Cast", [total], "total_sequence_length", to=int32),
         )
 
     def _rope_tables(self) -> dict[tuple[float, float, int], tuple[ir.Value, ir.Value]]:
@@ -138,32 +132,32 @@ class _FusedGraph:
                 continue
             # Made from constants, so a runtime computes them once, when it loads the graph.
             bounds = [
-                self._constant(f"{rope.name}.{part}", np.array(value, np.float32))
+                self.constant(f"{rope.name}.{part}", np.array(value, np.float32))
                 for part, value in (("start", 0), ("limit", self.max_context), ("step", 1))
             ]
-            positions = self._op("Range", bounds, f"{rope.name}.positions")
-            axis = self._constant("axis_1", np.array([1], np.int64))
-            column = self._op("Unsqueeze", [positions, axis], f"{rope.name}.column")
+            positions = self.op("Range", bounds, f"{rope.name}.positions")
+            axis = self.constant("axis_1", np.array([1], np.int64))
+            column = self.op("Unsqueeze", [positions, axis], f"{rope.name}.column")
             frequencies = rope.theta ** (-np.arange(rope.dims, dtype=np.float32) / rope.dims)
-            row = self._constant(
+            row = self.constant(
                 f"{rope.name}.frequencies", (frequencies / rope.scale)[None].astype(np.float32)
             )
-            angles = self._op("Mul", [column, row], f"{rope.name}.angles")
+            angles = self.op("Mul", [column, row], f"{rope.name}.angles")
             # By way of float64, so that they are the device's tables to the last bit: one bit is
             # enough to round an activation the other way, and then other tokens come out.
-            exact = self._op("Cast", [angles], f"{rope.name}.exact", to=int(ir.DataType.DOUBLE))
-            cosines = self._op("Cos", [exact], f"{rope.name}.cos.exact")
-            sines = self._op("Sin", [exact], f"{rope.name}.sin.exact")
+            exact = self.op("Cast", [angles], f"{rope.name}.exact", to=int(ir.DataType.DOUBLE))
+            cosines = self.op("Cos", [exact], f"{rope.name}.cos.exact")
+            sines = self.op("Sin", [exact], f"{rope.name}.sin.exact")
             tables[key] = (
-                self._float32(cosines, f"{rope.name}.cos"),
-                self._float32(sines, f"{rope.name}.sin"),
+                self.float32(cosines, f"{rope.name}.cos"),
+                self.float32(sines, f"{rope.name}.sin"),
             )
         return tables
 
     def _embed(self, input_ids: ir.Value) -> ir.Value:
         rows = self._rows("token_embedding", input_ids, "embedded")
-        scale = self._constant("embedding_scale", np.array(self.config.embedding_scale, np.float32))
-        return self._op("Mul", [rows, scale], "embedded.scaled")
+        scale = self.constant("embedding_scale", np.array(self.config.embedding_scale, np.float32))
+        return self.op("Mul", [rows, scale], "embedded.scaled")
 
     def _attention(
         self,
@@ -196,8 +190,8 @@ class _FusedGraph:
             attributes |= {"kv_cache_bit_width": 8} | _PER_CHANNEL
             names = [f"present.{i}.{part}" for part in ("key", "value")]
             # its position_ids, attention_bias and head_sink come first, which nothing is given for
-            scales = [None] * 3 + [self._constant(f"{n}.scale", self.kv_scales[n]) for n in names]
-        attended, *present = self._ops(
+            scales = [None] * 3 + [self.constant(f"{n}.scale", self.kv_scales[n]) for n in names]
+        attended, *present = self.ops(
             "GroupQueryAttention",
             [query, key, value, *past, seqlens, total, *table, *scales],
             outputs,
@@ -210,7 +204,7 @@ class _FusedGraph:
         matrices = [f"{name}.{n}" for n in ("query", "key", "value")]
         if not layer.qk_norm:
             return self._matmuls(matrices, x)
-        query_norm, key_norm = (self._weight(f"{name}.{n}_norm") for n in ("query", "key"))
+        query_norm, key_norm = (self.weight(f"{name}.{n}_norm") for n in ("query", "key"))
         if self.joined.get(matrices[0]) != tuple(matrices):
             query, key, value = self._matmuls(matrices, x)
             query = self._head_norm(f"{name}.query_norm", query, query_norm, layer.head_dim)
@@ -219,7 +213,7 @@ class _FusedGraph:
         query_size, key_size, value_size = self._num_outputs(matrices)
         whole = self._joined_matmul(matrices, x)
         both, value = self._split(whole, (query_size + key_size, value_size))
-        factors = self._op(
+        factors = self.op(
             "Concat",
             [
                 self._repeated(query_norm, layer.num_heads, layer.head_dim),
@@ -232,8 +226,8 @@ class _FusedGraph:
         return *self._split(normed, (query_size, key_size)), value
 
     def _repeated(self, norm: ir.Value, heads: int, head_dim: int) -> ir.Value:
-        shape = self._constant(f"shape.{heads}.{head_dim}", np.array([heads, head_dim], np.int64))
-        return self._op("Expand", [norm, shape], f"{norm.name}.repeated")
+        shape = self.constant(f"shape.{heads}.{head_dim}", np.array([heads, head_dim], np.int64))
+        return self.op("Expand", [norm, shape], f"{norm.name}.repeated")
 
     def _keeps_a_window(self, i: int) -> bool:
         """Whether the contract wants no more than a sliding window kept in a layer's buffers."""
@@ -243,15 +237,15 @@ class _FusedGraph:
     def _mlp(self, i: int, x: ir.Value) -> ir.Value:
         name = f"layers.{i}.mlp"
         gate, up = self._matmuls([f"{name}.gate", f"{name}.up"], x)
-        gelu = self._op("Gelu", [gate], f"{name}.gelu", approximate="tanh")
-        gated = self._op("Mul", [gelu, up], f"{name}.gated")
+        gelu = self.op("Gelu", [gate], f"{name}.gelu", approximate="tanh")
+        gated = self.op("Mul", [gelu, up], f"{name}.gated")
         return self._matmul(f"{name}.down", gated)
 
     def _pick(self, hidden: ir.Value) -> ir.Value:
         if not self.for_engine:
             return hidden
         positions = self.inputs["logit_positions"]
-        return self._op("Gather", [hidden, positions], "hidden.picked", axis=1)
+        return self.op("Gather", [hidden, positions], "hidden.picked", axis=1)
 
     def _logits(self, hidden: ir.Value) -> ir.Value:
         """All the logits, before the final soft cap."""
@@ -260,18 +254,18 @@ class _FusedGraph:
             high = self._proposals(hidden)
             plane = Format(4, fmt.block_size)
             low = self._matmul_nbits(self.head, hidden, "logits.low", plane, "low")
-            return self._op("Add", [high, low], "logits.uncapped")
+            return self.op("Add", [high, low], "logits.uncapped")
         if fmt.quantized:
             return self._matmul_nbits(self.head, hidden, "logits.uncapped", fmt)
         table = self._float_weight(self.head)
-        return self._op(
+        return self.op(
             "FusedMatMul", [hidden, table], "logits.uncapped", domain=_MICROSOFT, transB=1
         )
 
     def _proposals(self, hidden: ir.Value) -> ir.Value:
         """The logits from the high plane of the head alone."""
-        steps = self._constant("low_plane_steps", np.array(_LOW_PLANE_STEPS, np.float32))
-        scaled = self._op("Mul", [hidden, steps], "hidden.scaled")
+        steps = self.constant("low_plane_steps", np.array(_LOW_PLANE_STEPS, np.float32))
+        scaled = self.op("Mul", [hidden, steps], "hidden.scaled")
         fmt = Format(4, self.plan[self.head].block_size)
         return self._matmul_nbits(self.head, scaled, "logits.high", fmt, "high")
 
@@ -283,17 +277,17 @@ class _FusedGraph:
         """
         if self.plan[self.head].planes == 1:
             values, ids = self._greatest(self._logits(hidden))
-            return self._rename(ids, "candidate_ids"), self._cap(values, "candidate_logits")
+            return self.rename(ids, "candidate_ids"), self._cap(values, "candidate_logits")
         high, ids = self._greatest(self._proposals(hidden))
-        ids = self._rename(ids, "candidate_ids")
+        ids = self.rename(ids, "candidate_ids")
         plane = Format(4, self.plan[self.head].block_size)
         # rows of the low plane: (batch, num_logits, k, hidden_dim)
         rows = self._gather_quantized(self.head, ids, "candidate_rows", plane, "low.rows")
-        last = self._constant("axis_-1", np.array([-1], np.int64))
-        column = self._op("Unsqueeze", [hidden, last], "hidden.column")
-        product = self._op("MatMul", [rows, column], "candidate_logits.column")
-        low = self._op("Squeeze", [product, last], "candidate_logits.low")
-        logits = self._op("Add", [high, low], "candidate_logits.uncapped")
+        last = self.constant("axis_-1", np.array([-1], np.int64))
+        column = self.op("Unsqueeze", [hidden, last], "hidden.column")
+        product = self.op("MatMul", [rows, column], "candidate_logits.column")
+        low = self.op("Squeeze", [product, last], "candidate_logits.low")
+        logits = self.op("Add", [high, low], "candidate_logits.uncapped")
         return ids, self._cap(logits, "candidate_logits")
 
     def _greatest(self, logits: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -303,41 +297,41 @@ class _FusedGraph:
         only read once, for its maxima: an eighth of the time of `TopK` over all of it.
         """
         size, k = self.config.vocabulary_size, num_candidates(self.config)
-        count = self._constant("num_candidates", np.array([k], np.int64))
+        count = self.constant("num_candidates", np.array([k], np.int64))
         if size % _GROUP or size // _GROUP <= k:
-            values, ids = self._ops(
+            values, ids = self.ops(
                 "TopK", [logits, count], ["logits.top", "logits.top.ids"], axis=-1, sorted=0
             )
             return values, ids
-        split = self._constant("shape.groups", np.array([0, 0, -1, _GROUP], np.int64))
-        groups = self._op("Reshape", [logits, split], "logits.groups")
-        last = self._constant("axis_-1", np.array([-1], np.int64))
-        maxima = self._op("ReduceMax", [groups, last], "logits.maxima", keepdims=0)
-        _, chosen = self._ops(
+        split = self.constant("shape.groups", np.array([0, 0, -1, _GROUP], np.int64))
+        groups = self.op("Reshape", [logits, split], "logits.groups")
+        last = self.constant("axis_-1", np.array([-1], np.int64))
+        maxima = self.op("ReduceMax", [groups, last], "logits.maxima", keepdims=0)
+        _, chosen = self.ops(
             "TopK", [maxima, count], ["logits.maxima.top", "logits.chosen"], axis=-1, sorted=0
         )
         # ids of all the members of the chosen groups: (batch, num_logits, k * group)
-        size_of_group = self._constant("group", np.array(_GROUP, np.int64))
-        first = self._op("Mul", [chosen, size_of_group], "logits.chosen.first")
-        first = self._op("Unsqueeze", [first, last], "logits.chosen.column")
-        within = self._constant("within_group", np.arange(_GROUP, dtype=np.int64))
-        members = self._op("Add", [first, within], "logits.members.groups")
-        merged = self._constant("shape.merged", np.array([0, 0, -1], np.int64))
-        members = self._op("Reshape", [members, merged], "logits.members")
-        found = self._op("GatherElements", [logits, members], "logits.members.values", axis=-1)
-        values, places = self._ops(
+        size_of_group = self.constant("group", np.array(_GROUP, np.int64))
+        first = self.op("Mul", [chosen, size_of_group], "logits.chosen.first")
+        first = self.op("Unsqueeze", [first, last], "logits.chosen.column")
+        within = self.constant("within_group", np.arange(_GROUP, dtype=np.int64))
+        members = self.op("Add", [first, within], "logits.members.groups")
+        merged = self.constant("shape.merged", np.array([0, 0, -1], np.int64))
+        members = self.op("Reshape", [members, merged], "logits.members")
+        found = self.op("GatherElements", [logits, members], "logits.members.values", axis=-1)
+        values, places = self.ops(
             "TopK", [found, count], ["logits.top", "logits.places"], axis=-1, sorted=0
         )
-        ids = self._op("GatherElements", [members, places], "logits.top.ids", axis=-1)
+        ids = self.op("GatherElements", [members, places], "logits.top.ids", axis=-1)
         return values, ids
 
     def _cap(self, logits: ir.Value, out: str) -> ir.Value:
         cap = self.config.final_soft_cap
         if cap is None:
-            return self._rename(logits, out)
-        factor = self._constant("final_soft_cap", np.array(cap, np.float32))
-        scaled = self._op("Div", [logits, factor], "logits.scaled")
-        return self._op("Mul", [self._op("Tanh", [scaled], "logits.tanh"), factor], out)
+            return self.rename(logits, out)
+        factor = self.constant("final_soft_cap", np.array(cap, np.float32))
+        scaled = self.op("Div", [logits, factor], "logits.scaled")
+        return self.op("Mul", [self.op("Tanh", [scaled], "logits.tanh"), factor], out)
 
     # --- parts ---
 
@@ -345,7 +339,7 @@ class _FusedGraph:
         fmt = self.plan[name]
         if fmt.quantized:
             return self._matmul_nbits(name, x, f"{name}.out", fmt)
-        return self._op("MatMul", [x, self._float_weight(name)], f"{name}.out")
+        return self.op("MatMul", [x, self._float_weight(name)], f"{name}.out")
 
     def _matmuls(self, names: Sequence[str], x: ir.Value) -> list[ir.Value]:
         """Products of one input with several matrices; those stored together are one product."""
@@ -370,11 +364,11 @@ class _FusedGraph:
 
     def _split(self, x: ir.Value, sizes: Sequence[int]) -> Sequence[ir.Value]:
         """Parts of the last axis."""
-        constant = self._constant(
+        constant = self.constant(
             f"split.{'.'.join(str(size) for size in sizes)}", np.array(sizes, np.int64)
         )
         outputs = [f"{x.name}.{number}" for number in range(len(sizes))]
-        return self._ops("Split", [x, constant], outputs, axis=-1)
+        return self.ops("Split", [x, constant], outputs, axis=-1)
 
     def _matmul_nbits(
         self,
@@ -386,10 +380,10 @@ class _FusedGraph:
         shape: tuple[int, int] | None = None,
     ) -> ir.Value:
         num_rows, num_inputs = shape or rows_and_inputs(self.specs[name])
-        inputs = [self._weight(f"{name}.{part}"), self._weight(f"{name}.scales")]
+        inputs = [self.weight(f"{name}.{part}"), self.weight(f"{name}.scales")]
         if not fmt.symmetric:
-            inputs.append(self._weight(f"{name}.zero_points"))
-        return self._op(
+            inputs.append(self.weight(f"{name}.zero_points"))
+        return self.op(
             "MatMulNBits",
             [x, *inputs],
             out,
@@ -405,23 +399,23 @@ class _FusedGraph:
         """Rows of a table as float32, one more axis than `ids` has."""
         fmt = self.plan[table]
         if not fmt.quantized:
-            rows = self._op("Gather", [self._weight(table), ids], f"{out}.stored")
-            return rows if fmt.bits == 32 else self._float32(rows, out)
+            rows = self.op("Gather", [self.weight(table), ids], f"{out}.stored")
+            return rows if fmt.bits == 32 else self.float32(rows, out)
         if fmt.planes == 1:
             return self._gather_quantized(table, ids, out, fmt, "rows")
         plane = Format(4, fmt.block_size)
         high = self._gather_quantized(table, ids, f"{out}.high", plane, "high.rows")
         low = self._gather_quantized(table, ids, f"{out}.low", plane, "low.rows")
-        steps = self._constant("low_plane_steps", np.array(_LOW_PLANE_STEPS, np.float32))
-        return self._op("Add", [self._op("Mul", [high, steps], f"{out}.high16"), low], out)
+        steps = self.constant("low_plane_steps", np.array(_LOW_PLANE_STEPS, np.float32))
+        return self.op("Add", [self.op("Mul", [high, steps], f"{out}.high16"), low], out)
 
     def _gather_quantized(
         self, table: str, ids: ir.Value, out: str, fmt: Format, part: str
     ) -> ir.Value:
-        inputs = [self._weight(f"{table}.{part}"), ids, self._weight(f"{table}.scales")]
+        inputs = [self.weight(f"{table}.{part}"), ids, self.weight(f"{table}.scales")]
         if not fmt.symmetric:
-            inputs.append(self._weight(f"{table}.zero_points"))
-        return self._op(
+            inputs.append(self.weight(f"{table}.zero_points"))
+        return self.op(
             "GatherBlockQuantized",
             inputs,
             out,
@@ -433,9 +427,9 @@ class _FusedGraph:
         )
 
     def _norm(self, name: str, x: ir.Value, factors: ir.Value | None = None) -> ir.Value:
-        return self._op(
+        return self.op(
             "RMSNormalization",
-            [x, self._weight(name) if factors is None else factors],
+            [x, self.weight(name) if factors is None else factors],
             f"{name}.out",
             axis=-1,
             epsilon=self.config.norm_epsilon,
@@ -446,85 +440,24 @@ class _FusedGraph:
 
         The factors are those of one head, or of each.
         """
-        split = self._constant(f"shape.heads.{head_dim}", np.array([0, 0, -1, head_dim], np.int64))
-        merge = self._constant("shape.merged", np.array([0, 0, -1], np.int64))
-        heads = self._op("Reshape", [x, split], f"{name}.heads")
-        return self._op("Reshape", [self._norm(name, heads, factors), merge], f"{name}.merged")
+        split = self.constant(f"shape.heads.{head_dim}", np.array([0, 0, -1, head_dim], np.int64))
+        merge = self.constant("shape.merged", np.array([0, 0, -1], np.int64))
+        heads = self.op("Reshape", [x, split], f"{name}.heads")
+        return self.op("Reshape", [self._norm(name, heads, factors), merge], f"{name}.merged")
 
     def _add_and_norm(
         self, name: str, x: ir.Value, residual: ir.Value
     ) -> tuple[ir.Value, ir.Value]:
         """The norm of `x + residual`, and the sum itself."""
-        normed, _, _, total = self._ops(
+        normed, _, _, total = self.ops(
             "SkipSimplifiedLayerNormalization",
-            [x, residual, self._weight(name)],
+            [x, residual, self.weight(name)],
             [f"{name}.out", "", "", f"{name}.residual"],
             domain=_MICROSOFT,
             epsilon=self.config.norm_epsilon,
         )
         return normed, total
 
-    # --- bookkeeping ---
-
-    def _weight(self, name: str) -> ir.Value:
-        if name not in self.initializers:
-            self.initializers[name] = self.weights.initializer(name)
-        return self.initializers[name]
-
     def _float_weight(self, name: str) -> ir.Value:
-        weight = self._weight(name)
-        return weight if self.plan[name].bits == 32 else self._float32(weight, f"{name}.float32")
-
-    def _float32(self, x: ir.Value, out: str) -> ir.Value:
-        return self._op("Cast", [x], out, to=int(ir.DataType.FLOAT))
-
-    def _rename(self, x: ir.Value, name: str) -> ir.Value:
-        """Give a node's output the name that the contract asks for."""
-        x.name = name
-        return x
-
-    def _constant(self, name: str, array: np.ndarray) -> ir.Value:
-        if name not in self.initializers:
-            tensor = ir.tensor(array, name=name)
-            self.initializers[name] = ir.val(name, tensor.dtype, array.shape, const_value=tensor)
-        return self.initializers[name]
-
-    def _op(
-        self, op_type: str, inputs: Sequence[ir.Value], output: str, domain: str = "", **attributes
-    ) -> ir.Value:
-        return self._ops(op_type, inputs, [output], domain, **attributes)[0]
-
-    def _ops(
-        self,
-        op_type: str,
-        inputs: Sequence[ir.Value | None],
-        outputs: Sequence[str],
-        domain: str = "",
-        **attributes,
-    ) -> Sequence[ir.Value]:
-        node = ir.node(
-            op_type,
-            inputs,
-            attributes,
-            domain=domain,
-            outputs=[ir.val(name) for name in outputs],
-            name=outputs[0],
-        )
-        self.nodes.append(node)
-        return node.outputs
-
-    def _model(self, outputs: Sequence[ir.Value]) -> ir.Model:
-        for value, spec in zip(outputs, self.contract.outputs, strict=True):
-            if value.name != spec.name:
-                raise AssertionError(f"the graph ends in {value.name}, the contract in {spec.name}")
-            value.dtype = ir.DataType.from_numpy(np.dtype(spec.dtype))
-            value.shape = ir.Shape(spec.shape)
-        graph = ir.Graph(
-            [self.inputs[spec.name] for spec in self.contract.inputs],
-            outputs,
-            nodes=self.nodes,
-            initializers=list(self.initializers.values()),
-            opset_imports=OPSETS,
-            name="gemma",
-        )
-        return ir.Model(graph, ir_version=_IR_VERSION, producer_name="gemma-keras")
+        weight = self.weight(name)
+        return weight if self.plan[name].bits == 32 else self.float32(weight, f"{name}.float32")
