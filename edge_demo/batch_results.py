@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from edge_demo.durable import sync_folder
-from edge_demo.errors import RequestError
+from edge_demo.errors import EdgeError, RequestError
 
 _BEGINNING = b'{"index": '
 _AHEAD = ".ahead"
@@ -127,7 +127,7 @@ class Results:
             result: what the line holds beside index and key; `error` if there is no text.
 
         Raises:
-            OSError: it cannot be written. The file can be gone on with.
+            EdgeError: it cannot be written. The file can be gone on with.
         """
         record = {"index": index, **result, "key": self._keys[index]}
         line = json.dumps(record).encode() + b"\n"
@@ -149,12 +149,17 @@ class Results:
             self._ahead.truncate(0)
             self._ahead.seek(0)
 
-    @staticmethod
-    def _write(file: BinaryIO, line: bytes) -> None:
+    def _write(self, file: BinaryIO, line: bytes) -> None:
         rest = memoryview(line)
-        while rest:
-            rest = rest[file.write(rest) :]
-        os.fsync(file.fileno())
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+            os.fsync(file.fileno())
+        except OSError as error:
+            raise EdgeError(
+                f"{self._path} cannot be written: {error.strerror}; the results that are there "
+                "are kept, and the same command goes on from them"
+            ) from error
 
     def __enter__(self) -> Results:
         return self

@@ -118,6 +118,7 @@ def run_generate(arguments: argparse.Namespace) -> int:
     else:
         show("\n")
         note(_summary(generation, load_s))
+    cache.tell()
     return status
 
 
@@ -180,6 +181,7 @@ def run_chat(arguments: argparse.Namespace) -> int:
     cache.load(generator.engine)
     if system_ids and generator.prepare(system_ids) < len(system_ids):
         cache.save(generator.engine)
+        cache.tell()
     note(
         f"{bundle.name} ({bundle.recipe}), "
         + (
@@ -222,6 +224,7 @@ def run_chat(arguments: argparse.Namespace) -> int:
         else:
             show("\n")
             note(f"[{generation.finish_reason}] {len(generation.ids)} tokens")
+        cache.tell()
         turns.append(("model", generation.text))
 
 

@@ -34,6 +34,7 @@ class PromptCacheOption:
         if path is None and read_only:
             raise RequestError("--prompt-cache-ro goes with --prompt-cache FILE; give both")
         self._cache = None if path is None else PromptCache(path, read_only)
+        self._untold: str | None = None
         self.report: dict[str, Any] | None = None
 
     def load(self, engine: TokenRunner) -> None:
@@ -53,16 +54,22 @@ class PromptCacheOption:
         self.report = {"loaded_tokens": loaded, "load_s": load_s, "saved": False}
 
     def save(self, engine: TokenRunner) -> None:
-        """Write what the engine holds."""
+        """Write what the engine holds; what goes wrong is kept for `tell`."""
         if self._cache is None or self._cache.read_only:
             return
         try:
             self._cache.save(engine)
         except CacheError as error:
-            note(f"{error}; the answer is right without it")
+            self._untold = f"{error}; the answer is right without it"
             return
         if self.report is not None:
             self.report["saved"] = True
+
+    def tell(self) -> None:
+        """Say what went wrong, once no answer stands on the line."""
+        if self._untold is not None:
+            note(self._untold)
+            self._untold = None
 
     def save_prompt(self, engine: TokenRunner, generation: Generation) -> None:
         """Write what the engine holds, which is the prompt, unless all of it was there already."""

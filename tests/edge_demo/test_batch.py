@@ -293,7 +293,8 @@ def test_two_runs_do_not_write_one_file(batch, tmp_path):
 
 def test_a_disk_that_is_full_ends_it_in_a_line_and_it_can_go_on(batch, whole, tmp_path):
     status, _, err = shell('ulimit -f 1; "$@"', *batch)
-    assert status == 1 and err.count("\n") == 1 and "File too large" in err
+    assert status == 1 and err.count("\n") == 1
+    assert "File too large" in err and "the same command goes on from them" in err
     assert (tmp_path / "out.jsonl").stat().st_size == 1024 < len(whole)
     edge_demo(*batch)
     assert (tmp_path / "out.jsonl").read_bytes() == whole
