@@ -150,7 +150,13 @@ class BundleDraft:
     def _measure_kv_scales(self) -> dict[str, np.ndarray]:
         tokenizer = writer.open_tokenizer(self.checkpoint)
         text = page(tokenizer, self.max_context).rows[:_KV_ROWS]
-        return measure_kv_scales(self.folder, self.checkpoint.config, text, self._int8_layers)
+        return measure_kv_scales(
+            self.folder,
+            self.checkpoint.config,
+            text,
+            self._int8_layers,
+            lambda done, total: self._on_progress("keys and values", done / total),
+        )
 
     def describe(self, report: Mapping[str, Any]) -> Bundle:
         """Write the manifest about what is in the folder.

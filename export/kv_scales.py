@@ -6,7 +6,7 @@ two get one scale, of the length that the pair has: no later position then reach
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,11 @@ _MOST = 127
 
 
 def measure_kv_scales(
-    folder: Path, config: GemmaConfig, ids: np.ndarray, layers: Collection[int]
+    folder: Path,
+    config: GemmaConfig,
+    ids: np.ndarray,
+    layers: Collection[int],
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, np.ndarray]:
     """Watch a model's keys and values on a text.
 
@@ -29,6 +33,7 @@ def measure_kv_scales(
         config: the model's.
         ids: of the text, `(batch, length)`.
         layers: by index.
+        on_progress: told the pieces of the graph done and those in all.
 
     Returns:
         `present.{i}.key` and `present.{i}.value` to float32 `[1, kv_heads, 1, head_dim]`, as
@@ -39,9 +44,8 @@ def measure_kv_scales(
     """
     largest = {"key": _largest_of_pairs, "value": _largest}
     picks = {f"present.{i}.{part}": pick for i in layers for part, pick in largest.items()}
-    runs = run_in_pieces(
-        folder / INTERCHANGE_FILE, [interchange_inputs(config, row[None]) for row in ids], picks
-    )
+    inputs = [interchange_inputs(config, row[None]) for row in ids]
+    runs = run_in_pieces(folder / INTERCHANGE_FILE, inputs, picks, on_progress)
     return {name: _scale(np.max([run[name] for run in runs], axis=0)) for name in picks}
 
 

@@ -83,19 +83,22 @@ def run_in_pieces(
     model = onnx.load(str(path), load_external_data=False)
     pieces = list(cut_graph(model.graph, picks, piece_bytes))
     runs = [dict(given) for given in inputs]
+    picked: list[dict[str, np.ndarray]] = [{} for _ in inputs]
     for number, piece in enumerate(pieces):
         try:
             session = _session(model, piece, runs[0], path.parent)
-            for values in runs:
+            for values, picks_of_run in zip(runs, picked, strict=True):
                 found: Any = session.run(piece.gives, {name: values[name] for name in piece.reads})
                 values |= dict(zip(piece.gives, found, strict=True))
-                values |= {name: picks[name](values[name]) for name in picks.keys() & piece.gives}
+                for name in picks.keys() & piece.gives:
+                    picks_of_run[name] = picks[name](values[name])
                 for name in values.keys() - piece.kept:
                     del values[name]
         except Exception as error:  # onnxruntime's errors share no base class of their own
             raise ExportError(f"the exported model does not run: {error}") from error
+        del session  # before the next is loaded
         on_progress(number + 1, len(pieces))
-    return [{name: values[name] for name in picks} for values in runs]
+    return picked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +110,7 @@ class Piece:
         weights: the initializers they read.
         reads: names of inputs of the graph, or of values of earlier pieces.
         gives: names of values that later pieces read, or that are wanted.
-        kept: names of what is still needed after it.
+        kept: names of what later pieces read.
     """
 
     nodes: list[onnx.NodeProto]
@@ -140,10 +143,10 @@ def cut_graph(
     read = [{name for node in run for name in node.input if name} for run in runs]
     given = [{name for node in run for name in node.output if name} for run in runs]
     for number, run in enumerate(runs):
-        later = set(wanted).union(*read[number + 1 :])
+        later = set().union(*read[number + 1 :])
         inputs = read[number] - given[number] - weights.keys()
         own = [weights[name] for name in sorted(read[number] & weights.keys())]
-        yield Piece(run, own, sorted(inputs), sorted(given[number] & later), later)
+        yield Piece(run, own, sorted(inputs), sorted(given[number] & (later | set(wanted))), later)
 
 
 def _needed(graph: onnx.GraphProto, wanted: Collection[str]) -> list[onnx.NodeProto]:

@@ -26,6 +26,7 @@ _STAGES = {
     "measuring": "measuring the whole",
     "weights": "storing the weights",
     "graphs": "writing the graphs",
+    "keys and values": "measuring keys and values",
     "verification": "comparing with the Keras layers",
     "report": "measuring on the text of the report",
 }

@@ -78,6 +78,19 @@ def test_only_what_the_output_needs_is_run(tiny_bundles, generation, config):
     np.testing.assert_allclose(found["embedded.scaled"], expected, rtol=1e-6)
 
 
+def test_what_is_picked_is_not_what_later_pieces_read(tiny_bundles, generation, config):
+    """Of a value in the middle one number is kept, and the logits are as if it were whole."""
+    path = tiny_bundles / f"{generation}-fp32" / INTERCHANGE_FILE
+    inputs = [interchange_inputs(config, IDS[:1])]
+    middle = "layers.1.pre_ffw_norm.out"
+    picks = {"logits": lambda value: value}
+    (alone,) = run_in_pieces(path, inputs, picks, piece_bytes=1)
+    picks[middle] = lambda value: value[0, 0, :1] * 0
+    (found,) = run_in_pieces(path, inputs, picks, piece_bytes=1)
+    assert found[middle].shape == (1,)
+    np.testing.assert_array_equal(found["logits"], alone["logits"])
+
+
 def test_a_graph_that_does_not_run_is_told(tiny_bundles, config, generation):
     ids = np.full((1, 4), VOCABULARY_SIZE, np.int32)  # there is no such token
     with pytest.raises(ExportError, match="does not run"):
