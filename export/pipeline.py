@@ -122,7 +122,7 @@ def export_onnx(
             )
             if verify or windows is not None or text not in (None, "none"):
                 on_progress("keras", 0)
-                start_keras()
+                start_keras(config)
             # Few bits that a source already holds exactly are not rounded a second time.
             few = chosen.matrices.bits <= MOST_BITS_KEPT and plan is None
             kept = kept_weights(config, checkpoint.weights, MOST_BITS_KEPT if few else 0)

@@ -3,21 +3,43 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 import tempfile
 from collections.abc import Iterator
 
+from gemma_keras.checkpoints.names import weight_specs
+from gemma_keras.config import GemmaConfig
 
-def start_keras() -> None:
-    """Import Keras, KerasHub and the backend; takes some seconds the first time."""
+_LARGE_BLOCK = 1 << 27  # weights in one decoder block: half a gigabyte in float32
+
+
+def start_keras(config: GemmaConfig) -> None:
+    """Import Keras, KerasHub and the backend; takes some seconds the first time.
+
+    oneDNN makes TensorFlow's products faster, but its allocator keeps the memory that it has once
+    used; for models of large blocks it is switched off, unless the user has asked for it.
+    """
     if "keras" in sys.modules and "keras_hub" in sys.modules:
         return
+    if _largest_block(config) > _LARGE_BLOCK:
+        os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     with _native_stderr_kept_back():
         import keras
         import keras_hub  # noqa: F401 - it loads TensorFlow, whichever the backend is
 
         keras.ops.zeros(1)  # the backend's own start-up, with its own notices
+
+
+def _largest_block(config: GemmaConfig) -> int:
+    """How many weights the largest decoder block has."""
+    sizes: dict[str, int] = {}
+    for spec in weight_specs(config).values():
+        if spec.name.startswith("layers."):
+            block = spec.name.split(".")[1]
+            sizes[block] = sizes.get(block, 0) + math.prod(spec.shape)
+    return max(sizes.values())
 
 
 @contextlib.contextmanager

@@ -103,10 +103,11 @@ class BalancedWeights(Mapping[str, np.ndarray]):
         array = self._weights[name]
         if name.endswith("_norm") and name in self._outputs:
             return (1 + array) / self._outputs[name] - 1
+        fresh = None  # an array of our own, which may be changed in place: matrices are large
         if name in self._inputs:
-            array = array * self._inputs[name][:, None]
+            array = fresh = array * self._inputs[name][:, None]
         if name in self._outputs:
-            array = array / self._outputs[name]
+            array = np.divide(array, self._outputs[name], out=fresh)
         return array
 
     def __iter__(self) -> Iterator[str]:

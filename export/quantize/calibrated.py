@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -87,6 +87,7 @@ def calibrate(
             balanced.balance_block(i, rms, keep)
             for name, fmt, quantized in _round_block(config, balanced, i, moments, plan, keep):
                 workspace.save(name, _packed(quantized, fmt))
+            moments.clear()  # they would be in memory beside those of the next block
             workspace.save(f"block.{i}", rms)
             workspace.save("state", {"blocks": np.array(i + 1), "x": x})
             on_progress(i + 1, len(config.layers))
@@ -100,7 +101,7 @@ def _round_block(
     moments: Mapping[str, Moments],
     plan: Plan,
     keep: Collection[str],
-) -> list[tuple[str, Format, Quantized]]:
+) -> Iterator[tuple[str, Format, Quantized]]:
     """Round the matrices of one block, those that see the same inputs together."""
     specs = weight_specs(config)
     jobs: list[tuple[list[str], Moments, Format]] = []
@@ -110,20 +111,21 @@ def _round_block(
             if plan[name].bits <= _FEW_BITS and name not in keep:
                 formats.setdefault(plan[name], []).append(name)
         for fmt, together in formats.items():
-            factors = weights.input_factors(together[0])
-            seen = moments[observed]
-            jobs.append((together, seen if factors is None else seen.divided_by(factors), fmt))
+            jobs.append((together, moments[observed], fmt))
 
     def run(job: tuple[list[str], Moments, Format]) -> list[tuple[str, Format, Quantized]]:
         names, seen, fmt = job
+        feedback = feedbacks(seen, weights.input_factors(names[0]))
         # What matrices of one input share is worked out once, but they are in memory one by one.
-        feedback = list(feedbacks(seen)) if len(names) > 1 else feedbacks(seen)
+        if len(names) > 1:
+            feedback = list(feedback)
         return [(name, fmt, gptq(weights[name].T, feedback, fmt)) for name in names]
 
     sizes = [sum(math.prod(specs[name].shape) for name in names) for names, _, _ in jobs]
     largest = max(sizes, default=0)
     with ThreadPoolExecutor(2 if largest < _LARGE else 1) as pool:
-        return [result for results in pool.map(run, jobs) for result in results]
+        for results in pool.map(run, jobs):
+            yield from results
 
 
 def _packed(quantized: Quantized, fmt: Format) -> dict[str, np.ndarray]:

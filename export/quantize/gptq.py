@@ -43,13 +43,18 @@ class Feedback:
     factor: np.ndarray
 
 
-def feedbacks(moments: Moments) -> Iterator[Feedback]:
-    """One for each of the moments' squares, when it is asked for: each takes as much memory."""
-    for square in moments.squares:
+def feedbacks(moments: Moments, divisors: np.ndarray | None = None) -> Iterator[Feedback]:
+    """One for each of the moments' squares, when it is asked for: each takes as much memory.
+
+    Args:
+        moments: of the inputs.
+        divisors: what the inputs are divided by since they were watched, `[in]`; `None` if by
+            nothing.
+    """
+    for square in moments.divided_by(divisors):
         importance = np.maximum(np.diag(square), 0).astype(np.float32)
         order = np.argsort(-importance, kind="stable")
-        factor = _inverse_factor(square[np.ix_(order, order)].astype(np.float64))
-        yield Feedback(importance, order, factor)
+        yield Feedback(importance, order, _inverse_factor(square, order))
 
 
 def gptq(rows: np.ndarray, feedback: Iterable[Feedback], fmt: Format) -> Quantized:
@@ -133,14 +138,16 @@ def _round_rows(rows: np.ndarray, feedback: Feedback, fmt: Format) -> Quantized:
     return Quantized(np.ascontiguousarray(shaped), scales, zeros)
 
 
-def _inverse_factor(hessian: np.ndarray) -> np.ndarray:
-    """The upper triangular `U` with `H⁻¹ = Uᵀ U`, float32, of a damped `H`."""
-    size = len(hessian)
+def _inverse_factor(square: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """The upper triangular `U` with `H⁻¹ = Uᵀ U`, float32, of a damped `H`, inputs in order."""
+    size = len(order)
     diagonal = np.arange(size)
+    hessian = square[np.ix_(order, order)].astype(np.float64)
     mean = float(np.trace(hessian)) / size or 1.0
     hessian[diagonal, diagonal] += _DAMPING * mean
     # H = L Lᵀ read backwards gives H = M Mᵀ with M upper, and U = M⁻¹ up to order
     lower = np.linalg.cholesky(hessian[::-1, ::-1])
+    del hessian  # of wide matrices it is a good part of the memory
     upper = lower[::-1, ::-1]  # H = upper upperᵀ
     return _inverse_of_upper(upper).astype(np.float32)  # U, since H⁻¹ = Uᵀ U
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -24,14 +25,19 @@ class Moments:
         """Root mean square of each input: float32 `[in]`."""
         return np.sqrt(np.concatenate([np.diag(s) for s in self.squares]))
 
-    def divided_by(self, factors: np.ndarray) -> Moments:
-        """Those of the same inputs when input j is divided by `factors[j]`."""
-        squares, first = [], 0
+    def divided_by(self, divisors: np.ndarray | None) -> Iterator[np.ndarray]:
+        """The squares of the same inputs when input j is divided by `divisors[j]`, if by anything.
+
+        One is made when it is asked for, because all of them can be a large part of the memory.
+        """
+        first = 0
         for square in self.squares:
-            part = factors[first : first + len(square)]
-            squares.append(square / np.outer(part, part))
-            first += len(square)
-        return Moments(squares)
+            last = first + len(square)
+            if divisors is None:
+                yield square
+            else:
+                yield square / np.outer(divisors[first:last], divisors[first:last])
+            first = last
 
 
 class MomentSum:
@@ -55,6 +61,7 @@ class MomentSum:
 
     def mean(self) -> Moments:
         """The moments of all so far; the sum is used up."""
-        for total in self._squares:
+        squares, self._squares = self._squares, []
+        for total in squares:
             total /= np.float32(self._count)
-        return Moments(self._squares)
+        return Moments(squares)
