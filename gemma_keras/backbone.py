@@ -14,6 +14,7 @@ import keras_hub
 import numpy as np
 from keras import ops
 
+from gemma_keras.cache import place
 from gemma_keras.checkpoints.lattice import Lattice
 from gemma_keras.checkpoints.names import WeightSpec, weight_specs
 from gemma_keras.config import GemmaConfig
@@ -115,12 +116,35 @@ class GemmaBackbone(keras_hub.models.Backbone):
             for spec in self.config.layers
         )
 
+    def prefill(self, token_ids, lengths, capacity: int):
+        """Run whole prompts.
+
+        Args:
+            token_ids: int `(batch, length)`, prompts from their beginning, padded on the right.
+            lengths: how many tokens each prompt has, int `(batch,)`.
+            capacity: tokens that the text may come to, at least `length`.
+
+        Returns:
+            The normed hidden states of each prompt's last token, `(batch, 1, hidden_dim)`, and a
+            cache for `call_with_cache`, in which layers of a sliding window keep no more than it.
+        """
+        x = self.embed(token_ids)
+        cache = []
+        for block, spec in zip(self.transformer_layers, self.config.layers, strict=True):
+            x, layer_cache = block(x, return_cache=True)
+            cache.append(
+                tuple(place(a, lengths, spec.sliding_window, capacity) for a in layer_cache)
+            )
+        last = ops.reshape(lengths - 1, (-1, 1, 1))
+        return self.layer_norm(ops.take_along_axis(x, last, axis=1)), tuple(cache)
+
     def call_with_cache(self, token_ids, cache, start):
         """Run tokens at positions `start` onwards, over what the cache holds before them.
 
         Args:
             token_ids: int `(batch, length)`.
-            cache: as `empty_cache` or an earlier call returned it.
+            cache: as `empty_cache`, `prefill` or an earlier call returned it; with PyTorch, outside
+                of training, it is changed in place. After `prefill`, one token at a time.
             start: position of the first token: int, or int `(batch,)` where rows differ.
 
         Returns:

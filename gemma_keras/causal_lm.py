@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -14,7 +15,11 @@ import keras_hub
 from keras import ops
 
 from gemma_keras.backbone import GemmaBackbone
+from gemma_keras.chat import GEMMA_TURNS, encode_chat
 from gemma_keras.checkpoints import Checkpoint, is_keras_preset, open_checkpoint
+from gemma_keras.checkpoints.keras_hub import read_keras_hub, write_keras_hub
+from gemma_keras.generation import Generation
+from gemma_keras.text_pieces import decode_stream, encode
 from gemma_keras.tokenizer import GemmaCausalLMPreprocessor, GemmaTokenizer
 
 if TYPE_CHECKING:
@@ -95,6 +100,38 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         )
 
     @classmethod
+    def from_keras_hub(
+        cls, model, instruction_tuned=False, dtype=None, sequence_length=1024, **kwargs
+    ) -> GemmaCausalLM:
+        """Build from a live KerasHub model, such as one that was tuned there; LoRA is merged.
+
+        Args:
+            model: a `keras_hub.models.GemmaCausalLM` or `Gemma3CausalLM`, or its backbone.
+            instruction_tuned: whether it follows Gemma's turn template, which KerasHub's models do
+                not say.
+            dtype: Keras dtype policy; by default that of Keras.
+            sequence_length: as for `from_preset`.
+
+        Raises:
+            ConfigError, CheckpointError: as `gemma_keras.checkpoints.keras_hub.read_keras_hub`.
+        """
+        checkpoint = read_keras_hub(model, instruction_tuned=instruction_tuned)
+        return cls.from_checkpoint(
+            checkpoint, dtype=dtype, sequence_length=sequence_length, **kwargs
+        )
+
+    def to_keras_hub(self, dtype=None):
+        """This model as KerasHub's `GemmaCausalLM` or `Gemma3CausalLM`, LoRA merged.
+
+        Args:
+            dtype: Keras dtype policy; by default that of Keras.
+
+        Raises:
+            ConfigError: KerasHub cannot build this architecture.
+        """
+        return write_keras_hub(self.as_checkpoint(), dtype)
+
+    @classmethod
     def from_checkpoint(
         cls, checkpoint: Checkpoint, load_weights=True, dtype=None, sequence_length=1024, **kwargs
     ) -> GemmaCausalLM:
@@ -151,44 +188,128 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         outputs = self({"token_ids": token_ids, "padding_mask": ops.ones_like(token_ids)})
         return ops.convert_to_numpy(ops.cast(outputs, "float32"))
 
-    def generate_step(self, inputs, stop_token_ids=None):
-        """Continue one batch; compiled by `keras_hub.models.CausalLM.generate`.
+    def make_generate_function(self):
+        """What `generate` continues a batch with, a `gemma_keras.generation.Generation`."""
+        variables = [id(variable) for variable in self.variables]
+        # After `enable_lora` or `quantize` it is another model, which has to be compiled anew.
+        if self.generate_function is None or variables != self._generates_with:
+            self._generates_with = variables
+            self.generate_function = Generation(self)
+        return self.generate_function
+
+    def stream(
+        self, prompt: str, max_length: int | None = None, stop_token_ids="auto"
+    ) -> Iterator[str]:
+        """Continue a text, giving out its pieces as they come; together they are what `generate`
+        with `strip_prompt` returns.
 
         Args:
-            inputs: `token_ids` int `(batch, length)` and `padding_mask` bool or int of the same
-                shape, padded on the right to the length to generate to.
-            stop_token_ids: ids that end a row, or `None`.
+            prompt: one text.
+            max_length: of prompt and continuation together, in tokens; by default the
+                preprocessor's `sequence_length`.
+            stop_token_ids: ids that end it; by default the end-of-sequence token.
+
+        Raises:
+            ValueError: the model has no preprocessor, or the prompt leaves no room.
+        """
+        tokenizer = self._tokenizer("stream")
+        if stop_token_ids == "auto":
+            stop_token_ids = [tokenizer.end_token_id]
+        ids = [tokenizer.start_token_id, *encode(tokenizer.proto, prompt)]
+        return self._stream_ids(ids, max_length, stop_token_ids or ())
+
+    def chat(
+        self,
+        messages: str | Sequence[Mapping[str, str]],
+        max_length: int | None = None,
+        stream: bool = False,
+    ):
+        """Answer a conversation in Gemma's turn template.
+
+        Args:
+            messages: what the user says, or the conversation so far, as for
+                `gemma_keras.chat.encode_chat`.
+            max_length: of conversation and answer together, in tokens; by default the
+                preprocessor's `sequence_length`.
+            stream: whether the pieces of the answer are given out as they come.
 
         Returns:
-            `token_ids` and `padding_mask` of the same shapes, filled in.
+            The answer; with `stream`, an iterator of its pieces.
+
+        Raises:
+            ValueError: the model has no preprocessor or was not tuned to the template, the
+                messages are not a conversation, or they leave no room for an answer.
         """
-        token_ids, padding_mask = inputs["token_ids"], inputs["padding_mask"]
-        batch_size, length = ops.shape(token_ids)[0], ops.shape(token_ids)[1]
-        cache = self.backbone.empty_cache(batch_size, length)
-        hidden_states, cache = self.backbone.call_with_cache(token_ids, cache, 0)
-        # Rows with longer prompts replay theirs: the sampler keeps what the mask marks as given.
-        index = ops.min(ops.sum(ops.cast(padding_mask, "int32"), axis=-1))
+        tokenizer = self._tokenizer("chat")
+        if not self.instruction_tuned:
+            raise ValueError(
+                "the model was not tuned to follow Gemma's turn template; use generate, or build "
+                "it with instruction_tuned=True"
+            )
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        ids = encode_chat(tokenizer.proto, messages)
+        stops = [tokenizer.end_token_id, tokenizer.token_to_id(GEMMA_TURNS.end_of_turn)]
+        pieces = self._stream_ids(ids, max_length, stops)
+        return pieces if stream else "".join(pieces)
 
-        def next(prompt, cache, index):
-            last = ops.slice(prompt, (0, index - 1), (batch_size, 1))
-            hidden, cache = self.backbone.call_with_cache(last, cache, index - 1)
-            logits = self.backbone.token_embedding(hidden, reverse=True)
-            return ops.squeeze(logits, axis=1), ops.squeeze(hidden, axis=1), cache
+    def _tokenizer(self, method: str) -> GemmaTokenizer:
+        if self.preprocessor is None:
+            raise ValueError(f"{method} needs a preprocessor, which this model has not")
+        return self.preprocessor.tokenizer
 
-        token_ids = self.sampler(
-            next=next,
-            prompt=token_ids,
-            cache=cache,
-            index=index,
-            mask=padding_mask,
-            stop_token_ids=stop_token_ids,
-            hidden_states=hidden_states,
-            model=self,
-        )
-        return {
-            "token_ids": token_ids,
-            "padding_mask": _mask_until_stop(token_ids, padding_mask, stop_token_ids),
-        }
+    def _stream_ids(
+        self, ids: list[int], max_length: int | None, stop_token_ids: Sequence[int]
+    ) -> Iterator[str]:
+        max_length = max_length or self.preprocessor.sequence_length
+        if len(ids) >= max_length:
+            raise ValueError(
+                f"the prompt has {len(ids):,} tokens, which leaves no room for an answer in "
+                f"max_length={max_length:,}"
+            )
+        found = self.make_generate_function().stream(ids, max_length, stop_token_ids)
+        return decode_stream(self.preprocessor.tokenizer.proto, found)
+
+    def score(
+        self,
+        token_ids,
+        padding_mask=None,
+        scoring_mode="logits",
+        layer_intercept_fn=None,
+        target_ids=None,
+    ):
+        """Score a text, as `keras_hub.models.GemmaCausalLM.score` does.
+
+        Args:
+            token_ids: int `(batch, length)`.
+            padding_mask: int or bool `(batch, length)`; by default nothing is padding.
+            scoring_mode: `"logits"`, or `"loss"` of each token.
+            layer_intercept_fn: called with hidden states `(batch, length, hidden_dim)` and -1 for
+                the embeddings, then the number of the block that made them; what it returns goes
+                on.
+            target_ids: int `(batch, length)`, what should have been predicted; `"loss"` needs it.
+
+        Returns:
+            float `(batch, length, vocabulary_size)`, or the losses `(batch, length)`.
+
+        Raises:
+            ValueError: an unknown mode, or `"loss"` without targets.
+        """
+        if scoring_mode not in ("logits", "loss"):
+            raise ValueError(f"scoring_mode is {scoring_mode!r}; it can be 'logits' or 'loss'")
+        if scoring_mode == "loss" and target_ids is None:
+            raise ValueError("scoring_mode='loss' needs target_ids")
+        intercept = layer_intercept_fn or (lambda x, index: x)
+        token_ids = ops.convert_to_tensor(token_ids, dtype="int32")
+        if padding_mask is None:
+            padding_mask = ops.ones_like(token_ids)
+        x = intercept(self.backbone.embed(token_ids), -1)
+        for index, block in enumerate(self.backbone.transformer_layers):
+            x = intercept(block(x, padding_mask=padding_mask), index)
+        logits = self.backbone.token_embedding(self.backbone.layer_norm(x), reverse=True)
+        if scoring_mode == "logits":
+            return logits
+        return keras.losses.sparse_categorical_crossentropy(target_ids, logits, from_logits=True)
 
     def export(self, filepath: str | os.PathLike[str], format: str = "tf_saved_model", **kwargs):
         """Write the model for another runtime.
@@ -207,15 +328,3 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
                 "exporting to ONNX needs more packages; run: pip install gemma-keras[export]"
             ) from error
         return export_onnx(self, filepath, **kwargs)
-
-
-def _mask_until_stop(token_ids, padding_mask, stop_token_ids):
-    """True up to and including the first generated stop token of each row."""
-    if stop_token_ids is None:
-        return ops.ones_like(token_ids, dtype="bool")
-    generated = ops.logical_not(ops.cast(padding_mask, "bool"))
-    stops = ops.zeros_like(token_ids, dtype="bool")
-    for stop in stop_token_ids:
-        stops = ops.logical_or(stops, ops.equal(token_ids, stop))
-    stops = ops.cast(ops.logical_and(stops, generated), "int32")
-    return ops.equal(ops.cumsum(stops, axis=-1) - stops, 0)

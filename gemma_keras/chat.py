@@ -7,6 +7,9 @@ stands at the head of the first user turn.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+
+from gemma_keras.text_pieces import encode, processor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,3 +30,40 @@ class TurnTemplate:
 
 
 GEMMA_TURNS = TurnTemplate()
+
+_ROLES = {"user": "user", "model": "model", "assistant": "model"}
+
+
+def encode_chat(proto: bytes, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """The ids of a conversation, ready for the model's next turn.
+
+    Args:
+        proto: the serialized SentencePiece model.
+        messages: `{"role": ..., "content": ...}` each, of role `user` and `model` (or `assistant`)
+            in turn, perhaps after one of role `system`; the last is the user's.
+
+    Raises:
+        ValueError: they are not such a conversation.
+    """
+    turns, before = list(messages), ""
+    for turn in turns:
+        if not isinstance(turn.get("content"), str):
+            raise ValueError(f"a message needs a role and a content that is text, found {turn!r}")
+    if turns and turns[0].get("role") == "system":
+        before = f"{turns.pop(0)['content']}\n\n"
+    expected = ["user", "model"] * (len(turns) // 2) + ["user"]
+    if [_ROLES.get(turn.get("role", "")) for turn in turns] != expected:
+        found = ", ".join(str(message.get("role")) for message in messages)
+        raise ValueError(
+            f"user and model must speak in turn, the user first and last; found {found}"
+        )
+    model, names = processor(proto), GEMMA_TURNS
+    start, end = (model.piece_to_id(name) for name in (names.start_of_turn, names.end_of_turn))
+    newline = encode(proto, "\n")
+    ids = [model.bos_id()]
+    for turn, role in zip(turns, expected, strict=True):
+        # The role and the text are one stretch, as one string would be tokenized.
+        ids += [start, *encode(proto, f"{role}\n{before}{turn['content'].strip()}")]
+        ids += [end, *newline]
+        before = ""
+    return [*ids, start, *encode(proto, f"{names.model}\n")]

@@ -180,34 +180,57 @@ class GemmaConfig:
 
 # --- published sizes, as the keys of their config.json ------------------------------------------
 
+
+def _size(
+    kind: str, hidden: int, ffw: int, layers: int, heads: int, kv_heads: int, **others: Any
+) -> dict[str, Any]:
+    return {
+        "model_type": kind,
+        "hidden_size": hidden,
+        "intermediate_size": ffw,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+    } | others
+
+
+_GEMMA3_SHORT = {"vocab_size": 262_144, "sliding_window": 512, "max_position_embeddings": 32_768}
+_GEMMA3_LONG = {
+    "sliding_window": 1024,
+    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+}
+
+# Instruction-tuned checkpoints have the architecture of the pretrained ones.
 NAMED_SIZES: dict[str, dict[str, Any]] = {
-    "gemma_2b": {
-        "model_type": "gemma",
-        "hidden_size": 2048,
-        "intermediate_size": 16384,
-        "num_hidden_layers": 18,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 1,
-    },
-    "gemma_7b": {
-        "model_type": "gemma",
-        "hidden_size": 3072,
-        "intermediate_size": 24576,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
-    },
-    "gemma3_270m": {
-        "model_type": "gemma3_text",
-        "vocab_size": 262_144,
-        "hidden_size": 640,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 18,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 1,
-        "sliding_window": 512,
-        "max_position_embeddings": 32_768,
-    },
+    "gemma_2b": _size("gemma", 2048, 16_384, 18, 8, 1),
+    "gemma_7b": _size("gemma", 3072, 24_576, 28, 16, 16),
+    "gemma2_2b": _size("gemma2", 2304, 9216, 26, 8, 4),
+    "gemma2_9b": _size("gemma2", 3584, 14_336, 42, 16, 8),
+    "gemma2_27b": _size(
+        "gemma2", 4608, 36_864, 46, 32, 16, head_dim=128, query_pre_attn_scalar=144
+    ),
+    "gemma3_270m": _size("gemma3_text", 640, 2048, 18, 4, 1, **_GEMMA3_SHORT),
+    "gemma3_1b": _size("gemma3_text", 1152, 6912, 26, 4, 1, **_GEMMA3_SHORT),
+    "gemma3_4b": _size("gemma3_text", 2560, 10_240, 34, 8, 4, **_GEMMA3_LONG),
+    "gemma3_12b": _size("gemma3_text", 3840, 15_360, 48, 16, 8, **_GEMMA3_LONG),
+    "gemma3_27b": _size(
+        "gemma3_text",
+        5376,
+        21_504,
+        62,
+        32,
+        16,
+        head_dim=128,
+        query_pre_attn_scalar=168,
+        **_GEMMA3_LONG,
+    ),
+}
+NAMED_SIZES |= {
+    "codegemma_2b": NAMED_SIZES["gemma_2b"],
+    "codegemma_7b": NAMED_SIZES["gemma_7b"],
+    "shieldgemma_2b": NAMED_SIZES["gemma2_2b"],
+    "shieldgemma_9b": NAMED_SIZES["gemma2_9b"],
+    "shieldgemma_27b": NAMED_SIZES["gemma2_27b"],
 }
 
 

@@ -16,6 +16,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from gemma_keras.cache import write
 from gemma_keras.config import LayerSpec
 
 _MASKED = -1e30
@@ -79,33 +80,6 @@ def rotate(x, positions, theta: float, scale: float):
     return ops.cast(rotated, x.dtype)
 
 
-def write_at(cache, new, start):
-    """The cache with `new` from position `start` onwards.
-
-    Args:
-        cache: `(batch, kv_heads, total, head_dim)`.
-        new: `(batch, kv_heads, length, head_dim)`.
-        start: int `()`, or `(batch,)` where rows differ; `start + length <= total`.
-
-    Returns:
-        A tensor like `cache`.
-    """
-    new = ops.cast(new, cache.dtype)
-    if len(start.shape) == 0:
-        return ops.slice_update(cache, (0, 0, start, 0), new)
-    shape = ops.shape(new)[:3]
-    rows, heads, places = (ops.arange(size, dtype="int32") for size in shape)
-    where = (
-        ops.reshape(rows, (-1, 1, 1)),
-        ops.reshape(heads, (1, -1, 1)),
-        ops.reshape(start, (-1, 1, 1)) + places,
-    )
-    indices = ops.stack([ops.broadcast_to(index, shape) for index in where], axis=-1)
-    return ops.scatter_update(
-        cache, ops.reshape(indices, (-1, 3)), ops.reshape(new, (-1, new.shape[-1]))
-    )
-
-
 def _dense(kernel_initializer, dtype, units: int, name: str) -> keras.layers.Dense:
     return keras.layers.Dense(
         units, use_bias=False, kernel_initializer=kernel_initializer, dtype=dtype, name=name
@@ -160,12 +134,13 @@ class GemmaAttention(keras.layers.Layer):
         Args:
             x: float `(batch, length, hidden_dim)`.
             padding_mask: int or bool `(batch, total)`, false where a key is padding; or `None`.
-            cache: keys and values of earlier tokens, each `(batch, kv_heads, total, head_dim)`;
-                or `None`, which means there are none.
+            cache: keys and values of earlier tokens, each `(batch, kv_heads, total, head_dim)`, as
+                `gemma_keras.cache` lays them out; or `None`, which means there are none.
             start: position of the first token of `x`: int, or int `(batch,)` where rows differ.
 
         Returns:
-            The output `(batch, length, hidden_dim)` and the updated cache (`None` without one).
+            The output `(batch, length, hidden_dim)` and the updated cache; without one, the keys
+            and values of `x`.
         """
         spec = self.spec
         batch, length = ops.shape(x)[0], ops.shape(x)[1]
@@ -188,19 +163,19 @@ class GemmaAttention(keras.layers.Layer):
         if cache is None:
             key_positions = positions
         else:
-            key, value = write_at(cache[0], key, start), write_at(cache[1], value, start)
-            cache = (key, value)
-            key_positions = ops.arange(ops.shape(key)[2], dtype="int32")
+            key, value, key_positions = write(cache, key, value, start, spec.sliding_window)
         mask = self._mask(positions, key_positions, padding_mask)
         attended = ops.swapaxes(self._attend(query, key, value, mask), 1, 2)
-        return self.output_dense(ops.reshape(attended, (batch, length, -1))), cache
+        return self.output_dense(ops.reshape(attended, (batch, length, -1))), (key, value)
 
     def _mask(self, positions, key_positions, padding_mask):
         """True where a query may look: bool `(batch or 1, 1, 1, length, total)`."""
-        distance = ops.expand_dims(positions, -1) - ops.expand_dims(key_positions, -2)
+        key_positions = ops.expand_dims(key_positions, -2)
+        distance = ops.expand_dims(positions, -1) - key_positions
         mask = distance >= 0
         if self.spec.sliding_window is not None:
             mask = ops.logical_and(mask, distance < self.spec.sliding_window)
+            mask = ops.logical_and(mask, key_positions >= 0)
         mask = ops.reshape(mask, (-1, 1, 1, *ops.shape(mask)[-2:]))
         if padding_mask is not None:
             keys = ops.cast(padding_mask, "bool")[:, None, None, None, :]
@@ -313,8 +288,9 @@ class GemmaDecoderBlock(keras.layers.Layer):
             layer.build(shape)
         super().build(input_shape)
 
-    def call(self, x, padding_mask=None, cache=None, start=0):
-        """As `GemmaAttention.call`, for the whole block; without a cache returns `x` alone."""
+    def call(self, x, padding_mask=None, cache=None, start=0, return_cache=False):
+        """As `GemmaAttention.call`, for the whole block; without a cache returns `x` alone, unless
+        `return_cache`."""
         attended, new_cache = self.attention(
             self.pre_attention_norm(x), padding_mask=padding_mask, cache=cache, start=start
         )
@@ -325,7 +301,7 @@ class GemmaDecoderBlock(keras.layers.Layer):
         if self.spec.post_norms:
             fed = self.post_ffw_norm(fed)
         x = x + fed
-        return x if cache is None else (x, new_cache)
+        return (x, new_cache) if return_cache or cache is not None else x
 
     def compute_output_shape(self, input_shape, *args, **kwargs):
         return input_shape

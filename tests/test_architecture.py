@@ -47,7 +47,11 @@ EXCEPTIONS = {
     "gemma_keras.causal_lm:GemmaCausalLM.export": ("export",),
 }
 # Which dependencies each package stands on: of the distribution itself, and extras.
-EXTRAS = {"edge_demo": (), "gemma_keras": ("keras", "sample"), "export": ("export", "sample")}
+EXTRAS = {
+    "edge_demo": (),
+    "gemma_keras": ("keras", "jax", "torch", "sample"),
+    "export": ("export", "sample"),
+}
 # Distributions that bring a top-level module under another name; keras-nlp is a name of keras-hub.
 BROUGHT_BY = {"keras_hub": "keras-nlp", "google": "protobuf"}
 ON_THE_DEVICE = {"onnxruntime", "numpy", "sentencepiece"}

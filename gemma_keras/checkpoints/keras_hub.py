@@ -1,0 +1,471 @@
+"""KerasHub's own Gemmas, live models in memory, read as a `Checkpoint` and made from one.
+
+Read are `GemmaBackbone` (Gemma 1 and 2) and `Gemma3Backbone`, alone or inside a task such as
+`GemmaCausalLM`. What counts is what the layers compute. KerasHub 0.32 in its layers:
+
+* `intermediate_dim` of a Gemma 1 or 2 is twice the width of the MLP, of a Gemma 3 the width;
+* the rotary bases are constants: 10 000, and 1 000 000 in the layers of a Gemma 3 that see the
+  whole text, which are all of them where it has no sliding window;
+* Gemma 1 and 2 interleave the halves of rotated queries and keys alike, so scores are the same;
+* `layer_norm_epsilon` reaches the last norm alone, the blocks always have 1e-6. A `GemmaConfig`
+  has one epsilon: a model with two is refused;
+* `query_head_dim_normalize=False`, the 27B sizes, is not passed on to attention either, so KerasHub
+  scales their queries by `head_dim ** -0.5`. Here the configuration counts, not the layers: Gemma 2
+  27B and Gemma 3 27B were trained with `(hidden_dim // num_query_heads) ** -0.5`, and so their
+  authors' code and every other runtime scale them. In models made here attention is told.
+
+Dropout is of no account, it is for training. Source: keras_hub/src/models/gemma and gemma3.
+"""
+
+# Keras and KerasHub are typed only in part.
+# pyright: reportArgumentType=false, reportReturnType=false
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from gemma_keras.checkpoints.names import parameter_count, weight_specs
+from gemma_keras.checkpoints.source import Checkpoint
+from gemma_keras.config import GemmaConfig, LayerSpec, layer_kinds
+from gemma_keras.errors import CheckpointError, ConfigError
+
+# Class and its package, so that nothing is imported to tell a KerasHub model from another.
+_BACKBONES = {
+    ("GemmaBackbone", "keras_hub.src.models.gemma"),
+    ("Gemma3Backbone", "keras_hub.src.models.gemma3"),
+}
+_EPSILON = 1e-6  # of the norms in KerasHub's blocks, whatever it is asked for
+_LOCAL_THETA, _GLOBAL_THETA = 10_000.0, 1_000_000.0
+_GLOBAL_EVERY = {False: 2, True: 6}  # by whether it is a Gemma3Backbone
+
+
+def read_keras_hub(
+    model: Any, *, instruction_tuned: bool = False, context_length: int | None = None
+) -> Checkpoint:
+    """Read a live KerasHub Gemma, whatever the generation.
+
+    Args:
+        model: a `keras_hub.models.GemmaBackbone` or `Gemma3Backbone`, or a task that has one, such
+            as `GemmaCausalLM`. Of a Gemma 3 with a vision encoder the text part is read.
+        instruction_tuned: whether it was tuned to follow Gemma's turn template; KerasHub's models
+            do not say.
+        context_length: in tokens; KerasHub's models do not say. By default what the published sizes
+            have: 8,192, of a Gemma 3 32,768, or 131,072 if its positions are scaled.
+
+    Returns:
+        Its weights are read from the model, LoRA merged, when they are asked for.
+
+    Raises:
+        ConfigError: it is not such a model, or one whose mathematics a `GemmaConfig` cannot say.
+        CheckpointError: it has been quantized, or has weights that a Gemma has no place for.
+    """
+    backbone = _backbone_of(model)
+    _refuse_quantized(backbone)
+    config = _config_of(backbone, context_length)
+    found = sum(math.prod(variable.shape) for variable in _text_weights(backbone))
+    if found != parameter_count(config):
+        raise CheckpointError(
+            f"the KerasHub model {backbone.name} has {found:,} parameters; a Gemma with its "
+            f"configuration has {parameter_count(config):,}, so it holds something unknown here"
+        )
+    tokenizer = getattr(getattr(model, "preprocessor", None), "tokenizer", None)
+    return Checkpoint(
+        config=config,
+        weights=_KerasHubWeights(backbone, config),
+        tokenizer_model=getattr(tokenizer, "proto", None),
+        instruction_tuned=instruction_tuned,
+        provenance={"format": "keras_hub", "name": model.name, "license": "gemma"},
+    )
+
+
+def write_keras_hub(checkpoint: Checkpoint, dtype: Any = None) -> Any:
+    """Make the KerasHub model that computes what a checkpoint describes.
+
+    The context length is not written: KerasHub's models have none. A 27B size saved by KerasHub
+    itself loses its query scale when KerasHub loads it again; see the top of this module.
+
+    Args:
+        checkpoint: configuration, weights, and the tokenizer if there is one.
+        dtype: Keras dtype policy of the model; `None` is Keras's default.
+
+    Returns:
+        A `keras_hub.models.GemmaCausalLM` or `Gemma3CausalLM`; its preprocessor is `None` where
+        the checkpoint has no tokenizer.
+
+    Raises:
+        ConfigError: KerasHub cannot build this architecture; the message names what it lacks.
+        CheckpointError: a weight is missing or of another shape, or KerasHub refuses the tokenizer.
+    """
+    import keras_hub
+
+    config = checkpoint.config
+    gemma3 = _needs_gemma3(config)
+    models = keras_hub.models
+    backbone_class = models.Gemma3Backbone if gemma3 else models.GemmaBackbone
+    arguments = _arguments(config, gemma3)  # before anything is allocated
+    preprocessor = _preprocessor(checkpoint.tokenizer_model, gemma3)
+    backbone = backbone_class(**arguments, dtype=dtype)
+    for block in backbone.transformer_layers:
+        block.attention.query_head_dim_normalize = arguments["query_head_dim_normalize"]
+    _assign(backbone, config, checkpoint.weights)
+    task_class = models.Gemma3CausalLM if gemma3 else models.GemmaCausalLM
+    return task_class(backbone=backbone, preprocessor=preprocessor)
+
+
+# --- one table of names --------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Transform:
+    """How a weight lies in KerasHub, both ways.
+
+    Attributes:
+        read: KerasHub's array as the canonical one.
+        write: the canonical array as KerasHub's, which has the given shape.
+    """
+
+    read: Callable[[np.ndarray], np.ndarray]
+    write: Callable[[np.ndarray, tuple[int, ...]], np.ndarray]
+
+
+_AS_IS = _Transform(lambda array: array, lambda array, shape: array)
+# [heads, in, head_dim] there, [in, heads * head_dim] here
+_HEADS_OUT = _Transform(
+    lambda array: array.transpose(1, 0, 2).reshape(array.shape[1], -1),
+    lambda array, shape: array.reshape(shape[1], shape[0], shape[2]).transpose(1, 0, 2),
+)
+# [heads, head_dim, out] there, [heads * head_dim, out] here
+_HEADS_IN = _Transform(
+    lambda array: array.reshape(-1, array.shape[2]),
+    lambda array, shape: array.reshape(shape),
+)
+
+# Canonical name to layer and variable in KerasHub, and the transform.
+_MODEL_ROWS = {
+    "token_embedding": ("token_embedding", "embeddings", _AS_IS),
+    "final_norm": ("layer_norm", "scale", _AS_IS),
+}
+_BLOCK_ROWS = {
+    "pre_attention_norm": ("pre_attention_norm", "scale", _AS_IS),
+    "attention.query": ("attention.query_dense", "kernel", _HEADS_OUT),
+    "attention.key": ("attention.key_dense", "kernel", _HEADS_OUT),
+    "attention.value": ("attention.value_dense", "kernel", _HEADS_OUT),
+    "attention.query_norm": ("attention.query_norm", "scale", _AS_IS),
+    "attention.key_norm": ("attention.key_norm", "scale", _AS_IS),
+    "attention.output": ("attention.output_dense", "kernel", _HEADS_IN),
+    "post_attention_norm": ("post_attention_norm", "scale", _AS_IS),
+    "pre_ffw_norm": ("pre_ffw_norm", "scale", _AS_IS),
+    "mlp.gate": ("gating_ffw", "kernel", _AS_IS),
+    "mlp.up": ("gating_ffw_2", "kernel", _AS_IS),
+    "mlp.down": ("ffw_linear", "kernel", _AS_IS),
+    "post_ffw_norm": ("post_ffw_norm", "scale", _AS_IS),
+}
+
+
+def _find(backbone: Any, name: str) -> tuple[Any, _Transform]:
+    """The variable of a canonical name, of a LoRA layer the merged one, and its transform."""
+    owner, rows = backbone, _MODEL_ROWS
+    if name.startswith("layers."):
+        _, index, name = name.split(".", 2)
+        owner, rows = backbone.transformer_layers[int(index)], _BLOCK_ROWS
+    layer, variable, transform = rows[name]
+    return operator.attrgetter(f"{layer}.{variable}")(owner), transform
+
+
+class _KerasHubWeights(Mapping[str, np.ndarray]):
+    """Canonical names to float32 arrays, each read from the live model when it is asked for."""
+
+    def __init__(self, backbone: Any, config: GemmaConfig) -> None:
+        self._backbone = backbone
+        self._specs = weight_specs(config)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        from keras import ops
+
+        spec = self._specs[name]
+        variable, transform = _find(self._backbone, name)
+        array = transform.read(ops.convert_to_numpy(ops.cast(variable, "float32")))
+        if array.shape != spec.shape:
+            raise CheckpointError(f"{name} has shape {array.shape}, expected {spec.shape}")
+        return array
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._specs)
+
+    def __len__(self) -> int:
+        return len(self._specs)
+
+
+def _assign(backbone: Any, config: GemmaConfig, weights: Mapping[str, np.ndarray]) -> None:
+    for name, spec in weight_specs(config).items():
+        if name not in weights:
+            raise CheckpointError(f"the weights lack {name}")
+        array = weights[name]
+        if array.shape != spec.shape:
+            raise CheckpointError(f"{name} has shape {array.shape}, expected {spec.shape}")
+        variable, transform = _find(backbone, name)
+        variable.assign(transform.write(array, tuple(variable.shape)))
+
+
+# --- what a live model is ------------------------------------------------------------------------
+
+
+def _backbone_of(model: Any) -> Any:
+    backbone = getattr(model, "backbone", model)
+    # The class itself, not one that inherits from it and may compute something else.
+    kind = type(backbone)
+    if (kind.__name__, kind.__module__.rpartition(".")[0]) not in _BACKBONES:
+        raise ConfigError(
+            f"a {kind.__module__}.{kind.__name__} is not a KerasHub Gemma that can be read; those "
+            "are keras_hub.models.GemmaBackbone and Gemma3Backbone, and tasks that have one"
+        )
+    return backbone
+
+
+def _text_layers(backbone: Any) -> list[Any]:
+    return [backbone.token_embedding, *backbone.transformer_layers, backbone.layer_norm]
+
+
+def _text_weights(backbone: Any) -> list[Any]:
+    """The variables of the text part, LoRA's left out."""
+    return [
+        variable
+        for layer in _text_layers(backbone)
+        for variable in layer.weights
+        if not variable.name.startswith("lora_")
+    ]
+
+
+def _refuse_quantized(backbone: Any) -> None:
+    for layer in _text_layers(backbone):
+        for sublayer in layer._flatten_layers():
+            if sublayer.quantization_mode is not None:
+                raise CheckpointError(
+                    f"{sublayer.path} of the KerasHub model has been quantized to "
+                    f"{sublayer.quantization_mode}; convert the model before quantize, which works "
+                    "on the converted one as well"
+                )
+
+
+def _config_of(backbone: Any, context_length: int | None) -> GemmaConfig:
+    if getattr(backbone, "is_embedding_model", False):
+        raise ConfigError(
+            f"the KerasHub model {backbone.name} gives embeddings of whole texts "
+            "(is_embedding_model), not next tokens"
+        )
+    layers = tuple(_layer_spec(block) for block in backbone.transformer_layers)
+    if context_length is None:
+        gemma3 = type(backbone).__name__ == "Gemma3Backbone"
+        scaled = any(layer.rope_scale != 1 for layer in layers)
+        context_length = 8192 if not gemma3 else 131_072 if scaled else 32_768
+    config = GemmaConfig(
+        vocabulary_size=int(backbone.vocabulary_size),
+        hidden_dim=int(backbone.hidden_dim),
+        layers=layers,
+        embedding_scale=backbone.hidden_dim**0.5,
+        final_soft_cap=_soft_cap(backbone.token_embedding.logit_soft_cap),
+        norm_epsilon=float(backbone.layer_norm.epsilon),
+        context_length=context_length,
+    )
+    for path, epsilon in _epsilons(backbone, layers):
+        if not _close(epsilon, config.norm_epsilon):
+            raise ConfigError(
+                f"the norm {path} of the KerasHub model has the epsilon {epsilon}, the last norm "
+                f"{config.norm_epsilon}, and here all norms share one (KerasHub passes "
+                "layer_norm_epsilon to the last norm alone); set the attribute epsilon of "
+                "backbone.layer_norm, or of all others, so that they agree"
+            )
+    return config
+
+
+def _layer_spec(block: Any) -> LayerSpec:
+    attention, rope = block.attention, block.attention.rope_layer
+    if block.use_post_attention_norm != block.use_post_ffw_norm:
+        raise ConfigError(
+            f"{block.name} of the KerasHub model has use_post_attention_norm="
+            f"{block.use_post_attention_norm} and use_post_ffw_norm={block.use_post_ffw_norm}; a "
+            "Gemma has both norms or neither"
+        )
+    if getattr(block, "use_bidirectional_attention", False):
+        raise ConfigError(
+            f"{block.name} of the KerasHub model looks ahead (use_bidirectional_attention); the "
+            "Gemmas here see only what came before"
+        )
+    if rope.rope_type != "linear":
+        raise ConfigError(
+            f"{block.name} of the KerasHub model has RoPE of type {rope.rope_type!r}; Gemma's is "
+            "'linear'"
+        )
+    # The first is what was asked for, the second what attention does: see the top of this module.
+    by_head_dim = block.query_head_dim_normalize and attention.query_head_dim_normalize
+    # A block of a Gemma 1 or 2 always halves, and has no such attribute.
+    ffw_dim = block.intermediate_dim // getattr(block, "gate_dim_reduction", 2)
+    window = attention.sliding_window_size if attention.use_sliding_window_attention else None
+    return LayerSpec(
+        num_heads=int(attention.num_query_heads),
+        num_kv_heads=int(attention.num_key_value_heads),
+        head_dim=int(attention.head_dim),
+        ffw_dim=int(ffw_dim),
+        query_scale=_query_scale(
+            bool(by_head_dim), attention.head_dim, block.hidden_dim, attention.num_query_heads
+        ),
+        sliding_window=None if window is None else int(window),
+        rope_theta=float(rope.max_wavelength),
+        rope_scale=float(rope.scaling_factor),
+        qk_norm=bool(getattr(attention, "use_query_key_norm", False)),
+        post_norms=bool(block.use_post_ffw_norm),
+        attention_soft_cap=_soft_cap(attention.logit_soft_cap),
+    )
+
+
+def _query_scale(by_head_dim: bool, head_dim: int, hidden_dim: int, num_heads: int) -> float:
+    return float(head_dim if by_head_dim else hidden_dim // num_heads) ** -0.5
+
+
+def _soft_cap(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def _epsilons(backbone: Any, layers: tuple[LayerSpec, ...]) -> Iterator[tuple[str, float]]:
+    """Path and epsilon of every norm in the blocks."""
+    for block, spec in zip(backbone.transformer_layers, layers, strict=True):
+        for name, (path, variable, _) in _BLOCK_ROWS.items():
+            absent = (name.startswith("post_") and not spec.post_norms) or (
+                name.startswith("attention.") and not spec.qk_norm
+            )
+            if variable == "scale" and not absent:
+                yield f"{block.name}.{path}", float(operator.attrgetter(path)(block).epsilon)
+
+
+# --- what KerasHub can build ---------------------------------------------------------------------
+
+
+def _needs_gemma3(config: GemmaConfig) -> bool:
+    return any(
+        layer.qk_norm or layer.rope_scale != 1 or layer.rope_theta == _GLOBAL_THETA
+        for layer in config.layers
+    )
+
+
+def _arguments(config: GemmaConfig, gemma3: bool) -> dict[str, Any]:
+    """What to build KerasHub's backbone with; `ConfigError` if that is another architecture."""
+    nearest, by_head_dim = _nearest(config, gemma3)
+    name = "Gemma3Backbone" if gemma3 else "GemmaBackbone"
+    for path, found, built in _differences(config, nearest):
+        raise ConfigError(
+            f"KerasHub cannot express this architecture: {path} is {found!r}, and its {name} "
+            f"has {built!r} there"
+        )
+    first = config.layers[0]
+    window, local_scale, global_scale = _windows(config)
+    arguments: dict[str, Any] = {
+        "vocabulary_size": config.vocabulary_size,
+        "num_layers": len(config.layers),
+        "num_query_heads": first.num_heads,
+        "num_key_value_heads": first.num_kv_heads,
+        "hidden_dim": config.hidden_dim,
+        "intermediate_dim": first.ffw_dim * (1 if gemma3 else 2),
+        "head_dim": first.head_dim,
+        "query_head_dim_normalize": by_head_dim,
+        "use_post_ffw_norm": first.post_norms,
+        "use_post_attention_norm": first.post_norms,
+        "attention_logit_soft_cap": first.attention_soft_cap,
+        "final_logit_soft_cap": config.final_soft_cap,
+        "use_sliding_window_attention": window is not None,
+        "layer_norm_epsilon": _EPSILON,
+    }
+    if window is not None:
+        arguments["sliding_window_size"] = window
+    if gemma3:
+        arguments |= {
+            "image_size": None,
+            "use_query_key_norm": first.qk_norm,
+            "local_rope_scaling_factor": local_scale,
+            "global_rope_scaling_factor": global_scale,
+        }
+    return arguments
+
+
+def _nearest(config: GemmaConfig, gemma3: bool) -> tuple[GemmaConfig, bool]:
+    """The architecture nearest to this that KerasHub builds, and whether its queries are scaled by
+    the head's width."""
+    first = config.layers[0]
+    scales = {
+        by_head_dim: _query_scale(by_head_dim, first.head_dim, config.hidden_dim, first.num_heads)
+        for by_head_dim in (True, False)
+        if by_head_dim or config.hidden_dim >= first.num_heads
+    }
+    by_head_dim = next((k for k, v in scales.items() if _close(first.query_scale, v)), True)
+    window, local_scale, global_scale = _windows(config)
+    layers = []
+    for kind in layer_kinds(len(config.layers), _GLOBAL_EVERY[gemma3]):
+        local = kind == "sliding_attention" and window is not None
+        layers.append(
+            dataclasses.replace(
+                first,
+                query_scale=scales[by_head_dim],
+                sliding_window=window if local else None,
+                rope_theta=_GLOBAL_THETA if gemma3 and not local else _LOCAL_THETA,
+                rope_scale=(local_scale if local else global_scale) if gemma3 else 1.0,
+            )
+        )
+    nearest = dataclasses.replace(
+        config,
+        layers=tuple(layers),
+        embedding_scale=config.hidden_dim**0.5,
+        norm_epsilon=_EPSILON,
+        tied_head=True,
+    )
+    return nearest, by_head_dim
+
+
+def _windows(config: GemmaConfig) -> tuple[int | None, float, float]:
+    """The window, and the scale of positions in the first layer with and without one."""
+    local = next((s for s in config.layers if s.sliding_window is not None), None)
+    full = next((s for s in config.layers if s.sliding_window is None), None)
+    return (
+        local.sliding_window if local else None,
+        local.rope_scale if local else 1.0,
+        full.rope_scale if full else 1.0,
+    )
+
+
+def _differences(config: GemmaConfig, other: GemmaConfig) -> Iterator[tuple[str, Any, Any]]:
+    """Where two configurations with equally many layers differ: the field, and both values."""
+    pairs = [("", config, other)] + [
+        (f"layers.{i}.", *layers)
+        for i, layers in enumerate(zip(config.layers, other.layers, strict=True))
+    ]
+    for prefix, one, two in pairs:
+        for field in dataclasses.fields(one):
+            found, built = getattr(one, field.name), getattr(two, field.name)
+            if field.name != "layers" and not _close(found, built):
+                yield f"{prefix}{field.name}", found, built
+
+
+def _close(found: Any, built: Any) -> bool:
+    """Equal, floats within float32's rounding: files may carry `1 / 16` or `256 ** -0.5`."""
+    if isinstance(found, float) and isinstance(built, float):
+        return math.isclose(found, built, rel_tol=1e-7)
+    return found == built
+
+
+def _preprocessor(tokenizer_model: bytes | None, gemma3: bool) -> Any:
+    if tokenizer_model is None:
+        return None
+    import keras_hub
+
+    models = keras_hub.models
+    try:
+        if gemma3:
+            # The text part alone: KerasHub's pieces for images are not in every vocabulary.
+            tokenizer = models.Gemma3Tokenizer(proto=tokenizer_model, has_vision_tokens=False)
+            return models.Gemma3CausalLMPreprocessor(tokenizer)
+        return models.GemmaCausalLMPreprocessor(models.GemmaTokenizer(proto=tokenizer_model))
+    except ValueError as error:
+        raise CheckpointError(f"KerasHub refuses the tokenizer: {error}") from error

@@ -1,0 +1,109 @@
+"""Compiling functions that read a model's variables, as each Keras backend does it.
+
+JAX and TensorFlow compile a whole function with XLA. PyTorch runs as it goes, and Keras's layers
+then cost as much time as a token's mathematics; there `recorded` keeps the operations of a part of
+the function, and runs them again without the layers.
+"""
+
+# Keras's operations are typed as if they returned None or a PyTree.
+# pyright: reportOptionalIterable=false
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+from keras import ops, tree
+
+
+def compiled(
+    model: keras.Model,
+    function: Callable[..., Any],
+    seeds: Callable[[], Sequence[keras.Variable]],
+    uses_up_first: bool = False,
+) -> Callable[..., Any]:
+    """A function that reads a model's variables, compiled once for each shape and each option.
+
+    Args:
+        model: whose variables it reads.
+        function: takes tensors by position and options by name, and returns tensors; may change
+            variables of `seeds`.
+        seeds: variables of random number generators that it may advance.
+        uses_up_first: whether it returns its first argument changed, which then is changed in
+            place where the backend can, and not to be used again.
+
+    Returns:
+        A function of the same arguments, arrays or tensors.
+    """
+    backend = keras.config.backend()
+    if backend == "torch":
+        run = _torch(function)
+    elif model.run_eagerly:
+        run = function
+    elif backend == "jax":
+        run = _jax(model, function, seeds, uses_up_first)
+    else:
+        run = _tensorflow(model, function)
+
+    def call(*tensors, **options):
+        return run(*tree.map_structure(ops.convert_to_tensor, tensors), **options)
+
+    return call
+
+
+def recorded(model: keras.Model, function: Callable[..., Any]) -> Callable[..., Any]:
+    """With PyTorch, a function whose operations are recorded once for each shape; else itself.
+
+    Args:
+        model: whose variables it reads.
+        function: takes tensors, and does the same operations whatever their values are: no random
+            numbers, no branches.
+    """
+    if keras.config.backend() != "torch" or model.run_eagerly:
+        return function
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    graphs: dict[Any, Callable[..., Any]] = {}
+
+    def call(*tensors):
+        shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in tree.flatten(tensors))
+        if shapes not in graphs:
+            graphs[shapes] = make_fx(lambda *args: function(*args))(*tensors)
+        return graphs[shapes](*tensors)
+
+    return call
+
+
+def _torch(function):
+    import torch
+
+    return torch.no_grad()(function)
+
+
+def _tensorflow(model, function):
+    import tensorflow as tf
+
+    return tf.function(function, jit_compile=bool(model.jit_compile))
+
+
+def _jax(model, function, seeds, uses_up_first):
+    import jax
+
+    @functools.partial(jax.jit, static_argnums=4, donate_argnums=(0,) if uses_up_first else ())
+    def run(first, others, state, seed_state, options):
+        variables = [*model.trainable_variables, *model.non_trainable_variables, *seeds()]
+        mapping = zip(variables, [*state, *seed_state], strict=True)
+        with keras.StatelessScope(state_mapping=mapping) as scope:
+            result = function(first, *others, **dict(options))
+        return result, [scope.get_current_value(seed) for seed in seeds()]
+
+    def call(first, *others, **options):
+        state = [v.value for v in [*model.trainable_variables, *model.non_trainable_variables]]
+        seed_state = [seed.value for seed in seeds()]
+        result, seed_state = run(first, others, state, seed_state, tuple(sorted(options.items())))
+        for seed, value in zip(seeds(), seed_state, strict=True):
+            seed.assign(value)
+        return result
+
+    return call

@@ -1,0 +1,232 @@
+"""Continuing token ids: the prompts at once, then a token a row at a time.
+
+A compiled function is of use to all prompts of about the same length: lengths are rounded up to
+`bucket`, and where rows end is data.
+"""
+
+# Keras's operations are typed as if they returned None or a PyTree.
+# pyright: reportOptionalOperand=false, reportOptionalSubscript=false, reportOperatorIssue=false
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportReturnType=false
+# pyright: reportOptionalMemberAccess=false, reportOptionalCall=false
+# pyright: reportIndexIssue=false, reportCallIssue=false, reportFunctionMemberAccess=false
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import keras
+import keras_hub
+import numpy as np
+from keras import ops
+
+from gemma_keras.compiled import compiled, recorded
+
+if TYPE_CHECKING:
+    from gemma_keras.causal_lm import GemmaCausalLM
+
+_LEAST_STEP = 16  # between buckets
+
+
+def bucket(length: int) -> int:
+    """The least length of at least `length` that functions are compiled for.
+
+    Longer by an eighth at most, or by 15.
+    """
+    step = max(_LEAST_STEP, 1 << max(0, length.bit_length() - 4))
+    return -(-length // step) * step
+
+
+class Generation:
+    """The compiled functions of a model and its sampler.
+
+    Args:
+        model: a compiled `GemmaCausalLM`, in the sense of `compile`.
+    """
+
+    def __init__(self, model: GemmaCausalLM) -> None:
+        self._model = model
+        self._sampler = model.sampler
+
+        def seeds():
+            return self._sampler.variables
+
+        self._prefill = compiled(model, model.backbone.prefill, seeds)
+        self._forward = recorded(model, self._run_forward)
+        self._first = compiled(model, self._run_first, seeds)
+        self._step = compiled(model, self._run_step, seeds, uses_up_first=True)
+        self._decode = compiled(model, self._run_loop, seeds, uses_up_first=True)
+        self._whole = compiled(model, self._run_sampler, seeds)
+
+    def __call__(self, inputs, stop_token_ids: Sequence[int] | None = None) -> dict[str, Any]:
+        """Continue a batch.
+
+        Args:
+            inputs: `token_ids` int `(batch, length)` and `padding_mask` bool or int of the same
+                shape: prompts, padded on the right to the length to generate to.
+            stop_token_ids: ids that end a row, or `None`.
+
+        Returns:
+            `token_ids` and `padding_mask` of the same shapes, filled in; rows end with their stop
+            token.
+
+        Raises:
+            ValueError: a prompt is empty, or padded on the left.
+        """
+        token_ids, lengths = self._checked(inputs)
+        stops = None if stop_token_ids is None else tuple(int(i) for i in stop_token_ids)
+        end = token_ids.shape[1]
+        if type(self._sampler).__call__ is not keras_hub.samplers.Sampler.__call__:
+            found = self._whole(token_ids, np.arange(end) < lengths[:, None], stop_token_ids=stops)
+        else:
+            hidden, cache, capacity = self._run_prefill(token_ids, lengths, end)
+            _, found = self._decode(
+                cache,
+                hidden,
+                np.pad(token_ids, ((0, 0), (0, capacity - end))),
+                lengths,
+                np.int32(end),
+                aligned=bool((lengths == lengths[0]).all()),
+                stop_token_ids=stops,
+            )
+        found = ops.convert_to_numpy(found)[:, :end]
+        stopped = np.isin(found, stops or ()) & (np.arange(end) >= lengths[:, None])
+        return {"token_ids": found, "padding_mask": np.cumsum(stopped, axis=1) - stopped == 0}
+
+    def stream(
+        self, prompt: Sequence[int], max_length: int, stop_token_ids: Sequence[int] = ()
+    ) -> Iterator[int]:
+        """Continue one prompt, a token at a time.
+
+        Args:
+            prompt: its ids.
+            max_length: of prompt and continuation together, in tokens.
+            stop_token_ids: ids that end it; they are not given out.
+
+        Raises:
+            ValueError: the prompt is empty.
+            NotImplementedError: the sampler looks at more than the next token, as beam search does.
+        """
+        if type(self._sampler).__call__ is not keras_hub.samplers.Sampler.__call__:
+            kind = type(self._sampler).__name__
+            raise NotImplementedError(
+                f"{kind} has no next token to give out before it has them all"
+            )
+        row = np.asarray([prompt], np.int32)
+        token_ids, lengths = self._checked({"token_ids": row, "padding_mask": np.ones_like(row)})
+        if len(prompt) >= max_length:
+            return
+        hidden, cache, _ = self._run_prefill(token_ids, lengths, max_length)
+        token = self._first(hidden)
+        for position in range(len(prompt), max_length):
+            found = int(ops.convert_to_numpy(token)[0])
+            if found in stop_token_ids:
+                return
+            yield found
+            if position + 1 < max_length:
+                cache, token = self._step(cache, token, np.int32(position))
+
+    def _checked(self, inputs) -> tuple[np.ndarray, np.ndarray]:
+        token_ids = ops.convert_to_numpy(inputs["token_ids"]).astype(np.int32)
+        mask = ops.convert_to_numpy(inputs["padding_mask"]).astype(bool)
+        lengths = mask.sum(axis=1).astype(np.int32)
+        if not lengths.all():
+            raise ValueError("a prompt is empty; it needs at least the beginning-of-sequence token")
+        if (mask != (np.arange(mask.shape[1]) < lengths[:, None])).any():
+            raise ValueError("prompts must be padded on the right")
+        return token_ids, lengths
+
+    def _run_prefill(self, token_ids: np.ndarray, lengths: np.ndarray, end: int):
+        longest, capacity = int(lengths.max()), bucket(end)
+        if keras.config.backend() != "torch":  # which compiles nothing for prompts
+            longest = bucket(longest)
+        prompts = np.zeros((len(token_ids), longest), np.int32)
+        copied = token_ids[:, :longest]
+        prompts[:, : copied.shape[1]] = copied
+        capacity = max(capacity, longest)
+        hidden, cache = self._prefill(prompts, lengths, capacity=capacity)
+        return hidden, cache, capacity
+
+    # --- what is compiled ---
+
+    def _logits(self, hidden):
+        """From `(batch, 1, hidden_dim)` to `(batch, vocabulary_size)`."""
+        return ops.squeeze(self._model.backbone.token_embedding(hidden, reverse=True), axis=1)
+
+    def _sample(self, logits):
+        """From `(batch, vocabulary_size)` to ids, int32 `(batch,)`."""
+        if type(self._sampler) is keras_hub.samplers.GreedySampler:
+            scores = logits  # the greatest has the greatest probability, which is not needed
+        else:
+            scores = self._sampler.compute_probabilities(logits)
+        return ops.cast(self._sampler.get_next_token(scores), "int32")
+
+    def _run_first(self, hidden):
+        """The ids after prompts, int32 `(batch,)`."""
+        return self._sample(self._logits(hidden))
+
+    def _run_forward(self, cache, token, start):
+        """The cache, and the logits after ids `(batch,)` that stand at position `start`."""
+        hidden, cache = self._model.backbone.call_with_cache(token[:, None], cache, start)
+        return cache, self._logits(hidden)
+
+    def _run_step(self, cache, token, start):
+        """The cache, and what follows ids `(batch,)` that stand at position `start`."""
+        cache, logits = self._forward(cache, token, start)
+        return cache, self._sample(logits)
+
+    def _run_loop(self, cache, hidden, token_ids, lengths, end, aligned: bool, stop_token_ids):
+        """What follows prompts, until every row is done: the cache and the ids."""
+        last_place = token_ids.shape[1] - 1
+        places = ops.arange(token_ids.shape[1], dtype="int32")[None]
+
+        def put(token_ids, token, positions, done):
+            """Write a token a row; say what is done then."""
+            here = ops.logical_and(places == positions[:, None], ops.logical_not(done)[:, None])
+            done = ops.logical_or(done, positions + 1 >= end)
+            for stop in stop_token_ids or ():
+                done = ops.logical_or(done, token == stop)
+            return ops.where(here, token[:, None], token_ids), done
+
+        def cond(token_ids, token, positions, done, cache):
+            return ops.logical_not(ops.all(done))
+
+        def body(token_ids, token, positions, done, cache):
+            # A row that is done goes on beside the others, for nobody, and not beyond the cache.
+            start = positions[0] if aligned else ops.minimum(positions, last_place)
+            cache, token = self._run_step(cache, token, start)
+            positions = positions + 1
+            token_ids, done = put(token_ids, token, positions, done)
+            return token_ids, token, positions, done, cache
+
+        token = self._run_first(hidden)
+        token_ids, done = put(token_ids, token, lengths, lengths >= end)
+        token_ids, _, _, _, cache = self._sampler.run_loop(
+            cond, body, loop_vars=(token_ids, token, lengths, done, cache), model=self._model
+        )
+        return cache, token_ids
+
+    def _run_sampler(self, token_ids, padding_mask, stop_token_ids):
+        """With a sampler that has a loop of its own, such as beam search."""
+        model = self._model
+        batch_size, length = token_ids.shape
+        cache = model.backbone.empty_cache(batch_size, length)
+        hidden_states, cache = model.backbone.call_with_cache(token_ids, cache, 0)
+        # Rows with longer prompts replay theirs: the sampler keeps what the mask marks as given.
+        index = ops.min(ops.sum(ops.cast(padding_mask, "int32"), axis=-1))
+
+        def next(prompt, cache, index):
+            last = ops.slice(prompt, (0, index - 1), (ops.shape(prompt)[0], 1))
+            hidden, cache = model.backbone.call_with_cache(last, cache, index - 1)
+            logits = model.backbone.token_embedding(hidden, reverse=True)
+            return ops.squeeze(logits, axis=1), ops.squeeze(hidden, axis=1), cache
+
+        return self._sampler(
+            next=next,
+            prompt=token_ids,
+            cache=cache,
+            index=index,
+            mask=padding_mask,
+            stop_token_ids=stop_token_ids,
+            hidden_states=hidden_states,
+            model=model,
+        )

@@ -1,0 +1,307 @@
+"""`generate`, `stream`, `chat` and `score`: windows, buckets, samplers, templates."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from keras import ops
+
+from gemma_keras import GemmaCausalLM
+from gemma_keras.chat import encode_chat
+from gemma_keras.generation import bucket
+from gemma_keras.text_pieces import decode_stream, encode, processor
+from tests.models import GENERATIONS, TEXT, WINDOW, write_tiny_hf
+
+pytestmark = pytest.mark.keras
+
+LENGTH = 24
+each_generation = pytest.mark.parametrize("generation", GENERATIONS)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Generation to our model of it, each made once."""
+    made = {}
+
+    def get(generation="gemma3"):
+        if generation not in made:
+            folder = tmp_path_factory.mktemp(generation)
+            write_tiny_hf(folder, generation)
+            made[generation] = GemmaCausalLM.from_preset(
+                folder, dtype="float32", sequence_length=48
+            )
+        made[generation].compile(sampler="greedy")
+        return made[generation]
+
+    return get
+
+
+def random_ids(batch_size=3, length=LENGTH, seed=1):
+    return np.random.default_rng(seed).integers(4, 300, (batch_size, length)).astype("int32")
+
+
+def prompts(lengths, length):
+    ids = random_ids(len(lengths), length)
+    mask = np.arange(length) < np.asarray(lengths)[:, None]
+    return {"token_ids": np.where(mask, ids, 0), "padding_mask": mask.astype("int32")}
+
+
+# --- the cache of whole prompts ------------------------------------------------------------------
+
+
+@each_generation
+@pytest.mark.parametrize("shortest", [1, WINDOW - 1, WINDOW, WINDOW + 1, 2 * WINDOW])
+def test_prompts_of_unequal_length_then_tokens_equal_the_whole_call(tiny, generation, shortest):
+    backbone = tiny(generation).backbone
+    ids = random_ids()
+    lengths = np.array([shortest, shortest + 1, 2 * WINDOW + 2], "int32")
+    padded = ids[:, : lengths.max()].copy()
+    hidden, cache = backbone.prefill(padded, ops.convert_to_tensor(lengths), LENGTH)
+    found = [ops.convert_to_numpy(hidden)]
+    for step in range(3):
+        tokens = ids[np.arange(len(ids)), lengths + step][:, None]
+        hidden, cache = backbone.call_with_cache(tokens, cache, lengths + step)
+        found.append(ops.convert_to_numpy(hidden))
+    whole = ops.convert_to_numpy(backbone({"token_ids": ids, "padding_mask": np.ones_like(ids)}))
+    expected = np.stack([whole[i, n - 1 : n + 3] for i, n in enumerate(lengths)])
+    difference = np.abs(np.concatenate(found, axis=1) - expected).max() / expected.std()
+    assert difference < 1e-4
+
+
+@each_generation
+def test_layers_with_a_window_keep_no_more_than_it(tiny, generation):
+    backbone = tiny(generation).backbone
+    _, cache = backbone.prefill(random_ids(), ops.convert_to_tensor([24, 20, 3]), 40)
+    for (key, value), spec in zip(cache, backbone.config.layers, strict=True):
+        slots = 40 if spec.sliding_window is None else WINDOW
+        assert tuple(key.shape) == tuple(value.shape) == (3, 2, slots, 32)
+
+
+# --- generate ------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 100_000))
+def test_a_bucket_is_an_eighth_or_fifteen_tokens_longer_at_most(length):
+    assert length <= bucket(length) <= length + max(15, length / 8)
+    assert bucket(bucket(length)) == bucket(length)
+
+
+def test_prompts_of_about_the_same_length_share_what_is_compiled(tiny, monkeypatch):
+    if keras.config.backend() == "torch":
+        pytest.skip("compiles nothing for prompts")
+    model = tiny()
+    calls = []
+    prefill = model.backbone.prefill
+    monkeypatch.setattr(
+        model.backbone, "prefill", lambda *args, **kw: calls.append(1) or prefill(*args, **kw)
+    )
+    model.compile(sampler="greedy")
+    for length in (17, 30, 24):
+        model.make_generate_function()(prompts([length], 48), None)
+    assert bucket(500) == bucket(510)
+    assert len(calls) == 1  # traced once
+
+
+@pytest.mark.spread
+@each_generation
+def test_rows_end_where_they_end_alone(tiny, generation):
+    model = tiny(generation)
+    inputs = prompts([3, 9, 20, 30], 30)
+    together = model.make_generate_function()(inputs, None)["token_ids"]
+    stop = [int(together[0, 8]), int(together[1, 20])]
+    together = model.make_generate_function()(inputs, stop)
+    for row in range(4):
+        alone = {key: value[row : row + 1] for key, value in inputs.items()}
+        alone = model.make_generate_function()(alone, stop)
+        np.testing.assert_array_equal(together["token_ids"][row], alone["token_ids"][0])
+        np.testing.assert_array_equal(together["padding_mask"][row], alone["padding_mask"][0])
+    np.testing.assert_array_equal(together["token_ids"][3], inputs["token_ids"][3])  # no room
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        keras_hub.samplers.BeamSampler(num_beams=1),
+        keras_hub.samplers.TopKSampler(k=1),
+        keras_hub.samplers.TopPSampler(p=1e-6),
+        keras_hub.samplers.RandomSampler(temperature=1e-4),
+    ],
+    ids=lambda sampler: type(sampler).__name__,
+)
+def test_samplers_that_leave_no_choice_are_greedy(tiny, sampler):
+    model = tiny()
+    inputs = prompts([5, 9], 20)
+    greedy = model.make_generate_function()(inputs, None)["token_ids"]
+    model.compile(sampler=sampler)
+    found = model.make_generate_function()(inputs, None)["token_ids"]
+    np.testing.assert_array_equal(found, greedy)
+
+
+def test_lora_that_is_enabled_later_counts(tmp_path):
+    write_tiny_hf(tmp_path, "gemma3")
+    model = GemmaCausalLM.from_preset(tmp_path, dtype="float32")
+    model.compile(sampler="greedy")
+    inputs = prompts([9], LENGTH)
+    before = model.make_generate_function()(inputs, None)["token_ids"]
+    model.backbone.enable_lora(2)
+    rng = np.random.default_rng(0)
+    for block in model.backbone.transformer_layers:
+        kernel = block.attention.value.lora_kernel_b
+        kernel.assign(3 * rng.standard_normal(kernel.shape))
+    after = model.make_generate_function()(inputs, None)["token_ids"]
+    logits = model.logits(after[:, :-1])[0, 8:]
+    np.testing.assert_array_equal(after[0, 9:], logits.argmax(-1))
+    assert (after != before).any()
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [([[1, 1, 0], [0, 0, 0]], "is empty"), ([[1, 1, 0], [0, 1, 1]], "padded on the right")],
+)
+def test_prompts_that_cannot_be_continued_are_refused(tiny, mask, message):
+    inputs = {"token_ids": random_ids(2, 3), "padding_mask": np.array(mask)}
+    with pytest.raises(ValueError, match=message):
+        tiny().make_generate_function()(inputs, None)
+
+
+# --- stream and chat -----------------------------------------------------------------------------
+
+
+@each_generation
+def test_a_stream_is_what_generate_returns(tiny, generation):
+    model = tiny(generation)
+    prompt = "Bread rises"
+    whole = model.generate(prompt, max_length=40, strip_prompt=True)
+    assert "".join(model.stream(prompt, max_length=40)).strip() == whole.strip()
+    assert len(list(model.stream(prompt, max_length=40))) > 3
+
+
+def test_a_stream_ends_before_its_stop_token_and_at_the_length(tiny):
+    model = tiny()
+    ids = random_ids(1, 5)[0]
+    whole = list(model.make_generate_function().stream(ids, 20))
+    assert len(whole) == 15
+    stop = whole[6]
+    found = list(model.make_generate_function().stream(ids, 20, [stop]))
+    assert found == whole[: whole.index(stop)]
+
+
+def test_a_stream_of_beams_is_refused(tiny):
+    model = tiny()
+    model.compile(sampler=keras_hub.samplers.BeamSampler(num_beams=2))
+    with pytest.raises(NotImplementedError, match="BeamSampler"):
+        list(model.stream("Bread"))
+
+
+def test_a_prompt_that_leaves_no_room_is_told_with_both_counts(tiny):
+    with pytest.raises(ValueError, match=r"has \d+ tokens.*max_length=10"):
+        tiny().stream(TEXT, max_length=10)
+
+
+def test_bytes_are_given_out_as_characters(tiny):
+    proto = tiny().preprocessor.tokenizer.proto
+    text = "Bread — é€𝄞 and a boat"
+    ids = encode(proto, text)
+    pieces = list(decode_stream(proto, ids))
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+    cut = next(i for i, token in enumerate(ids) if processor(proto).is_byte(token)) + 1
+    assert "".join(decode_stream(proto, ids[:cut])).endswith("\ufffd")
+
+
+def test_chat_answers_what_the_template_asks(tiny):
+    model = tiny()
+    with pytest.raises(ValueError, match="not tuned"):
+        model.chat("Is the shop open?")
+    tuned = GemmaCausalLM(model.backbone, model.preprocessor, instruction_tuned=True)
+    tuned.compile(sampler="greedy")
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Is it open?"},
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": " And now? "},
+    ]
+    proto = model.preprocessor.tokenizer.proto
+    ids = encode_chat(proto, messages)
+    limit = len(ids) + 12
+    answer = tuned.chat(messages, max_length=limit)
+    expected = list(tuned.make_generate_function().stream(ids, limit, [1]))
+    assert answer == "".join(decode_stream(proto, expected))
+    assert "".join(tuned.chat(messages, max_length=limit, stream=True)) == answer
+
+
+@pytest.mark.parametrize("roles", [[], ["model"], ["user", "user"], ["user", "model"], ["cook"]])
+def test_what_is_no_conversation_is_refused(tiny, roles):
+    messages = [{"role": role, "content": "yes"} for role in roles]
+    with pytest.raises(ValueError, match="in turn"):
+        encode_chat(tiny().preprocessor.tokenizer.proto, messages)
+
+
+# --- score ---------------------------------------------------------------------------------------
+
+
+@each_generation
+def test_scores_are_the_models_logits_and_their_losses(tiny, generation):
+    model = tiny(generation)
+    ids = random_ids(2)
+    seen = []
+
+    def intercept(x, index):
+        seen.append(index)
+        return x
+
+    logits = ops.convert_to_numpy(ops.stop_gradient(model.score(ids, layer_intercept_fn=intercept)))
+    np.testing.assert_allclose(logits, model.logits(ids), rtol=1e-4, atol=1e-4)
+    assert seen == list(range(-1, len(model.backbone.config.layers)))
+    targets = np.roll(ids, -1, axis=1)
+    loss = model.score(ids, scoring_mode="loss", target_ids=targets)
+    shifted = logits - logits.max(-1, keepdims=True)
+    expected = (
+        np.log(np.exp(shifted).sum(-1)) - np.take_along_axis(shifted, targets[..., None], 2)[..., 0]
+    )
+    found = ops.convert_to_numpy(ops.stop_gradient(loss))
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"scoring_mode": "rank"}, "rank"), ({"scoring_mode": "loss"}, "target")],
+)
+def test_scores_that_cannot_be_given_are_refused(tiny, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tiny().score(random_ids(), **arguments)
+
+
+# --- KerasHub ------------------------------------------------------------------------------------
+
+
+@each_generation
+def test_a_model_of_keras_hub_comes_in_and_goes_out(tiny, generation):
+    model = tiny(generation)
+    config = dataclasses.replace(
+        model.backbone.config,
+        norm_epsilon=1e-6,
+        layers=tuple(
+            dataclasses.replace(
+                spec,
+                query_scale=spec.head_dim**-0.5,
+                rope_theta=(
+                    1e6 if generation == "gemma3" and spec.sliding_window is None else 10_000.0
+                ),
+            )
+            for spec in model.backbone.config.layers
+        ),
+    )
+    checkpoint = dataclasses.replace(model.as_checkpoint(), config=config)
+    ours = GemmaCausalLM.from_checkpoint(checkpoint, dtype="float32")
+    theirs = ours.to_keras_hub(dtype="float32")
+    back = GemmaCausalLM.from_keras_hub(theirs, dtype="float32")
+    ids = random_ids()
+    np.testing.assert_array_equal(back.logits(ids), ours.logits(ids))
+    assert back.preprocessor.tokenizer.proto == ours.preprocessor.tokenizer.proto
