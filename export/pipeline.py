@@ -66,7 +66,8 @@ def export_onnx(
     """Write a bundle that `edge-demo` runs.
 
     Args:
-        source: what `gemma_keras.open_checkpoint` takes, or a `GemmaCausalLM`.
+        source: what `gemma_keras.open_checkpoint` takes, a `GemmaCausalLM`, or a live KerasHub
+            Gemma.
         out: the folder to write; it gets this name only when it is complete.
         recipe: `int4`, `int8`, `fp16` or `fp32`.
         kl_budget: for `int4`, the mean KL divergence from the float model, in nats, that the
@@ -187,7 +188,11 @@ def _round(
 def _open(source) -> Checkpoint:
     if isinstance(source, (str, os.PathLike)):
         return open_checkpoint(source)
-    return source.as_checkpoint()
+    if hasattr(source, "as_checkpoint"):
+        return source.as_checkpoint()
+    from gemma_keras.checkpoints.keras_hub import read_keras_hub
+
+    return read_keras_hub(source)
 
 
 def _check_kv_cache_dtype(dtype: str, lowering: str) -> None:

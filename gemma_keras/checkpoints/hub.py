@@ -1,0 +1,107 @@
+"""Checkpoints that have a name elsewhere: on the Hugging Face Hub, or among KerasHub's presets."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+from gemma_keras.errors import CheckpointError
+
+_HF_NAME = re.compile(r"(?:hf://)?([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)")
+_HF_FILES = [
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "tokenizer.model",
+    "LICENSE*",
+    "NOTICE*",
+]
+_KERAS_HUB_CLASSES = ("GemmaBackbone", "Gemma3Backbone")
+_MAX_JSON = 16 << 20
+
+
+def hf_name(source: str | os.PathLike[str]) -> str | None:
+    """The repository that `org/name` or `hf://org/name` means; `None` for anything else."""
+    match = _HF_NAME.fullmatch(os.fspath(source))
+    return match[1] if match else None
+
+
+def download(name: str) -> Path:
+    """A repository of the Hugging Face Hub as a folder, from its cache if it is there.
+
+    Files that may hold code, such as pickles, are not fetched.
+
+    Raises:
+        CheckpointError: it does not exist, its terms were not accepted, or there is no network.
+    """
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise CheckpointError(
+            f"{name} is no file here; to look for it on the Hugging Face Hub, run: "
+            "pip install huggingface_hub"
+        ) from error
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HF_FILES))
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{name} is no file here, and the Hugging Face Hub cannot be reached"
+        ) from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{name} cannot be fetched from the Hugging Face Hub ({reason}); if it is a gated "
+            "model, accept its terms there and run: hf auth login"
+        ) from error
+
+
+def is_keras_hub_preset(source: str | os.PathLike[str]) -> bool:
+    """Whether it is one of KerasHub's own Gemma presets: a folder that KerasHub wrote, one of its
+    names, or a `kaggle://` address."""
+    path = Path(source)
+    if path.is_dir():
+        return _registered_name(path).startswith("keras_hub>")
+    if str(source).startswith("kaggle://"):
+        return True
+    if not re.fullmatch(r"[a-z]*gemma[\w.]*", str(source)):
+        return False
+    import keras_hub
+
+    return any(source in getattr(keras_hub.models, name).presets for name in _KERAS_HUB_CLASSES)
+
+
+def load_keras_hub_preset(source: str | os.PathLike[str]):
+    """KerasHub's model of one of its presets.
+
+    Raises:
+        CheckpointError: KerasHub cannot load it.
+    """
+    import keras_hub
+
+    try:
+        return keras_hub.models.CausalLM.from_preset(str(source))
+    except (ValueError, OSError, RuntimeError, KeyError) as error:
+        raise CheckpointError(f"KerasHub cannot load the preset {source}: {error}") from error
+
+
+def is_own_preset(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder is one that `GemmaCausalLM.save_to_preset` wrote."""
+    # It holds a config.json too, as a Hugging Face folder does; task.json only KerasHub writes.
+    path = Path(path)
+    return (path / "task.json").exists() and not is_keras_hub_preset(path)
+
+
+def _registered_name(folder: Path) -> str:
+    """The class that a `config.json` of Keras's names; empty if there is none."""
+    path = folder / "config.json"
+    try:
+        if path.stat().st_size > _MAX_JSON:
+            return ""
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return ""
+    name = found.get("registered_name") if isinstance(found, dict) else None
+    return name if isinstance(name, str) else ""
