@@ -6,7 +6,11 @@ import huggingface_hub.constants
 import keras_hub
 import numpy as np
 import pytest
+from keras import ops
 
+from edge_demo.bundle import Bundle
+from edge_demo.engine import Engine
+from export import export_onnx
 from gemma_keras import GemmaCausalLM, open_checkpoint
 from gemma_keras.checkpoints.hub import hf_name, is_keras_hub_preset
 from gemma_keras.errors import CheckpointError
@@ -56,8 +60,9 @@ def test_names_of_keras_hubs_presets_are_known():
     assert not is_keras_hub_preset("sample")
 
 
-@pytest.mark.keras
-def test_a_folder_that_keras_hub_wrote_is_read(tmp_path):
+@pytest.fixture(scope="module")
+def theirs():
+    """A small model of KerasHub's."""
     backbone = keras_hub.models.Gemma3Backbone(
         vocabulary_size=300,
         image_size=None,
@@ -78,7 +83,11 @@ def test_a_folder_that_keras_hub_wrote_is_read(tmp_path):
         proto=tiny_tokenizer_model(), has_vision_tokens=False
     )
     preprocessor = keras_hub.models.Gemma3CausalLMPreprocessor(tokenizer)
-    theirs = keras_hub.models.Gemma3CausalLM(backbone=backbone, preprocessor=preprocessor)
+    return keras_hub.models.Gemma3CausalLM(backbone=backbone, preprocessor=preprocessor)
+
+
+@pytest.mark.keras
+def test_a_folder_that_keras_hub_wrote_is_read(theirs, tmp_path):
     theirs.save_to_preset(str(tmp_path))
     ids = np.random.default_rng(0).integers(4, 300, (2, 20)).astype("int32")
     ours = GemmaCausalLM.from_preset(tmp_path, dtype="float32")
@@ -92,3 +101,14 @@ def test_a_folder_of_keras_hub_that_is_damaged_is_told(tmp_path):
     (tmp_path / "config.json").write_text('{"registered_name": "keras_hub>Gemma3Backbone"}')
     with pytest.raises(CheckpointError, match="KerasHub cannot load"):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.keras
+def test_a_live_model_of_keras_hub_is_exported(theirs, tmp_path):
+    export_onnx(theirs, tmp_path / "bundle", "fp32")
+    engine = Engine(Bundle.open(tmp_path / "bundle"))
+    ids = np.random.default_rng(0).integers(4, 300, (1, 20)).astype("int32")
+    inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+    expected = ops.convert_to_numpy(ops.stop_gradient(theirs(inputs)))[0]
+    found = np.concatenate(list(engine.all_logits(ids[0].tolist())))
+    assert np.abs(found - expected).max() < 1e-4 * expected.std()
