@@ -312,14 +312,30 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
             return logits
         return keras.losses.sparse_categorical_crossentropy(target_ids, logits, from_logits=True)
 
+    def export_to_transformers(self, path, **kwargs):
+        """Write a folder that transformers loads: `export(path, format="safetensors")`."""
+        return self.export(path, format="safetensors", **kwargs)
+
     def export(self, filepath: str | os.PathLike[str], format: str = "tf_saved_model", **kwargs):
         """Write the model for another runtime.
 
         Args:
             filepath: the folder to write.
-            format: `"onnx"` writes a bundle that `edge-demo` runs; other formats are Keras's own.
-            **kwargs: for `"onnx"`, those of `export.export_onnx`, such as `recipe="int8"`.
+            format: `"onnx"` writes a bundle that `edge-demo` runs, `"safetensors"` a folder that
+                transformers loads, `"gguf"` a file that llama.cpp runs, all with LoRA merged; other
+                formats are Keras's own.
+            **kwargs: for `"onnx"`, those of `export.export_onnx`, such as `recipe="int8"`; for
+                `"safetensors"`, those of `write_safetensors_folder`, such as `dtype="float32"`; for
+                `"gguf"`, those of `write_gguf`, such as `tensor_type="q8_0"`.
         """
+        if format == "safetensors":
+            from gemma_keras.checkpoints.safetensors_writer import write_safetensors_folder
+
+            return write_safetensors_folder(self.as_checkpoint(), filepath, **kwargs)
+        if format == "gguf":
+            from gemma_keras.checkpoints.gguf_writer import write_gguf
+
+            return write_gguf(self.as_checkpoint(), filepath, **kwargs)
         if format != "onnx":
             return super().export(filepath, format=format, **kwargs)
         try:

@@ -53,7 +53,7 @@ EXTRAS = {
     "export": ("export", "sample"),
 }
 # Distributions that bring a top-level module under another name; keras-nlp is a name of keras-hub.
-BROUGHT_BY = {"keras_hub": "keras-nlp", "google": "protobuf"}
+BROUGHT_BY = {"keras_hub": "keras-nlp", "google": "protobuf", "ml_dtypes": "ml-dtypes"}
 ON_THE_DEVICE = {"onnxruntime", "numpy", "sentencepiece"}
 
 KERAS = ("keras", "keras_hub", "tensorflow", "jax", "torch")
@@ -201,7 +201,9 @@ def test_what_a_package_imports_is_among_its_declared_dependencies(package):
     allowed = ON_THE_DEVICE.union(*(declared(extra) for extra in EXTRAS[package]))
     brings = importlib.metadata.packages_distributions()
     for module in third_party(package):
-        distributions = {BROUGHT_BY.get(module)} | {d.lower() for d in brings[module]}
+        distributions = {BROUGHT_BY.get(module)} | {
+            d.lower().replace("_", "-") for d in brings[module]
+        }
         assert distributions & allowed, f"{package} imports {module}, declared nowhere"
 
 

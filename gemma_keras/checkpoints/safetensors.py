@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes  # noqa: F401 - with it numpy knows bfloat16
 import numpy as np
 import safetensors
 

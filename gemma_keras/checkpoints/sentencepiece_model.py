@@ -1,4 +1,4 @@
-"""A SentencePiece model rebuilt from the vocabulary that GGUF metadata carries."""
+"""A SentencePiece model as the vocabulary that GGUF metadata carries, in both directions."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 
 from gemma_keras.errors import CheckpointError
 
-_USER_DEFINED, _BYTE = 4, 6
+# SentencePiece and GGUF number the types of pieces alike.
+_USER_DEFINED, _UNUSED, _BYTE = 4, 5, 6
 _TYPES = range(1, 7)
-_SPACE = "\u2581"
+SPACE = "\u2581"
 
 
 def build_sentencepiece_model(metadata: Mapping[str, Any]) -> bytes:
@@ -63,7 +64,7 @@ def build_sentencepiece_model(metadata: Mapping[str, Any]) -> bytes:
             raise CheckpointError(f"token {index} of the vocabulary has the score {score}")
         if index == trainer.unk_id:
             kind = model.SentencePiece.UNKNOWN
-        piece = token.replace(" ", _SPACE) if kind == _USER_DEFINED else token
+        piece = token.replace(" ", SPACE) if kind == _USER_DEFINED else token
         model.pieces.add(piece=piece, score=score, type=kind)
     trainer.vocab_size = len(model.pieces)
     serialized = model.SerializeToString()
@@ -72,6 +73,85 @@ def build_sentencepiece_model(metadata: Mapping[str, Any]) -> bytes:
     except RuntimeError as error:
         raise CheckpointError(f"SentencePiece refuses the tokenizer: {error}") from error
     return serialized
+
+
+def tokenizer_metadata(model: bytes, vocabulary_size: int) -> dict[str, Any]:
+    """The `tokenizer.ggml.*` keys that say a SentencePiece model: `build_sentencepiece_model` back.
+
+    A user-defined piece is written with spaces, not with U+2581: llama.cpp looks for it in the text
+    as it is. A table longer than the tokenizer, as that of Gemma 3 with images, is filled with
+    unused pieces: GGUF's vocabulary is as long as its list of tokens.
+
+    Args:
+        model: the serialized SentencePiece model.
+        vocabulary_size: rows of the embedding table.
+
+    Raises:
+        CheckpointError: it is not as Gemma's, or has more pieces than the table has rows.
+    """
+    parsed = parse_tokenizer(model)
+    trainer, pieces = parsed.trainer_spec, parsed.pieces
+    check_fits(len(pieces), vocabulary_size)
+    padding = range(len(pieces), vocabulary_size)
+    tokens = [
+        piece.piece.replace(SPACE, " ") if piece.type == _USER_DEFINED else piece.piece
+        for piece in pieces
+    ]
+    ids = {
+        "bos_token_id": trainer.bos_id,
+        "eos_token_id": trainer.eos_id,
+        "unknown_token_id": trainer.unk_id,
+        "padding_token_id": trainer.pad_id,
+    }
+    values: dict[str, Any] = {
+        "model": "llama",
+        "pre": "default",
+        "tokens": [*tokens, *(f"[PAD{index}]" for index in padding)],
+        "scores": [*(piece.score for piece in pieces), *(-1000.0 for _ in padding)],
+        "token_type": [*(piece.type for piece in pieces), *(_UNUSED for _ in padding)],
+        **{key: value for key, value in ids.items() if value >= 0},
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "add_space_prefix": False,
+    }
+    return {f"tokenizer.ggml.{key}": value for key, value in values.items()}
+
+
+def parse_tokenizer(model: bytes) -> Any:
+    """A serialized SentencePiece model as its protobuf message, checked to be as Gemma's.
+
+    Raises:
+        CheckpointError: it is damaged, not BPE, lacks the token of a beginning, an end or the
+            unknown, or changes text before it cuts it.
+    """
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2 as proto
+
+    try:
+        parsed = proto.ModelProto.FromString(model)
+    except DecodeError as error:
+        raise CheckpointError(f"tokenizer.model is not a SentencePiece model: {error}") from error
+    trainer, normalizer = parsed.trainer_spec, parsed.normalizer_spec
+    if trainer.model_type != trainer.BPE:
+        raise CheckpointError("tokenizer.model is not a BPE model, which Gemma's tokenizer is")
+    if (
+        normalizer.precompiled_charsmap
+        or normalizer.add_dummy_prefix
+        or normalizer.remove_extra_whitespaces
+    ):
+        raise CheckpointError("tokenizer.model changes text before it cuts it; Gemma's does not")
+    for name in ("bos", "eos", "unk"):
+        if not 0 <= getattr(trainer, f"{name}_id") < len(parsed.pieces):
+            raise CheckpointError(f"tokenizer.model has no {name} token, which Gemma's has")
+    return parsed
+
+
+def check_fits(num_pieces: int, vocabulary_size: int) -> None:
+    """Raise `CheckpointError` if the model's table lacks rows for pieces of the tokenizer."""
+    if num_pieces > vocabulary_size:
+        raise CheckpointError(
+            f"the tokenizer has {num_pieces:,} pieces, the model's vocabulary {vocabulary_size:,}"
+        )
 
 
 _ITEMS = {"tokens": str, "scores": float, "token_type": int}

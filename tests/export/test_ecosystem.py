@@ -19,10 +19,10 @@ from edge_demo.bundle import Bundle
 from edge_demo.engine import Engine
 from edge_demo.tokenizer import Tokenizer
 from export.ecosystem import write_ecosystem_files
-from export.errors import ExportError
-from export.hf_tokenizer import tokenizer_json
 from gemma_keras import open_checkpoint
+from gemma_keras.checkpoints.hf_tokenizer import tokenizer_json
 from gemma_keras.config import GemmaConfig
+from gemma_keras.errors import CheckpointError
 from tests.edge_demo.conftest import ROOT
 from tests.gemma_keras.test_tokenizer import LONGEST_RUN, STRINGS
 from tests.models import GENERATIONS, tiny_tokenizer_model
@@ -146,7 +146,7 @@ def test_the_chat_template_is_ours(tiny_bundles):
 def test_a_tokenizer_that_changes_text_is_refused(change):
     model = proto.ModelProto.FromString(tiny_tokenizer_model())
     setattr(model.normalizer_spec, change, True)
-    with pytest.raises(ExportError, match="changes text"):
+    with pytest.raises(CheckpointError, match="changes text"):
         tokenizer_json(model.SerializeToString())
 
 

@@ -18,9 +18,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from export.errors import ExportError
-
-_SPACE = "\u2581"
+from gemma_keras.checkpoints.sentencepiece_model import SPACE, parse_tokenizer
 
 
 def tokenizer_json(model: bytes) -> dict[str, Any]:
@@ -30,23 +28,12 @@ def tokenizer_json(model: bytes) -> dict[str, Any]:
         model: the serialized SentencePiece model.
 
     Raises:
-        ExportError: it is not BPE, or changes text before it cuts it, which Gemma's does not.
+        CheckpointError: it is not BPE, or changes text before it cuts it, which Gemma's does not.
     """
-    from sentencepiece import sentencepiece_model_pb2 as proto
-
-    parsed = proto.ModelProto.FromString(model)
-    kinds = proto.ModelProto.SentencePiece
-    normalizer = parsed.normalizer_spec
-    if parsed.trainer_spec.model_type != parsed.trainer_spec.BPE:
-        raise ExportError("tokenizer.model is not a BPE model, which Gemma's tokenizer is")
-    if (
-        normalizer.precompiled_charsmap
-        or normalizer.add_dummy_prefix
-        or normalizer.remove_extra_whitespaces
-    ):
-        raise ExportError("tokenizer.model changes text before it cuts it; Gemma's does not")
+    parsed = parse_tokenizer(model)
+    kinds = parsed.SentencePiece
     pieces = [
-        (p.piece.replace(_SPACE, " ") if p.type == kinds.USER_DEFINED else p.piece, p.score, p.type)
+        (p.piece.replace(SPACE, " ") if p.type == kinds.USER_DEFINED else p.piece, p.score, p.type)
         for p in parsed.pieces
     ]
     unknown = next(piece for piece, _, kind in pieces if kind == kinds.UNKNOWN)
@@ -70,7 +57,7 @@ def tokenizer_json(model: bytes) -> dict[str, Any]:
             for index, (piece, _, kind) in enumerate(pieces)
             if kind in (*special, kinds.USER_DEFINED)
         ],
-        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
         # No space is left to split at; runtimes that know Gemma's file expect the entry.
         "pre_tokenizer": {
             "type": "Split",
@@ -82,7 +69,7 @@ def tokenizer_json(model: bytes) -> dict[str, Any]:
         "decoder": {
             "type": "Sequence",
             "decoders": [
-                {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
                 {"type": "ByteFallback"},
                 {"type": "Fuse"},
             ],

@@ -1,0 +1,146 @@
+"""The small files of a Hugging Face folder: what stands beside the weights, as JSON data.
+
+The architecture is `config.json`; token ids and sampling `generation_config.json`; the tokenizer
+`tokenizer.json` with `tokenizer_config.json`. A folder of safetensors has them, and a bundle for
+the runtimes that look for them.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple
+
+from gemma_keras.chat import GEMMA_TURNS
+from gemma_keras.checkpoints.hf_tokenizer import tokenizer_json
+from gemma_keras.checkpoints.sentencepiece_model import check_fits
+from gemma_keras.checkpoints.source import Checkpoint
+from gemma_keras.errors import CheckpointError
+
+CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+_ARCHITECTURES = {
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+}
+# How a tuned Gemma is sampled, as its published generation_config.json says.
+_SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 64, "top_p": 0.95}
+_GREEDY = {"do_sample": False}
+
+
+class TokenIds(NamedTuple):
+    """Ids of the tokens with a meaning; `stop` are those that end an answer, `<eos>` first."""
+
+    bos: int
+    stop: tuple[int, ...]
+
+
+def token_ids(checkpoint: Checkpoint) -> TokenIds:
+    """Those of a checkpoint with a tokenizer.
+
+    Raises:
+        CheckpointError: it lacks one of them.
+    """
+    pieces = _processor(checkpoint)
+    stop = [pieces.eos_id()]
+    if checkpoint.instruction_tuned:
+        stop.append(pieces.piece_to_id(GEMMA_TURNS.end_of_turn))
+    if pieces.unk_id() in stop or min(pieces.bos_id(), *stop) < 0:
+        raise CheckpointError(
+            "the tokenizer lacks the tokens that begin or end a text or, of an instruction-tuned "
+            "model, a turn"
+        )
+    return TokenIds(pieces.bos_id(), tuple(stop))
+
+
+def hf_files(checkpoint: Checkpoint, ids: TokenIds | None, dtype: str) -> dict[str, dict[str, Any]]:
+    """Name to content.
+
+    Args:
+        checkpoint: its configuration's context length goes into the files.
+        ids: of its tokenizer; `None` leaves out what needs one.
+        dtype: of the weights, by torch's name.
+
+    Raises:
+        ConfigError: no model type of Hugging Face's can say the architecture.
+        CheckpointError: the tokenizer is not as Gemma's, or has more pieces than the table rows.
+    """
+    hf = checkpoint.config.to_hf()
+    config = {
+        "architectures": [_ARCHITECTURES[hf["model_type"]]],
+        **hf,
+        "dtype": dtype,
+        "use_cache": True,
+        # The form of this file. Without it transformers 4.57 takes the tokenizer for one of
+        # Mistral's and warns.
+        "transformers_version": "4.57.0",
+    }
+    if ids is None:
+        return {CONFIG_FILE: config}
+    assert checkpoint.tokenizer_model is not None  # its ids came from there
+    pieces = _processor(checkpoint)
+    check_fits(pieces.vocab_size(), checkpoint.config.vocabulary_size)
+    end, pad = ids.stop[0], pieces.pad_id() if pieces.pad_id() >= 0 else ids.stop[0]
+    special = {
+        "bos_token_id": ids.bos,
+        "eos_token_id": end if len(ids.stop) == 1 else list(ids.stop),
+        "pad_token_id": pad,
+    }
+    named = {"bos": ids.bos, "eos": end, "pad": pad, "unk": pieces.unk_id()}
+    sampling = _SAMPLING if checkpoint.instruction_tuned else _GREEDY
+    return {
+        CONFIG_FILE: config | special,
+        GENERATION_FILE: special | sampling,
+        TOKENIZER_CONFIG_FILE: {
+            "tokenizer_class": "GemmaTokenizer",
+            **{f"{name}_token": pieces.id_to_piece(index) for name, index in named.items()},
+            "add_bos_token": True,
+            "add_eos_token": False,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": checkpoint.config.context_length,
+            **({"chat_template": CHAT_TEMPLATE} if checkpoint.instruction_tuned else {}),
+        },
+        TOKENIZER_FILE: tokenizer_json(checkpoint.tokenizer_model),
+    }
+
+
+def json_text(name: str, content: Any) -> str:
+    """The text of such a file; a quarter of a million pieces are written without indentation."""
+    layout: dict[str, Any] = {"separators": (",", ":")} if name == TOKENIZER_FILE else {"indent": 1}
+    return json.dumps(content, ensure_ascii=False, **layout) + "\n"
+
+
+def _processor(checkpoint: Checkpoint) -> Any:
+    import sentencepiece
+
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=checkpoint.tokenizer_model)
+    except Exception as error:  # sentencepiece raises RuntimeError or its own, by version
+        raise CheckpointError(f"tokenizer.model is not a SentencePiece model: {error}") from error
+
+
+# Gemma's turns as a Jinja template, for HF folders, GGUF and bundles; `edge-demo chat` does the
+# same by ids. Gemma has no system role: what stands in one goes to the head of the first user turn.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% set ns = namespace(before='') %}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}"
+    "{% set ns.before = message['content'] | trim + '\\n\\n' %}"
+    "{% else %}"
+    "{{ 'START' + ('MODEL' if message['role'] == 'assistant' else 'USER') + '\\n' }}"
+    "{{ ns.before + message['content'] | trim + 'END\\n' }}"
+    "{% set ns.before = '' %}"
+    "{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'STARTMODEL\\n' }}{% endif %}"
+)
+for _name, _text in (
+    ("START", GEMMA_TURNS.start_of_turn),
+    ("END", GEMMA_TURNS.end_of_turn),
+    ("MODEL", GEMMA_TURNS.model),
+    ("USER", GEMMA_TURNS.user),
+):
+    CHAT_TEMPLATE = CHAT_TEMPLATE.replace(_name, _text)
