@@ -70,7 +70,7 @@ def layout_map(
         shard_parameters_over_data: whether to split the other axis of every matrix over `data_dim`,
             as ZeRO's third stage does (Rajbhandari et al., 2020, arXiv:1910.02054). Devices then
             gather a matrix when they need it: less memory, more traffic. The map then lays out
-            activations too; but through `distribution`, batches have to divide for that.
+            activations too, for which a `ModelParallel` of your own needs batches that divide.
         config: of the model that is meant; its sizes are checked.
 
     Raises:
