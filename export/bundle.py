@@ -6,8 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,10 +20,10 @@ from export.quantize.formats import Plan, plan_to_json
 from gemma_keras.chat import GEMMA_TURNS
 from gemma_keras.checkpoints import Checkpoint
 from gemma_keras.checkpoints.names import parameter_count
+from gemma_keras.checkpoints.unfinished import whole_or_nothing
 
 TOKENIZER_FILE = "tokenizer.model"
 NOTICE_FILE = "GEMMA_NOTICE.txt"
-_REPLACED = ".old.partial"
 _NOTICE = """\
 Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms
 
@@ -43,23 +41,8 @@ def unfinished_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
     Raises:
         ExportRequestError: `out` exists and is not to be overwritten, or is not a bundle.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(out)
-    check_out(out, overwrite=overwrite)
-    folder = out.parent / f".{out.name}.{os.getpid()}.partial"
-    folder.mkdir()
-    try:
+    with whole_or_nothing(out, "folder", lambda: check_out(out, overwrite=overwrite)) as folder:
         yield folder
-        _sync(folder)
-        if out.exists():
-            old = out.parent / f".{out.name}.{os.getpid()}{_REPLACED}"
-            out.rename(old)
-            folder.rename(out)
-            shutil.rmtree(old)
-        else:
-            folder.rename(out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_out(out: Path, *, overwrite: bool) -> None:
@@ -87,34 +70,6 @@ def _is_bundle(folder: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(manifest, dict) and manifest.get("format") == FORMAT
-
-
-def _remove_abandoned(out: Path) -> None:
-    """Clear away what an export that was killed has left beside `out`."""
-    for folder in out.parent.glob(f".{out.name}.*.partial"):
-        pid = folder.name.removeprefix(f".{out.name}.").split(".")[0]
-        if not pid.isdigit() or _is_running(int(pid)):
-            continue
-        if folder.name.endswith(_REPLACED) and not out.exists():
-            folder.rename(out)  # it was killed between taking the old bundle away and its own turn
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _sync(folder: Path) -> None:
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
 
 
 def open_tokenizer(checkpoint: Checkpoint) -> sentencepiece.SentencePieceProcessor:

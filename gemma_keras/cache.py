@@ -16,11 +16,6 @@ import keras
 from keras import ops
 
 
-def slots(sliding_window: int | None, capacity: int) -> int:
-    """How many tokens a layer has to keep, of a text of up to `capacity` tokens."""
-    return capacity if sliding_window is None else min(sliding_window, capacity)
-
-
 def write(cache, key, value, start, sliding_window: int | None):
     """Put the keys and values of new tokens into a cache.
 
@@ -84,9 +79,10 @@ def place(array, lengths, sliding_window: int | None, capacity: int):
         capacity: tokens that the text may come to, at least `length`.
 
     Returns:
-        `(batch, kv_heads, total, head_dim)`.
+        `(batch, kv_heads, total, head_dim)`, `total` being the least that `sliding_window` and
+        `capacity` allow.
     """
-    total, length = slots(sliding_window, capacity), array.shape[2]
+    total, length = min(sliding_window or capacity, capacity), array.shape[2]
     if length <= total:
         return ops.pad(array, ((0, 0), (0, 0), (0, total - length), (0, 0)))
     last = ops.expand_dims(lengths - 1, -1)

@@ -15,7 +15,7 @@ import keras_hub
 from keras import ops
 
 from gemma_keras.backbone import GemmaBackbone
-from gemma_keras.chat import GEMMA_TURNS, encode_chat
+from gemma_keras.chat import encode_chat, turn_ids
 from gemma_keras.checkpoints import Checkpoint, open_checkpoint
 from gemma_keras.checkpoints.hub import is_own_preset
 from gemma_keras.checkpoints.keras_hub import read_keras_hub, write_keras_hub
@@ -198,6 +198,18 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
             self.generate_function = Generation(self)
         return self.generate_function
 
+    def generate(self, inputs, max_length=None, stop_token_ids="auto", strip_prompt=False):
+        """As `keras_hub.models.CausalLM.generate`; an instruction-tuned model also stops where it
+        ends its turn."""
+        if stop_token_ids == "auto" and self.preprocessor is not None:
+            stop_token_ids = self._stops()
+        return super().generate(inputs, max_length, stop_token_ids, strip_prompt)
+
+    def _stops(self) -> list[int]:
+        tokenizer = self.preprocessor.tokenizer
+        turns = [turn_ids(tokenizer.proto)[1]] if self.instruction_tuned else []
+        return [tokenizer.end_token_id, *turns]
+
     def stream(
         self, prompt: str, max_length: int | None = None, stop_token_ids="auto"
     ) -> Iterator[str]:
@@ -208,14 +220,14 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
             prompt: one text.
             max_length: of prompt and continuation together, in tokens; by default the
                 preprocessor's `sequence_length`.
-            stop_token_ids: ids that end it; by default the end-of-sequence token.
+            stop_token_ids: ids that end it; by default as for `generate`.
 
         Raises:
             ValueError: the model has no preprocessor, or the prompt leaves no room.
         """
         tokenizer = self._tokenizer("stream")
         if stop_token_ids == "auto":
-            stop_token_ids = [tokenizer.end_token_id]
+            stop_token_ids = self._stops()
         ids = [tokenizer.start_token_id, *encode(tokenizer.proto, prompt)]
         return self._stream_ids(ids, max_length, stop_token_ids or ())
 
@@ -250,8 +262,7 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
         ids = encode_chat(tokenizer.proto, messages)
-        stops = [tokenizer.end_token_id, tokenizer.token_to_id(GEMMA_TURNS.end_of_turn)]
-        pieces = self._stream_ids(ids, max_length, stops)
+        pieces = self._stream_ids(ids, max_length, self._stops())
         return pieces if stream else "".join(pieces)
 
     def _tokenizer(self, method: str) -> GemmaTokenizer:

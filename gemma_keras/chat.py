@@ -31,6 +31,20 @@ class TurnTemplate:
 
 GEMMA_TURNS = TurnTemplate()
 
+
+def turn_ids(proto: bytes) -> tuple[int, int]:
+    """The ids that open and close a turn.
+
+    Raises:
+        ValueError: the tokenizer does not have them.
+    """
+    model = processor(proto)
+    found = [model.piece_to_id(n) for n in (GEMMA_TURNS.start_of_turn, GEMMA_TURNS.end_of_turn)]
+    if model.unk_id() in found:
+        raise ValueError("the tokenizer lacks the tokens of Gemma's turn template")
+    return found[0], found[1]
+
+
 _ROLES = {"user": "user", "model": "model", "assistant": "model"}
 
 
@@ -43,7 +57,7 @@ def encode_chat(proto: bytes, messages: Sequence[Mapping[str, str]]) -> list[int
             in turn, perhaps after one of role `system`; the last is the user's.
 
     Raises:
-        ValueError: they are not such a conversation.
+        ValueError: they are not such a conversation, or the tokenizer has no turns.
     """
     turns, before = list(messages), ""
     for turn in turns:
@@ -58,7 +72,7 @@ def encode_chat(proto: bytes, messages: Sequence[Mapping[str, str]]) -> list[int
             f"user and model must speak in turn, the user first and last; found {found}"
         )
     model, names = processor(proto), GEMMA_TURNS
-    start, end = (model.piece_to_id(name) for name in (names.start_of_turn, names.end_of_turn))
+    start, end = turn_ids(proto)
     newline = encode(proto, "\n")
     ids = [model.bos_id()]
     for turn, role in zip(turns, expected, strict=True):

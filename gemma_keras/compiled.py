@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops, tree
 
 
@@ -47,9 +48,19 @@ def compiled(
         run = _tensorflow(model, function)
 
     def call(*tensors, **options):
-        return run(*tree.map_structure(ops.convert_to_tensor, tensors), **options)
+        return run(*tree.map_structure(_placed, tensors), **options)
 
     return call
+
+
+def _placed(array):
+    """A tensor; of an array of rows, each device has those that the distribution gives it."""
+    tensor = ops.convert_to_tensor(array)
+    distribution = keras.distribution.distribution()
+    if distribution is None or not isinstance(array, np.ndarray) or array.ndim == 0:
+        return tensor
+    layout = distribution.get_data_layout(array.shape)
+    return keras.distribution.distribute_tensor(tensor, layout) if layout else tensor
 
 
 def recorded(model: keras.Model, function: Callable[..., Any]) -> Callable[..., Any]:

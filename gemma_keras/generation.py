@@ -47,6 +47,9 @@ class Generation:
         self._model = model
         self._sampler = model.sampler
 
+        own = type(model.sampler).__call__
+        self._has_own_loop = own is not keras_hub.samplers.Sampler.__call__
+
         def seeds():
             return self._sampler.variables
 
@@ -75,14 +78,14 @@ class Generation:
         token_ids, lengths = self._checked(inputs)
         stops = None if stop_token_ids is None else tuple(int(i) for i in stop_token_ids)
         end = token_ids.shape[1]
-        if type(self._sampler).__call__ is not keras_hub.samplers.Sampler.__call__:
+        if self._has_own_loop:
             found = self._whole(token_ids, np.arange(end) < lengths[:, None], stop_token_ids=stops)
         else:
-            hidden, cache, capacity = self._run_prefill(token_ids, lengths, end)
+            token_ids, hidden, cache = self._run_prefill(token_ids, lengths, end)
             _, found = self._decode(
                 cache,
                 hidden,
-                np.pad(token_ids, ((0, 0), (0, capacity - end))),
+                token_ids,
                 lengths,
                 np.int32(end),
                 aligned=bool((lengths == lengths[0]).all()),
@@ -103,19 +106,17 @@ class Generation:
             stop_token_ids: ids that end it; they are not given out.
 
         Raises:
-            ValueError: the prompt is empty.
-            NotImplementedError: the sampler looks at more than the next token, as beam search does.
+            ValueError: the prompt is empty, or the sampler looks at more than the next token, as
+                beam search does.
         """
-        if type(self._sampler).__call__ is not keras_hub.samplers.Sampler.__call__:
+        if self._has_own_loop:
             kind = type(self._sampler).__name__
-            raise NotImplementedError(
-                f"{kind} has no next token to give out before it has them all"
-            )
+            raise ValueError(f"{kind} has no token to give out before it has them all")
         row = np.asarray([prompt], np.int32)
         token_ids, lengths = self._checked({"token_ids": row, "padding_mask": np.ones_like(row)})
         if len(prompt) >= max_length:
             return
-        hidden, cache, _ = self._run_prefill(token_ids, lengths, max_length)
+        _, hidden, cache = self._run_prefill(token_ids, lengths, max_length)
         token = self._first(hidden)
         for position in range(len(prompt), max_length):
             found = int(ops.convert_to_numpy(token)[0])
@@ -136,15 +137,13 @@ class Generation:
         return token_ids, lengths
 
     def _run_prefill(self, token_ids: np.ndarray, lengths: np.ndarray, end: int):
+        """The ids with room for as many as a cache holds, the last hidden states, the cache."""
         longest, capacity = int(lengths.max()), bucket(end)
         if keras.config.backend() != "torch":  # which compiles nothing for prompts
             longest = bucket(longest)
-        prompts = np.zeros((len(token_ids), longest), np.int32)
-        copied = token_ids[:, :longest]
-        prompts[:, : copied.shape[1]] = copied
-        capacity = max(capacity, longest)
-        hidden, cache = self._prefill(prompts, lengths, capacity=capacity)
-        return hidden, cache, capacity
+        token_ids = np.pad(token_ids, ((0, 0), (0, capacity - token_ids.shape[1])))
+        hidden, cache = self._prefill(token_ids[:, :longest], lengths, capacity=capacity)
+        return token_ids, hidden, cache
 
     # --- what is compiled ---
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 import sentencepiece
 
 _SPACE = "\u2581"
+_UNKNOWN = "\u2047"  # as SentencePiece decodes it, less the spaces around it
 
 
 def _one_mark_a_byte(error: UnicodeError) -> tuple[str, int]:
@@ -44,7 +45,8 @@ def decode_stream(proto: bytes, ids: Iterable[int]) -> Iterator[str]:
         if model.is_byte(token):
             text = decoder.decode(bytes([int(model.id_to_piece(token)[1:-1], 16)]))
         else:
-            text = decoder.decode(b"", final=True) + model.id_to_piece(token).replace(_SPACE, " ")
+            piece = _UNKNOWN if model.is_unknown(token) else model.id_to_piece(token)
+            text = decoder.decode(b"", final=True) + piece.replace(_SPACE, " ")
             decoder.reset()
         if text:
             yield text

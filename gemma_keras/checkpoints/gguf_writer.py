@@ -24,8 +24,8 @@ from gemma_keras.checkpoints.gguf_config import config_to_gguf
 from gemma_keras.checkpoints.hf_files import CHAT_TEMPLATE, token_ids
 from gemma_keras.checkpoints.names import WeightSpec, weight_specs
 from gemma_keras.checkpoints.sentencepiece_model import tokenizer_metadata
-from gemma_keras.checkpoints.source import Checkpoint
-from gemma_keras.checkpoints.unfinished import check_range, file_pieces, unfinished
+from gemma_keras.checkpoints.source import Checkpoint, check_range, file_pieces
+from gemma_keras.checkpoints.unfinished import unfinished
 from gemma_keras.errors import CheckpointError, ConfigError
 
 Type = gguf.GGMLQuantizationType

@@ -62,8 +62,8 @@ def is_keras_hub_preset(source: str | os.PathLike[str]) -> bool:
     """Whether it is one of KerasHub's own Gemma presets: a folder that KerasHub wrote, one of its
     names, or a `kaggle://` address."""
     path = Path(source)
-    if path.is_dir():
-        return _registered_name(path).startswith("keras_hub>")
+    if path.exists():
+        return path.is_dir() and _registered_name(path).startswith("keras_hub>")
     if str(source).startswith("kaggle://"):
         return True
     if not re.fullmatch(r"[a-z]*gemma[\w.]*", str(source)):

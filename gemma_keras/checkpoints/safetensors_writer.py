@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,13 +20,8 @@ import numpy as np
 
 from gemma_keras.checkpoints.hf_files import CONFIG_FILE, hf_files, json_text, token_ids
 from gemma_keras.checkpoints.names import WeightSpec, weight_specs
-from gemma_keras.checkpoints.source import Checkpoint
-from gemma_keras.checkpoints.unfinished import (
-    check_range,
-    file_pieces,
-    unfinished,
-    write_json_and_notices,
-)
+from gemma_keras.checkpoints.source import Checkpoint, check_range, file_pieces
+from gemma_keras.checkpoints.unfinished import unfinished
 from gemma_keras.errors import CheckpointError
 
 
@@ -108,7 +103,7 @@ def write_safetensors_folder(
                     file.write(array.reshape(-1).view(np.uint8).data)
                     written += array.nbytes
                     on_progress(written, total)
-        write_json_and_notices(partial, texts, checkpoint.notices)
+        _write_texts(partial, texts, checkpoint.notices)
 
 
 def _shards(
@@ -166,3 +161,14 @@ def _is_checkpoint(path: Path) -> bool:
         and ((path / _SINGLE).is_file() or (path / _INDEX).is_file())
         and all(entry.is_file() for entry in path.iterdir())
     )
+
+
+def _write_texts(folder: Path, texts: Mapping[str, str], notices: Mapping[str, bytes]) -> None:
+    """Write the small files of a checkpoint; a notice must not take the name of another file."""
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    for name, content in notices.items():
+        path = folder / name
+        if Path(name).name != name or path.exists():
+            raise CheckpointError(f"the notice {name!r} must have a plain name of its own")
+        path.write_bytes(content)

@@ -185,3 +185,45 @@ class Checkpoint:
     instruction_tuned: bool
     provenance: dict[str, Any]
     notices: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+
+
+def file_pieces(
+    checkpoint: Checkpoint, spec: WeightSpec, file_format: FileFormat
+) -> Iterator[np.ndarray]:
+    """A weight as a file holds it, float32 from row to row; of a table a piece is in memory.
+
+    Raises:
+        CheckpointError: the weight is missing or of another shape.
+    """
+    if spec.name not in checkpoint.weights:
+        raise CheckpointError(f"the weights lack {spec.name}")
+    if spec.kind == "table":
+        pieces = (rows for _, rows in table_pieces(checkpoint.weights, spec.name))
+    else:
+        array = spec.to_file(checkpoint.weights[spec.name], file_format)
+        pieces = iter([array]) if array.ndim == 1 else (rows for _, rows in row_pieces(array))
+    wrong = CheckpointError(f"{spec.name} is not of the shape {list(spec.shape)}")
+    num_rows = 0
+    for piece in pieces:
+        num_rows += len(piece)
+        if piece.shape[1:] != spec.file_shape[1:] or num_rows > spec.file_shape[0]:
+            raise wrong
+        yield np.ascontiguousarray(piece, np.float32)
+    if num_rows != spec.file_shape[0]:
+        raise wrong
+
+
+def check_range(array: np.ndarray, largest: float, name: str, stored_as: str) -> None:
+    """Refuse numbers that become infinite in another type, and those that are not finite.
+
+    Args:
+        array: float32.
+        largest: the greatest magnitude that `stored_as` holds.
+        name: of the weight.
+        stored_as: the type, for people.
+    """
+    found = np.abs(array).max()
+    if not found <= largest:
+        raise CheckpointError(
+            f"{name} holds {found:g}, {stored_as} ends at {largest:g}; write another type"
+        )
