@@ -126,28 +126,12 @@ def gemma_keras_model():
 
 
 def keras_hub_model():
-    """KerasHub's, with the arguments of its own preset."""
+    """KerasHub's."""
     import keras
-    import keras_hub
 
-    backbone = keras_hub.models.Gemma3Backbone(
-        vocabulary_size=262_144,
-        image_size=896,
-        num_layers=18,
-        num_query_heads=4,
-        num_key_value_heads=1,
-        hidden_dim=640,
-        intermediate_dim=2048,
-        head_dim=256,
-        query_head_dim_normalize=True,
-        use_query_key_norm=True,
-        use_post_ffw_norm=True,
-        use_post_attention_norm=True,
-        use_sliding_window_attention=True,
-        sliding_window_size=512,
-        dtype="float32",
-    )
-    model = keras_hub.models.Gemma3CausalLM(backbone=backbone, preprocessor=None)
+    from gemma_keras import GemmaBackbone, GemmaCausalLM
+
+    model = GemmaCausalLM(GemmaBackbone(_SIZE, dtype="float32")).to_keras_hub("float32")
     model.compile(sampler="greedy")
     # Its `generate` itself wants a preprocessor: without one it concatenates images that are None.
     generate = model.make_generate_function()

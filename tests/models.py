@@ -130,6 +130,25 @@ def tiny_tokenizer_model() -> bytes:
     return model.getvalue()
 
 
+def chat_tokenizer_model() -> bytes:
+    """The small tokenizer, whose last pieces become the control tokens of turns and two spaces."""
+    from sentencepiece import sentencepiece_model_pb2 as proto
+
+    model = proto.ModelProto.FromString(tiny_tokenizer_model())
+    kinds = proto.ModelProto.SentencePiece
+    for index, (piece, kind) in enumerate(
+        (
+            ("<start_of_turn>", kinds.CONTROL),
+            ("<end_of_turn>", kinds.CONTROL),
+            ("\u2581\u2581", kinds.USER_DEFINED),
+        ),
+        start=-3,
+    ):
+        entry = model.pieces[index]
+        entry.piece, entry.type = piece, kind
+    return model.SerializeToString()
+
+
 def write_tiny_hf(folder: Path, generation: str, seed: int = 0, tied: bool = True):
     """Write a small random model as a Hugging Face folder, tokenizer included.
 

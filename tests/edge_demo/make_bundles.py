@@ -10,9 +10,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from sentencepiece import sentencepiece_model_pb2 as proto
-
-from tests.models import GENERATIONS, tiny_tokenizer_model, write_tiny_hf
+from tests.models import GENERATIONS, chat_tokenizer_model, write_tiny_hf
 
 SHORT_CONTEXT = 16
 
@@ -36,23 +34,6 @@ def main(folder: Path) -> None:
     (tuned / "tokenizer.model").write_bytes(chat_tokenizer_model())
     (tuned / "chat_template.jinja").write_text("{{ bos_token }}<start_of_turn>user\n…")
     export_onnx(tuned, folder / "chat", "int8", verify=False)
-
-
-def chat_tokenizer_model() -> bytes:
-    """The small tokenizer, whose last pieces become the control tokens of turns and two spaces."""
-    model = proto.ModelProto.FromString(tiny_tokenizer_model())
-    kinds = proto.ModelProto.SentencePiece
-    for index, (piece, kind) in enumerate(
-        (
-            ("<start_of_turn>", kinds.CONTROL),
-            ("<end_of_turn>", kinds.CONTROL),
-            ("\u2581\u2581", kinds.USER_DEFINED),
-        ),
-        start=-3,
-    ):
-        entry = model.pieces[index]
-        entry.piece, entry.type = piece, kind
-    return model.SerializeToString()
 
 
 if __name__ == "__main__":

@@ -17,8 +17,7 @@ from edge_demo.engine import Engine
 from edge_demo.errors import RequestError
 from edge_demo.score import kl_divergence, token_log_probabilities
 from tests.edge_demo.bundle_files import copy_bundle, edit_manifest, rewrite
-from tests.edge_demo.make_bundles import chat_tokenizer_model
-from tests.models import VOCABULARY_SIZE
+from tests.models import VOCABULARY_SIZE, chat_tokenizer_model
 
 BOS = 2
 LN2 = math.log(2)

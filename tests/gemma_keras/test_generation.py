@@ -14,13 +14,14 @@ from keras import ops
 
 from gemma_keras import GemmaCausalLM
 from gemma_keras.chat import encode_chat
-from gemma_keras.generation import bucket
+from gemma_keras.generation import Generation, bucket
 from gemma_keras.text_pieces import decode_stream, encode, processor
-from tests.models import GENERATIONS, TEXT, WINDOW, write_tiny_hf
+from gemma_keras.tokenizer import GemmaCausalLMPreprocessor, GemmaTokenizer
+from tests.models import GENERATIONS, TEXT, WINDOW, chat_tokenizer_model, write_tiny_hf
 
 pytestmark = pytest.mark.keras
 
-LENGTH = 24
+LENGTH, END_OF_TURN = 24, 298
 each_generation = pytest.mark.parametrize("generation", GENERATIONS)
 
 
@@ -160,6 +161,19 @@ def test_lora_that_is_enabled_later_counts(tmp_path):
     assert (after != before).any()
 
 
+def test_what_fit_has_changed_counts(tmp_path):
+    write_tiny_hf(tmp_path, "gemma")
+    model = GemmaCausalLM.from_preset(tmp_path, dtype="float32", sequence_length=LENGTH)
+    model.compile(optimizer=keras.optimizers.Adam(0.03), sampler="greedy")
+    inputs = prompts([9], LENGTH)
+    before = model.make_generate_function()(inputs, None)["token_ids"]
+    model.fit(TEXT.splitlines(), batch_size=4, shuffle=False, verbose=0)
+    after = model.make_generate_function()(inputs, None)["token_ids"]
+    logits = model.logits(after[:, :-1])[0, 8:]
+    np.testing.assert_array_equal(after[0, 9:], logits.argmax(-1))
+    assert (after != before).any()
+
+
 @pytest.mark.parametrize(
     ("mask", "message"),
     [([[1, 1, 0], [0, 0, 0]], "is empty"), ([[1, 1, 0], [0, 1, 1]], "padded on the right")],
@@ -195,7 +209,7 @@ def test_a_stream_ends_before_its_stop_token_and_at_the_length(tiny):
 def test_a_stream_of_beams_is_refused(tiny):
     model = tiny()
     model.compile(sampler=keras_hub.samplers.BeamSampler(num_beams=2))
-    with pytest.raises(NotImplementedError, match="BeamSampler"):
+    with pytest.raises(ValueError, match="BeamSampler has no token"):
         list(model.stream("Bread"))
 
 
@@ -213,34 +227,65 @@ def test_bytes_are_given_out_as_characters(tiny):
     assert not any("\ufffd" in piece for piece in pieces)
     cut = next(i for i, token in enumerate(ids) if processor(proto).is_byte(token)) + 1
     assert "".join(decode_stream(proto, ids[:cut])).endswith("\ufffd")
+    unknown = processor(proto).unk_id()
+    assert "".join(decode_stream(proto, [2, ids[0], unknown, 1])) == f"{pieces[0]}\u2047"
+
+
+def with_turns(model):
+    """Instruction-tuned, its tokenizer with the turn template's tokens."""
+    tokenizer = GemmaTokenizer(proto=chat_tokenizer_model())
+    preprocessor = GemmaCausalLMPreprocessor(tokenizer, sequence_length=48)
+    tuned = GemmaCausalLM(model.backbone, preprocessor, instruction_tuned=True)
+    tuned.compile(sampler="greedy")
+    return tuned
+
+
+def test_a_tuned_model_stops_where_it_ends_its_turn(tiny, monkeypatch):
+    tuned = with_turns(tiny())
+    given = []
+    monkeypatch.setattr(
+        Generation,
+        "__call__",
+        lambda self, inputs, stop_token_ids: given.append(stop_token_ids) or inputs,
+    )
+    tuned.generate("Bread rises")
+    tiny().generate("Bread rises")
+    assert given == [[1, END_OF_TURN], [1]]
+
+
+def test_a_tokenizer_without_turns_is_told(tiny):
+    model = tiny()
+    tuned = GemmaCausalLM(model.backbone, model.preprocessor, instruction_tuned=True)
+    tuned.compile(sampler="greedy")
+    with pytest.raises(ValueError, match="lacks the tokens of Gemma's turn template"):
+        tuned.chat("Is it open?")
 
 
 def test_chat_answers_what_the_template_asks(tiny):
     model = tiny()
     with pytest.raises(ValueError, match="not tuned"):
         model.chat("Is the shop open?")
-    tuned = GemmaCausalLM(model.backbone, model.preprocessor, instruction_tuned=True)
-    tuned.compile(sampler="greedy")
+    tuned = with_turns(model)
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Is it open?"},
         {"role": "assistant", "content": "Yes."},
         {"role": "user", "content": " And now? "},
     ]
-    proto = model.preprocessor.tokenizer.proto
+    proto = tuned.preprocessor.tokenizer.proto
     ids = encode_chat(proto, messages)
     limit = len(ids) + 12
     answer = tuned.chat(messages, max_length=limit)
-    expected = list(tuned.make_generate_function().stream(ids, limit, [1]))
+    expected = list(tuned.make_generate_function().stream(ids, limit, [1, END_OF_TURN]))
     assert answer == "".join(decode_stream(proto, expected))
     assert "".join(tuned.chat(messages, max_length=limit, stream=True)) == answer
 
 
 @pytest.mark.parametrize("roles", [[], ["model"], ["user", "user"], ["user", "model"], ["cook"]])
-def test_what_is_no_conversation_is_refused(tiny, roles):
+def test_what_is_no_conversation_is_refused(roles):
     messages = [{"role": role, "content": "yes"} for role in roles]
     with pytest.raises(ValueError, match="in turn"):
-        encode_chat(tiny().preprocessor.tokenizer.proto, messages)
+        encode_chat(chat_tokenizer_model(), messages)
 
 
 # --- score ---------------------------------------------------------------------------------------

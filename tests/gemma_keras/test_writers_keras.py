@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from gemma_keras import GemmaCausalLM, open_checkpoint
-from tests.gemma_keras.test_writers import IDS, for_gguf
+from tests.gemma_keras.writers import IDS, for_gguf
 from tests.models import write_tiny_hf
 
 pytestmark = pytest.mark.keras
