@@ -21,6 +21,7 @@ from export.quantize.text import Windows, read_windows
 from export.quantize.workspace import workspace_path
 from export.start_keras import start_keras
 from gemma_keras.checkpoints import Checkpoint, open_checkpoint
+from gemma_keras.checkpoints.hub import opens_with_keras
 from gemma_keras.config import GemmaConfig
 
 if TYPE_CHECKING:
@@ -187,6 +188,8 @@ def _round(
 
 def _open(source) -> Checkpoint:
     if isinstance(source, (str, os.PathLike)):
+        if opens_with_keras(source):
+            start_keras()
         return open_checkpoint(source)
     if hasattr(source, "as_checkpoint"):
         return source.as_checkpoint()

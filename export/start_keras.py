@@ -15,15 +15,18 @@ from gemma_keras.config import GemmaConfig
 _LARGE_BLOCK = 1 << 27  # weights in one decoder block: half a gigabyte in float32
 
 
-def start_keras(config: GemmaConfig) -> None:
+def start_keras(config: GemmaConfig | None = None) -> None:
     """Import Keras, KerasHub and the backend; takes some seconds the first time.
 
     oneDNN makes TensorFlow's products faster, but its allocator keeps the memory that it has once
     used; for models of large blocks it is switched off, unless the user has asked for it.
+
+    Args:
+        config: of the model that it is started for; `None` if that is not known yet.
     """
     if "keras" in sys.modules and "keras_hub" in sys.modules:
         return
-    if _largest_block(config) > _LARGE_BLOCK:
+    if config is not None and _largest_block(config) > _LARGE_BLOCK:
         os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     with _native_stderr_kept_back():
         import keras

@@ -18,6 +18,7 @@ _HF_FILES = [
     "LICENSE*",
     "NOTICE*",
 ]
+_PRESET_NAME = re.compile(r"kaggle://.+|[a-z]*gemma[\w.]*")
 _KERAS_HUB_CLASSES = ("GemmaBackbone", "Gemma3Backbone")
 _MAX_JSON = 16 << 20
 
@@ -58,16 +59,25 @@ def download(name: str) -> Path:
         ) from error
 
 
+def opens_with_keras(source: str | os.PathLike[str]) -> bool:
+    """Whether opening it starts Keras, which may take seconds: what Keras wrote, and whatever may
+    be the name of a preset."""
+    path = Path(source)
+    if path.exists():
+        return path.is_dir() and bool(_registered_name(path))
+    return bool(_PRESET_NAME.fullmatch(str(source)))
+
+
 def is_keras_hub_preset(source: str | os.PathLike[str]) -> bool:
     """Whether it is one of KerasHub's own Gemma presets: a folder that KerasHub wrote, one of its
     names, or a `kaggle://` address."""
     path = Path(source)
     if path.exists():
         return path.is_dir() and _registered_name(path).startswith("keras_hub>")
+    if not opens_with_keras(source):
+        return False
     if str(source).startswith("kaggle://"):
         return True
-    if not re.fullmatch(r"[a-z]*gemma[\w.]*", str(source)):
-        return False
     import keras_hub
 
     return any(source in getattr(keras_hub.models, name).presets for name in _KERAS_HUB_CLASSES)
@@ -83,7 +93,9 @@ def load_keras_hub_preset(source: str | os.PathLike[str]):
 
     try:
         return keras_hub.models.CausalLM.from_preset(str(source))
-    except (ValueError, OSError, RuntimeError, KeyError) as error:
+    except KeyError as error:
+        raise CheckpointError(f"the KerasHub preset {source} lacks {error}") from error
+    except (ValueError, OSError, RuntimeError) as error:
         raise CheckpointError(f"KerasHub cannot load the preset {source}: {error}") from error
 
 

@@ -12,7 +12,7 @@ from edge_demo.bundle import Bundle
 from edge_demo.engine import Engine
 from export import export_onnx
 from gemma_keras import GemmaCausalLM, open_checkpoint
-from gemma_keras.checkpoints.hub import hf_name, is_keras_hub_preset
+from gemma_keras.checkpoints.hub import hf_name, is_keras_hub_preset, opens_with_keras
 from gemma_keras.errors import CheckpointError
 from tests.models import tiny_tokenizer_model, write_tiny_hf
 
@@ -58,6 +58,7 @@ def test_names_of_keras_hubs_presets_are_known():
     assert is_keras_hub_preset("kaggle://keras/gemma3/keras/gemma3_1b/3")
     assert not is_keras_hub_preset("gemma_2b_xx")
     assert not is_keras_hub_preset("sample")
+    assert opens_with_keras("gemma_2b_xx") and not opens_with_keras("google/gemma-2b")
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,7 @@ def test_a_folder_that_keras_hub_wrote_is_read(theirs, tmp_path):
 @pytest.mark.keras
 def test_a_folder_of_keras_hub_that_is_damaged_is_told(tmp_path):
     (tmp_path / "config.json").write_text('{"registered_name": "keras_hub>Gemma3Backbone"}')
-    with pytest.raises(CheckpointError, match="KerasHub cannot load"):
+    with pytest.raises(CheckpointError, match="the KerasHub preset .* lacks 'config'"):
         open_checkpoint(tmp_path)
 
 
