@@ -12,7 +12,7 @@ SAMPLING ?= --max-tokens 64 --temperature 0.7 --top-k 40 --seed 3
 BUNDLE := build/sample-int8
 CODE   := $(wildcard export/*.py export/quantize/*.py gemma_keras/*.py gemma_keras/checkpoints/*.py)
 
-.PHONY: demo test test-arm64 check lint format clean
+.PHONY: demo test test-arm64 smoke-arm64 check lint format clean
 
 demo: $(BUNDLE)/bundle.json
 	@echo "==> Speaking: edge-demo generate $(BUNDLE) --prompt \"$(PROMPT)\""
@@ -44,6 +44,10 @@ test: $(VENV)/installed-dev
 SAMPLES := $(foreach recipe,fp32 int8 int4,build/sample-$(recipe)/bundle.json)
 test-arm64: build/arm64 $(SAMPLES) build/tiny-bundles/made
 	@$(BIN)/python -m tools.arm64 build $(ARM64_ARGS)
+
+# The part of it that CI runs: the command, on a small bundle, on both processors.
+smoke-arm64: build/arm64 build/tiny-bundles/made
+	@$(BIN)/python -m tools.arm64 build --part command
 
 .PHONY: build/arm64
 build/arm64: $(VENV)/installed-dev

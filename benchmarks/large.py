@@ -11,6 +11,7 @@ exporter's peak memory beside the largest tensor, the bundle's size, and with `-
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -31,9 +32,16 @@ _PIECE = 1 << 24
 _SPREAD = 0.02
 
 
-def write_checkpoint(name: str, folder: Path) -> GemmaConfig:
-    """A Hugging Face folder of a named size with random weights; kept if it is there."""
+def write_checkpoint(name: str, folder: Path, layers: int | None = None) -> GemmaConfig:
+    """A Hugging Face folder of a named size with random weights; kept if it is there.
+
+    Args:
+        name: of a published size.
+        folder: to write.
+        layers: how many of its blocks it has; all by default.
+    """
     config = GemmaConfig.named(name)
+    config = dataclasses.replace(config, layers=config.layers[:layers])
     if folder.exists():
         return config
     partial = folder.with_suffix(".part")
@@ -97,20 +105,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("size", help="such as gemma_2b")
     parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--layers", type=int, help="only the first so many blocks")
     parser.add_argument("--recipe", default="int8")
     parser.add_argument("--bench", action="store_true", help="run the bundle too")
     parser.epilog = "All other arguments go to export-onnx."
     arguments, others = parser.parse_known_args()
 
-    source = arguments.folder / arguments.size
-    config = write_checkpoint(arguments.size, source)
-    bundle = arguments.folder / f"{arguments.size}-{arguments.recipe}"
+    name = arguments.size + (f"-{arguments.layers}-layers" if arguments.layers else "")
+    source = arguments.folder / name
+    config = write_checkpoint(arguments.size, source, arguments.layers)
+    bundle = arguments.folder / f"{name}-{arguments.recipe}"
     scripts = Path(sys.executable).parent
     export = [scripts / "export-onnx", source, bundle, "--recipe", arguments.recipe, "--overwrite"]
     seconds, peak = run([str(part) for part in (*export, *others)])
     largest = max(int(np.prod(spec.shape)) for spec in weight_specs(config).values())
     result = {
-        "size": arguments.size,
+        "size": name,
         "recipe": arguments.recipe,
         "seconds": round(seconds),
         "peak_bytes": peak,

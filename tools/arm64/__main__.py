@@ -1,7 +1,8 @@
 """`python -m tools.arm64 BUNDLES`: the device's side, on the processors of two boards, emulated.
 
 BUNDLES is a folder that holds `tiny-bundles` and `sample-fp32`, `sample-int8`, `sample-int4`, made
-here; `make test-arm64` makes them. The exit status is 1 if anything failed, 2 if nothing can run.
+here; `make test-arm64` makes them. `--part command`, a minute of it, needs the first only: what the
+processors have, and the command on a small bundle. The exit status is 1 if anything failed, 2 if nothing can run.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from tools.arm64.user_space import (
     build,
 )
 
+PARTS = ("command", "sample", "tests")
 EXACT = ("fp32", "int8")  # must give the same tokens; int4 leaves no margin for that
 RECIPES = (*EXACT, "int4")
 # Mean divergence that two processors' rounding explains, in nats: of float32, of activations in 8
@@ -182,9 +184,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "arm64", help="user space")
     names = [processor.name for processor in PROCESSORS]
     parser.add_argument("--processor", choices=names, action="append", help="default: all")
-    parser.add_argument(
-        "--part", choices=("tests", "sample"), action="append", help="default: both"
-    )
+    parser.add_argument("--part", choices=PARTS, action="append", help="default: all")
     parser.add_argument("--max-tokens", type=int, default=16, help="of each greedy answer")
     parser.add_argument("--positions", type=int, default=64, help="of the text compared")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -192,27 +192,28 @@ def main() -> int:
     say = Progress()
     check = Checks(say)
     processors = [p for p in PROCESSORS if p.name in (arguments.processor or names)]
-    parts = arguments.part or ["tests", "sample"]
+    parts = arguments.part or PARTS
     bundles = arguments.bundles.resolve()
     try:
         for recipe in RECIPES if "sample" in parts else ():
             if not (bundles / f"sample-{recipe}" / "bundle.json").exists():
                 raise SetupError(f"{bundles} holds no sample-{recipe}; make test-arm64 makes it")
-        if "tests" in parts and not (bundles / "tiny-bundles").exists():
+        if {"command", "tests"} & set(parts) and not (bundles / "tiny-bundles").exists():
             raise SetupError(f"{bundles} holds no tiny-bundles; make test-arm64 makes them")
         space = build(arguments.folder, say)
     except SetupError as error:
         print(f"test-arm64: {error}", file=sys.stderr)
         return 2
-    for processor in processors:
-        check_instructions(space, processor, check)
+    if "command" in parts:
+        for processor in processors:
+            check_instructions(space, processor, check)
+            check_command(space, processor, bundles, check)
     if "sample" in parts:
         options = ["--max-tokens", str(arguments.max_tokens)]
         options += ["--positions", str(arguments.positions), "--threads", str(arguments.threads)]
         check_sample(space, processors, bundles, options, say, check)
     if "tests" in parts:
         for processor in processors:
-            check_command(space, processor, bundles, check)
             say(f"{processor.name}: the tests of edge_demo (some minutes)")
             check_tests(space, processor, bundles, check)
     for line in check.failures:

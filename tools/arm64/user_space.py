@@ -25,7 +25,6 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 SUITE = "bookworm"  # glibc 2.36 and Python 3.11, as Raspberry Pi OS of the same name
 PYTHON = "3.11"
-MIRROR = os.environ.get("DEBIAN_MIRROR", "http://deb.debian.org/debian")
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 PACKAGES = ("python3", "libstdc++6")
 # What the tests of `edge_demo` use beside the device's packages; onnx spoils graphs in them.
@@ -151,7 +150,8 @@ def _unpack_debian(new: Path, say: Callable[[str], None]) -> None:
     for part in ("lists/partial", "archives/partial"):
         (apt / part).mkdir(parents=True)
     (apt / "status").touch()  # nothing is installed
-    (apt / "sources.list").write_text(f"deb [signed-by={KEYRING}] {MIRROR} {SUITE} main\n")
+    source = f"deb [signed-by={KEYRING}] {_mirror(apt_get)} {SUITE} main\n"
+    (apt / "sources.list").write_text(source)
     settings = {
         "APT::Architecture": "arm64",
         "APT::Architectures::": "arm64",
@@ -176,6 +176,22 @@ def _unpack_debian(new: Path, say: Callable[[str], None]) -> None:
     for archive in archives:
         _run([dpkg_deb, "--extract", archive, new], f"{archive.name} could not be unpacked")
     shutil.rmtree(apt)
+
+
+def _mirror(apt_get: str) -> str:
+    """Where this system fetches Debian's packages from, or what the user says."""
+    named = os.environ.get("DEBIAN_MIRROR")
+    if named:
+        return named
+    wanted = ("Created-By: Packages", "Origin: Debian", "Label: Debian")
+    command = [apt_get, "indextargets", "--format", "$(REPO_URI)", *wanted]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if not done.stdout.strip():
+        raise SetupError(
+            "this system's apt-get knows no source of Debian's packages; set DEBIAN_MIRROR to the "
+            "address of one"
+        )
+    return done.stdout.split()[0]
 
 
 # --- wheels ---------------------------------------------------------------------------------------
