@@ -113,18 +113,22 @@ def _round_block(
         for fmt, together in formats.items():
             jobs.append((together, moments[observed], fmt))
 
-    def run(job: tuple[list[str], Moments, Format]) -> list[tuple[str, Format, Quantized]]:
+    def run(job: tuple[list[str], Moments, Format]) -> Iterator[tuple[str, Format, Quantized]]:
         names, seen, fmt = job
         feedback = feedbacks(seen, weights.input_factors(names[0]))
         # What matrices of one input share is worked out once, but they are in memory one by one.
         if len(names) > 1:
             feedback = list(feedback)
-        return [(name, fmt, gptq(weights[name].T, feedback, fmt)) for name in names]
+        for name in names:
+            yield name, fmt, gptq(weights[name].T, feedback, fmt)
 
     sizes = [sum(math.prod(specs[name].shape) for name in names) for names, _, _ in jobs]
-    largest = max(sizes, default=0)
-    with ThreadPoolExecutor(2 if largest < _LARGE else 1) as pool:
-        for results in pool.map(run, jobs):
+    if max(sizes, default=0) >= _LARGE:
+        for job in jobs:  # in this thread, which hears Ctrl-C between two products
+            yield from run(job)
+        return
+    with ThreadPoolExecutor(2) as pool:
+        for results in pool.map(lambda job: list(run(job)), jobs):
             yield from results
 
 
