@@ -11,6 +11,8 @@ import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 VOCABULARY_SIZE = 300
 WINDOW = 7
 GENERATIONS = ("gemma", "gemma2", "gemma3")
@@ -86,17 +88,35 @@ def tiny_hf(generation: str, seed: int = 0, tied: bool = True):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            mean, deviation = weight_statistics(name, parameter.shape)
             noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim == 1:  # transformers starts norms at 0, which hides them
-                parameter.copy_(0.4 * noise + (8 if name == "model.norm.weight" else 0))
-            elif "embed_tokens" in name or "lm_head" in name:
-                # Small, so that the layers decide and a tied head does not repeat its input.
-                parameter.copy_(0.05 * noise)
-            else:
-                # Queries and keys large enough that attention is far from uniform.
-                gain = 1.5 if "q_proj" in name or "k_proj" in name else 1.0
-                parameter.copy_(gain * noise / parameter.shape[1] ** 0.5)
+            parameter.copy_(mean + deviation * noise)
     return model
+
+
+def weight_statistics(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    """Mean and standard deviation of a random weight that hides nothing, by its name in a file of
+    transformers' and its shape there."""
+    if len(shape) == 1:  # transformers starts norms at 0, which hides them
+        return (8.0 if name == "model.norm.weight" else 0.0), 0.4
+    if "embed_tokens" in name or "lm_head" in name:
+        # Small, so that the layers decide and a tied head does not repeat its input.
+        return 0.0, 0.05
+    # Queries and keys large enough that attention is far from uniform.
+    gain = 1.5 if "q_proj" in name or "k_proj" in name else 1.0
+    return 0.0, gain / shape[1] ** 0.5
+
+
+def random_ids(batch_size=3, length=24, seed=1):
+    """Token ids that are no control tokens, int32 `(batch_size, length)`."""
+    ids = np.random.default_rng(seed).integers(4, VOCABULARY_SIZE, (batch_size, length))
+    return ids.astype("int32")
+
+
+def relative_difference(found, expected):
+    """Greatest difference in units of the expected values' standard deviation."""
+    assert found.shape == expected.shape
+    return np.abs(found - expected).max() / expected.std()
 
 
 def tiny_tokenizer_model() -> bytes:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,56 +18,42 @@ from gemma_keras.config import GemmaConfig
 from gemma_keras.errors import CheckpointError
 
 _MAX_JSON = 64 << 20
+_INDEX = "model.safetensors.index.json"
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # what torch.save writes is called
 
 
 def read_safetensors_folder(folder: Path) -> Checkpoint:
     """Open a folder as `transformers` writes it.
 
     Raises:
-        CheckpointError: a file is missing, cut short, or points out of the folder.
+        CheckpointError: a file is missing, cut short, points out of the folder or is a pickle.
         ConfigError: `config.json` does not describe a Gemma.
     """
     raw_config = _read_json(folder / "config.json")
     config = GemmaConfig.from_hf(raw_config)
-    shards = _shards(folder)
-    owner: dict[str, Path] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for shard in shards:
-        with _opened(shard) as file:
-            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                owner[name] = shard
-                shapes[name] = tuple(file.get_slice(name).get_shape())
-    # Multimodal Gemma 3 keeps the text tower under a prefix, beside a vision tower.
-    prefix = next(
-        (
-            p
-            for p in ("language_model.model.", "model.language_model.")
-            if any(n.startswith(p) for n in shapes)
-        ),
-        "model.",
-    )
-    names = {("model." + n.removeprefix(prefix) if n.startswith(prefix) else n): n for n in shapes}
-    if "lm_head.weight" not in names and "language_model.lm_head.weight" in names:
-        names["lm_head.weight"] = names.pop("language_model.lm_head.weight")
+    stored = _tensors(folder)
+    names = _plain_names(stored)
 
     def read(name: str) -> np.ndarray:
-        with _opened(owner[names[name]]) as file:
+        with _opened(stored[names[name]].shard) as file:
             return np.asarray(file.get_tensor(names[name]), dtype=np.float32)
 
     def read_rows(name: str, first: int, last: int) -> np.ndarray:
-        with _opened(owner[names[name]]) as file:
+        with _opened(stored[names[name]].shard) as file:
             return np.asarray(file.get_slice(names[name])[first:last], dtype=np.float32)
 
     def ignore(name: str) -> bool:
         vision = ("vision_tower", "multi_modal_projector", "model.vision", "model.multi_modal")
         return name.startswith(vision) or (config.tied_head and name == "lm_head.weight")
 
+    _check_types(stored[own_name] for name, own_name in names.items() if not ignore(name))
     return Checkpoint(
         config=config,
         weights=WeightSource(
             config,
             "hf",
-            {n: shapes[f] for n, f in names.items()},
+            {name: stored[own_name].shape for name, own_name in names.items()},
             read,
             ignore,
             read_rows=read_rows,
@@ -80,6 +67,79 @@ def read_safetensors_folder(folder: Path) -> Checkpoint:
             "license": "gemma",
         },
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """A tensor's name in its file, the file, its shape, and its type in safetensors' words."""
+
+    name: str
+    shard: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def _tensors(folder: Path) -> dict[str, _Stored]:
+    """Every tensor of the folder, by its name in the file.
+
+    Raises:
+        CheckpointError: a shard cannot be read, lacks what the index says it holds, or holds what
+            another holds too.
+    """
+    stored: dict[str, _Stored] = {}
+    for shard, promised in _shards(folder).items():
+        with _opened(shard) as file:
+            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                if name in stored:
+                    raise CheckpointError(
+                        f"{folder} holds the tensor {name} twice, in {stored[name].shard.name} and "
+                        f"in {shard.name}; keep the shards of one checkpoint only"
+                    )
+                tensor = file.get_slice(name)
+                stored[name] = _Stored(name, shard, tuple(tensor.get_shape()), tensor.get_dtype())
+        for name in promised:
+            if name not in stored or stored[name].shard != shard:
+                raise CheckpointError(
+                    f"{folder / _INDEX} says that {shard.name} holds the tensor {name}, and it "
+                    "does not; take index and shards of one checkpoint"
+                )
+    return stored
+
+
+def _check_types(stored: Iterable[_Stored]) -> None:
+    """Refuse integers and 8-bit floats: their scales lie elsewhere, if at all."""
+    for tensor in stored:
+        if tensor.dtype not in _FLOATS:
+            raise CheckpointError(
+                f"the tensor {tensor.name} is of type {tensor.dtype}; weights are read as "
+                f"{', '.join(_FLOATS)}, so have the checkpoint converted to one of these"
+            )
+
+
+def _plain_names(stored: Collection[str]) -> dict[str, str]:
+    """Names as a model of text alone has them, each to the name in the file.
+
+    Raises:
+        CheckpointError: two names in the file come to the same.
+    """
+    # Multimodal Gemma 3 keeps the text tower under a prefix, beside a vision tower.
+    prefix = next(
+        (
+            p
+            for p in ("language_model.model.", "model.language_model.")
+            if any(n.startswith(p) for n in stored)
+        ),
+        "model.",
+    )
+    names = {("model." + n.removeprefix(prefix) if n.startswith(prefix) else n): n for n in stored}
+    if "lm_head.weight" not in names and "language_model.lm_head.weight" in names:
+        names["lm_head.weight"] = names.pop("language_model.lm_head.weight")
+    if len(names) != len(stored):
+        twice = sorted(set(stored) - set(names.values()))
+        raise CheckpointError(
+            f"the checkpoint holds {twice[0]} both with and without the prefix {prefix}; keep one"
+        )
+    return names
 
 
 @contextlib.contextmanager
@@ -96,22 +156,40 @@ def _opened(shard: Path) -> Iterator[Any]:
         raise CheckpointError(f"{shard} cannot be read as safetensors: {error}") from error
 
 
-def _shards(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
+def _shards(folder: Path) -> dict[Path, list[str]]:
+    """The files of weights, each with the names of the tensors that an index promises of it."""
+    index = folder / _INDEX
     if not index.exists():
         single = folder / "model.safetensors"
         if not single.exists():
             raise CheckpointError(
-                f"{folder} has neither model.safetensors nor model.safetensors.index.json"
+                f"{folder} has neither model.safetensors nor {_INDEX}{_told_of_pickles(folder)}"
             )
-        return [single]
-    names = sorted(set(_read_json(index).get("weight_map", {}).values()))
-    for name in names:
+        return {single: []}
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            f"{index} must have a weight_map, an object from tensors to shards, that is not empty"
+        )
+    shards: dict[Path, list[str]] = {}
+    for tensor, name in weight_map.items():
         if not isinstance(name, str) or not name or Path(name).name != name:
             raise CheckpointError(f"{index} names a file outside its folder: {name!r}")
-        if not (folder / name).exists():
+        if not (folder / name).is_file():
             raise CheckpointError(f"{folder} lacks the shard {name}")
-    return [folder / name for name in names]
+        shards.setdefault(folder / name, []).append(tensor)
+    return dict(sorted(shards.items()))
+
+
+def _told_of_pickles(folder: Path) -> str:
+    """What to say of weights that are there as a pickle."""
+    pickles = sorted(p.name for p in folder.glob("*") if p.suffix in _PICKLES)
+    if not pickles:
+        return ""
+    return (
+        f", and {pickles[0]} is a pickle, which is not read because it can run code of its own; "
+        "have its author write it as safetensors"
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -121,8 +199,10 @@ def _read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} must hold a JSON object")
     return data

@@ -277,6 +277,17 @@ def test_what_is_not_a_gemma_is_refused_with_a_reason(change):
     assert len(str(error.value)) > 20
 
 
+@pytest.mark.parametrize("activation", ["silu", "relu", "gelu", "gelu_new", "quick_gelu", "swish"])
+@pytest.mark.parametrize("data", [GEMMA_2B, GEMMA2_27B, GEMMA3_27B], ids=lambda d: d["model_type"])
+def test_another_activation_is_refused_by_name(data, activation):
+    change = {"hidden_activation": activation}
+    if "text_config" in data:
+        change = {"text_config": data["text_config"] | change}
+    said = f"the activation is '{activation}'; Gemma's is gelu_pytorch_tanh"
+    with pytest.raises(ConfigError, match=f"^{said}$"):
+        GemmaConfig.from_hf(data | change)
+
+
 def test_gemma3_with_rope_parameters_of_an_unknown_layer_kind_is_refused():
     with pytest.raises(ConfigError, match="chunked_attention"):
         GemmaConfig.from_hf(GEMMA3_1B | {"rope_parameters": {"chunked_attention": {}}})
@@ -478,44 +489,104 @@ def test_from_dict_refuses_unknown_missing_and_wrong_entries():
             GemmaConfig.from_dict(bad)
 
 
-# As KerasHub's presets state them, in gemma_presets.py and gemma3_presets.py; the three large Gemma 3
-# with a table of 262,208 rows, as Hugging Face's files have it, which is 64 more than KerasHub's.
+# Each size: its parameters, the KerasHub preset whose metadata state them (`params` in keras_hub/src/
+# models/gemma/gemma_presets.py and gemma3/gemma3_presets.py), and how many rows its table has beyond
+# that preset's.
 PUBLISHED = {
-    "gemma_2b": 2_506_172_416,
-    "gemma_7b": 8_537_680_896,
-    "codegemma_2b": 2_506_172_416,
-    "codegemma_7b": 8_537_680_896,
-    "gemma2_2b": 2_614_341_888,
-    "gemma2_9b": 9_241_705_984,
-    "gemma2_27b": 27_227_128_320,
-    "shieldgemma_2b": 2_614_341_888,
-    "shieldgemma_9b": 9_241_705_984,
-    "shieldgemma_27b": 27_227_128_320,
-    "gemma3_270m": 268_098_176,
-    "gemma3_1b": 999_885_952,
-    "gemma3_4b": 3_880_099_328 + 64 * 2560,
-    "gemma3_12b": 11_765_788_416 + 64 * 3840,
-    "gemma3_27b": 27_009_002_240 + 64 * 5376,
+    "gemma_2b": (2_506_172_416, "gemma_2b_en", 0),
+    "gemma_7b": (8_537_680_896, "gemma_7b_en", 0),
+    "codegemma_2b": (2_506_172_416, "code_gemma_2b_en", 0),
+    "codegemma_7b": (8_537_680_896, "code_gemma_7b_en", 0),
+    "gemma2_2b": (2_614_341_888, "gemma2_2b_en", 0),
+    "gemma2_9b": (9_241_705_984, "gemma2_9b_en", 0),
+    "gemma2_27b": (27_227_128_320, "gemma2_27b_en", 0),
+    "shieldgemma_2b": (2_614_341_888, "shieldgemma_2b_en", 0),
+    "shieldgemma_9b": (9_241_705_984, "shieldgemma_9b_en", 0),
+    "shieldgemma_27b": (27_227_128_320, "shieldgemma_27b_en", 0),
+    "gemma3_270m": (268_098_176, "gemma3_270m", 0),
+    "gemma3_1b": (999_885_952, "gemma3_1b", 0),
+    # Hugging Face's files of the larger have 262,208 rows, KerasHub's 262,144: see below.
+    "gemma3_4b": (3_880_263_168, "gemma3_4b_text", 64),
+    "gemma3_12b": (11_766_034_176, "gemma3_12b_text", 64),
+    "gemma3_27b": (27_009_346_304, "gemma3_27b_text", 64),
 }
+
+
+def preset_parameters(preset):
+    import keras_hub
+
+    models = keras_hub.models
+    presets = models.GemmaBackbone.presets | models.Gemma3Backbone.presets
+    return presets[preset]["metadata"]["params"]
 
 
 @pytest.mark.parametrize("name", NAMED_SIZES)
 def test_published_parameter_counts(name):
-    assert parameter_count(GemmaConfig.named(name)) == PUBLISHED[name]
+    assert parameter_count(GemmaConfig.named(name)) == PUBLISHED[name][0]
+
+
+@pytest.mark.parametrize(
+    ("name", "without_table"),
+    [  # Table 2 of the Gemma report (arXiv 2403.08295) and of Gemma 2's (arXiv 2408.00118)
+        ("gemma_2b", 1_981_884_416),
+        ("gemma_7b", 7_751_248_896),
+        ("gemma2_2b", 2_024_517_888),
+        ("gemma2_9b", 8_324_201_984),
+        ("gemma2_27b", 26_047_480_320),
+    ],
+)
+def test_parameters_beside_the_embedding_are_those_of_the_reports(name, without_table):
+    """The tables there have 256,128 rows, those of the published files 256,000."""
+    config = GemmaConfig.named(name)
+    table = config.vocabulary_size * config.hidden_dim
+    assert parameter_count(config) - table == without_table
 
 
 @pytest.mark.keras
+@pytest.mark.peer
 @pytest.mark.parametrize("name", NAMED_SIZES)
-def test_the_keras_model_of_every_size_has_as_many_parameters(name):
-    import keras
+def test_the_published_counts_are_those_of_keras_hubs_presets(name):
+    count, preset, more_rows = PUBLISHED[name]
+    assert count == preset_parameters(preset) + more_rows * GemmaConfig.named(name).hidden_dim
 
-    if keras.config.backend() != "torch":
-        pytest.skip("only PyTorch builds a model without its numbers")
+
+@pytest.mark.keras
+@pytest.mark.peer
+@pytest.mark.parametrize(
+    ("size", "with_rows"),
+    [("gemma3_4b", "medgemma_4b"), ("gemma3_27b", "medgemma_instruct_27b")],
+)
+def test_the_larger_tables_of_gemma3_are_64_rows_longer_elsewhere(size, with_rows):
+    """MedGemma's presets, made of Hugging Face's files, are the same models with their rows."""
+    rows = 64 * GemmaConfig.named(size).hidden_dim
+    assert preset_parameters(with_rows) - preset_parameters(size) == rows
+
+
+@pytest.mark.keras
+def test_the_keras_model_of_every_size_has_as_many_parameters(record_property):
+    """On every backend, and without memory for the numbers."""
+    import keras
+    from keras.src.backend.common import global_state
+
     from gemma_keras import GemmaBackbone
 
-    with keras.device("meta"):
-        backbone = GemmaBackbone(name, kernel_initializer="zeros")
-    assert backbone.count_params() == PUBLISHED[name]
+    before = peak_megabytes()
+    sizes = {GemmaConfig.named(name): PUBLISHED[name][0] for name in NAMED_SIZES}
+    for config, count in sizes.items():
+        with keras.StatelessScope():  # which leaves variables without values until it ends
+            backbone = GemmaBackbone(config, kernel_initializer="zeros")
+            global_state.set_global_attribute("uninitialized_variables", [])  # and now for good
+        assert backbone.count_params() == count
+    grown = peak_megabytes() - before
+    record_property(f"{len(sizes)} sizes built", f"memory grew by {grown:.0f} MB")
+    assert grown < 500  # one of 27B alone takes 108,000
+
+
+def peak_megabytes():
+    """The most memory that this process has had so far."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
-import json
-import subprocess
-import sys
 
 import gguf
 import numpy as np
@@ -18,7 +14,7 @@ import transformers
 from sentencepiece import sentencepiece_model_pb2 as proto
 
 from gemma_keras import GemmaConfig, open_checkpoint
-from gemma_keras.checkpoints import unfinished
+from gemma_keras.checkpoints import source as source_module
 from gemma_keras.checkpoints.gguf_config import config_from_gguf, config_to_gguf
 from gemma_keras.checkpoints.gguf_writer import write_gguf
 from gemma_keras.checkpoints.safetensors_writer import write_safetensors_folder
@@ -30,6 +26,7 @@ from gemma_keras.checkpoints.sentencepiece_model import (
 from gemma_keras.checkpoints.source import row_pieces, table_pieces
 from gemma_keras.config import NAMED_SIZES
 from gemma_keras.errors import CheckpointError, ConfigError
+from tests.gemma_keras.llama_cpp import llama, needs_llama_cpp
 from tests.gemma_keras.writers import IDS, TYPES, WRITERS, for_gguf, load, logits
 from tests.models import GENERATIONS, TEXT, tiny_tokenizer_model
 
@@ -61,7 +58,7 @@ def test_matrices_are_rounded_as_the_gguf_package_rounds(
 ):
     """In pieces of a few rows as well as at once."""
     for name, pieces in (("table_pieces", table_pieces), ("row_pieces", row_pieces)):
-        monkeypatch.setattr(unfinished, name, functools.partial(pieces, piece_bytes=5_000))
+        monkeypatch.setattr(source_module, name, functools.partial(pieces, piece_bytes=5_000))
     checkpoint = for_gguf(open_checkpoint(sources("gemma3", "float32")))
     calls = []
     write_gguf(checkpoint, tmp_path / "m.gguf", kind, on_progress=lambda *call: calls.append(call))
@@ -226,59 +223,8 @@ def test_a_damaged_tokenizer_and_one_without_turns_are_refused(sources, tmp_path
 
 # --- llama.cpp -----------------------------------------------------------------------------------
 
-# In a process of its own, which may crash: the AMX kernels of llama-cpp-python 0.3.36 do, on files
-# that llama.cpp itself made Q8_0 as well, so nothing is repacked for them.
-LLAMA = """
-import json, sys
-import numpy as np
-import llama_cpp
 
-path, ids, forced, count, texts = json.loads(sys.stdin.read())
-defaults = llama_cpp.llama_cpp.llama_model_default_params
-def without_repacking():
-    parameters = defaults()
-    parameters.use_extra_bufts = False
-    return parameters
-llama_cpp.llama_cpp.llama_model_default_params = without_repacking
-model = llama_cpp.Llama(
-    path, n_ctx=256, n_threads=2, type_k=0, type_v=0, logits_all=True, verbose=False,
-    vocab_only=not ids,
-)
-encoded = [model.tokenize(text.encode(), special=False) for text in texts]
-answer, logits, best = [], [], []
-if ids:
-    model.eval(ids + forced)
-    rows = model.scores[: len(ids + forced)]
-    logits = [[float(x) for x in row[:300]] for row in rows]
-    best = [int(row.argmax()) for row in rows]
-    model.reset()
-    for token in model.generate(ids, temp=0.0, repeat_penalty=1.0):
-        if len(answer) == count:
-            break
-        answer.append(int(token))
-print(json.dumps({"answer": answer, "logits": logits, "best": best, "encoded": encoded}))
-"""
-
-
-def llama(path, ids=(), forced=(), count=0, texts=()):
-    """What llama.cpp makes of a file.
-
-    `answer` are the tokens it adds to `ids`; `logits` its first 300 at every position of `ids` and
-    `forced`, `best` the greatest of all there; `encoded` the ids of `texts`.
-    """
-    if importlib.util.find_spec("llama_cpp") is None:  # importing it leaves a file open
-        pytest.skip("llama.cpp is not installed")
-    done = subprocess.run(
-        [sys.executable, "-c", LLAMA],
-        input=json.dumps([str(path), list(ids), list(forced), count, list(texts)]),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
+@needs_llama_cpp
 @pytest.mark.peer
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_llama_cpp_runs_a_small_model_as_transformers_does(sources, tmp_path, generation):
@@ -320,6 +266,7 @@ def greedy(folder):
     return ids, found.sequences[0].tolist()[len(ids) :], (best - second).numpy()
 
 
+@needs_llama_cpp
 @pytest.mark.sample
 @pytest.mark.peer
 def test_the_sample_written_runs_in_transformers_and_llama_cpp(tmp_path, record_property):

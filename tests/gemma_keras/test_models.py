@@ -12,7 +12,7 @@ import torch
 from keras import ops
 
 from gemma_keras import GemmaBackbone, GemmaCausalLM
-from tests.models import GENERATIONS, WINDOW, write_tiny_hf
+from tests.models import GENERATIONS, WINDOW, random_ids, relative_difference, write_tiny_hf
 
 pytestmark = pytest.mark.keras
 
@@ -36,19 +36,9 @@ def tiny(tmp_path_factory):
     return get
 
 
-def random_ids(batch_size=3, length=LENGTH, seed=1):
-    return np.random.default_rng(seed).integers(4, 300, (batch_size, length)).astype("int32")
-
-
 def reference_logits(reference, ids):
     with torch.no_grad():
         return reference(torch.tensor(ids, dtype=torch.int64)).logits.float().numpy()
-
-
-def relative_difference(found, expected):
-    """Greatest difference in units of the expected values' standard deviation."""
-    assert found.shape == expected.shape
-    return np.abs(found - expected).max() / expected.std()
 
 
 @each_generation

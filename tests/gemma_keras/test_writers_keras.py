@@ -1,4 +1,4 @@
-"""A live Keras model, LoRA enabled, written as a checkpoint of other projects."""
+"""A live Keras model written as a checkpoint of other projects."""
 
 from __future__ import annotations
 
@@ -8,10 +8,56 @@ import torch
 import transformers
 
 from gemma_keras import GemmaCausalLM, open_checkpoint
-from tests.gemma_keras.writers import IDS, for_gguf
-from tests.models import write_tiny_hf
+from tests.gemma_keras.llama_cpp import llama, needs_llama_cpp
+from tests.gemma_keras.writers import IDS, TYPES, for_gguf, same_bits, stored
+from tests.models import GENERATIONS, write_tiny_hf
 
 pytestmark = pytest.mark.keras
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_through_keras_and_back_every_tensor_has_its_bits(sources, tmp_path, generation, dtype):
+    """A Hugging Face folder, loaded and written again; Gemma 2 with a head of its own."""
+    source = sources(generation, dtype, generation != "gemma2")
+    model = GemmaCausalLM.from_preset(source, dtype=dtype)
+    model.export(tmp_path / "out", format="safetensors", dtype=dtype)
+    same_bits(stored(tmp_path / "out"), stored(source))
+    again, checkpoint = open_checkpoint(tmp_path / "out"), open_checkpoint(source)
+    assert again.config == checkpoint.config
+    assert again.tokenizer_model == checkpoint.tokenizer_model
+
+
+PROMPT = "The three primary colors are"
+NEW_TOKENS = 24
+TIE = 0.01  # between our two greatest logits: nothing that a sum in another order could turn
+
+
+@needs_llama_cpp
+@pytest.mark.sample
+@pytest.mark.peer
+@pytest.mark.spread
+@pytest.mark.parametrize("generation", ["gemma3"])  # the sample's; on one backend
+def test_llama_cpp_goes_on_with_our_tokens(generation, tmp_path, record_property):
+    model = GemmaCausalLM.from_preset("sample", dtype="float32")
+    model.export(tmp_path / "sample.gguf", format="gguf", tensor_type="f32")
+    tokenizer = model.preprocessor.tokenizer
+    ids = [tokenizer.start_token_id, *map(int, tokenizer(PROMPT))]
+    length = len(ids) + NEW_TOKENS
+    inputs = {key: np.zeros((1, length), "int32") for key in ("token_ids", "padding_mask")}
+    inputs["token_ids"][0, : len(ids)] = ids
+    inputs["padding_mask"][0, : len(ids)] = 1
+    bare = GemmaCausalLM(model.backbone)
+    ours = bare.generate(inputs, stop_token_ids=None)["token_ids"][0].tolist()
+    logits = np.sort(model.logits([ours[:-1]])[0, len(ids) - 1 :])
+    margins = logits[:, -1] - logits[:, -2]
+    assert margins.min() > TIE, "a tie: choose another prompt"
+    found = llama(tmp_path / "sample.gguf", ids, count=NEW_TOKENS, texts=[PROMPT])
+    assert found["encoded"] == [ids]
+    assert found["answer"] == ours[len(ids) :]
+    record_property(
+        f"{NEW_TOKENS} greedy tokens of llama.cpp are ours", f"smallest margin {margins.min():.2f}"
+    )
 
 
 def test_a_live_model_is_written_with_its_lora_merged(tmp_path):
