@@ -100,7 +100,7 @@ def test_a_folder_that_keras_hub_wrote_is_read(theirs, tmp_path):
 @pytest.mark.keras
 def test_a_folder_of_keras_hub_that_is_damaged_is_told(tmp_path):
     (tmp_path / "config.json").write_text('{"registered_name": "keras_hub>Gemma3Backbone"}')
-    with pytest.raises(CheckpointError, match="the KerasHub preset .* lacks 'config'"):
+    with pytest.raises(CheckpointError, match=r"the KerasHub preset .* lacks 'config'"):
         open_checkpoint(tmp_path)
 
 
