@@ -74,6 +74,34 @@ GEMMA3_1B = {
     "sliding_window_pattern": 6,
     "vocab_size": 262144,
 }
+# google/embeddinggemma-300m
+EMBEDDINGGEMMA = {
+    "model_type": "gemma3_text",
+    "_sliding_window_pattern": 6,
+    "architectures": ["Gemma3TextModel"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "attn_logit_softcapping": None,
+    "dtype": "float32",
+    "final_logit_softcapping": None,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 768,
+    "intermediate_size": 1152,
+    "layer_types": [*["sliding_attention"] * 5, "full_attention"] * 4,
+    "max_position_embeddings": 2048,
+    "num_attention_heads": 3,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 1,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-06,
+    "rope_local_base_freq": 10000.0,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "sliding_window": 512,
+    "use_bidirectional_attention": True,
+    "vocab_size": 262144,
+}
 # google/gemma-3-27b-pt
 GEMMA3_27B = {
     "model_type": "gemma3",
@@ -226,6 +254,46 @@ def test_a_sliding_window_pattern_other_than_six_is_heard():
         data = without(GEMMA3_1B, "sliding_window_pattern") | {key: 2, "num_hidden_layers": 5}
         windows = [spec.sliding_window for spec in GemmaConfig.from_hf(data).layers]
         assert windows == [512, None, 512, None, 512]
+
+
+def test_embeddinggemma():
+    config = GemmaConfig.from_hf(EMBEDDINGGEMMA)
+    assert config == GemmaConfig.named("embeddinggemma_300m")
+    assert all(layer.bidirectional for layer in config.layers)
+    # half of the file's window each way, and the token itself
+    assert [layer.sliding_window for layer in config.layers] == [*[257] * 5, None] * 4
+    assert config.context_length == 2048
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 12, 13, 512, 513])
+def test_a_bidirectional_window_is_halved_as_transformers_halves_it(window):
+    data = EMBEDDINGGEMMA | {"sliding_window": window}
+    config = GemmaConfig.from_hf(data)
+    theirs = transformers.Gemma3TextConfig(**data)
+    assert config.layers[0].sliding_window == theirs.sliding_window
+    written = config.to_hf()
+    assert GemmaConfig.from_hf(written) == config
+    assert transformers.Gemma3TextConfig(**written).sliding_window == theirs.sliding_window
+    assert GemmaConfig.from_hf(theirs.to_dict() | {"sliding_window": window}) == config
+
+
+def test_a_model_bidirectional_in_part_has_no_hugging_face_config():
+    config = GemmaConfig.from_hf(EMBEDDINGGEMMA)
+    causal = dataclasses.replace(config.layers[3], bidirectional=False)
+    mixed = dataclasses.replace(config, layers=(*config.layers[:3], causal, *config.layers[4:]))
+    with pytest.raises(ConfigError, match="cannot be written"):
+        mixed.to_hf()
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("value", [True, "vision", 1])
+def test_only_a_gemma3_looks_both_ways_and_says_so_plainly(generation, value):
+    data = hf_config(generation).to_dict() | {"use_bidirectional_attention": value}
+    if generation == "gemma3" and value is True:
+        assert GemmaConfig.from_hf(data).layers[0].bidirectional
+        return
+    with pytest.raises(ConfigError, match="use_bidirectional_attention"):
+        GemmaConfig.from_hf(data)
 
 
 @pytest.mark.parametrize("data", [GEMMA_2B, GEMMA2_27B, GEMMA3_1B], ids=lambda d: d["model_type"])
@@ -403,6 +471,7 @@ def test_a_missing_gguf_key_is_named(key):
         {"gemma3.feed_forward_length": [160, 160]},
         {"gemma3.attention.head_count_kv": 3},
         {"gemma3.attention.sliding_window": 0},
+        {"gemma3.attention.causal": False},
     ],
     ids=json.dumps,
 )
@@ -425,6 +494,7 @@ WRITTEN = [
     *(GemmaConfig.from_hf(hf_config(g, tied).to_dict()) for g in GENERATIONS for tied in (True, False)),
     GemmaConfig.named("gemma_7b"),
     GemmaConfig.named("gemma3_270m"),
+    GemmaConfig.named("embeddinggemma_300m"),
 ]  # fmt: skip
 
 
@@ -496,7 +566,11 @@ PUBLISHED = {
     "gemma3_4b": 3_880_099_328 + 64 * 2560,
     "gemma3_12b": 11_765_788_416 + 64 * 3840,
     "gemma3_27b": 27_009_002_240 + 64 * 5376,
+    # of the Hugging Face Hub's model.safetensors
+    "embeddinggemma_300m": 302_863_104,
 }
+# With two projections, by KerasHub's preset embedding_gemma3_300m; "308M" in the model card.
+EMBEDDINGGEMMA_PROJECTED = 307_581_696
 
 
 @pytest.mark.parametrize("name", NAMED_SIZES)
@@ -516,6 +590,11 @@ def test_the_keras_model_of_every_size_has_as_many_parameters(name):
     with keras.device("meta"):
         backbone = GemmaBackbone(name, kernel_initializer="zeros")
     assert backbone.count_params() == PUBLISHED[name]
+    if name == "embeddinggemma_300m":
+        from gemma_keras import GemmaTextEmbedder
+
+        with keras.device("meta"):
+            assert GemmaTextEmbedder(backbone).count_params() == EMBEDDINGGEMMA_PROJECTED
 
 
 @pytest.mark.parametrize("tied", [True, False])
