@@ -83,6 +83,14 @@ def tiny_hf(generation: str, seed: int = 0, tied: bool = True):
     model = transformers.AutoModelForCausalLM.from_config(
         hf_config(generation, tied), attn_implementation="eager", dtype=torch.float32
     ).eval()
+    randomize(model, seed)
+    return model
+
+
+def randomize(model, seed: int) -> None:
+    """Give a transformers model weights that hide nothing."""
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -96,7 +104,6 @@ def tiny_hf(generation: str, seed: int = 0, tied: bool = True):
                 # Queries and keys large enough that attention is far from uniform.
                 gain = 1.5 if "q_proj" in name or "k_proj" in name else 1.0
                 parameter.copy_(gain * noise / parameter.shape[1] ** 0.5)
-    return model
 
 
 def tiny_tokenizer_model() -> bytes:

@@ -26,35 +26,36 @@ def read_safetensors_folder(folder: Path) -> Checkpoint:
         CheckpointError: a file is missing, cut short, or points out of the folder.
         ConfigError: `config.json` does not describe a Gemma.
     """
-    raw_config = _read_json(folder / "config.json")
+    raw_config = read_json(folder / "config.json")
     config = GemmaConfig.from_hf(raw_config)
     shards = _shards(folder)
     owner: dict[str, Path] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for shard in shards:
-        with _opened(shard) as file:
+        with opened(shard) as file:
             for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
                 owner[name] = shard
                 shapes[name] = tuple(file.get_slice(name).get_shape())
-    # Multimodal Gemma 3 keeps the text tower under a prefix, beside a vision tower.
+    # Multimodal Gemma 3 keeps the text tower under a prefix, beside a vision tower; a model saved
+    # without its head, as EmbeddingGemma is, has none.
     prefix = next(
         (
             p
-            for p in ("language_model.model.", "model.language_model.")
+            for p in ("language_model.model.", "model.language_model.", "model.")
             if any(n.startswith(p) for n in shapes)
         ),
-        "model.",
+        "",
     )
     names = {("model." + n.removeprefix(prefix) if n.startswith(prefix) else n): n for n in shapes}
     if "lm_head.weight" not in names and "language_model.lm_head.weight" in names:
         names["lm_head.weight"] = names.pop("language_model.lm_head.weight")
 
     def read(name: str) -> np.ndarray:
-        with _opened(owner[names[name]]) as file:
+        with opened(owner[names[name]]) as file:
             return np.asarray(file.get_tensor(names[name]), dtype=np.float32)
 
     def read_rows(name: str, first: int, last: int) -> np.ndarray:
-        with _opened(owner[names[name]]) as file:
+        with opened(owner[names[name]]) as file:
             return np.asarray(file.get_slice(names[name])[first:last], dtype=np.float32)
 
     def ignore(name: str) -> bool:
@@ -83,7 +84,7 @@ def read_safetensors_folder(folder: Path) -> Checkpoint:
 
 
 @contextlib.contextmanager
-def _opened(shard: Path) -> Iterator[Any]:
+def opened(shard: Path) -> Iterator[Any]:
     """A shard, only while it is read: what is mapped counts as the process's memory.
 
     Raises:
@@ -105,7 +106,7 @@ def _shards(folder: Path) -> list[Path]:
                 f"{folder} has neither model.safetensors nor model.safetensors.index.json"
             )
         return [single]
-    names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+    names = sorted(set(read_json(index).get("weight_map", {}).values()))
     for name in names:
         if not isinstance(name, str) or not name or Path(name).name != name:
             raise CheckpointError(f"{index} names a file outside its folder: {name!r}")
@@ -114,18 +115,28 @@ def _shards(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        CheckpointError: the file is missing or larger than one can be, or holds something else.
+    """
+    data = read_json_value(path)
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return data
+
+
+def read_json_value(path: Path) -> Any:
+    """As `read_json`, whatever the value is."""
     try:
         if path.stat().st_size > _MAX_JSON:
             raise CheckpointError(f"{path} is larger than a JSON file of a checkpoint can be")
-        data = json.loads(path.read_bytes())
+        return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} must hold a JSON object")
-    return data
 
 
 def _tokenizer(folder: Path) -> bytes | None:
