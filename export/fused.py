@@ -51,7 +51,11 @@ def build_graph(
         max_context: length of the rotary tables that the interchange graph holds, in tokens.
         kv_scales: as `export.kv_scales` measures them, for layers whose keys and values the
             contract wants as 8-bit integers.
+
+    Raises:
+        ConfigError: the model is bidirectional, which `GroupQueryAttention` is not.
     """
+    config.require_causal("a graph over kept keys and values")
     return _FusedGraph(config, plan, weights, contract, max_context, kv_scales or {}).build()
 
 

@@ -100,6 +100,7 @@ def export_onnx(
         writer.check_out(out, overwrite=overwrite)
     checkpoint = _open(source)
     config = checkpoint.config
+    config.require_causal("an ONNX bundle")
     lowering_named(lowering)
     _check_kv_cache_dtype(kv_cache_dtype, lowering)
     chosen = recipe_named(recipe)

@@ -62,7 +62,9 @@ def build_traced_graph(
     Raises:
         ExportRequestError: a weight's format, or the keys' and values', has no standard operators.
         ExportError: the layers could not be traced.
+        ConfigError: the model is bidirectional: what it keeps of a text changes with each token.
     """
+    config.require_causal("a graph over kept keys and values")
     for name, fmt in plan.items():
         check_format(name, fmt)
     if kv_scales:

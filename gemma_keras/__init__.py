@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gemma_keras.causal_lm import GemmaCausalLM
     from gemma_keras.checkpoints import open_checkpoint
     from gemma_keras.config import GemmaConfig, LayerSpec
+    from gemma_keras.text_embedder import GemmaTextEmbedder
     from gemma_keras.tokenizer import GemmaCausalLMPreprocessor, GemmaTokenizer
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "GemmaCausalLM",
     "GemmaCausalLMPreprocessor",
     "GemmaConfig",
+    "GemmaTextEmbedder",
     "GemmaTokenizer",
     "LayerSpec",
     "open_checkpoint",
@@ -31,6 +33,7 @@ _HOMES = {
     "GemmaCausalLM": "causal_lm",
     "GemmaCausalLMPreprocessor": "tokenizer",
     "GemmaConfig": "config",
+    "GemmaTextEmbedder": "text_embedder",
     "GemmaTokenizer": "tokenizer",
     "LayerSpec": "config",
     "open_checkpoint": "checkpoints",

@@ -128,6 +128,7 @@ class GemmaBackbone(keras_hub.models.Backbone):
             The normed hidden states of each prompt's last token, `(batch, 1, hidden_dim)`, and a
             cache for `call_with_cache`, in which layers of a sliding window keep no more than it.
         """
+        self.config.require_causal("generation")
         x = self.embed(token_ids)
         cache = []
         for block, spec in zip(self.transformer_layers, self.config.layers, strict=True):
@@ -150,6 +151,7 @@ class GemmaBackbone(keras_hub.models.Backbone):
         Returns:
             The normed hidden states `(batch, length, hidden_dim)` and the updated cache.
         """
+        self.config.require_causal("generation")
         x = self.embed(token_ids)
         new_cache = []
         for block, layer_cache in zip(self.transformer_layers, cache, strict=True):

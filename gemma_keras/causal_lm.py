@@ -36,6 +36,9 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         preprocessor: packs text; `None` if the model is used on token ids only.
         instruction_tuned: whether it was tuned to follow Gemma's turn template.
         provenance: where its weights came from; export passes it on.
+
+    Raises:
+        ConfigError: the backbone is bidirectional.
     """
 
     backbone_cls = GemmaBackbone
@@ -49,6 +52,8 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         provenance: dict[str, Any] | None = None,
         **kwargs,
     ) -> None:
+        backbone.config.require_causal("GemmaCausalLM")
+
         # === Layers ===
         self.backbone = backbone
         self.preprocessor = preprocessor
@@ -137,6 +142,7 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         cls, checkpoint: Checkpoint, load_weights=True, dtype=None, sequence_length=1024, **kwargs
     ) -> GemmaCausalLM:
         """Build the model of an open checkpoint; arguments as `from_preset`."""
+        checkpoint.config.require_causal("GemmaCausalLM")  # before weights are read
         initializer = "zeros" if load_weights else "glorot_uniform"
         backbone = GemmaBackbone(checkpoint.config, dtype=dtype, kernel_initializer=initializer)
         if load_weights:

@@ -26,12 +26,15 @@ class LayerSpec:
         head_dim: width of one head, even.
         ffw_dim: width of the gated MLP's hidden layer (one branch, not both).
         query_scale: factor of the query-key product, `query_pre_attn_scalar ** -0.5`.
-        sliding_window: tokens a query may look at, itself included; `None` means all before it.
+        sliding_window: a query sees keys at distances below it, so of a causal layer as many
+            tokens, itself included; `None` means no bound.
         rope_theta: base of the rotary frequencies.
         rope_scale: positions are divided by it (linear RoPE scaling); 1 means no scaling.
         qk_norm: whether RMS norms stand on queries and keys, before the rotation.
         post_norms: whether RMS norms stand on the attention and MLP outputs, before they are added.
         attention_soft_cap: `cap * tanh(scores / cap)` before the mask, or `None`.
+        bidirectional: whether a query also sees what comes after it, in a window as far ahead as
+            back. Such a model gives vectors of whole texts; it cannot predict the next token.
     """
 
     num_heads: int
@@ -45,6 +48,7 @@ class LayerSpec:
     qk_norm: bool = False
     post_norms: bool = False
     attention_soft_cap: float | None = None
+    bidirectional: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_heads", "num_kv_heads", "head_dim", "ffw_dim"):
@@ -62,13 +66,13 @@ class LayerSpec:
             require_positive(name, getattr(self, name))
         if self.attention_soft_cap is not None:
             require_positive("attention_soft_cap", self.attention_soft_cap)
-        for name in ("qk_norm", "post_norms"):
+        for name in ("qk_norm", "post_norms", "bidirectional"):
             require_bool(name, getattr(self, name))
 
 
 @dataclasses.dataclass(frozen=True)
 class GemmaConfig:
-    """A whole decoder-only Gemma.
+    """A whole Gemma: one stack of blocks.
 
     Attributes:
         vocabulary_size: rows of the embedding table.
@@ -101,6 +105,22 @@ class GemmaConfig:
         if self.final_soft_cap is not None:
             require_positive("final_soft_cap", self.final_soft_cap)
         require_bool("tied_head", self.tied_head)
+
+    def require_causal(self, purpose: str) -> None:
+        """Refuse a bidirectional model where only a causal one has a meaning.
+
+        Args:
+            purpose: what needs it, the beginning of the sentence.
+
+        Raises:
+            ConfigError: some layer is bidirectional.
+        """
+        if any(layer.bidirectional for layer in self.layers):
+            raise ConfigError(
+                f"{purpose} needs a model that predicts the next token, and this one looks both "
+                "ways (use_bidirectional_attention): it gives vectors of whole texts; use "
+                "gemma_keras.GemmaTextEmbedder"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """This configuration as plain JSON data; `from_dict` reads it back."""
@@ -223,6 +243,17 @@ NAMED_SIZES: dict[str, dict[str, Any]] = {
         head_dim=128,
         query_pre_attn_scalar=168,
         **_GEMMA3_LONG,
+    ),
+    # EmbeddingGemma's transformer; what makes one vector of a text is not part of it.
+    "embeddinggemma_300m": _size(
+        "gemma3_text",
+        768,
+        1152,
+        24,
+        3,
+        1,
+        use_bidirectional_attention=True,
+        **_GEMMA3_SHORT | {"max_position_embeddings": 2048},
     ),
 }
 NAMED_SIZES |= {

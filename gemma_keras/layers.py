@@ -88,7 +88,8 @@ def _dense(kernel_initializer, dtype, units: int, name: str) -> keras.layers.Den
 
 @keras.saving.register_keras_serializable(package="gemma_keras")
 class GemmaAttention(keras.layers.Layer):
-    """Causal grouped-query attention with rotary positions and, where the spec says so, a window.
+    """Grouped-query attention with rotary positions; causal or both ways, all of a text or a
+    window, as the spec says.
 
     Args:
         spec: heads, scales and window.
@@ -172,6 +173,8 @@ class GemmaAttention(keras.layers.Layer):
         """True where a query may look: bool `(batch or 1, 1, 1, length, total)`."""
         key_positions = ops.expand_dims(key_positions, -2)
         distance = ops.expand_dims(positions, -1) - key_positions
+        if self.spec.bidirectional:
+            distance = ops.abs(distance)
         mask = distance >= 0
         if self.spec.sliding_window is not None:
             mask = ops.logical_and(mask, distance < self.spec.sliding_window)

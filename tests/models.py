@@ -85,6 +85,14 @@ def tiny_hf(generation: str, seed: int = 0, tied: bool = True):
     model = transformers.AutoModelForCausalLM.from_config(
         hf_config(generation, tied), attn_implementation="eager", dtype=torch.float32
     ).eval()
+    randomize(model, seed)
+    return model
+
+
+def randomize(model, seed: int) -> None:
+    """Give a transformers model weights that hide nothing."""
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -27,6 +27,11 @@ def config_from_gguf(metadata: Mapping[str, Any], *, tied_head: bool) -> GemmaCo
             raise ConfigError(f"the GGUF metadata lacks {kind}.{key}")
         return value
 
+    if not metadata.get(f"{kind}.attention.causal", True):
+        raise ConfigError(
+            f"the GGUF holds a {kind} that looks both ways ({kind}.attention.causal is false); "
+            "for EmbeddingGemma load its Hugging Face folder with gemma_keras.GemmaTextEmbedder"
+        )
     num_layers, hidden_dim = get("block_count"), get("embedding_length")
     require_positive_int("block_count", num_layers)
     require_positive_int("embedding_length", hidden_dim)
@@ -99,6 +104,7 @@ def config_to_gguf(config: GemmaConfig) -> dict[str, Any]:
     Raises:
         ConfigError: GGUF, or llama.cpp that reads it, has no way to say it.
     """
+    config.require_causal("GGUF of architecture gemma, gemma2 or gemma3")
     first = config.layers[0]
     kind = "gemma3" if first.qk_norm else "gemma2" if first.post_norms else "gemma"
     local = next((s for s in config.layers if s.sliding_window is not None), None)

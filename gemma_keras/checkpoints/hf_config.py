@@ -12,6 +12,7 @@ from gemma_keras.config import (
     GemmaConfig,
     LayerSpec,
     layer_kinds,
+    require_bool,
     require_positive,
     require_positive_int,
 )
@@ -72,7 +73,6 @@ _HF_INERT = frozenset(
 # Keys whose only value we can honour is the one Gemma has.
 _HF_FIXED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
-    "use_bidirectional_attention": (False, None),
     "add_cross_attention": (False, None),
     "is_decoder": (False, True, None),
 }
@@ -124,6 +124,9 @@ def config_from_hf(data: Mapping[str, Any]) -> GemmaConfig:
     )
     rest.pop("sliding_window_pattern", None)
     window = take("sliding_window")
+    bidirectional = _bidirectional(kind, take("use_bidirectional_attention", False))
+    if bidirectional and window is not None:
+        window = _reach(window)
     if (
         not isinstance(kinds, (list, tuple))
         or len(kinds) != num_layers
@@ -146,6 +149,7 @@ def config_from_hf(data: Mapping[str, Any]) -> GemmaConfig:
         "qk_norm": kind == "gemma3_text",
         "post_norms": kind != "gemma",
         "attention_soft_cap": take("attn_logit_softcapping"),
+        "bidirectional": bidirectional,
     }
     config = GemmaConfig(
         vocabulary_size=take("vocab_size"),
@@ -179,6 +183,7 @@ def config_to_hf(config: GemmaConfig) -> dict[str, Any]:
     kind = "gemma3_text" if first.qk_norm else "gemma2" if first.post_norms else "gemma"
     local = next((s for s in config.layers if s.sliding_window is not None), None)
     full = next((s for s in config.layers if s.sliding_window is None), first)
+    window = local.sliding_window if local else None
     data: dict[str, Any] = {
         "model_type": kind,
         "vocab_size": config.vocabulary_size,
@@ -203,7 +208,7 @@ def config_to_hf(config: GemmaConfig) -> dict[str, Any]:
         data |= {
             # 256 comes back from 256 ** -0.5 with a rounding error
             "query_pre_attn_scalar": round(scalar) if _is_root(first, round(scalar)) else scalar,
-            "sliding_window": local.sliding_window if local else None,
+            "sliding_window": window,
             "attn_logit_softcapping": first.attention_soft_cap,
             "final_logit_softcapping": config.final_soft_cap,
             "layer_types": [
@@ -213,6 +218,10 @@ def config_to_hf(config: GemmaConfig) -> dict[str, Any]:
         }
     if kind == "gemma3_text":
         data["rope_local_base_freq"] = local.rope_theta if local else 10_000.0
+    if first.bidirectional:
+        data["use_bidirectional_attention"] = True
+        if window is not None:
+            data["sliding_window"] = _window_of_reach(window)
     # What that leaves out or cannot say shows when it is read again.
     if config_from_hf(data) != config:
         raise ConfigError(
@@ -221,6 +230,34 @@ def config_to_hf(config: GemmaConfig) -> dict[str, Any]:
             "Gemma does"
         )
     return data
+
+
+def _bidirectional(kind: str, value: Any) -> bool:
+    """`use_bidirectional_attention`, which only a Gemma 3 may set."""
+    require_bool("use_bidirectional_attention", value or False)
+    # In transformers' Gemma 1 and 2 the key does not reach the mask, and no such file is published.
+    if value and kind != "gemma3_text":
+        raise ConfigError(
+            f"use_bidirectional_attention is true, of a {kind} model; the only Gemma known here "
+            "that looks both ways is a gemma3_text"
+        )
+    return bool(value)
+
+
+# A file says how wide a bidirectional window is, ahead and back together; transformers halves that,
+# rounding down, and lets a query see keys at distances up to the half (Gemma3TextConfig, and
+# `_bidirectional_window_overlay` in modeling_gemma3.py). 512 and 513 are the same: 256 each way.
+
+
+def _reach(window: Any) -> int:
+    """The file's window as `LayerSpec.sliding_window`, a bound that distances stay below."""
+    require_positive_int("sliding_window", window)
+    return window // 2 + 1
+
+
+def _window_of_reach(reach: int) -> int:
+    """The inverse; of the two windows that mean the same, the even one if that is not 0."""
+    return max(1, (reach - 1) * 2)
 
 
 def _is_root(layer: LayerSpec, scalar: int) -> bool:

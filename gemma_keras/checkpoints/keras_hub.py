@@ -12,7 +12,9 @@ Read are `GemmaBackbone` (Gemma 1 and 2) and `Gemma3Backbone`, alone or inside a
 * `query_head_dim_normalize=False`, the 27B sizes, is not passed on to attention either, so KerasHub
   scales their queries by `head_dim ** -0.5`. Here the configuration counts, not the layers: Gemma 2
   27B and Gemma 3 27B were trained with `(hidden_dim // num_query_heads) ** -0.5`, and so their
-  authors' code and every other runtime scale them. In models made here attention is told.
+  authors' code and every other runtime scale them. In models made here attention is told;
+* `use_bidirectional_attention` with a window of W sees W // 2 tokens ahead and W - 1 - W // 2 back,
+  one fewer than transformers where W is even, as EmbeddingGemma's 512 is: such models are refused.
 
 Dropout is of no account, it is for training. Source: keras_hub/src/models/gemma and gemma3.
 """

@@ -27,7 +27,8 @@ def config_from_keras_hub(backbone: Any, context_length: int | None) -> GemmaCon
     if getattr(backbone, "is_embedding_model", False):
         raise ConfigError(
             f"the KerasHub model {backbone.name} gives embeddings of whole texts "
-            "(is_embedding_model), not next tokens"
+            "(is_embedding_model), not next tokens; for EmbeddingGemma load its Hugging Face "
+            "folder with gemma_keras.GemmaTextEmbedder"
         )
     layers = tuple(_layer_spec(block) for block in backbone.transformer_layers)
     if context_length is None:
@@ -56,8 +57,9 @@ def _layer_spec(block: Any) -> LayerSpec:
         )
     if getattr(block, "use_bidirectional_attention", False):
         raise ConfigError(
-            f"{block.name} of the KerasHub model looks ahead (use_bidirectional_attention); the "
-            "Gemmas here see only what came before"
+            f"{block.name} of the KerasHub model looks ahead (use_bidirectional_attention), and a "
+            "KerasHub window of even length reaches further ahead than back; for EmbeddingGemma "
+            "load its Hugging Face folder with gemma_keras.GemmaTextEmbedder"
         )
     if rope.rope_type != "linear":
         raise ConfigError(
@@ -108,6 +110,7 @@ def config_to_keras_hub(config: GemmaConfig) -> dict[str, Any]:
     Raises:
         ConfigError: that is another architecture; the message names what KerasHub lacks.
     """
+    config.require_causal("a KerasHub CausalLM")
     gemma3 = needs_gemma3(config)
     nearest, by_head_dim = _nearest(config, gemma3)
     name = "Gemma3Backbone" if gemma3 else "GemmaBackbone"

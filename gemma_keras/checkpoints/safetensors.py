@@ -30,17 +30,17 @@ def read_safetensors_folder(folder: Path) -> Checkpoint:
         CheckpointError: a file is missing, cut short, points out of the folder or is a pickle.
         ConfigError: `config.json` does not describe a Gemma.
     """
-    raw_config = _read_json(folder / "config.json")
+    raw_config = read_json(folder / "config.json")
     config = GemmaConfig.from_hf(raw_config)
     stored = _tensors(folder)
     names = _plain_names(stored)
 
     def read(name: str) -> np.ndarray:
-        with _opened(stored[names[name]].shard) as file:
+        with opened(stored[names[name]].shard) as file:
             return np.asarray(file.get_tensor(names[name]), dtype=np.float32)
 
     def read_rows(name: str, first: int, last: int) -> np.ndarray:
-        with _opened(stored[names[name]].shard) as file:
+        with opened(stored[names[name]].shard) as file:
             return np.asarray(file.get_slice(names[name])[first:last], dtype=np.float32)
 
     def ignore(name: str) -> bool:
@@ -88,7 +88,7 @@ def _tensors(folder: Path) -> dict[str, _Stored]:
     """
     stored: dict[str, _Stored] = {}
     for shard, promised in _shards(folder).items():
-        with _opened(shard) as file:
+        with opened(shard) as file:
             for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
                 if name in stored:
                     raise CheckpointError(
@@ -122,14 +122,15 @@ def _plain_names(stored: Collection[str]) -> dict[str, str]:
     Raises:
         CheckpointError: two names in the file come to the same.
     """
-    # Multimodal Gemma 3 keeps the text tower under a prefix, beside a vision tower.
+    # Multimodal Gemma 3 keeps the text tower under a prefix, beside a vision tower; a model saved
+    # without its head, as EmbeddingGemma is, has none.
     prefix = next(
         (
             p
-            for p in ("language_model.model.", "model.language_model.")
+            for p in ("language_model.model.", "model.language_model.", "model.")
             if any(n.startswith(p) for n in stored)
         ),
-        "model.",
+        "",
     )
     names = {("model." + n.removeprefix(prefix) if n.startswith(prefix) else n): n for n in stored}
     if "lm_head.weight" not in names and "language_model.lm_head.weight" in names:
@@ -143,7 +144,7 @@ def _plain_names(stored: Collection[str]) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _opened(shard: Path) -> Iterator[Any]:
+def opened(shard: Path) -> Iterator[Any]:
     """A shard, only while it is read: what is mapped counts as the process's memory.
 
     Raises:
@@ -166,7 +167,7 @@ def _shards(folder: Path) -> dict[Path, list[str]]:
                 f"{folder} has neither model.safetensors nor {_INDEX}{_told_of_pickles(folder)}"
             )
         return {single: []}
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
             f"{index} must have a weight_map, an object from tensors to shards, that is not empty"
@@ -192,20 +193,30 @@ def _told_of_pickles(folder: Path) -> str:
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        CheckpointError: the file is missing or larger than one can be, or holds something else.
+    """
+    data = read_json_value(path)
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return data
+
+
+def read_json_value(path: Path) -> Any:
+    """As `read_json`, whatever the value is."""
     try:
         if path.stat().st_size > _MAX_JSON:
             raise CheckpointError(f"{path} is larger than a JSON file of a checkpoint can be")
-        data = json.loads(path.read_bytes())
+        return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} must hold a JSON object")
-    return data
 
 
 def _tokenizer(folder: Path) -> bytes | None:

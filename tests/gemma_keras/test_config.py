@@ -74,6 +74,34 @@ GEMMA3_1B = {
     "sliding_window_pattern": 6,
     "vocab_size": 262144,
 }
+# google/embeddinggemma-300m
+EMBEDDINGGEMMA = {
+    "model_type": "gemma3_text",
+    "_sliding_window_pattern": 6,
+    "architectures": ["Gemma3TextModel"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "attn_logit_softcapping": None,
+    "dtype": "float32",
+    "final_logit_softcapping": None,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 768,
+    "intermediate_size": 1152,
+    "layer_types": [*["sliding_attention"] * 5, "full_attention"] * 4,
+    "max_position_embeddings": 2048,
+    "num_attention_heads": 3,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 1,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-06,
+    "rope_local_base_freq": 10000.0,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "sliding_window": 512,
+    "use_bidirectional_attention": True,
+    "vocab_size": 262144,
+}
 # google/gemma-3-27b-pt
 GEMMA3_27B = {
     "model_type": "gemma3",
@@ -226,6 +254,46 @@ def test_a_sliding_window_pattern_other_than_six_is_heard():
         data = without(GEMMA3_1B, "sliding_window_pattern") | {key: 2, "num_hidden_layers": 5}
         windows = [spec.sliding_window for spec in GemmaConfig.from_hf(data).layers]
         assert windows == [512, None, 512, None, 512]
+
+
+def test_embeddinggemma():
+    config = GemmaConfig.from_hf(EMBEDDINGGEMMA)
+    assert config == GemmaConfig.named("embeddinggemma_300m")
+    assert all(layer.bidirectional for layer in config.layers)
+    # half of the file's window each way, and the token itself
+    assert [layer.sliding_window for layer in config.layers] == [*[257] * 5, None] * 4
+    assert config.context_length == 2048
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 12, 13, 512, 513])
+def test_a_bidirectional_window_is_halved_as_transformers_halves_it(window):
+    data = EMBEDDINGGEMMA | {"sliding_window": window}
+    config = GemmaConfig.from_hf(data)
+    theirs = transformers.Gemma3TextConfig(**data)
+    assert config.layers[0].sliding_window == theirs.sliding_window
+    written = config.to_hf()
+    assert GemmaConfig.from_hf(written) == config
+    assert transformers.Gemma3TextConfig(**written).sliding_window == theirs.sliding_window
+    assert GemmaConfig.from_hf(theirs.to_dict() | {"sliding_window": window}) == config
+
+
+def test_a_model_bidirectional_in_part_has_no_hugging_face_config():
+    config = GemmaConfig.from_hf(EMBEDDINGGEMMA)
+    causal = dataclasses.replace(config.layers[3], bidirectional=False)
+    mixed = dataclasses.replace(config, layers=(*config.layers[:3], causal, *config.layers[4:]))
+    with pytest.raises(ConfigError, match="cannot be written"):
+        mixed.to_hf()
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize("value", [True, "vision", 1])
+def test_only_a_gemma3_looks_both_ways_and_says_so_plainly(generation, value):
+    data = hf_config(generation).to_dict() | {"use_bidirectional_attention": value}
+    if generation == "gemma3" and value is True:
+        assert GemmaConfig.from_hf(data).layers[0].bidirectional
+        return
+    with pytest.raises(ConfigError, match="use_bidirectional_attention"):
+        GemmaConfig.from_hf(data)
 
 
 @pytest.mark.parametrize("data", [GEMMA_2B, GEMMA2_27B, GEMMA3_1B], ids=lambda d: d["model_type"])
@@ -414,6 +482,7 @@ def test_a_missing_gguf_key_is_named(key):
         {"gemma3.feed_forward_length": [160, 160]},
         {"gemma3.attention.head_count_kv": 3},
         {"gemma3.attention.sliding_window": 0},
+        {"gemma3.attention.causal": False},
     ],
     ids=json.dumps,
 )
@@ -436,6 +505,7 @@ WRITTEN = [
     *(GemmaConfig.from_hf(hf_config(g, tied).to_dict()) for g in GENERATIONS for tied in (True, False)),
     GemmaConfig.named("gemma_7b"),
     GemmaConfig.named("gemma3_270m"),
+    GemmaConfig.named("embeddinggemma_300m"),
 ]  # fmt: skip
 
 
@@ -509,7 +579,10 @@ PUBLISHED = {
     "gemma3_4b": (3_880_263_168, "gemma3_4b_text", 64),
     "gemma3_12b": (11_766_034_176, "gemma3_12b_text", 64),
     "gemma3_27b": (27_009_346_304, "gemma3_27b_text", 64),
+    # of the Hugging Face Hub's model.safetensors; KerasHub's preset counts two projections too
+    "embeddinggemma_300m": (302_863_104, None, 0),
 }
+EMBEDDINGGEMMA_PROJECTED = 307_581_696  # "308M" in the model card
 
 
 def preset_parameters(preset):
@@ -544,7 +617,7 @@ def test_parameters_beside_the_embedding_are_those_of_the_reports(name, without_
 
 @pytest.mark.keras
 @pytest.mark.peer
-@pytest.mark.parametrize("name", NAMED_SIZES)
+@pytest.mark.parametrize("name", [name for name, (_, preset, _) in PUBLISHED.items() if preset])
 def test_the_published_counts_are_those_of_keras_hubs_presets(name):
     count, preset, more_rows = PUBLISHED[name]
     assert count == preset_parameters(preset) + more_rows * GemmaConfig.named(name).hidden_dim
@@ -560,6 +633,21 @@ def test_the_larger_tables_of_gemma3_are_64_rows_longer_elsewhere(size, with_row
     """MedGemma's presets, made of Hugging Face's files, are the same models with their rows."""
     rows = 64 * GemmaConfig.named(size).hidden_dim
     assert preset_parameters(with_rows) - preset_parameters(size) == rows
+
+
+@pytest.mark.keras
+@pytest.mark.peer
+def test_embeddinggemma_with_its_projections_counts_as_keras_hubs_preset():
+    from keras import StatelessScope
+    from keras.src.backend.common import global_state
+
+    from gemma_keras import GemmaBackbone, GemmaTextEmbedder
+
+    with StatelessScope():
+        embedder = GemmaTextEmbedder(GemmaBackbone("embeddinggemma_300m"))
+        global_state.set_global_attribute("uninitialized_variables", [])
+    assert embedder.count_params() == EMBEDDINGGEMMA_PROJECTED
+    assert preset_parameters("embedding_gemma3_300m") == EMBEDDINGGEMMA_PROJECTED
 
 
 @pytest.mark.keras

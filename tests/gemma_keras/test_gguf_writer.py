@@ -79,7 +79,7 @@ def test_matrices_are_rounded_as_the_gguf_package_rounds(
         assert np.abs(values - array).max() <= ulp * np.abs(array).max()
 
 
-@pytest.mark.parametrize("name", NAMED_SIZES)
+@pytest.mark.parametrize("name", [n for n in NAMED_SIZES if not n.startswith("embedding")])
 def test_every_published_size_is_said_by_gguf(name):
     config = GemmaConfig.named(name)
     metadata = config_to_gguf(config)

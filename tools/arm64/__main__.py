@@ -2,7 +2,8 @@
 
 BUNDLES is a folder that holds `tiny-bundles` and `sample-fp32`, `sample-int8`, `sample-int4`, made
 here; `make test-arm64` makes them. `--part command`, a minute of it, needs the first only: what the
-processors have, and the command on a small bundle. The exit status is 1 if anything failed, 2 if nothing can run.
+processors have, and the command on a small bundle. The exit status is 1 if anything failed, 2 if
+nothing can run.
 """
 
 from __future__ import annotations
