@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import signal
 import select
 import subprocess
 import sys
@@ -112,9 +113,11 @@ def test_ctrl_c_ends_an_answer_for_programs_with_a_report(sample_bundle):
             time.sleep(seconds)
             terminal.keys(CTRL_C)
             out = terminal.process.stdout.read()
-            assert terminal.finish() == 130
+            status = terminal.finish()
         if out:
             break
+        assert status in (130, -signal.SIGINT)  # on a busy machine Python itself may be starting
+    assert status == 130
     assert json.loads(out)["finish_reason"] == "interrupted"
 
 
