@@ -7,8 +7,8 @@ import json
 import os
 import pty
 import re
-import signal
 import select
+import signal
 import subprocess
 import sys
 import termios
