@@ -49,6 +49,8 @@ def _write_at(cache, new, slot):
     in_place = keras.config.backend() == "torch" and not _records_gradients()
     if len(slot.shape) == 0 and not in_place:
         return ops.slice_update(cache, (0, 0, slot, 0), new)
+    if len(slot.shape) == 0:
+        return cache.index_copy_(2, ops.cast(slot + ops.arange(shape[2]), "int64"), new)
     rows, heads, places = (ops.arange(size, dtype="int32") for size in shape)
     where = (
         ops.reshape(rows, (-1, 1, 1)),

@@ -73,23 +73,39 @@ def recorded(model: keras.Model, function: Callable[..., Any]) -> Callable[..., 
     """
     if keras.config.backend() != "torch" or model.run_eagerly:
         return function
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    graphs: dict[Any, Callable[..., Any]] = {}
+    recordings: dict[Any, Callable[..., Any]] = {}
 
     def call(*tensors):
-        shapes = tuple((tuple(tensor.shape), tensor.dtype) for tensor in tree.flatten(tensors))
-        if shapes not in graphs:
-            graphs[shapes] = make_fx(lambda *args: function(*args))(*tensors)
-        return graphs[shapes](*tensors)
+        flat = tree.flatten(tensors)
+        kinds = tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in flat)
+        if kinds not in recordings:
+            recordings[kinds] = _recording(function, tensors)
+        return recordings[kinds](*flat)
 
     return call
+
+
+def _recording(function, tensors):
+    """A function of the flat tensors that does what `function` does with those."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    from gemma_keras.simplify import simplified
+
+    structure = []
+
+    def flat_function(*flat):
+        result = function(*tree.pack_sequence_as(tensors, flat))
+        structure.append(tree.map_structure(lambda _: 0, result))
+        return tree.flatten(result)
+
+    run = simplified(make_fx(flat_function)(*tree.flatten(tensors)))
+    return lambda *flat: tree.pack_sequence_as(structure[0], run(*flat))
 
 
 def _torch(function):
     import torch
 
-    return torch.no_grad()(function)
+    return torch.inference_mode()(function)
 
 
 def _tensorflow(model, function):

@@ -75,9 +75,10 @@ def rotate(x, positions, theta: float, scale: float):
     )
     angles = ops.expand_dims(angles, -3)  # (batch or none, 1, length, head_dim / 2)
     cos, sin = ops.cos(angles), ops.sin(angles)
-    first, second = ops.split(ops.cast(x, "float32"), 2, axis=-1)
-    rotated = ops.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return ops.cast(rotated, x.dtype)
+    # a, b to a cos - b sin, b cos + a sin; what is made of positions is the same in other layers
+    cos, sin = ops.concatenate([cos, cos], axis=-1), ops.concatenate([-sin, sin], axis=-1)
+    x32 = ops.cast(x, "float32")
+    return ops.cast(x32 * cos + ops.roll(x32, head_dim // 2, axis=-1) * sin, x.dtype)
 
 
 def _dense(kernel_initializer, dtype, units: int, name: str) -> keras.layers.Dense:
@@ -188,6 +189,10 @@ class GemmaAttention(keras.layers.Layer):
     def _attend(self, query, key, value, mask):
         """From `(batch, heads or kv_heads, length or total, head_dim)` to one like `query`."""
         spec = self.spec
+        if keras.config.backend() == "torch" and spec.attention_soft_cap is None:
+            from gemma_keras.attend_torch import attend
+
+            return attend(query, key, value, mask, spec.query_scale)
         batch, length, total = ops.shape(query)[0], ops.shape(query)[2], ops.shape(key)[2]
         group = spec.num_heads // spec.num_kv_heads
         # The heads that share a key are rows of one product: (batch, kv_heads, group * length, _)
