@@ -17,9 +17,12 @@ from keras import ops
 from gemma_keras.cache import place
 from gemma_keras.checkpoints.lattice import Lattice
 from gemma_keras.checkpoints.names import WeightSpec, weight_specs
+from gemma_keras.checkpoints.source import row_pieces
 from gemma_keras.config import GemmaConfig
 from gemma_keras.errors import CheckpointError
 from gemma_keras.layers import GemmaDecoderBlock, RMSNorm
+from gemma_keras.loading import FromWeights, initialized_from, weight_pieces
+from gemma_keras.piecewise import fill, variable_pieces
 from gemma_keras.quantized import QuantizedWeight, quantized_weight
 
 
@@ -34,7 +37,13 @@ class GemmaBackbone(keras_hub.models.Backbone):
         config: a `GemmaConfig`, its `to_dict()`, or the name of a published size.
         dtype: Keras dtype policy of computations and weights.
         kernel_initializer: of every matrix and the embedding; `"zeros"` is quick when weights are
-            loaded next.
+            loaded next. `gemma_keras.loading.FromWeights(checkpoint.weights)` makes every variable
+            of a weight, in the memory of the variables and a few pieces of a weight.
+        gradient_checkpointing: whether `fit` keeps only what goes into each block, and computes the
+            rest again for the gradients: less memory, a third more time.
+
+    Raises:
+        CheckpointError: a weight is missing, of another shape, or not finite.
     """
 
     def __init__(
@@ -42,8 +51,17 @@ class GemmaBackbone(keras_hub.models.Backbone):
         config: GemmaConfig | Mapping[str, Any] | str,
         dtype=None,
         kernel_initializer="glorot_uniform",
+        gradient_checkpointing: bool = False,
         **kwargs,
     ) -> None:
+        weights = None
+        if isinstance(kernel_initializer, FromWeights):
+            weights, kernel_initializer = kernel_initializer.weights, "glorot_uniform"
+        # Keras makes large variables of several devices inside compiled functions, where no weight
+        # can be read: they begin as zeros, each device's part alone, and are filled.
+        fills = weights is not None and keras.distribution.distribution() is not None
+        if fills:
+            kernel_initializer = "zeros"
         if isinstance(config, str):
             config = GemmaConfig.named(config)
         elif not isinstance(config, GemmaConfig):
@@ -75,6 +93,8 @@ class GemmaBackbone(keras_hub.models.Backbone):
             for i, spec in enumerate(config.layers)
         ]
         self.layer_norm = RMSNorm(config.norm_epsilon, dtype=dtype, name="final_norm")
+        if weights is not None and not fills:
+            self._build_from(weights, config)
 
         # === Functional model ===
         token_ids = keras.Input((None,), dtype="int32", name="token_ids")
@@ -91,6 +111,41 @@ class GemmaBackbone(keras_hub.models.Backbone):
 
         # === Config ===
         self.config = config
+        self.gradient_checkpointing = gradient_checkpointing
+        if weights is not None and fills:
+            self.load_weight_source(weights)
+
+    def _build_from(self, weights: Mapping[str, np.ndarray], config: GemmaConfig) -> None:
+        """Make the variables of weights: the tables, which are the largest, first."""
+        specs = weight_specs(config)
+        places = {name: self._initializer(name) for name in specs}
+        with initialized_from(weights, specs, places):
+            self.token_embedding.build()
+            for layer in (*self.transformer_layers, self.layer_norm):
+                layer.build((None, None, config.hidden_dim))
+
+    def _initializer(self, name: str) -> tuple[keras.layers.Layer, str]:
+        """The layer that makes the variable of a canonical name, and the attribute that holds its
+        initializer; `ReversibleEmbedding` makes both tables with one, the head last."""
+        if name in ("token_embedding", "head"):
+            return self.token_embedding, "embeddings_initializer"
+        if name == "final_norm":
+            return self.layer_norm, "scale_initializer"
+        _, index, within = name.split(".", 2)
+        layer = self.transformer_layers[int(index)].sublayer(within)
+        is_norm = isinstance(layer, RMSNorm)
+        return layer, "scale_initializer" if is_norm else "kernel_initializer"
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether training computes what is within each block again for the gradients; may be set,
+        and counts for what is compiled from then on."""
+        return self.transformer_layers[0].gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        for block in self.transformer_layers:
+            block.gradient_checkpointing = bool(value)
 
     def _embed(self, config: GemmaConfig, token_ids):
         x = self.token_embedding(token_ids)
@@ -176,21 +231,23 @@ class GemmaBackbone(keras_hub.models.Backbone):
         return self.transformer_layers[int(index)].variable(within)
 
     def load_weight_source(self, weights: Mapping[str, np.ndarray]) -> None:
-        """Assign every weight, a tensor at a time.
+        """Assign every weight, a piece at a time; `FromWeights` makes a model of them.
 
         Args:
             weights: canonical name to array; see `gemma_keras.checkpoints.names`.
 
         Raises:
-            CheckpointError: a weight is missing or of another shape.
+            CheckpointError: a weight is missing, of another shape, or not finite; or `enable_lora`
+                or `quantize` has changed its layer.
         """
         for name, spec in weight_specs(self.config).items():
-            if name not in weights:
-                raise CheckpointError(f"the weights lack {name}")
-            array = weights[name]
-            if array.shape != spec.shape:
-                raise CheckpointError(f"{name} has shape {array.shape}, expected {spec.shape}")
-            self.variable(name).assign(array.T if name == "head" else array)
+            variable = self.variable(name)
+            if not isinstance(variable, keras.Variable):
+                raise CheckpointError(
+                    f"{name} is no variable any more, since enable_lora or quantize has changed its"
+                    " layer; load weights before"
+                )
+            fill(variable, weight_pieces(weights, spec))
 
     def weight_source(self) -> Mapping[str, np.ndarray]:
         """This model's weights by canonical name, read as float32 when asked for, LoRA merged.
@@ -205,7 +262,10 @@ class GemmaBackbone(keras_hub.models.Backbone):
         return ["query", "value"]
 
     def get_config(self):
-        return super().get_config() | {"config": self.config.to_dict()}
+        return super().get_config() | {
+            "config": self.config.to_dict(),
+            "gradient_checkpointing": self.gradient_checkpointing,
+        }
 
 
 class _BackboneWeights(Mapping[str, np.ndarray]):
@@ -221,6 +281,14 @@ class _BackboneWeights(Mapping[str, np.ndarray]):
         variable = self._backbone.variable(name)  # a LoRA layer's kernel is the merged one
         array = ops.convert_to_numpy(ops.cast(variable, "float32"))
         return array.T if name == "head" else array
+
+    def table_pieces(self, name: str, piece_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
+        """As `gemma_keras.checkpoints.source.table_pieces`."""
+        if self._quantized(name) is not None:
+            return row_pieces(self[name], piece_bytes)
+        axis = 1 if name == "head" else 0
+        pieces = variable_pieces(self._backbone.variable(name), piece_bytes, axis)
+        return ((first, array.T) if axis else (first, array) for first, array in pieces)
 
     def stored_as(self, name: str) -> str | None:
         """How `quantize` has stored a weight, such as `Keras int4`; `None` for floats."""
@@ -241,6 +309,9 @@ class _BackboneWeights(Mapping[str, np.ndarray]):
             return quantized_weight(self._backbone.token_embedding, reverse=name == "head")
         _, index, within = name.split(".", 2)
         return quantized_weight(self._backbone.transformer_layers[int(index)].sublayer(within))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.specs  # `Mapping` would read the weight
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)

@@ -19,7 +19,9 @@ from gemma_keras.chat import encode_chat, turn_ids
 from gemma_keras.checkpoints import Checkpoint, open_checkpoint
 from gemma_keras.checkpoints.hub import is_own_preset
 from gemma_keras.checkpoints.keras_hub import read_keras_hub, write_keras_hub
+from gemma_keras.compiled import train_options
 from gemma_keras.generation import Generation
+from gemma_keras.loading import FromWeights
 from gemma_keras.text_pieces import decode_stream, encode
 from gemma_keras.tokenizer import GemmaCausalLMPreprocessor, GemmaTokenizer
 
@@ -82,6 +84,16 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
             **kwargs,
         )
 
+    def make_train_function(self, force=False) -> None:
+        """As Keras does; on a processor JAX needs an option for gradient checkpointing."""
+        options = train_options(self)
+        if options is None or (self.train_function is not None and not force):
+            return super().make_train_function(force)
+        import jax
+
+        step = jax.jit(self.train_step, donate_argnums=0, compiler_options=options)
+        self.train_function = self._make_function(step)
+
     @classmethod
     def from_preset(cls, preset, load_weights=True, dtype=None, sequence_length=1024, **kwargs):
         """Load a checkpoint.
@@ -92,6 +104,8 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
             load_weights: if false, weights are random.
             dtype: Keras dtype policy.
             sequence_length: that `fit` and `generate` pad to, in tokens.
+            **kwargs: `gradient_checkpointing=True` for `fit` in less memory, and those of the
+                class.
 
         Raises:
             CheckpointError: it is missing, damaged or of another shape than it declares.
@@ -139,14 +153,23 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
 
     @classmethod
     def from_checkpoint(
-        cls, checkpoint: Checkpoint, load_weights=True, dtype=None, sequence_length=1024, **kwargs
+        cls,
+        checkpoint: Checkpoint,
+        load_weights=True,
+        dtype=None,
+        sequence_length=1024,
+        gradient_checkpointing=False,
+        **kwargs,
     ) -> GemmaCausalLM:
-        """Build the model of an open checkpoint; arguments as `from_preset`."""
+        """Build the model of an open checkpoint; arguments as `from_preset` and `GemmaBackbone`."""
         checkpoint.config.require_causal("GemmaCausalLM")  # before weights are read
-        initializer = "zeros" if load_weights else "glorot_uniform"
-        backbone = GemmaBackbone(checkpoint.config, dtype=dtype, kernel_initializer=initializer)
-        if load_weights:
-            backbone.load_weight_source(checkpoint.weights)
+        initializer = FromWeights(checkpoint.weights) if load_weights else "glorot_uniform"
+        backbone = GemmaBackbone(
+            checkpoint.config,
+            dtype=dtype,
+            kernel_initializer=initializer,
+            gradient_checkpointing=gradient_checkpointing,
+        )
         preprocessor = None
         if checkpoint.tokenizer_model is not None:
             preprocessor = GemmaCausalLMPreprocessor(

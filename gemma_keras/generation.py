@@ -20,6 +20,7 @@ import numpy as np
 from keras import ops
 
 from gemma_keras.compiled import compiled, recorded
+from gemma_keras.head import logits
 
 if TYPE_CHECKING:
     from gemma_keras.causal_lm import GemmaCausalLM
@@ -149,7 +150,7 @@ class Generation:
 
     def _logits(self, hidden):
         """From `(batch, 1, hidden_dim)` to `(batch, vocabulary_size)`."""
-        return ops.squeeze(self._model.backbone.token_embedding(hidden, reverse=True), axis=1)
+        return ops.squeeze(logits(self._model.backbone.token_embedding, hidden), axis=1)
 
     def _sample(self, logits):
         """From `(batch, vocabulary_size)` to ids, int32 `(batch,)`."""
@@ -216,8 +217,8 @@ class Generation:
         def next(prompt, cache, index):
             last = ops.slice(prompt, (0, index - 1), (ops.shape(prompt)[0], 1))
             hidden, cache = model.backbone.call_with_cache(last, cache, index - 1)
-            logits = model.backbone.token_embedding(hidden, reverse=True)
-            return ops.squeeze(logits, axis=1), ops.squeeze(hidden, axis=1), cache
+            found = logits(model.backbone.token_embedding, hidden)
+            return ops.squeeze(found, axis=1), ops.squeeze(hidden, axis=1), cache
 
         return self._sampler(
             next=next,

@@ -36,10 +36,14 @@ class RMSNorm(keras.layers.Layer):
     def __init__(self, epsilon: float = 1e-6, **kwargs) -> None:
         super().__init__(**kwargs)
         self.epsilon = epsilon
+        self.scale_initializer = keras.initializers.get("zeros")
 
     def build(self, input_shape) -> None:
         self.scale = self.add_weight(
-            name="scale", shape=(input_shape[-1],), initializer="zeros", trainable=True
+            name="scale",
+            shape=(input_shape[-1],),
+            initializer=self.scale_initializer,
+            trainable=True,
         )
         super().build(input_shape)
 
@@ -256,6 +260,10 @@ class GemmaDecoderBlock(keras.layers.Layer):
         hidden_dim: width of the residual stream.
         norm_epsilon: of every norm.
         kernel_initializer: of every matrix.
+
+    Attributes:
+        gradient_checkpointing: whether training keeps only what goes into the block, and computes
+            the rest again for the gradients (Chen et al., 2016, arXiv:1604.06174).
     """
 
     def __init__(
@@ -269,6 +277,7 @@ class GemmaDecoderBlock(keras.layers.Layer):
         super().__init__(**kwargs)
         self.spec = spec
         self.hidden_dim = hidden_dim
+        self.gradient_checkpointing = False
 
         def norm(name: str):
             return RMSNorm(norm_epsilon, dtype=self.dtype_policy, name=name)
@@ -299,6 +308,13 @@ class GemmaDecoderBlock(keras.layers.Layer):
     def call(self, x, padding_mask=None, cache=None, start=0, return_cache=False):
         """As `GemmaAttention.call`, for the whole block; without a cache returns `x` alone, unless
         `return_cache`."""
+        if self.gradient_checkpointing and cache is None and not return_cache:
+            # A function of `x` alone: TensorFlow's takes no keywords, and no `None`.
+            return keras.remat(lambda x: self._run(x, padding_mask, None, start)[0])(x)
+        x, new_cache = self._run(x, padding_mask, cache, start)
+        return (x, new_cache) if return_cache or cache is not None else x
+
+    def _run(self, x, padding_mask, cache, start):
         attended, new_cache = self.attention(
             self.pre_attention_norm(x), padding_mask=padding_mask, cache=cache, start=start
         )
@@ -308,8 +324,7 @@ class GemmaDecoderBlock(keras.layers.Layer):
         fed = self.mlp(self.pre_ffw_norm(x))
         if self.spec.post_norms:
             fed = self.post_ffw_norm(fed)
-        x = x + fed
-        return (x, new_cache) if return_cache or cache is not None else x
+        return x + fed, new_cache
 
     def compute_output_shape(self, input_shape, *args, **kwargs):
         return input_shape

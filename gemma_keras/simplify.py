@@ -305,6 +305,7 @@ def _constant_value(recorded: fx.GraphModule, node: fx.Node, values) -> torch.Te
             node.all_input_nodes
         ):
             return None
+        assert not isinstance(node.target, str)
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: values[n])
         value = node.target(*args, **kwargs)
     else:

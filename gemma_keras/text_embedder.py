@@ -20,6 +20,7 @@ from gemma_keras.checkpoints.sentence_transformers import EmbedderCheckpoint, op
 from gemma_keras.compiled import compiled
 from gemma_keras.errors import CheckpointError
 from gemma_keras.generation import bucket
+from gemma_keras.loading import FromWeights
 from gemma_keras.text_pieces import encode
 from gemma_keras.tokenizer import GemmaTokenizer
 
@@ -156,7 +157,9 @@ class GemmaTextEmbedder(keras_hub.models.TextEmbedder):
         backbone = GemmaBackbone(
             checkpoint.transformer.config,
             dtype=dtype,
-            kernel_initializer="zeros" if load_weights else "glorot_uniform",
+            kernel_initializer=(
+                FromWeights(checkpoint.transformer.weights) if load_weights else "glorot_uniform"
+            ),
         )
         model = cls(
             backbone,
@@ -171,7 +174,6 @@ class GemmaTextEmbedder(keras_hub.models.TextEmbedder):
             **kwargs,
         )
         if load_weights:
-            backbone.load_weight_source(checkpoint.transformer.weights)
             for layer, matrix in zip(model.projections, checkpoint.projections, strict=True):
                 layer.kernel.assign(matrix)
         return model

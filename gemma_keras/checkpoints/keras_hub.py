@@ -200,6 +200,15 @@ class _KerasHubWeights(Mapping[str, np.ndarray]):
             raise CheckpointError(f"{name} has shape {array.shape}, expected {spec.shape}")
         return array
 
+    def table_pieces(self, name: str, piece_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
+        """As `gemma_keras.checkpoints.source.table_pieces`."""
+        from gemma_keras.piecewise import variable_pieces
+
+        return variable_pieces(_find(self._backbone, name)[0], piece_bytes)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._specs  # `Mapping` would read the weight
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._specs)
 
@@ -208,9 +217,15 @@ class _KerasHubWeights(Mapping[str, np.ndarray]):
 
 
 def _assign(backbone: Any, config: GemmaConfig, weights: Mapping[str, np.ndarray]) -> None:
+    from gemma_keras.loading import weight_pieces
+    from gemma_keras.piecewise import fill
+
     for name, spec in weight_specs(config).items():
         if name not in weights:
             raise CheckpointError(f"the weights lack {name}")
+        if spec.kind == "table":
+            fill(_find(backbone, name)[0], weight_pieces(weights, spec))
+            continue
         array = weights[name]
         if array.shape != spec.shape:
             raise CheckpointError(f"{name} has shape {array.shape}, expected {spec.shape}")

@@ -84,11 +84,13 @@ class WeightSource(Mapping[str, np.ndarray]):
     def table_pieces(self, name: str, piece_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
         """A table in pieces, one in memory at a time: the first row's number, float32 rows.
 
+        Of a matrix too, whose rows are those of the file, its outputs.
+
         Raises:
             CheckpointError: a value is not finite.
         """
         spec = self.specs[name]
-        num_rows, width = spec.shape
+        num_rows, width = spec.file_shape
         step = _rows_in(piece_bytes, width)
         for first in range(0, num_rows, step):
             last = min(first + step, num_rows)
@@ -124,6 +126,9 @@ class WeightSource(Mapping[str, np.ndarray]):
             raise CheckpointError(
                 f"the tensor {spec.file_name(self._format)} holds values that are not finite"
             )
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.specs  # `Mapping` would read the weight
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.specs)

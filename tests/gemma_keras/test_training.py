@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from keras import ops
 
-from gemma_keras import GemmaBackbone, GemmaCausalLM
+from gemma_keras import GemmaBackbone, GemmaCausalLM, open_checkpoint
+from gemma_keras.compiled import train_options
+from gemma_keras.layers import GemmaDecoderBlock
 from tests.models import TEXT, write_tiny_hf
 
 pytestmark = pytest.mark.keras
@@ -127,3 +129,94 @@ def test_a_saved_lora_adapter_gives_the_same_logits_when_loaded(lora, folder, tm
     other = load(folder)
     other.backbone.load_lora_weights(path)
     np.testing.assert_array_equal(other.logits(random_ids()), lora.model.logits(random_ids()))
+
+
+# --- gradient checkpointing ----------------------------------------------------------------------
+
+
+def weights_after_fit(folder, gradient_checkpointing, dtype="float32"):
+    keras.utils.set_random_seed(0)
+    model = GemmaCausalLM.from_preset(
+        folder,
+        dtype=dtype,
+        sequence_length=LENGTH,
+        gradient_checkpointing=gradient_checkpointing,
+    )
+    model.compile(optimizer=keras.optimizers.SGD(0.1))
+    history = model.fit(LINES, batch_size=4, epochs=2, shuffle=False, verbose=0)
+    return history.history["loss"], dict(model.backbone.weight_source()), model
+
+
+def test_gradient_checkpointing_changes_no_loss_and_no_gradient(folder):
+    """After steps of plain gradient descent, weights differ by their gradients alone."""
+    losses, weights, _ = weights_after_fit(folder, False)
+    found, others, model = weights_after_fit(folder, True)
+    assert model.backbone.gradient_checkpointing
+    np.testing.assert_allclose(found, losses, rtol=1e-5)
+    start = open_checkpoint(folder).weights
+    for name, weight in weights.items():
+        moved = np.abs(weight - start[name]).max()
+        assert moved > 0, name
+        assert np.abs(others[name] - weight).max() < 1e-3 * moved, name
+    text = model.generate("the bread", max_length=LENGTH)
+    model.backbone.gradient_checkpointing = False
+    model.make_generate_function()
+    assert model.generate("the bread", max_length=LENGTH) == text
+
+
+@pytest.mark.skipif(keras.config.backend() == "jax", reason="JAX records a block once")
+def test_gradient_checkpointing_computes_every_block_again(folder, monkeypatch):
+    runs = []
+    run = GemmaDecoderBlock._run
+    monkeypatch.setattr(
+        GemmaDecoderBlock, "_run", lambda self, *args: runs.append(self.name) or run(self, *args)
+    )
+    model = load(folder)
+    inputs, targets, _ = model.preprocessor(LINES[:2])
+    model.preprocessor = None  # these are ids already
+    blocks = sorted(block.name for block in model.backbone.transformer_layers)
+    for on in (False, True):
+        model.backbone.gradient_checkpointing = on
+        model.compile(optimizer="sgd", run_eagerly=True)
+        model.train_on_batch(inputs, targets)  # Keras runs the layers once more to build metrics
+        runs.clear()
+        model.train_on_batch(inputs, targets)
+        assert sorted(runs) == sorted(blocks * (2 if on else 1))
+
+
+@pytest.mark.skipif(keras.config.backend() != "jax", reason="JAX tells before it runs")
+def test_gradient_checkpointing_needs_less_memory(folder, record_property):
+    import jax
+
+    model = load(folder)
+    model.compile(optimizer="sgd")
+    inputs, _, _ = model.preprocessor(LINES * 4)
+    state = [variable.value for variable in model.trainable_variables]
+
+    def memory(on):
+        model.backbone.gradient_checkpointing = on
+
+        def loss(state):
+            return ops.sum(model.stateless_call(state, [], inputs)[0])
+
+        step = jax.jit(jax.grad(loss), compiler_options=train_options(model))
+        return step.lower(state).compile().memory_analysis().temp_size_in_bytes
+
+    without, with_it = memory(False), memory(True)
+    record_property("gradient checkpointing, bytes of a step", f"{with_it:,} of {without:,}")
+    assert with_it < 0.5 * without
+
+
+# --- mixed precision -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("mixed_bfloat16", 0.1), ("mixed_float16", 0.02)])
+def test_mixed_precision(folder, dtype, error):
+    exact = load(folder).logits(random_ids())
+    model = GemmaCausalLM.from_preset(folder, dtype=dtype, sequence_length=LENGTH)
+    assert {v.dtype for v in model.backbone.variables} == {"float32"}
+    found = model.logits(random_ids())
+    difference = np.sqrt(np.mean(np.square(found - exact))) / exact.std()
+    assert 1e-5 < difference < error  # it was computed in 16 bits, and well
+    losses = fit(model, learning_rate=3e-3)
+    assert np.isfinite(losses).all() and losses[-1] < 0.75 * losses[0]
