@@ -45,7 +45,7 @@ SAMPLES := $(foreach recipe,fp32 int8 int4,build/sample-$(recipe)/bundle.json)
 test-arm64: build/arm64 $(SAMPLES) build/tiny-bundles/made
 	@$(BIN)/python -m tools.arm64 build $(ARM64_ARGS)
 
-# The part of it that CI runs: the command, on a small bundle, on both processors.
+# Its short part: the command, on a small bundle, on both processors.
 smoke-arm64: build/arm64 build/tiny-bundles/made
 	@$(BIN)/python -m tools.arm64 build --part command
 
