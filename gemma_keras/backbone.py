@@ -56,12 +56,10 @@ class GemmaBackbone(keras_hub.models.Backbone):
     ) -> None:
         weights = None
         if isinstance(kernel_initializer, FromWeights):
-            weights, kernel_initializer = kernel_initializer.weights, "glorot_uniform"
+            weights, kernel_initializer = kernel_initializer.weights, "zeros"
         # Keras makes large variables of several devices inside compiled functions, where no weight
         # can be read: they begin as zeros, each device's part alone, and are filled.
         fills = weights is not None and keras.distribution.distribution() is not None
-        if fills:
-            kernel_initializer = "zeros"
         if isinstance(config, str):
             config = GemmaConfig.named(config)
         elif not isinstance(config, GemmaConfig):
