@@ -47,6 +47,8 @@ def main() -> None:
         pairs = contenders([backend])
         told = Progress(f"{backend}: round")
         workers = {pair: Worker(*pair) for pair in pairs}
+        for worker in workers.values():
+            worker.wait()
         first = {pair: worker.seconds(PROMPT) for pair, worker in workers.items()}
         times: dict[tuple[str, str], list[float]] = {pair: [] for pair in pairs}
         for number in range(arguments.rounds):
@@ -80,6 +82,11 @@ class Worker:
             text=True,
         )
 
+    def wait(self) -> None:
+        """Until its model is made, so that nobody is timed while others import."""
+        assert self._process.stdout
+        self._process.stdout.readline()
+
     def seconds(self, length: int) -> float:
         """How long one call with a prompt of that length takes."""
         assert self._process.stdin and self._process.stdout
@@ -101,6 +108,7 @@ def work(who: str, backend: str) -> None:
         "keras_hub": keras_hub_model,
         "transformers": transformers_model,
     }[who]()
+    print("ready", flush=True)
     for line in sys.stdin:
         ids = np.random.default_rng(int(line)).integers(4, 200_000, (1, int(line))).astype("int32")
         start = time.perf_counter()

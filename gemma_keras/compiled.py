@@ -135,8 +135,8 @@ def train_options(model: keras.Model) -> dict[str, Any] | None:
     return dict(_FOR_MEMORY)
 
 
-def _cpu_options(model: keras.Model) -> dict[str, Any]:
-    """What XLA is told for a processor, which multiplies 16-bit floats as float32.
+def _cpu_options(model: keras.Model) -> dict[str, Any] | None:
+    """What XLA is told for a processor, which multiplies 16-bit floats as float32; else `None`.
 
     By default it makes float32 copies of all weights at once, and before a loop over tokens.
     Scheduled for memory there is one at a time, which is faster too; a copy a token instead of one
@@ -147,6 +147,8 @@ def _cpu_options(model: keras.Model) -> dict[str, Any]:
         for variable in model.variables
         if variable.dtype in ("bfloat16", "float16")
     )
+    if not copied:
+        return None
     return _FOR_MEMORY | (_IN_THE_LOOP if copied > _MOST_COPIED else {})
 
 
