@@ -88,7 +88,7 @@ class _FusedGraph(NamedNodes):
         tables = self._rope_tables()
         presents: list[ir.Value] = []
 
-        residual = self._embed(self.inputs["input_ids"])
+        residual = self._embedded()
         normed = self._norm("layers.0.pre_attention_norm", residual)
         for i, layer in enumerate(config.layers):
             name = f"layers.{i}"
@@ -158,8 +158,10 @@ class _FusedGraph(NamedNodes):
             )
         return tables
 
-    def _embed(self, input_ids: ir.Value) -> ir.Value:
-        rows = self._rows("token_embedding", input_ids, "embedded")
+    def _embedded(self) -> ir.Value:
+        if self.for_engine:
+            return self.inputs["inputs_embeds"]
+        rows = self._rows("token_embedding", self.inputs["input_ids"], "embedded")
         scale = self.constant("embedding_scale", np.array(self.config.embedding_scale, np.float32))
         return self.op("Mul", [rows, scale], "embedded.scaled")
 

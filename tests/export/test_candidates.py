@@ -8,11 +8,12 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
+from edge_demo.embedding import EmbeddingTable
 from export.contract import WEIGHTS_FILE, candidates_contract, engine_contract, ropes
 from export.fused import build_graph
 from export.quantize.formats import Format
 from export.quantize.rounding import round_to_nearest
-from export.store import store_weights
+from export.store import embedding_spec, store_weights
 from export.weights_file import WeightsFile
 from gemma_keras.checkpoints.names import weight_specs
 from gemma_keras.config import GemmaConfig, LayerSpec
@@ -43,11 +44,11 @@ def weights():
     }
 
 
-def run(path, contract, batch_size=2):
+def run(path, contract, table, batch_size=2):
     """Outputs of a first call, by name."""
     ids = np.random.default_rng(1).integers(0, VOCABULARY, (batch_size, LENGTH))
     feed = {
-        "input_ids": ids,
+        "inputs_embeds": table.rows(ids.ravel().tolist()).reshape(*ids.shape, -1),
         "seqlens_k": np.full(batch_size, LENGTH - 1, np.int32),
         "total_sequence_length": np.array(LENGTH, np.int32),
         "logit_positions": np.array(POSITIONS),
@@ -75,12 +76,12 @@ def outputs(request, tmp_path_factory):
     }
     with WeightsFile(folder / WEIGHTS_FILE) as file:
         store_weights(CONFIG, weights(), plan, file, lambda done, total: None)
-    found = {}
+    table, found = EmbeddingTable(file.path, embedding_spec(CONFIG, plan, file)), {}
     for contract in (engine_contract(CONFIG), candidates_contract(CONFIG)):
         path = folder / contract.file
         ir.save(build_graph(CONFIG, plan, file, contract, LENGTH), path)
         onnx.checker.check_model(path)
-        found |= run(path, contract)
+        found |= run(path, contract, table)
     return fmt, found
 
 
