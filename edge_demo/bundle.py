@@ -22,10 +22,11 @@ from typing import Any
 from edge_demo.errors import BundleError
 
 FORMAT = "gemma-keras-bundle"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "bundle.json"
 _MAX_MANIFEST = 16 << 20
 _ALWAYS_HASH = 8 << 20
+_BLOCK_SIZES = (16, 32, 64, 128, 256)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +81,68 @@ class WindowSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class StoredPart:
+    """Where one part of every row of a table lies in the weights file, one row after another.
+
+    Attributes:
+        offset: of the first row, in bytes.
+        dtype: numpy's name, such as `uint8`.
+    """
+
+    offset: int
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingSpec:
+    """The embedding table, whose rows the device reads, multiplies by `scale` and feeds the graphs.
+
+    A row of floats is its part `rows`. A row of integers is cut into blocks, the last one padded:
+    a number is `(level - zero_point) * scales[block]`. Levels are the part `quantized`, or in two
+    planes of 4 bits `high` and `low`, of which 16 times the high number and the low one are added
+    up; the first is in the lowest bits of a byte. The zero point is the middle level, or stored
+    as levels are in `zero_points`.
+
+    Attributes:
+        rows: one for each token.
+        width: numbers of a row, which the graphs take.
+        bits: 32 or 16 for floats, 8, 4 or 2 for integers.
+        block_size: numbers that share a scale; 0 for floats.
+        symmetric: whether the zero point is the middle level in every block.
+        planes: 2 where the integers of 8 bits are split in two of 4.
+        scale: what each number is multiplied by, beside its block's scale.
+        parts: name to place.
+    """
+
+    rows: int
+    width: int
+    bits: int
+    block_size: int
+    symmetric: bool
+    planes: int
+    scale: float
+    parts: Mapping[str, StoredPart]
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of a row of integers."""
+        return -(-self.width // self.block_size)
+
+    @property
+    def layout(self) -> dict[str, tuple[str, int]]:
+        """Data type of each part that such a table has, and the bytes of a row of it."""
+        if not self.block_size:
+            return {"rows": (f"float{self.bits}", self.width * self.bits // 8)}
+        levels = "uint8", self.blocks * self.block_size * (self.bits // self.planes) // 8
+        parts: dict[str, tuple[str, int]] = {"scales": ("float32", 4 * self.blocks)}
+        for name in ("quantized",) if self.planes == 1 else ("high", "low"):
+            parts[name] = levels
+        if not self.symmetric:
+            parts["zero_points"] = "uint8", -(-self.blocks * self.bits // 8)
+        return parts
+
+
+@dataclasses.dataclass(frozen=True)
 class ChatTemplate:
     """Gemma's turn template, `<start_of_turn>ROLE\\nTEXT<end_of_turn>\\n`, as data.
 
@@ -120,6 +183,7 @@ class Bundle:
         candidates: the graph that returns the most likely tokens and their logits; `None` in
             bundles that have none.
         weights: the file that the graphs point into.
+        embedding: the table of it whose rows the graphs are fed.
         ropes: the rotary tables it needs.
         windows: the sliding windows of layers that keep no more than theirs.
         tokenizer: file and ids.
@@ -135,6 +199,7 @@ class Bundle:
     engine: GraphSpec
     candidates: GraphSpec | None
     weights: str
+    embedding: EmbeddingSpec
     ropes: tuple[RopeSpec, ...]
     windows: tuple[WindowSpec, ...]
     tokenizer: TokenizerSpec
@@ -164,7 +229,24 @@ class Bundle:
         for name in used:
             if name not in bundle.files:
                 raise BundleError(f"{folder / MANIFEST} uses {name} but does not list it")
+        bundle._check_embedding()
         return bundle
+
+    def _check_embedding(self) -> None:
+        table, size = self.embedding, self.files[self.weights][0]
+        wrong = None
+        if table.rows != self.vocabulary_size:
+            wrong = f"{table.rows:,} rows for a vocabulary of {self.vocabulary_size:,}"
+        for graph in filter(None, (self.engine, self.candidates)):
+            for spec in graph.inputs:
+                if spec.name == "inputs_embeds" and spec.shape[-1:] != (table.width,):
+                    wrong = f"rows of {table.width:,} numbers, which {graph.file} does not take"
+        for name, (_, row_bytes) in table.layout.items():
+            end = table.parts[name].offset + table.rows * row_bytes
+            if end > size:
+                wrong = f"{name!r} up to byte {end:,} of {self.weights}, which has {size:,}"
+        if wrong is not None:
+            raise BundleError(f"{self.path / MANIFEST} describes an embedding of {wrong}")
 
     def _check_size(self, name: str, expected: int) -> None:
         file = self.path / name
@@ -213,6 +295,7 @@ class Bundle:
             [dataclasses.astuple(rope) for rope in self.ropes],
             [dataclasses.astuple(window) for window in self.windows],
             dataclasses.astuple(self.tokenizer),
+            dataclasses.asdict(self.embedding),
         ]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
@@ -277,6 +360,7 @@ def _parse(folder: Path, manifest: dict[str, Any]) -> Bundle:
         engine=_graph(manifest["graphs"]["engine"]),
         candidates=None if candidates is None else _graph(candidates),
         weights=_plain_name(manifest["weights"]),
+        embedding=_embedding(manifest["embedding"]),
         ropes=tuple(
             RopeSpec(str(r["name"]), _factor(r["theta"]), _factor(r["scale"]), _count(r["dims"]))
             for r in manifest["ropes"]
@@ -320,6 +404,34 @@ def _graph(data: Mapping[str, Any]) -> GraphSpec:
     return GraphSpec(_plain_name(data["file"]), tensors(data["inputs"]), tensors(data["outputs"]))
 
 
+def _embedding(data: Mapping[str, Any]) -> EmbeddingSpec:
+    spec = EmbeddingSpec(
+        rows=_count(data["rows"]),
+        width=_count(data["width"]),
+        bits=_index(data["bits"]),
+        block_size=_index(data["block_size"]),
+        symmetric=data["symmetric"],
+        planes=_index(data["planes"]),
+        scale=_factor(data["scale"]),
+        parts={
+            str(name): StoredPart(_index(part["offset"]), str(part["dtype"]))
+            for name, part in data["parts"].items()
+        },
+    )
+    if spec.block_size:
+        good = spec.bits in (2, 4, 8) and spec.block_size in _BLOCK_SIZES
+    else:
+        good = spec.bits in (16, 32) and spec.symmetric is True
+    if spec.planes != 1:
+        good = good and (spec.planes, spec.bits, spec.symmetric) == (2, 8, True)
+    if not good or not isinstance(spec.symmetric, bool):
+        raise ValueError("there is no such format of an embedding")
+    dtypes = {name: dtype for name, (dtype, _) in spec.layout.items()}
+    if dtypes != {name: part.dtype for name, part in spec.parts.items()}:
+        raise ValueError(f"an embedding of that format has the parts {', '.join(dtypes)}")
+    return spec
+
+
 def _plain_name(name: Any) -> str:
     good = isinstance(name, str) and name.isprintable() and "\\" not in name
     if not good or name in ("", "..") or Path(name).name != name:
@@ -349,7 +461,7 @@ def _window(value: Any, context_length: int) -> int:
 
 def _factor(value: Any) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not 1e-6 < value < 1e12:
-        raise ValueError(f"{reprlib.repr(value)} is not a rotary base or scale")
+        raise ValueError(f"{reprlib.repr(value)} is not a rotary base or a scale")
     return float(value)
 
 

@@ -11,6 +11,7 @@ import onnxruntime as ort
 
 from edge_demo import memory
 from edge_demo.bundle import Bundle, GraphSpec, TensorSpec
+from edge_demo.embedding import EmbeddingTable
 from edge_demo.errors import BundleError, EdgeError, RequestError
 from edge_demo.kv_cache import KVCache, Snapshot
 from edge_demo.sampling import Candidates
@@ -58,6 +59,7 @@ class TokenRunner:
         self.graph = graph
         self.outputs = tuple(outputs)
         self.tokens: list[int] = []
+        self._embedding = EmbeddingTable(bundle.path / bundle.weights, bundle.embedding)
         options = ort.SessionOptions()
         options.log_severity_level = 4  # errors are raised, they need not be printed too
         if threads is not None:
@@ -347,7 +349,7 @@ def _bound_tensors(
         for part in ("cos", "sin")
     ]
     inputs = [
-        TensorSpec("input_ids", "int64", ("batch", "sequence")),
+        TensorSpec("inputs_embeds", "float32", ("batch", "sequence", bundle.embedding.width)),
         TensorSpec("seqlens_k", "int32", ("batch",)),
         TensorSpec("total_sequence_length", "int32", ()),
         TensorSpec("logit_positions", "int64", ("num_logits",)),
@@ -370,7 +372,8 @@ class Call:
         self._engine = engine
         self._session = engine._session
         batch = cache.batch
-        self._input_ids = np.zeros((batch, length), np.int64)
+        width = engine.bundle.embedding.width
+        self._inputs_embeds = np.zeros((batch, length, width), np.float32)
         self._seqlens_k = np.zeros(batch, np.int32)
         self._total = np.zeros((), np.int32)
         self._positions = np.zeros(num_logits, np.int64)
@@ -382,7 +385,7 @@ class Call:
         ]
         self._binding = self._session.io_binding()
         inputs: dict[str, np.ndarray] = {
-            "input_ids": self._input_ids,
+            "inputs_embeds": self._inputs_embeds,
             "seqlens_k": self._seqlens_k,
             "total_sequence_length": self._total,
             "logit_positions": self._positions,
@@ -408,7 +411,7 @@ class Call:
         """Add tokens to the one text that the engine holds."""
         tokens = self._engine.tokens
         total = len(tokens) + len(ids)
-        self._input_ids[0] = ids
+        self._inputs_embeds[0] = self._engine._embedding.rows(ids)
         self._seqlens_k[0] = total - 1
         self._total[...] = total
         self._positions[:] = positions
@@ -418,8 +421,12 @@ class Call:
         return [array[0] for array in self._outputs]
 
     def step(self, tokens: Sequence[int], totals: Sequence[int]) -> list[np.ndarray]:
-        """Add a token to each of a batch of texts, which then have `totals` tokens."""
-        self._input_ids[:, 0] = tokens
+        """Add a token to each of a batch of texts, which then have `totals` tokens.
+
+        Raises:
+            RequestError: an id is outside the vocabulary; nothing was run.
+        """
+        self._inputs_embeds[:, 0] = self._engine._embedding.rows(tokens)
         self._seqlens_k[:] = np.array(totals) - 1
         self._total[...] = max(totals)
         self._run_session()

@@ -3,7 +3,7 @@
 onnxruntime maps the weights file and copies what matrix products read, rearranged for this
 processor, to memory of its own. The copies, the keys and values and the activations are there for
 good ("anonymous"); mapped pages of files can be dropped and read again, so they are no reason to
-refuse.
+refuse. Rows of the embedding table are read, not mapped (`edge_demo.embedding`).
 
 The constants are fitted to the sample on x86-64; `tests/edge_demo/test_memory.py` holds the
 estimate against what a run takes.
@@ -51,8 +51,9 @@ class Estimate:
         cache: keys, values and rotary tables of all texts for the context.
         activation: of one token of a prompt.
         logits: of the positions where they are wanted at once.
-        lookups: tables of which rows are read, mapped from the weights file.
+        lookups: tables of which the graph reads rows, mapped from the weights file.
         mapped: what is mapped while it loads: these, and what few-bit products are copied from.
+        copied_from: the largest weight that is copied, mapped until it is.
         context: tokens the cache is for.
         chunk: tokens run at once.
     """
@@ -64,6 +65,7 @@ class Estimate:
     logits: int
     lookups: int
     mapped: int
+    copied_from: int
     context: int
     chunk: int
 
@@ -80,7 +82,8 @@ class Estimate:
     @property
     def peak(self) -> int:
         """The most that is resident where memory is plenty: mapped files too."""
-        return self.anonymous + _LIBRARIES + self.lookups
+        loading = self.process + self.weights + self.copied_from
+        return max(loading, self.anonymous + self.lookups) + _LIBRARIES
 
     @property
     def resident(self) -> int:
@@ -124,7 +127,7 @@ def estimate(
     context = min(context, bundle.context_length)
     weights = stored_weights(bundle.path / graph.file)
     read = {w.offset: w for w in weights if w.multiplied}.values()
-    body = [w for w in read if bundle.vocabulary_size not in w.shape]
+    body = [w for w in read if w.name.startswith("layers.")]
     widest = max((max(w.shape) for w in body if w.shape), default=0)
     tokenizer = bundle.files[bundle.tokenizer.file][0]
     return Estimate(
@@ -136,6 +139,7 @@ def estimate(
         logits=8 * logit_rows * bundle.vocabulary_size,
         lookups=_once(w for w in weights if w.looked_up),
         mapped=_once(w for w in weights if w.looked_up or "MatMulNBits" in w.used_by),
+        copied_from=max((w.num_bytes for w in read), default=0),
         context=context,
         chunk=chunk,
     )
@@ -158,7 +162,7 @@ def _copied(weight: StoredWeight) -> int:
 def shortage(needed: Estimate) -> Room | None:
     """The room that is too small, if one is, with what this process holds already added to it."""
     bare = dataclasses.replace(
-        needed, weights=0, cache=0, activation=0, logits=0, lookups=0, mapped=0
+        needed, weights=0, cache=0, activation=0, logits=0, lookups=0, mapped=0, copied_from=0
     )
     status = read_sizes(read_text(Path("/proc/self/status")))
     fields = {"resident": "RssAnon", "data": "VmData", "address_space": "VmSize"}

@@ -12,7 +12,15 @@ from typing import Any
 
 import sentencepiece
 
-from edge_demo.bundle import FORMAT, FORMAT_VERSION, MANIFEST, GraphSpec, RopeSpec, WindowSpec
+from edge_demo.bundle import (
+    FORMAT,
+    FORMAT_VERSION,
+    MANIFEST,
+    EmbeddingSpec,
+    GraphSpec,
+    RopeSpec,
+    WindowSpec,
+)
 from export.card import write_card
 from export.contract import WEIGHTS_FILE
 from export.errors import ExportError, ExportRequestError
@@ -143,6 +151,7 @@ def write_manifest(
     lowering: str,
     plan: Plan,
     graphs: Mapping[str, GraphSpec],
+    embedding: EmbeddingSpec,
     ropes: Iterable[RopeSpec],
     windows: Iterable[WindowSpec],
     tokenizer: Mapping[str, Any],
@@ -172,6 +181,7 @@ def write_manifest(
         "plan": plan_to_json(plan),
         "weights": WEIGHTS_FILE,
         "graphs": {name: dataclasses.asdict(graph) for name, graph in graphs.items()},
+        "embedding": dataclasses.asdict(embedding),
         "ropes": [dataclasses.asdict(rope) for rope in ropes],
         "windows": [dataclasses.asdict(window) for window in windows],
         "tokenizer": dict(tokenizer),

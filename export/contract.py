@@ -7,7 +7,8 @@ Three graphs stand over the same weights:
 * `engine.onnx` is what `edge_demo` runs: keys and values live in buffers of fixed capacity that are
   input and output at once, the rotary tables are inputs (so they grow with the buffers instead of
   being stored for the longest context), and logits are computed only where they are asked for.
-  A layer that sees a sliding window keeps no more than the window.
+  A layer that sees a sliding window keeps no more than the window. In place of token ids it takes
+  their embeddings, scaled: the device reads these rows itself, so that the table is not mapped.
 * `candidates.onnx` is the same for generation: in place of all logits it returns the ids and logits
   of the few hundred most likely tokens, found inside the graph.
 """
@@ -159,7 +160,7 @@ def _in_place(
     return GraphSpec(
         file,
         inputs=(
-            TensorSpec("input_ids", "int64", ("batch", "sequence")),
+            TensorSpec("inputs_embeds", "float32", ("batch", "sequence", config.hidden_dim)),
             TensorSpec("seqlens_k", "int32", ("batch",)),
             TensorSpec("total_sequence_length", "int32", ()),
             TensorSpec("logit_positions", "int64", ("num_logits",)),

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from edge_demo.bundle import Bundle
+from edge_demo.bundle import Bundle, EmbeddingSpec
 from export import bundle as writer
 from export.contract import (
     NO_WINDOWS,
@@ -29,7 +29,7 @@ from export.kv_scales import measure_kv_scales
 from export.quantize.formats import Format, Plan
 from export.quantize.packing import Quantized
 from export.quantize.text import page
-from export.store import store_weights
+from export.store import embedding_spec, store_weights
 from export.traced import build_traced_graph
 from export.weights_file import WeightsFile
 from gemma_keras.checkpoints import Checkpoint
@@ -99,6 +99,7 @@ class BundleDraft:
         self._licence = writer.write_notices(folder, checkpoint, recipe)
         write_ecosystem_files(folder, checkpoint, self._tokenizer, max_context)
         self._plan: Plan = {}
+        self._embedding: EmbeddingSpec | None = None
         # Measured once: what else a plan rounds moves them by far less than their margin.
         self._kv_scales: dict[str, np.ndarray] = {}
         self._bundle: Bundle | None = None
@@ -137,6 +138,7 @@ class BundleDraft:
                 lambda done, total: self._on_progress("weights", done / total),
                 rounded,
             )
+        self._embedding = embedding_spec(config, plan, file)
         for number, contract in enumerate(self._graphs.values()):
             self._on_progress("graphs", number / len(self._graphs))
             graph = build(config, plan, file, contract, self.max_context, self._kv_scales)
@@ -165,6 +167,7 @@ class BundleDraft:
             report: its entries about quality and how the weights were rounded, and what else the
                 model card is to show.
         """
+        assert self._embedding is not None
         writer.write_manifest(
             self.folder,
             self.checkpoint,
@@ -172,6 +175,7 @@ class BundleDraft:
             self.lowering,
             self._plan,
             self._graphs,
+            self._embedding,
             ropes(self.checkpoint.config).values(),
             self._windows.values(),
             self._tokenizer,

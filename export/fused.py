@@ -31,6 +31,7 @@ _INT8_ACTIVATIONS = 4
 _LOW_PLANE_STEPS = 16  # of the low plane in one of the high
 _PER_CHANNEL = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
 _GROUP = 64  # logits whose maximum stands for them while candidates are sought
+_MOST_PACKED = 64 << 20  # bytes of the head that the candidates graph has packed at once
 
 
 def build_graph(
@@ -88,7 +89,7 @@ class _FusedGraph(NamedNodes):
         tables = self._rope_tables()
         presents: list[ir.Value] = []
 
-        residual = self._embed(self.inputs["input_ids"])
+        residual = self._embedded()
         normed = self._norm("layers.0.pre_attention_norm", residual)
         for i, layer in enumerate(config.layers):
             name = f"layers.{i}"
@@ -158,8 +159,10 @@ class _FusedGraph(NamedNodes):
             )
         return tables
 
-    def _embed(self, input_ids: ir.Value) -> ir.Value:
-        rows = self._rows("token_embedding", input_ids, "embedded")
+    def _embedded(self) -> ir.Value:
+        if self.for_engine:
+            return self.inputs["inputs_embeds"]
+        rows = self._rows("token_embedding", self.inputs["input_ids"], "embedded")
         scale = self.constant("embedding_scale", np.array(self.config.embedding_scale, np.float32))
         return self.op("Mul", [rows, scale], "embedded.scaled")
 
@@ -257,21 +260,49 @@ class _FusedGraph(NamedNodes):
         if fmt.planes == 2:
             high = self._proposals(hidden)
             plane = Format(4, fmt.block_size)
-            low = self._matmul_nbits(self.head, hidden, "logits.low", plane, "low")
+            low = self._head_product(hidden, "logits.low", plane, "low")
             return self.op("Add", [high, low], "logits.uncapped")
-        if fmt.quantized:
-            return self._matmul_nbits(self.head, hidden, "logits.uncapped", fmt)
-        table = self._float_weight(self.head)
-        return self.op(
-            "FusedMatMul", [hidden, table], "logits.uncapped", domain=_MICROSOFT, transB=1
-        )
+        return self._head_product(hidden, "logits.uncapped", fmt)
 
     def _proposals(self, hidden: ir.Value) -> ir.Value:
         """The logits from the high plane of the head alone."""
         steps = self.constant("low_plane_steps", np.array(_LOW_PLANE_STEPS, np.float32))
         scaled = self.op("Mul", [hidden, steps], "hidden.scaled")
         fmt = Format(4, self.plan[self.head].block_size)
-        return self._matmul_nbits(self.head, scaled, "logits.high", fmt, "high")
+        return self._head_product(scaled, "logits.high", fmt, "high")
+
+    def _head_product(
+        self, x: ir.Value, out: str, fmt: Format, part: str = "quantized"
+    ) -> ir.Value:
+        """The product with the head's table, or with a plane of it.
+
+        While onnxruntime packs a matrix, it is there twice. So the candidates graph has a large
+        table as several, each some rows of it. Not so the engine's: logits of many positions would
+        be there twice, too.
+        """
+        rows, width = rows_and_inputs(self.specs[self.head])
+        count = 1
+        if self.contract.file == CANDIDATES_FILE:
+            count = -(-fmt.num_bytes(rows, width) // _MOST_PACKED)
+        step = -(-rows // (count * _GROUP)) * _GROUP
+        if step >= rows:
+            return self._head_rows_product(self.head, rows, x, out, fmt, part)
+        products = []
+        for first in range(0, rows, step):
+            label, own = f"{self.head}.from.{first}", min(step, rows - first)
+            for suffix in (f".{part}", ".scales", ".zero_points") if fmt.quantized else ("",):
+                if suffix != ".zero_points" or not fmt.symmetric:
+                    self.name_rows(f"{label}{suffix}", f"{self.head}{suffix}", first, own)
+            products.append(self._head_rows_product(label, own, x, f"{out}.{first}", fmt, part))
+        return self.op("Concat", products, out, axis=-1)
+
+    def _head_rows_product(
+        self, table: str, rows: int, x: ir.Value, out: str, fmt: Format, part: str
+    ) -> ir.Value:
+        if fmt.quantized:
+            return self._matmul_nbits(table, x, out, fmt, part, (rows, self.config.hidden_dim))
+        weight = self._as_float32(table, fmt)
+        return self.op("FusedMatMul", [x, weight], out, domain=_MICROSOFT, transB=1)
 
     def _candidates(self, hidden: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Ids and logits of the most likely tokens.
@@ -343,7 +374,7 @@ class _FusedGraph(NamedNodes):
         fmt = self.plan[name]
         if fmt.quantized:
             return self._matmul_nbits(name, x, f"{name}.out", fmt)
-        return self.op("MatMul", [x, self._float_weight(name)], f"{name}.out")
+        return self.op("MatMul", [x, self._as_float32(name, fmt)], f"{name}.out")
 
     def _matmuls(self, names: Sequence[str], x: ir.Value) -> list[ir.Value]:
         """Products of one input with several matrices; those stored together are one product."""
@@ -462,6 +493,6 @@ class _FusedGraph(NamedNodes):
         )
         return normed, total
 
-    def _float_weight(self, name: str) -> ir.Value:
+    def _as_float32(self, name: str, fmt: Format) -> ir.Value:
         weight = self.weight(name)
-        return weight if self.plan[name].bits == 32 else self.float32(weight, f"{name}.float32")
+        return weight if fmt.bits == 32 else self.float32(weight, f"{name}.float32")

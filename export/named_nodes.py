@@ -43,6 +43,10 @@ class NamedNodes:
             self._initializers[name] = self._weights.initializer(name)
         return self._initializers[name]
 
+    def name_rows(self, name: str, of: str, first: int, count: int) -> None:
+        """Name some rows of a tensor of the weights file as a tensor of their own."""
+        self._weights.add_rows(name, of, first, count)
+
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
         """A small constant that stays in the graph; made once for each name."""
         if name not in self._initializers:

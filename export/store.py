@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from edge_demo.bundle import EmbeddingSpec, StoredPart
 from export.errors import ExportError
 from export.joined import joined_matrices, joined_name
 from export.quantize.formats import Format, Plan, rows_and_inputs
@@ -61,6 +63,25 @@ def store_weights(
             _store_float(spec, weights, plan[spec.name], file)
         done += int(np.prod(spec.shape))
         on_progress(done, total)
+
+
+def embedding_spec(config: GemmaConfig, plan: Plan, file: WeightsFile) -> EmbeddingSpec:
+    """Where and how `store_weights` has stored the embedding table."""
+    fmt, tensors = plan["token_embedding"], file.tensors
+    parts = {
+        part: tensors[name]
+        for part in ("quantized", "high", "low", "scales", "zero_points")
+        if (name := f"token_embedding.{part}") in tensors
+    }
+    if not fmt.quantized:
+        parts["rows"] = tensors["token_embedding"]
+    return EmbeddingSpec(
+        rows=config.vocabulary_size,
+        width=config.hidden_dim,
+        **dataclasses.asdict(fmt),
+        scale=config.embedding_scale,
+        parts={n: StoredPart(s.offset, s.dtype.numpy().name) for n, s in parts.items()},
+    )
 
 
 def _store_float(

@@ -94,13 +94,14 @@ class _TracedGraph:
         # transposes it back
         self.transposed_planes: dict[ir.Value, ir.Value] = {}
         # tokens of the call in a row, int64 (1,)
-        self.length = self.nodes.op("length", "Shape", [self.inputs["input_ids"]], start=1, end=2)
+        given = self.inputs["inputs_embeds" if self.for_engine else "input_ids"]
+        self.length = self.nodes.op("length", "Shape", [given], start=1, end=2)
 
     def build(self) -> ir.Model:
         outputs: dict[str, ir.Value] = {}
         start = self._start()
         pasts = self._pasts_with_room()
-        hidden = self._lay("embed", "embedded", {"input_ids": self.inputs["input_ids"]})["hidden"]
+        hidden = self._embedded()
         kinds: dict[LayerSpec, int] = {}
         for i, layer in enumerate(self.config.layers):
             given = {"hidden": hidden, "start": start}
@@ -122,6 +123,11 @@ class _TracedGraph:
         else:
             outputs["logits"] = logits
         return self._model(outputs)
+
+    def _embedded(self) -> ir.Value:
+        if self.for_engine:
+            return self.inputs["inputs_embeds"]
+        return self._lay("embed", "embedded", {"input_ids": self.inputs["input_ids"]})["hidden"]
 
     # --- what the contract adds to the model ---
 

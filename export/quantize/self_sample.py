@@ -16,11 +16,12 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from edge_demo.bundle import RopeSpec
+from edge_demo.embedding import EmbeddingTable
 from export.contract import WEIGHTS_FILE, candidates_contract, ropes
 from export.fused import build_graph
 from export.quantize.formats import plan_bytes
 from export.quantize.recipes import INT8, table_format
-from export.store import store_weights
+from export.store import embedding_spec, store_weights
 from export.weights_file import WeightsFile
 from gemma_keras.checkpoints.names import weight_specs
 from gemma_keras.config import GemmaConfig
@@ -62,7 +63,8 @@ def self_sample(
         graph = build_graph(config, plan, file, contract, shape[1])
         ir.save(graph, own / contract.file)
         session = ort.InferenceSession(str(own / contract.file), providers=["CPUExecutionProvider"])
-    return _sample(session, list(ropes(config).values()), bos, shape, seed, on_progress)
+        table = EmbeddingTable(file.path, embedding_spec(config, plan, file))
+    return _sample(session, table, list(ropes(config).values()), bos, shape, seed, on_progress)
 
 
 def memory_needed(config: GemmaConfig) -> int:
@@ -73,6 +75,7 @@ def memory_needed(config: GemmaConfig) -> int:
 
 def _sample(
     session: ort.InferenceSession,
+    embedding: EmbeddingTable,
     tables: list[RopeSpec],
     bos: int,
     shape: tuple[int, int],
@@ -108,7 +111,7 @@ def _sample(
             binding.bind_ortvalue_output(spec.name, value)
     for position in range(length - 1):
         feed |= {
-            "input_ids": ids[:, position : position + 1].astype(np.int64),
+            "inputs_embeds": embedding.rows(ids[:, position].tolist())[:, None],
             "seqlens_k": np.full(rows, position, np.int32),
             "total_sequence_length": np.array(position + 1, np.int32),
         }

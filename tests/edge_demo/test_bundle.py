@@ -53,6 +53,11 @@ def damaged(tiny_bundles, tmp_path):
     return copy_bundle(tiny_bundles / "gemma3-fp32", tmp_path / "damaged")
 
 
+@pytest.fixture
+def damaged_int8(tiny_bundles, tmp_path):
+    return copy_bundle(tiny_bundles / "gemma3-int8", tmp_path / "damaged")
+
+
 def use(path):
     """All that a bundle is opened for."""
     opened = Bundle.open(path)
@@ -115,15 +120,26 @@ def test_a_manifest_that_is_none_is_refused(damaged, content, words):
     assert_refused(damaged, damaged / "bundle.json", words)
 
 
-@pytest.mark.parametrize("version", [0, 1, 3, "2", None, [2]])
+@pytest.mark.parametrize("version", [0, 2, 4, "3", None, [3]])
 def test_another_version_is_refused_by_number(damaged, version):
     edit_manifest(damaged, lambda m: m.update(format_version=version))
-    assert_refused(damaged, f"version {version!r}", "reads 2")
+    assert_refused(damaged, f"version {version!r}", "reads 3")
 
 
 @pytest.mark.parametrize(
     "key",
-    ["model", "recipe", "graphs", "ropes", "windows", "tokenizer", "files", "plan", "license"],
+    [
+        "model",
+        "recipe",
+        "graphs",
+        "embedding",
+        "ropes",
+        "windows",
+        "tokenizer",
+        "files",
+        "plan",
+        "license",
+    ],
 )
 def test_a_missing_key_is_named(damaged, key):
     edit_manifest(damaged, lambda m: m.pop(key) and None)
@@ -154,6 +170,107 @@ def test_a_window_that_no_layer_can_have_is_refused_before_it_is_allocated(damag
 def test_a_rotary_table_that_cannot_be_made_is_refused(damaged, key, value):
     edit_manifest(damaged, lambda m: m["ropes"][0].update({key: value}))
     assert_refused(damaged, "bundle.json", "damaged")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [True, -1, 0, 3, 7.5, "8", None, [], 1 << 49, 1 << 60],
+    ids=lambda v: repr(v)[:9],
+)
+@pytest.mark.parametrize("key", ["rows", "width", "bits", "block_size", "planes", "parts"])
+def test_an_embedding_that_cannot_be_read_is_refused(damaged_int8, key, value):
+    edit_manifest(damaged_int8, lambda m: m["embedding"].update({key: value}))
+    assert_refused(damaged_int8, "bundle.json")
+
+
+@pytest.mark.parametrize("key", ["scale", "symmetric"])
+@pytest.mark.parametrize(
+    "value",
+    [None, "x", 0, -1.0, 5, float("nan"), float("inf"), 10**400, []],
+    ids=lambda v: repr(v)[:9],
+)
+def test_an_embedding_of_no_scale_or_middle_is_refused(damaged_int8, key, value):
+    if (key, value) == ("scale", 5):
+        return
+    edit_manifest(damaged_int8, lambda m: m["embedding"].update({key: value}))
+    assert_refused(damaged_int8, "bundle.json", "damaged")
+
+
+@pytest.mark.parametrize("key", ["offset", "dtype"])
+@pytest.mark.parametrize("part", ["quantized", "scales"])
+@pytest.mark.parametrize(
+    "value", [True, -1, 0.5, "0", None, [], "float64", 10**6, 1 << 49, 1 << 60], ids=repr
+)
+def test_a_part_of_an_embedding_outside_the_file_is_refused(damaged_int8, part, key, value):
+    edit_manifest(damaged_int8, lambda m: m["embedding"]["parts"][part].update({key: value}))
+    assert_refused(damaged_int8, "bundle.json")
+
+
+def test_the_end_of_an_embedding_may_be_the_files(damaged_int8):
+    size = (damaged_int8 / "model.onnx_data").stat().st_size
+    last = size - 300 * 96
+
+    def put(offset):
+        edit_manifest(
+            damaged_int8, lambda m: m["embedding"]["parts"]["quantized"].update(offset=offset)
+        )
+
+    put(last)
+    Bundle.open(damaged_int8)
+    put(last + 1)
+    assert_refused(damaged_int8, "'quantized' up to byte", f"{size + 1:,}", f"has {size:,}")
+
+
+FORMAT = {"bits": 8, "block_size": 32, "symmetric": True, "planes": 1}
+INTEGERS, FLOATS = {"dtype": "uint8", "offset": 0}, {"dtype": "float32", "offset": 0}
+
+
+@pytest.mark.parametrize(
+    "changes, parts, words",
+    [
+        ({}, {"quantized": INTEGERS}, "scales, quantized"),
+        ({}, {"quantized": INTEGERS, "scales": INTEGERS}, "parts"),
+        ({}, {"quantized": INTEGERS, "scales": FLOATS, "zero_points": INTEGERS}, "parts"),
+        ({"symmetric": False}, {"quantized": INTEGERS, "scales": FLOATS}, "zero_points"),
+        ({"planes": 2}, {"quantized": INTEGERS, "scales": FLOATS}, "high, low"),
+        ({"planes": 2, "bits": 4}, {}, "no such format"),
+        ({"planes": 2, "symmetric": False}, {}, "no such format"),
+        ({"planes": 0}, {}, "no such format"),
+        ({"bits": 16}, {}, "no such format"),
+        ({"bits": 3}, {}, "no such format"),
+        ({"block_size": 24}, {}, "no such format"),
+        ({"block_size": 512}, {}, "no such format"),
+        ({"block_size": 0}, {}, "no such format"),
+        ({"block_size": 0, "bits": 16}, {"rows": FLOATS}, "the parts rows"),
+        ({"block_size": 0, "bits": 16, "symmetric": False}, {}, "no such format"),
+        ({"block_size": 0, "bits": 32, "planes": 2}, {}, "no such format"),
+    ],
+)
+def test_an_embedding_whose_parts_are_not_its_formats_is_refused(
+    damaged_int8, changes, parts, words
+):
+    edit_manifest(damaged_int8, lambda m: m["embedding"].update(FORMAT | changes, parts=parts))
+    assert_refused(damaged_int8, "bundle.json", "damaged", words)
+
+
+@pytest.mark.parametrize("size", [1, 299, 301, 1 << 40])
+def test_an_embedding_of_another_vocabulary_is_refused(damaged, size):
+    edit_manifest(damaged, lambda m: m["model"].update(vocabulary_size=size))
+    assert_refused(damaged, "bundle.json", f"300 rows for a vocabulary of {size:,}")
+
+
+@pytest.mark.parametrize("role", ["engine", "candidates"])
+def test_an_embedding_whose_rows_a_graph_does_not_take_is_refused(damaged, role):
+    edit_manifest(damaged, lambda m: m["graphs"][role]["inputs"][0]["shape"].__setitem__(2, 97))
+    assert_refused(damaged, "bundle.json", f"96 numbers, which {role}.onnx does not take")
+
+
+def test_where_the_embedding_lies_is_part_of_the_fingerprint(damaged_int8):
+    before = Bundle.open(damaged_int8).fingerprint
+    edit_manifest(damaged_int8, lambda m: m["embedding"]["parts"]["quantized"].update(offset=64))
+    moved = Bundle.open(damaged_int8).fingerprint
+    edit_manifest(damaged_int8, lambda m: m["embedding"].update(scale=2.0))
+    assert len({before, moved, Bundle.open(damaged_int8).fingerprint}) == 3
 
 
 NAMES = [
@@ -379,6 +496,17 @@ def test_a_graph_with_an_input_of_another_shape_is_refused(damaged):
     assert_refused(damaged, "engine.onnx", "past_key_values.0.key")
 
 
+def another_vocabulary(manifest):
+    manifest["model"]["vocabulary_size"] = manifest["embedding"]["rows"] = 299
+
+
+def another_width(manifest):
+    """The manifest agrees with itself."""
+    manifest["embedding"]["width"] = 95
+    for role in ("engine", "candidates"):
+        manifest["graphs"][role]["inputs"][0]["shape"][2] = 95
+
+
 def test_a_graph_and_a_manifest_that_agree_on_what_the_engine_cannot_feed_are_refused(damaged):
     edit_graph(damaged, rename_input)
 
@@ -399,13 +527,14 @@ def test_a_graph_and_a_manifest_that_agree_on_what_the_engine_cannot_feed_are_re
         lambda m: m["windows"][0].update(name="capacity"),
         lambda m: m["ropes"][0].update(name="rope.7"),
         lambda m: m["ropes"][0].update(dims=8),
-        lambda m: m["model"].update(vocabulary_size=301),
+        another_vocabulary,
+        another_width,
         lambda m: m["graphs"]["engine"]["inputs"][-1].update(dtype="float16"),
         lambda m: m["graphs"]["engine"]["inputs"][-1].update(shape="abcd"),
         lambda m: m["graphs"]["engine"]["inputs"][-1].update(shape=["batch", 3, "capacity", 32]),
         lambda m: m["graphs"]["engine"]["outputs"].pop() and None,
     ],
-    ids=range(11),
+    ids=range(12),
 )
 def test_a_manifest_that_describes_another_graph_is_refused(damaged, edit):
     edit_manifest(damaged, edit)
@@ -541,7 +670,7 @@ def test_the_memory_forgets_the_oldest(damaged, memory, tmp_path):
         path = tmp_path / f"b{i}"
         path.mkdir()
         declared = path / "model.onnx_data"
-        declared.write_bytes(np.random.default_rng(i).bytes(1001))
+        declared.write_bytes(np.random.default_rng(i).bytes(300 * 96 * 4))
         (path / "bundle.json").write_bytes((damaged / "bundle.json").read_bytes())
         edit_manifest(path, lambda m: m.update(files={}))
         declare(path, "model.onnx_data")

@@ -36,9 +36,18 @@ def test_it_finds_what_onnx_finds(bundle, file):
     assert {w.name: (w.shape, w.offset, w.num_bytes, set(w.used_by)) for w in found} == expected
 
 
+@pytest.mark.parametrize("file", ["engine.onnx", "candidates.onnx"])
+def test_the_engine_reads_all_and_looks_nothing_up_of_one_table(bundle, file):
+    """Rows of the embedding are read beside the graph."""
+    weights = stored_weights(bundle / file)
+    assert all(w.multiplied and not w.looked_up for w in weights)
+    assert len({w.offset for w in weights}) == len(weights)
+    assert bytes_per_token(bundle / file) == sum(w.num_bytes for w in weights)
+
+
 def test_a_token_reads_all_but_what_is_looked_up(tiny_bundles):
     """The table of these bundles is embedding and head at once, and only the head reads it whole."""
-    path = tiny_bundles / "gemma3-int8" / "engine.onnx"
+    path = tiny_bundles / "gemma3-int8" / "model.onnx"
     weights = stored_weights(path)
     tables = [w for w in weights if w.looked_up and not w.multiplied]
     assert tables and {w.offset for w in tables} < {w.offset for w in weights if w.multiplied}

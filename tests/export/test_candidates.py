@@ -8,11 +8,13 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
+from edge_demo.embedding import EmbeddingTable
+from export import fused
 from export.contract import WEIGHTS_FILE, candidates_contract, engine_contract, ropes
 from export.fused import build_graph
 from export.quantize.formats import Format
 from export.quantize.rounding import round_to_nearest
-from export.store import store_weights
+from export.store import embedding_spec, store_weights
 from export.weights_file import WeightsFile
 from gemma_keras.checkpoints.names import weight_specs
 from gemma_keras.config import GemmaConfig, LayerSpec
@@ -43,11 +45,11 @@ def weights():
     }
 
 
-def run(path, contract, batch_size=2):
+def run(path, contract, table, batch_size=2):
     """Outputs of a first call, by name."""
     ids = np.random.default_rng(1).integers(0, VOCABULARY, (batch_size, LENGTH))
     feed = {
-        "input_ids": ids,
+        "inputs_embeds": table.rows(ids.ravel().tolist()).reshape(*ids.shape, -1),
         "seqlens_k": np.full(batch_size, LENGTH - 1, np.int32),
         "total_sequence_length": np.array(LENGTH, np.int32),
         "logit_positions": np.array(POSITIONS),
@@ -66,8 +68,12 @@ def run(path, contract, batch_size=2):
 
 @pytest.fixture(scope="module", params=TABLES)
 def outputs(request, tmp_path_factory):
-    """The table's format, and what both graphs over it return; the weights too."""
-    folder, fmt = tmp_path_factory.mktemp("candidates"), TABLES[request.param]
+    """The table's format, and what both graphs over it return."""
+    fmt = TABLES[request.param]
+    return fmt, outputs_of(fmt, tmp_path_factory.mktemp("candidates"))
+
+
+def outputs_of(fmt, folder):
     plan = {
         spec.name: fmt if spec.kind == "table" else Format(32)
         for spec in weight_specs(CONFIG).values()
@@ -75,13 +81,13 @@ def outputs(request, tmp_path_factory):
     }
     with WeightsFile(folder / WEIGHTS_FILE) as file:
         store_weights(CONFIG, weights(), plan, file, lambda done, total: None)
-    found = {}
+    table, found = EmbeddingTable(file.path, embedding_spec(CONFIG, plan, file)), {}
     for contract in (engine_contract(CONFIG), candidates_contract(CONFIG)):
         path = folder / contract.file
         ir.save(build_graph(CONFIG, plan, file, contract, LENGTH), path)
         onnx.checker.check_model(path)
-        found |= run(path, contract)
-    return fmt, found
+        found |= run(path, contract, table)
+    return found
 
 
 def test_they_are_256_different_tokens(outputs):
@@ -115,6 +121,37 @@ def test_the_high_plane_proposes_the_best_and_both_score_them(outputs):
     own = np.take_along_axis(found["logits"], found["candidate_ids"], axis=-1)
     difference = np.abs(found["candidate_logits"] - own)
     assert 0 < difference.max() < 0.01 * found["logits"].std()
+
+
+@pytest.mark.parametrize(
+    "fmt", [*TABLES.values(), Format(16), Format(4, 32, symmetric=False)], ids=str
+)
+def test_a_large_table_is_several_matrices_in_this_graph_alone(fmt, tmp_path, monkeypatch):
+    (tmp_path / "whole").mkdir()
+    whole = outputs_of(fmt, tmp_path / "whole")
+    plane = Format(4, fmt.block_size) if fmt.planes == 2 else fmt
+    size = plane.num_bytes(VOCABULARY, CONFIG.hidden_dim)
+    monkeypatch.setattr(fused, "_MOST_PACKED", int(size / 6.5))  # seven, the last one smaller
+    (tmp_path / "parts").mkdir()
+    parts = outputs_of(fmt, tmp_path / "parts")
+    for name, expected in whole.items():
+        np.testing.assert_array_equal(parts[name], expected)
+    heads = {}
+    for file in ("engine.onnx", "candidates.onnx"):
+        graph = onnx.load(tmp_path / "parts" / file, load_external_data=False).graph
+        sizes = {
+            tensor.name: int(entry.value)
+            for tensor in graph.initializer
+            for entry in tensor.external_data
+            if entry.key == "length"
+        }
+        sizes |= {n.output[0]: sizes.get(n.input[0]) for n in graph.node if n.op_type == "Cast"}
+        products = [n for n in graph.node if n.op_type in ("MatMulNBits", "FusedMatMul")]
+        heads[file] = [sum(sizes.get(name, 0) for name in n.input) for n in products]
+    assert heads["engine.onnx"] == [size] * fmt.planes
+    assert len(heads["candidates.onnx"]) == 7
+    assert sum(heads["candidates.onnx"]) == size
+    assert max(heads["candidates.onnx"]) > min(heads["candidates.onnx"])
 
 
 def test_the_table_is_read_as_it_was_stored(outputs):

@@ -14,6 +14,7 @@ from keras import ops
 from onnx import numpy_helper
 
 from edge_demo.bundle import Bundle
+from edge_demo.embedding import EmbeddingTable
 from edge_demo.engine import Engine
 from export import export_onnx
 from export.contract import WEIGHTS_FILE, engine_contract, interchange_contract, windows
@@ -254,7 +255,7 @@ def initializers(path):
 
 def stored_weights(bundle, config):
     """What an int8 bundle holds, as canonical weights in float32."""
-    stored, weights = initializers(bundle.path / "engine.onnx"), {}
+    stored, weights = initializers(bundle.path / "model.onnx"), {}
     for i in range(len(config.layers)):  # what is stored together
         for first, second in (("attention.key", "attention.value"), ("mlp.gate", "mlp.up")):
             whole = f"layers.{i}.{first}+{second.rpartition('.')[2]}"
@@ -354,6 +355,9 @@ def test_fp32_initializers_are_the_weights_bit_for_bit(tiny, exported, generatio
     for file in GRAPHS:
         stored = initializers(bundle.path / file)
         for name, spec in weight_specs(tiny(generation, False).model.backbone.config).items():
+            if file == "engine.onnx" and name == "token_embedding":
+                assert name not in stored  # the device reads its rows
+                continue
             expected = weights[name] + np.float32(spec.kind == "norm")
             np.testing.assert_array_equal(stored[name], expected, err_msg=name)
 
@@ -417,7 +421,9 @@ def test_onnxruntime_loads_the_graph_without_a_warning(exported, generation, rec
 def test_both_graphs_share_one_weights_file(tiny, exported, recipe, tied):
     bundle = exported("gemma3", recipe, tied)
     places = [external_places(bundle.path / file) for file in GRAPHS]
-    assert places[0] == places[1]
+    rows_alone = places[0].keys() - places[1].keys()
+    assert {name: places[0][name] for name in places[0].keys() - rows_alone} == places[1]
+    assert all(name.startswith("token_embedding") for name in rows_alone)
     assert {location for location, *_ in places[0].values()} == {WEIGHTS_FILE}
     assert {path.name for path in bundle.path.iterdir()} >= {WEIGHTS_FILE, *GRAPHS}
 
@@ -442,12 +448,37 @@ def external_places(path):
 
 
 def test_a_tied_table_is_stored_once(exported):
-    int8 = external_places(exported("gemma3", "int8").path / "engine.onnx")
+    int8 = external_places(exported("gemma3", "int8").path / "model.onnx")
     assert int8["token_embedding.rows"] == int8["token_embedding.quantized"]
     assert not any(name.startswith("head") for name in int8)
-    model = onnx.load(exported("gemma3", "fp32").path / "engine.onnx", load_external_data=False)
-    users = [node.op_type for node in model.graph.node if "token_embedding" in node.input]
-    assert users == ["Gather", "FusedMatMul"]
+    for file, expected in (
+        ("model.onnx", ["Gather", "FusedMatMul"]),
+        ("engine.onnx", ["FusedMatMul"]),
+    ):
+        model = onnx.load(exported("gemma3", "fp32").path / file, load_external_data=False)
+        users = [node.op_type for node in model.graph.node if "token_embedding" in node.input]
+        assert users == expected
+
+
+@each_generation
+@each_recipe
+@tied_or_not
+def test_the_manifest_says_where_the_rows_of_the_embedding_are(
+    tiny, exported, generation, recipe, tied
+):
+    bundle = exported(generation, recipe, tied)
+    config = tiny(generation, tied).model.backbone.config
+    table = EmbeddingTable(bundle.path / WEIGHTS_FILE, bundle.embedding)
+    if recipe == "int8":
+        weights = stored_weights(bundle, config)
+    else:
+        weights = initializers(bundle.path / "model.onnx")
+    scaled = weights["token_embedding"] * np.float32(config.embedding_scale)
+    np.testing.assert_array_equal(table.rows(range(300)), scaled)
+    places = external_places(bundle.path / "model.onnx")
+    names = {"rows": "token_embedding", "quantized": "token_embedding.rows"}
+    for part, place in bundle.embedding.parts.items():
+        assert places[names.get(part, f"token_embedding.{part}")][1] == place.offset
 
 
 # --- from a Keras model --------------------------------------------------------------------------
