@@ -36,9 +36,8 @@ _SESSION = 10 * _MB
 _TOKENIZER = 9  # times the SentencePiece file
 _ACTIVATIONS = 7.5  # arrays of the widest product, for each token of a chunk
 _THREAD = 16 * _MB  # stacks of onnxruntime's and numpy's threads: data, most of it never touched
-_DATA = 98 * _MB
-_LOADING = 138 * _MB
-_ADDRESSES = 140 * _MB
+_DATA = 80 * _MB
+_ADDRESSES = 160 * _MB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +51,6 @@ class Estimate:
         activation: of one token of a prompt.
         logits: of the positions where they are wanted at once.
         lookups: tables of which the graph reads rows, mapped from the weights file.
-        mapped: what is mapped while it loads: these, and what few-bit products are copied from.
         copied_from: the largest weight that is copied, mapped until it is.
         context: tokens the cache is for.
         chunk: tokens run at once.
@@ -64,7 +62,6 @@ class Estimate:
     activation: int
     logits: int
     lookups: int
-    mapped: int
     copied_from: int
     context: int
     chunk: int
@@ -82,8 +79,7 @@ class Estimate:
     @property
     def peak(self) -> int:
         """The most that is resident where memory is plenty: mapped files too."""
-        loading = self.process + self.weights + self.copied_from
-        return max(loading, self.anonymous + self.lookups) + _LIBRARIES
+        return self._loaded_or_running + _LIBRARIES
 
     @property
     def resident(self) -> int:
@@ -93,13 +89,17 @@ class Estimate:
     @property
     def data(self) -> int:
         """What `RLIMIT_DATA` counts: mapped weights and untouched stacks too."""
-        loading = self.process + self.weights + self.mapped + _LOADING
-        return max(loading, self.anonymous + self.lookups + _DATA) + _THREAD * (os.cpu_count() or 1)
+        return self._loaded_or_running + _DATA + _THREAD * (os.cpu_count() or 1)
 
     @property
     def address_space(self) -> int:
         """What `RLIMIT_AS` counts."""
         return self.data + _ADDRESSES
+
+    @property
+    def _loaded_or_running(self) -> int:
+        loading = self.process + self.weights + self.copied_from
+        return max(loading, self.anonymous + self.lookups)
 
 
 def estimate(
@@ -138,7 +138,6 @@ def estimate(
         activation=int(4 * widest * _ACTIVATIONS),
         logits=8 * logit_rows * bundle.vocabulary_size,
         lookups=_once(w for w in weights if w.looked_up),
-        mapped=_once(w for w in weights if w.looked_up or "MatMulNBits" in w.used_by),
         copied_from=max((w.num_bytes for w in read), default=0),
         context=context,
         chunk=chunk,
@@ -162,7 +161,7 @@ def _copied(weight: StoredWeight) -> int:
 def shortage(needed: Estimate) -> Room | None:
     """The room that is too small, if one is, with what this process holds already added to it."""
     bare = dataclasses.replace(
-        needed, weights=0, cache=0, activation=0, logits=0, lookups=0, mapped=0, copied_from=0
+        needed, weights=0, cache=0, activation=0, logits=0, lookups=0, copied_from=0
     )
     status = read_sizes(read_text(Path("/proc/self/status")))
     fields = {"resident": "RssAnon", "data": "VmData", "address_space": "VmSize"}

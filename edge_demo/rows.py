@@ -56,7 +56,7 @@ class Rows:
             the next call.
 
         Raises:
-            RequestError: a row is full.
+            RequestError: a row is full, or an id is outside the vocabulary.
         """
         self.lengths = [n if row in tokens else 0 for row, n in enumerate(self.lengths)]
         totals = [n + 1 for n in self.lengths]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from edge_demo import memory
 from edge_demo.bundle import Bundle
 from edge_demo.cache_size import cache_bytes
+from edge_demo.graph_weights import stored_weights
 from edge_demo.kv_cache import KVCache
 from edge_demo.rooms import _VERSION_1, control_group_rooms, rooms
 from edge_demo.system_files import read_sizes
@@ -53,6 +55,19 @@ def test_longer_contexts_and_chunks_take_more(tiny_bundles):
     assert memory.estimate(bundle, context=8, chunk=8, logit_rows=9).activations > small.activations
     assert small.process < small.anonymous < small.resident <= small.peak
     assert small.anonymous < small.data < small.address_space
+
+
+@pytest.mark.parametrize("name", ["gemma-int8", "gemma2-fp32", "gemma3-int8"])
+def test_no_table_is_looked_up_and_the_peak_may_be_that_of_loading(tiny_bundles, name):
+    bundle = Bundle.open(tiny_bundles / name)
+    for graph in (bundle.engine, bundle.candidates):
+        needed = memory.estimate(bundle, graph)
+        assert needed.lookups == 0
+        sizes = [w.num_bytes for w in stored_weights(bundle.path / graph.file)]
+        assert needed.copied_from == max(sizes) < needed.weights
+        larger = dataclasses.replace(needed, copied_from=needed.peak)
+        assert larger.peak == needed.peak + memory._LIBRARIES + needed.process + needed.weights
+        assert larger.anonymous == needed.anonymous and larger.resident == needed.resident
 
 
 MEASURE = """
@@ -209,7 +224,7 @@ def test_what_cannot_fit_is_refused_with_both_figures(tiny_bundles, kind):
 def test_the_sample_is_refused_where_it_cannot_fit_and_runs_where_it_does(sample_bundle):
     needed = memory.estimate(Bundle.open(sample_bundle), chunk=memory.CHUNKS[-1])
     generate = ("generate", sample_bundle, "--prompt", "1, 2, 3, 4, 5, 6,", "--max-tokens", 4)
-    status, out, err = limited("RLIMIT_DATA", 600 * MB, *generate)
+    status, out, err = limited("RLIMIT_DATA", needed.data - 40 * MB, *generate)
     assert (status, out) == (1, "") and err.count("\n") == 1
     assert f"{needed.data / MB:.0f} MB" in err and "Gemma 3 270m (int8)" in err
     status, out, err = limited("RLIMIT_DATA", needed.data + 30 * MB, *generate)
