@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from gemma_keras.checkpoints.hub import (
-    download,
-    hf_name,
     is_keras_hub_preset,
     is_own_preset,
     load_keras_hub_preset,
+    local_or_downloaded,
 )
 from gemma_keras.checkpoints.source import Checkpoint
-from gemma_keras.errors import CheckpointError
 
 __all__ = ["Checkpoint", "open_checkpoint"]
 
@@ -36,19 +33,15 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
         from gemma_keras.checkpoints.sample import open_sample
 
         return open_sample()
-    path = Path(source)
     if is_keras_hub_preset(source):
         from gemma_keras.checkpoints.keras_hub import read_keras_hub
 
         return read_keras_hub(load_keras_hub_preset(source))
-    if not path.exists():
-        name = hf_name(source)
-        if name is None:
-            raise CheckpointError(
-                f"{path} does not exist; give a .gguf file, a folder with config.json, the name of "
-                "a model on the Hugging Face Hub or of a KerasHub preset, or 'sample'"
-            )
-        path = download(name)
+    path = local_or_downloaded(
+        source,
+        "a .gguf file, a folder with config.json, the name of a model on the Hugging Face Hub or "
+        "of a KerasHub preset, or 'sample'",
+    )
     if is_own_preset(path):
         from gemma_keras.causal_lm import GemmaCausalLM
 

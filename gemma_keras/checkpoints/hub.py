@@ -59,6 +59,25 @@ def download(name: str) -> Path:
         ) from error
 
 
+def local_or_downloaded(source: str | os.PathLike[str], wanted: str) -> Path:
+    """The file or folder of that path, or the folder of that repository.
+
+    Args:
+        source: a path, or a name on the Hugging Face Hub.
+        wanted: what to give in place of it where it is neither, after "give".
+
+    Raises:
+        CheckpointError: it is neither, or cannot be fetched.
+    """
+    path = Path(source)
+    if path.exists():
+        return path
+    name = hf_name(source)
+    if name is None:
+        raise CheckpointError(f"{path} does not exist; give {wanted}")
+    return download(name)
+
+
 def opens_with_keras(source: str | os.PathLike[str]) -> bool:
     """Whether opening it starts Keras, which may take seconds: what Keras wrote, and whatever may
     be the name of a preset."""

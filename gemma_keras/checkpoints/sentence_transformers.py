@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from gemma_keras.checkpoints.hub import download, hf_name
+from gemma_keras.checkpoints.hub import local_or_downloaded
 from gemma_keras.checkpoints.safetensors import (
     opened,
     read_json,
@@ -75,15 +75,9 @@ def open_embedder(source: str | os.PathLike[str]) -> EmbedderCheckpoint:
             folder; or a step is one that EmbeddingGemma does not have.
         ConfigError: the transformer is not a Gemma.
     """
-    folder = Path(source)
-    if not folder.exists():
-        name = hf_name(source)
-        if name is None:
-            raise CheckpointError(
-                f"{folder} does not exist; give a folder with {MODULES_FILE}, or the name of a "
-                "model on the Hugging Face Hub"
-            )
-        folder = download(name)
+    folder = local_or_downloaded(
+        source, f"a folder with {MODULES_FILE}, or the name of a model on the Hugging Face Hub"
+    )
     steps = _steps(folder)
     kinds = [kind for kind, _ in steps]
     _check_pooling(steps[1][1])

@@ -24,7 +24,7 @@ from tests.models import write_tiny_hf
 
 pytestmark = pytest.mark.keras
 
-on_jax = pytest.mark.skipif(keras.config.backend() != "jax", reason="JAX only")
+on_jax = pytest.mark.backends("jax")
 
 ROOT = Path(__file__).parents[2]
 DEVICES = [f"cpu:{i}" for i in range(8)]
@@ -274,7 +274,7 @@ def test_each_process_saves_the_same_whole_model(processes):
 # --- what cannot be ------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(keras.config.backend() == "jax", reason="JAX can")
+@pytest.mark.backends("tensorflow", "torch")
 def test_other_backends_are_refused():
     with pytest.raises(RuntimeError, match=r"the Keras backend is \w+, but only JAX"):
         distribute.distribution(model=8, devices=DEVICES)

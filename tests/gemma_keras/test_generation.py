@@ -93,9 +93,8 @@ def test_a_bucket_is_an_eighth_or_fifteen_tokens_longer_at_most(length):
     assert bucket(bucket(length)) == bucket(length)
 
 
+@pytest.mark.backends("jax", "tensorflow")  # PyTorch compiles nothing for prompts
 def test_prompts_of_about_the_same_length_share_what_is_compiled(tiny, monkeypatch):
-    if keras.config.backend() == "torch":
-        pytest.skip("compiles nothing for prompts")
     model = tiny()
     calls = []
     prefill = model.backbone.prefill

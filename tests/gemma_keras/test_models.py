@@ -12,6 +12,7 @@ import torch
 from keras import ops
 
 from gemma_keras import GemmaBackbone, GemmaCausalLM
+from gemma_keras.layers import rotate
 from tests.models import GENERATIONS, WINDOW, random_ids, relative_difference, write_tiny_hf
 
 pytestmark = pytest.mark.keras
@@ -101,6 +102,16 @@ def test_rows_of_a_batch_may_stand_at_different_positions(tiny, generation):
     whole = ops.convert_to_numpy(backbone({"token_ids": ids, "padding_mask": np.ones_like(ids)}))
     expected = np.stack([whole[i, n : n + 3] for i, n in enumerate(lengths)])
     assert relative_difference(np.concatenate(found, axis=1), expected) < 1e-4
+
+
+def test_rotation_is_of_pairs_by_the_position_times_the_frequency():
+    x = np.random.default_rng(0).standard_normal((2, 3, 4, 6)).astype("float32")
+    positions = np.array([[0, 1, 2, 3], [5, 6, 7, 8]], "int32")
+    found = ops.convert_to_numpy(rotate(x, positions, 100.0, 2.0))
+    angle = positions[:, None, :, None] * 100.0 ** (-np.arange(3) / 3) / 2
+    turned = (x[..., :3] + 1j * x[..., 3:]) * np.exp(1j * angle)
+    expected = np.concatenate([turned.real, turned.imag], -1)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 # --- generate ------------------------------------------------------------------------------------

@@ -286,9 +286,7 @@ def test_calibration_starts_from_what_the_first_block_takes(model):
     assert one.get_quantization_layer_structure("int8") is None
 
 
-@pytest.mark.skipif(
-    keras.backend.backend() != "torch", reason="Keras's loops over inputs are slow elsewhere"
-)
+@pytest.mark.backends("torch")  # Keras's own loops over inputs are slow elsewhere
 @pytest.mark.parametrize(
     ("name", "config"),
     [

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import keras
 import numpy as np
 import pytest
 
 from gemma_keras import GemmaCausalLM
-from gemma_keras.cache import write
-from gemma_keras.layers import rotate
 from tests.models import GENERATIONS, write_tiny_hf
 
-pytestmark = pytest.mark.keras
-
-
-@pytest.fixture(autouse=True)
-def _torch_alone():
-    if keras.config.backend() != "torch":
-        pytest.skip("PyTorch's graphs")
+pytestmark = [pytest.mark.keras, pytest.mark.backends("torch")]
 
 
 def recorded(function, *tensors):
@@ -151,50 +142,3 @@ def test_a_models_token_is_the_same_in_about_half_the_calls(
         assert count(graph) < calls * (0.5 if dtype == "float32" else 0.6)
         for found, value in zip(run(*arguments()), expected, strict=True):
             assert torch.equal(found, value)
-
-
-# --- the layers' operations that PyTorch has its own way for ---
-
-
-@pytest.mark.parametrize(("length", "batch"), [(1, 1), (1, 3), (5, 3)])
-@pytest.mark.parametrize("mask_rows", [1, 3])
-def test_attention_is_the_weighted_mean_of_the_values(length, batch, mask_rows):
-    import torch
-
-    from gemma_keras.attend_torch import attend
-
-    rng = np.random.default_rng(0)
-    query = rng.standard_normal((batch, 4, length, 8)).astype("float32")
-    key, value = rng.standard_normal((2, batch, 2, 7, 8)).astype("float32")
-    mask = rng.random((min(mask_rows, batch), 1, 1, length, 7)) < 0.6
-    mask[..., 0] = True
-    mask[0, ..., 0, :] = False  # a query that may look nowhere looks everywhere alike
-    found = attend(*map(torch.tensor, (query, key, value, mask)), 0.3)
-    shared = (np.repeat(array.astype("float64"), 2, axis=1) for array in (key, value))
-    keys, values = shared
-    scores = np.where(mask[:, :, 0], 0.3 * query @ np.swapaxes(keys, -1, -2), -1e30)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    expected = weights / weights.sum(-1, keepdims=True) @ values
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-
-
-def test_keys_are_put_where_the_position_says():
-    import torch
-
-    cache = [torch.zeros(2, 2, 6, 4), torch.zeros(2, 2, 6, 4)]
-    new = torch.arange(32.0).view(2, 2, 2, 4)
-    with torch.inference_mode():
-        key, _, _ = write(cache, new, new, torch.tensor(3, dtype=torch.int32), None)
-    assert key is cache[0]
-    np.testing.assert_array_equal(key[:, :, 3:5], new)
-    assert key[:, :, [0, 1, 2, 5]].abs().sum() == 0
-
-
-def test_rotation_is_of_pairs_by_the_position_times_the_frequency():
-    x = np.random.default_rng(0).standard_normal((2, 3, 4, 6)).astype("float32")
-    positions = np.array([[0, 1, 2, 3], [5, 6, 7, 8]], "int32")
-    found = keras.ops.convert_to_numpy(rotate(x, positions, 100.0, 2.0))
-    angle = positions[:, None, :, None] * 100.0 ** (-np.arange(3) / 3) / 2
-    turned = (x[..., :3] + 1j * x[..., 3:]) * np.exp(1j * angle)
-    expected = np.concatenate([turned.real, turned.imag], -1)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
