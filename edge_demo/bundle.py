@@ -342,7 +342,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("format_version") != FORMAT_VERSION:
         raise BundleError(
             f"{path} has format version {reprlib.repr(manifest.get('format_version'))}; this "
-            f"edge-demo reads {FORMAT_VERSION}"
+            f"edge-demo reads {FORMAT_VERSION}; export it again, or run the one it was made for"
         )
     return manifest
 
