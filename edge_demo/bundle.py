@@ -22,7 +22,7 @@ from typing import Any
 from edge_demo.errors import BundleError
 
 FORMAT = "gemma-keras-bundle"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST = "bundle.json"
 _MAX_MANIFEST = 16 << 20
 _ALWAYS_HASH = 8 << 20
@@ -101,7 +101,7 @@ class EmbeddingSpec:
     a number is `(level - zero_point) * scales[block]`. Levels are the part `quantized`, or in two
     planes of 4 bits `high` and `low`, of which 16 times the high number and the low one are added
     up; the first is in the lowest bits of a byte. The zero point is the middle level, or stored
-    as levels are in `zero_points`.
+    as levels are in `zero_points`, in two planes for the low one.
 
     Attributes:
         rows: one for each token.
@@ -138,7 +138,7 @@ class EmbeddingSpec:
         for name in ("quantized",) if self.planes == 1 else ("high", "low"):
             parts[name] = levels
         if not self.symmetric:
-            parts["zero_points"] = "uint8", -(-self.blocks * self.bits // 8)
+            parts["zero_points"] = "uint8", -(-self.blocks * (self.bits // self.planes) // 8)
         return parts
 
 
@@ -423,7 +423,7 @@ def _embedding(data: Mapping[str, Any]) -> EmbeddingSpec:
     else:
         good = spec.bits in (16, 32) and spec.symmetric is True
     if spec.planes != 1:
-        good = good and (spec.planes, spec.bits, spec.symmetric) == (2, 8, True)
+        good = good and (spec.planes, spec.bits, spec.symmetric) == (2, 8, False)
     if not good or not isinstance(spec.symmetric, bool):
         raise ValueError("there is no such format of an embedding")
     dtypes = {name: dtype for name, (dtype, _) in spec.layout.items()}

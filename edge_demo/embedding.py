@@ -47,7 +47,8 @@ class EmbeddingTable:
         self._scale = np.float32(spec.scale)
         if spec.block_size:
             bits = spec.bits // spec.planes
-            self._levels_of_byte = _levels_of_byte(bits) - spec.symmetric * (1 << bits - 1)
+            self._levels_of_byte = _levels_of_byte(bits)
+            self._middle = np.float32(1 << bits - 1)
 
     def rows(self, ids: Sequence[int]) -> np.ndarray:
         """Embeddings as the graphs take them, to the last bit what `model.onnx` computes.
@@ -83,33 +84,32 @@ class EmbeddingTable:
         if not spec.block_size:
             return self._read("rows", ids).astype(np.float32)
         scales = self._read("scales", ids)[..., None]
-        if spec.planes == 2:
-            found = self._numbers("high", ids, scales)
-            found *= _LOW_PLANE_STEPS
-            found += self._numbers("low", ids, scales)
-            return found
-        if spec.symmetric:
-            return self._numbers("quantized", ids, scales)
-        zero_points = self._levels(self._read("zero_points", ids))[:, : spec.blocks, None]
-        return self._numbers("quantized", ids, scales, zero_points)
+        zero_points = self._middle
+        if not spec.symmetric:
+            zero_points = self._levels(self._read("zero_points", ids))[:, : spec.blocks, None]
+        if spec.planes == 1:
+            return self._numbers("quantized", ids, scales, zero_points)
+        found = self._numbers("high", ids, scales, self._middle)
+        found *= _LOW_PLANE_STEPS
+        found += self._numbers("low", ids, scales, zero_points)
+        return found
 
     def _numbers(
         self,
         part: str,
         ids: Sequence[int],
         scales: np.ndarray,
-        zero_points: np.ndarray | None = None,
+        zero_points: np.ndarray | np.float32,
     ) -> np.ndarray:
         """What the levels of a part stand for: float32 `(n, blocks * block_size)`."""
         levels = self._levels(self._read(part, ids))
         blocks = levels.reshape(len(ids), -1, self._spec.block_size)
-        if zero_points is not None:
-            blocks -= zero_points
+        blocks -= zero_points
         blocks *= scales
         return levels
 
     def _levels(self, packed: np.ndarray) -> np.ndarray:
-        """Levels of bytes, above the middle where that is the zero point: float32 `(n, levels)`."""
+        """Levels of bytes: float32 `(n, levels)`."""
         return self._levels_of_byte.take(packed, axis=0, mode="clip").reshape(len(packed), -1)
 
     def _read(self, part: str, ids: Sequence[int]) -> np.ndarray:

@@ -22,8 +22,12 @@ def check_format(name: str, fmt: Format) -> None:
     """Refuse a format that has no standard operators.
 
     Raises:
-        ExportRequestError: it is neither a float nor of 4 or 8 bits.
+        ExportRequestError: it is neither a float nor of 4 or 8 bits, or in two planes.
     """
+    if fmt.planes != 1:
+        raise ExportRequestError(
+            f"the traced lowering cannot express {name} in {fmt.planes} planes; one holds the same"
+        )
     if fmt.bits not in (4, 8, 16, 32):
         raise ExportRequestError(
             f"the traced lowering cannot express {name} in {fmt.bits} bits; it knows 4, 8, 16 and "
@@ -38,16 +42,7 @@ def float32(nodes: Nodes, value: ir.Value, scope: str) -> ir.Value:
     return nodes.op(scope, "Cast", [value], to=int(ir.DataType.FLOAT))
 
 
-def dequantized_planes(nodes: Nodes, spec: WeightSpec, fmt: Format) -> tuple[ir.Value, ir.Value]:
-    """The planes of a table, each as `dequantized_matrix`; 16 times the high one is to be added."""
-    plane = Format(4, fmt.block_size)
-    high, low = (dequantized_matrix(nodes, spec, plane, part) for part in ("high", "low"))
-    return high, low
-
-
-def dequantized_matrix(
-    nodes: Nodes, spec: WeightSpec, fmt: Format, part: str = "quantized"
-) -> ir.Value:
+def dequantized_matrix(nodes: Nodes, spec: WeightSpec, fmt: Format) -> ir.Value:
     """A quantized matrix or table as the right side of a product.
 
     Args:
@@ -57,7 +52,6 @@ def dequantized_matrix(
             `NAME.zero_points` uint8 `[rows, bytes of a row]`; integers of 4 bits have the low half
             of a byte first.
         fmt: its format.
-        part: the name of its integers.
 
     Returns:
         float32 `[inputs, rows]`.
@@ -71,7 +65,7 @@ def dequantized_matrix(
         return nodes.op(name, "Transpose", [value], perm=[1, 0])
 
     dtype = ir.DataType.UINT4 if fmt.bits == 4 else ir.DataType.UINT8
-    packed = nodes.stored(f"{name}.{part}", dtype, (num_rows, padded))
+    packed = nodes.stored(f"{name}.quantized", dtype, (num_rows, padded))
     scales = nodes.stored(f"{name}.scales")
     if f"{name}.zero_points" in nodes.weights.tensors:
         zero_points = transposed(_stored_zero_points(nodes, name, fmt, num_rows, num_blocks))
@@ -90,9 +84,7 @@ def dequantized_matrix(
     return matrix if padded == num_inputs else _first(nodes, name, matrix, num_inputs, axis=0)
 
 
-def dequantized_rows(
-    nodes: Nodes, spec: WeightSpec, fmt: Format, ids: ir.Value, part: str = "rows"
-) -> ir.Value:
+def dequantized_rows(nodes: Nodes, spec: WeightSpec, fmt: Format, ids: ir.Value) -> ir.Value:
     """Some rows of a quantized table; only those are dequantized.
 
     Args:
@@ -100,19 +92,11 @@ def dequantized_rows(
         spec: of a table that is stored as `dequantized_matrix` says.
         fmt: its format.
         ids: int64 `(batch, length)`.
-        part: the name of its integers.
 
     Returns:
         float32 `(batch, length, inputs)`.
     """
     name = spec.name
-    if fmt.planes == 2:
-        plane = Format(4, fmt.block_size)
-        high, low = (
-            dequantized_rows(nodes, spec, plane, ids, f"{half}.rows") for half in ("high", "low")
-        )
-        steps = nodes.constant(np.array(16, np.float32))
-        return nodes.op(name, "Add", [nodes.op(name, "Mul", [high, steps]), low])
     num_rows, num_inputs = rows_and_inputs(spec)
     num_blocks = -(-num_inputs // fmt.block_size)
     padded = num_blocks * fmt.block_size
@@ -138,7 +122,7 @@ def dequantized_rows(
     rows = nodes.op(
         scope,
         "DequantizeLinear",
-        [gathered(part, padded), scales, zero_points],
+        [gathered("rows", padded), scales, zero_points],
         axis=2,
         block_size=fmt.block_size,
     )

@@ -259,8 +259,7 @@ class _FusedGraph(NamedNodes):
         fmt = self.plan[self.head]
         if fmt.planes == 2:
             high = self._proposals(hidden)
-            plane = Format(4, fmt.block_size)
-            low = self._head_product(hidden, "logits.low", plane, "low")
+            low = self._head_product(hidden, "logits.low", fmt.low_plane, "low")
             return self.op("Add", [high, low], "logits.uncapped")
         return self._head_product(hidden, "logits.uncapped", fmt)
 
@@ -268,7 +267,7 @@ class _FusedGraph(NamedNodes):
         """The logits from the high plane of the head alone."""
         steps = self.constant("low_plane_steps", np.array(_LOW_PLANE_STEPS, np.float32))
         scaled = self.op("Mul", [hidden, steps], "hidden.scaled")
-        fmt = Format(4, self.plan[self.head].block_size)
+        fmt = self.plan[self.head].high_plane
         return self._head_product(scaled, "logits.high", fmt, "high")
 
     def _head_product(
@@ -315,7 +314,7 @@ class _FusedGraph(NamedNodes):
             return self.rename(ids, "candidate_ids"), self._cap(values, "candidate_logits")
         high, ids = self._greatest(self._proposals(hidden))
         ids = self.rename(ids, "candidate_ids")
-        plane = Format(4, self.plan[self.head].block_size)
+        plane = self.plan[self.head].low_plane
         # rows of the low plane: (batch, num_logits, k, hidden_dim)
         rows = self._gather_quantized(self.head, ids, "candidate_rows", plane, "low.rows")
         last = self.constant("axis_-1", np.array([-1], np.int64))
@@ -438,9 +437,8 @@ class _FusedGraph(NamedNodes):
             return rows if fmt.bits == 32 else self.float32(rows, out)
         if fmt.planes == 1:
             return self._gather_quantized(table, ids, out, fmt, "rows")
-        plane = Format(4, fmt.block_size)
-        high = self._gather_quantized(table, ids, f"{out}.high", plane, "high.rows")
-        low = self._gather_quantized(table, ids, f"{out}.low", plane, "low.rows")
+        high = self._gather_quantized(table, ids, f"{out}.high", fmt.high_plane, "high.rows")
+        low = self._gather_quantized(table, ids, f"{out}.low", fmt.low_plane, "low.rows")
         steps = self.constant("low_plane_steps", np.array(_LOW_PLANE_STEPS, np.float32))
         return self.op("Add", [self.op("Mul", [high, steps], f"{out}.high16"), low], out)
 

@@ -16,7 +16,7 @@ from export.errors import ExportError, ExportRequestError
 from export.memory import free_memory
 from export.quantize.formats import Plan, plan_bytes
 from export.quantize.lattice import MOST_BITS_KEPT, KeptWeights, kept_weights
-from export.quantize.recipes import plan_for_recipe, plan_from_json, recipe_named
+from export.quantize.recipes import in_one_plane, plan_for_recipe, plan_from_json, recipe_named
 from export.quantize.text import Windows, read_windows
 from export.quantize.workspace import workspace_path
 from export.start_keras import start_keras
@@ -105,6 +105,8 @@ def export_onnx(
     _check_kv_cache_dtype(kv_cache_dtype, lowering)
     chosen = recipe_named(recipe)
     formats = plan_for_recipe(recipe, config) | plan_from_json(plan or {}, config)
+    if lowering == "traced":
+        formats = in_one_plane(formats)
     budget = _check_budget(kl_budget, recipe, plan)
     max_context = _check_context(max_context, config)
     text = chosen.calibration if calibration is None else calibration

@@ -17,7 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,6 @@ from export.contract import CANDIDATES_FILE, INTERCHANGE_FILE, num_candidates
 from export.dequantize import (
     check_format,
     dequantized_matrix,
-    dequantized_planes,
     dequantized_rows,
     float32,
 )
@@ -88,11 +87,6 @@ class _TracedGraph:
         self.nodes = Nodes(weights)
         self.fragments = trace(config)
         self.matrices: dict[str, ir.Value] = {}
-        # of a matrix in two planes: the high one to the low one
-        self.low_planes: dict[ir.Value, ir.Value] = {}
-        # a stand-in for the transpose of such a matrix, which no node may read but one that
-        # transposes it back
-        self.transposed_planes: dict[ir.Value, ir.Value] = {}
         # tokens of the call in a row, int64 (1,)
         given = self.inputs["inputs_embeds" if self.for_engine else "input_ids"]
         self.length = self.nodes.op("length", "Shape", [given], start=1, end=2)
@@ -174,10 +168,6 @@ class _TracedGraph:
             name = head_table(self.config)
         spec = self.specs[name]
         fmt = self.plan.get(name)
-        if fmt is not None and fmt.planes == 2:
-            high, low = dequantized_planes(self.nodes, spec, fmt)
-            self.low_planes[high] = low
-            return high
         if fmt is not None and fmt.quantized:
             return dequantized_matrix(self.nodes, spec, fmt)
         stored = float32(self.nodes, self.nodes.stored(name), name)
@@ -219,12 +209,7 @@ class _TracedGraph:
         for node in _in_order(graph):
             inputs = [ours(value) for value in node.inputs]
             table = next((v for v in inputs if v is not None and v.graph is graph), None)
-            planes = next(
-                (v for v in inputs if v in self.low_planes | self.transposed_planes), None
-            )
-            if planes is not None:
-                copied = [self._from_planes(scope, node, inputs, planes)]
-            elif table is None:
+            if table is None:
                 copied = self.nodes.copy(scope, node, inputs)
             elif node.op_type == "Gather" and inputs[0] is table and inputs[1] is not None:
                 copied = [self._rows(str(table.name), inputs[1])]
@@ -232,30 +217,6 @@ class _TracedGraph:
                 raise AssertionError(f"{node.op_type} reads the whole of {table.name}")
             values |= dict(zip(node.outputs, copied, strict=True))
         return {str(value.name): values[value] for value in graph.outputs}
-
-    def _from_planes(
-        self, scope: str, node: ir.Node, inputs: Sequence[ir.Value | None], high: ir.Value
-    ) -> ir.Value:
-        """What a node makes of a matrix in two planes, whose sum is never stored.
-
-        The product is `x (16 high + low)` as two.
-        """
-        if node.op_type == "Transpose":
-            if high in self.transposed_planes:
-                return self.transposed_planes[high]
-            stand_in = ir.val("transposed")
-            self.transposed_planes[stand_in] = high
-            return stand_in
-        x = inputs[0]
-        if node.op_type != "MatMul" or inputs[1] not in self.low_planes or x is None:
-            raise AssertionError(f"{node.op_type} reads a matrix that is stored in two planes")
-        steps = self.nodes.constant(np.array(16, np.float32))
-        scaled = self.nodes.op(scope, "Mul", [x, steps])
-        products = [
-            self.nodes.op(scope, "MatMul", [scaled, high]),
-            self.nodes.op(scope, "MatMul", [x, self.low_planes[high]]),
-        ]
-        return self.nodes.op(scope, "Add", products)
 
     def _model(self, outputs: Mapping[str, ir.Value]) -> ir.Model:
         for spec in self.contract.outputs:

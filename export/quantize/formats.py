@@ -23,7 +23,8 @@ class Format:
         symmetric: whether the zero point is the middle, `2 ** (bits - 1)`, in every block; else
             each block has its own.
         planes: 2 splits each 8-bit integer into two of 4 bits, stored apart: the high one alone is
-            a 4-bit table of the same scales, 16 times as wide.
+            a symmetric 4-bit table of the same scales, 16 times as wide; the low one has the zero
+            points.
     """
 
     bits: int
@@ -37,7 +38,7 @@ class Format:
         else:
             good = self.bits in BITS and self.block_size > 0
         if self.planes != 1:
-            good = good and (self.planes, self.bits, self.symmetric) == (2, 8, True)
+            good = good and (self.planes, self.bits, self.symmetric) == (2, 8, False)
         if not good:
             raise ValueError(f"there is no such format: {self}")
 
@@ -51,6 +52,16 @@ class Format:
         """The zero point of a symmetric block: what stores 0."""
         return 1 << (self.bits - 1)
 
+    @property
+    def high_plane(self) -> Format:
+        """Of a format in two planes: that of the higher 4 bits."""
+        return Format(4, self.block_size)
+
+    @property
+    def low_plane(self) -> Format:
+        """Of a format in two planes: that of the lower 4 bits."""
+        return Format(4, self.block_size, symmetric=False)
+
     def num_blocks(self, num_inputs: int) -> int:
         """Blocks of one row."""
         return -(-num_inputs // self.block_size)
@@ -62,15 +73,14 @@ class Format:
         blocks = self.num_blocks(num_inputs)
         row = blocks * (self.block_size * self.bits // 8 + 4)
         if not self.symmetric:
-            row += -(-blocks * self.bits // 8)
+            row += -(-blocks * (self.bits // self.planes) // 8)
         return num_rows * row
 
     def __str__(self) -> str:
         if not self.quantized:
             return f"fp{self.bits}"
-        kind = "" if self.symmetric else " asymmetric"
-        planes = " in 2 planes" if self.planes == 2 else ""
-        return f"int{self.bits} block {self.block_size}{kind}{planes}"
+        kind = " in 2 planes" if self.planes == 2 else "" if self.symmetric else " asymmetric"
+        return f"int{self.bits} block {self.block_size}{kind}"
 
 
 Plan = Mapping[str, Format]

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from export.quantize.formats import BITS, BLOCK_SIZES, Format
-from export.quantize.packing import Quantized
+from export.quantize.packing import Quantized, zero_points_in_planes
 from export.quantize.rounding import round_to_nearest
 from gemma_keras.checkpoints.lattice import Lattice, LatticeSource
 from gemma_keras.checkpoints.names import weight_specs
@@ -45,10 +45,9 @@ def keep(lattice: Lattice, fmt: Format) -> Quantized | None:
 def keep_or_round(lattice: Lattice, fmt: Format) -> tuple[Quantized, float]:
     """A lattice in a storage format, and the share of its blocks that had to be rounded again.
 
-    Blocks that the format holds exactly are kept; the others are rounded to nearest. In two planes,
-    whose levels end at 119, a block with a level above is stored negated, its scale too; one with
-    levels beyond 119 on both sides is rounded. Blocks of few levels are stretched by a power of two
-    there, so that the high plane alone says as much as it can.
+    Blocks that the format holds exactly are kept; the others are rounded to nearest. In two planes
+    blocks of few levels are stretched by a power of two, and some are stored negated, scale and
+    all, so that the high plane alone says as much as it can.
 
     Args:
         lattice: of the source.
@@ -142,15 +141,18 @@ def _keep_blocks(lattice: Lattice, fmt: Format) -> tuple[Quantized, np.ndarray]:
     signed[:, ~real.reshape(num_blocks, fmt.block_size)] = 0  # padding stands for nothing
     least, greatest = signed.min(axis=-1), signed.max(axis=-1)
 
-    if fmt.symmetric:
+    top = (1 << fmt.bits) - 1
+    stored_zeros = None
+    if fmt.symmetric or fmt.planes == 2:
         factors = _factors(least, greatest, fmt)
         signed *= factors[..., None]
-        stored = signed + np.int16(fmt.middle)
         scales = scales / factors.astype(np.float32)
-        top = fmt.middle + _highest(fmt)
-        stored_zeros = None
+        zero = np.int16(fmt.middle)
+        if fmt.planes == 2:
+            stored_zeros = zero_points_in_planes(signed.max(axis=-1))
+            zero = stored_zeros[..., None].astype(np.int16)
+        stored = signed + zero
     else:
-        top = (1 << fmt.bits) - 1
         lowest, highest = np.maximum(0, -least), np.minimum(top, top - greatest)
         moved = np.clip(np.clip(zeros, lowest, highest), 0, top)
         stored = signed + moved[..., None].astype(np.int16)
@@ -162,24 +164,20 @@ def _keep_blocks(lattice: Lattice, fmt: Format) -> tuple[Quantized, np.ndarray]:
     return quantized, np.logical_and.reduce(same, axis=-1)
 
 
-def _highest(fmt: Format) -> int:
-    """The highest level of a symmetric format, counted from its middle."""
-    return 119 if fmt.planes == 2 else fmt.middle - 1
-
-
 def _factors(least: np.ndarray, greatest: np.ndarray, fmt: Format) -> np.ndarray:
-    """What each block's levels are multiplied by to fit a symmetric format, int16: 1 or -1, and in
+    """What each block's levels are multiplied by to fit about the middle, int16: 1 or -1, and in
     two planes powers of two. Blocks that fit by no factor get 1."""
-    highest, lowest = _highest(fmt), fmt.middle
     chosen = np.ones(least.shape, np.int16)
     found = np.zeros(least.shape, bool)
     for size in (16, 8, 4, 2, 1) if fmt.planes == 2 else (1,):
-        for factor in (size, -size):
-            upper = (greatest if factor > 0 else -least).astype(np.int32) * size
-            lower = (-least if factor > 0 else greatest).astype(np.int32) * size
-            fits = ~found & (upper <= highest) & (lower <= lowest)
-            chosen[fits] = factor
-            found |= fits
+        upper, lower = greatest.astype(np.int32) * size, -least.astype(np.int32) * size
+        fits = (upper < fmt.middle) & (lower <= fmt.middle)
+        turned = ~fits & (lower < fmt.middle) & (upper <= fmt.middle)
+        if fmt.planes == 2:  # as `round_to_nearest` does
+            turned |= (upper > 119) & (upper <= fmt.middle) & (lower < upper)
+        fits = (fits | turned) & ~found
+        chosen[fits] = np.where(turned, -size, size)[fits]
+        found |= fits
     return chosen
 
 

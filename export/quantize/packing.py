@@ -74,31 +74,45 @@ def unpack_bits(packed: np.ndarray, bits: int, length: int) -> np.ndarray:
     return np.stack(parts, axis=-1).reshape(shape)[..., :length]
 
 
-def split_planes(levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Split 8-bit levels about 128 into 4-bit levels about 8: `l - 128 = 16 (h - 8) + (w - 8)`.
+def zero_points_in_planes(greatest: np.ndarray) -> np.ndarray:
+    """The zero point of each block in two planes, 128 to 136.
 
-    The high plane is rounded to nearest, so that alone it is the best 4-bit table there is.
+    It is 136 where it can be: the high plane is then the nearest 4-bit table there is. A block that
+    goes beyond 119 has a lower one.
 
     Args:
-        levels: uint8, none above 247.
+        greatest: the block's, as a multiple of its scale; at most 127.
     """
-    if levels.size and levels.max() > _GREATEST_IN_PLANES:
-        raise ValueError("two planes of 4 bits reach from -136 to 119")
-    shifted = levels + np.uint8(8)  # 8 .. 255
-    return shifted >> np.uint8(4), shifted & np.uint8(15)
+    return (128 + np.clip(127 - greatest, 0, 8)).astype(np.uint8)
 
 
-_GREATEST_IN_PLANES = 128 + 119
+def split_planes(
+    levels: np.ndarray, zero_points: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Split 8-bit levels `l` with zero points `z` into 4 bits: `l - z = 16 (h - 8) + (w - y)`.
+
+    Args:
+        levels: uint8.
+        zero_points: uint8, 128 to 143.
+
+    Returns:
+        The high plane `h`, the low plane `w` and the low one's zero points `y`.
+    """
+    if zero_points.size and not 128 <= zero_points.min() <= zero_points.max() <= 143:
+        raise ValueError("in two planes of 4 bits zero points are 128 to 143")
+    return levels >> np.uint8(4), levels & np.uint8(15), zero_points - np.uint8(128)
 
 
 def stored_tensors(quantized: Quantized, fmt: Format) -> dict[str, np.ndarray]:
     """What goes into the weights file: part name to array."""
     if fmt.planes == 2:
-        high, low = split_planes(quantized.levels)
-        parts = {"high": pack_bits(high, 4), "low": pack_bits(low, 4)}
+        assert quantized.zero_points is not None
+        halves = split_planes(quantized.levels, quantized.zero_points)
+        parts = dict(zip(("high", "low", "zero_points"), halves, strict=True))
     else:
-        parts = {"quantized": pack_bits(quantized.levels, fmt.bits)}
-    parts["scales"] = quantized.scales
-    if quantized.zero_points is not None:
-        parts["zero_points"] = pack_bits(quantized.zero_points, fmt.bits)
-    return parts
+        parts = {"quantized": quantized.levels}
+        if quantized.zero_points is not None:
+            parts["zero_points"] = quantized.zero_points
+    bits = fmt.bits // fmt.planes
+    packed = {part: pack_bits(levels, bits) for part, levels in parts.items()}
+    return packed | {"scales": quantized.scales}

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from export.errors import ExportRequestError
-from export.quantize.formats import BLOCK_SIZES, Format, rows_and_inputs
+from export.quantize.formats import BLOCK_SIZES, Format, Plan, rows_and_inputs
 from gemma_keras.checkpoints.names import weight_specs
 from gemma_keras.config import GemmaConfig
 
@@ -16,7 +16,8 @@ INT8 = Format(8, 32)
 # Blocks of 128 lose more than those of 32, but what int4 raises to 8 bits makes up for it, and a
 # product takes three quarters of the time.
 INT4 = Format(4, 128, symmetric=False)
-TWO_PLANES = Format(8, 128, planes=2)
+# Of a table: generation reads the high plane, and the low one for the few tokens that it proposes.
+TWO_PLANES = Format(8, 128, symmetric=False, planes=2)
 _FINE_INT8 = Format(8, 16)
 # What `int4` raises a matrix to: next to its 4 bits, the blocks' size is lost in the noise.
 _RAISED = Format(8, 128)
@@ -56,7 +57,7 @@ RECIPES = {
     # These three lose most for their size: blocks of 16 in them take a sixth of the whole loss.
     "int8": Recipe(
         INT8,
-        INT8,
+        dataclasses.replace(TWO_PLANES, block_size=32),
         finer=dict.fromkeys(("attention.key", "attention.value", "mlp.down"), _FINE_INT8),
         calibration="text",
     ),
@@ -98,6 +99,13 @@ def plan_for_recipe(recipe: str, config: GemmaConfig) -> dict[str, Format]:
     }
     _check_table(table, config)
     return plan
+
+
+def in_one_plane(plan: Plan) -> dict[str, Format]:
+    """A plan of the same numbers, for graphs that read all bits of a table alike."""
+    return {
+        name: Format(8, fmt.block_size) if fmt.planes == 2 else fmt for name, fmt in plan.items()
+    }
 
 
 def _fitting(fmt: Format, width: int) -> Format:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from export.quantize.formats import Format
-from export.quantize.packing import Quantized, blocks_of
+from export.quantize.packing import Quantized, blocks_of, zero_points_in_planes
 
 _SMALLEST_SCALE = np.float32(1e-37)  # below it the inverse overflows, and the block is all zeros
 _PIECE_BYTES = 8 << 20  # rows that fit a cache
@@ -23,8 +23,8 @@ def round_to_nearest(rows: np.ndarray, fmt: Format) -> Quantized:
 
     * 8 bits symmetric: the scale is the greatest magnitude / 127. A GGUF Q8_0 tensor comes out
       exactly as it went in, scale and integers.
-    * 8 bits in two planes: the same where the levels fit -136 to 119, which a negative scale can
-      help to; else the greatest magnitude / 119.
+    * 8 bits in two planes: the same values; the scale is negative where that gives the high plane
+      its middle as the zero point, or brings it nearer.
     * 2 and 4 bits symmetric: the scale takes the value of greatest magnitude to the lowest level,
       as GGUF's Q4_0 does; it may be negative.
     * asymmetric: from the least to the greatest value, 0 included, with 0 exact.
@@ -108,20 +108,20 @@ def _by_pieces(
 def _reaching(blocks: np.ndarray, fmt: Format) -> tuple[np.ndarray, np.ndarray | None]:
     """Scales and zero points with which the lattice reaches the extremes of each block."""
     least, greatest = blocks.min(axis=-1), blocks.max(axis=-1)
+    if fmt.bits == 8 and (fmt.symmetric or fmt.planes == 2):
+        scales = np.maximum(greatest, -least) / np.float32(127)
+        if fmt.planes == 1:
+            return scales, None
+        inverse = _inverse(scales)
+        turned = (np.rint(greatest * inverse) > 119) & (-least < greatest)
+        reached = np.rint(np.where(turned, -least, greatest) * inverse)
+        return np.where(turned, -scales, scales), zero_points_in_planes(reached)
     if not fmt.symmetric:
         least, greatest = np.minimum(least, 0), np.maximum(greatest, 0)
         steps = np.float32((1 << fmt.bits) - 1)
         scales = greatest / steps - least / steps  # the difference itself may overflow
         zeros = np.rint(-least * _inverse(scales))
         return scales, np.clip(zeros, 0, steps).astype(np.uint8)
-    if fmt.bits == 8:
-        scales = np.maximum(greatest, -least) / np.float32(127)
-        if fmt.planes == 2:
-            inverse = _inverse(scales)
-            high, low = np.rint(greatest * inverse), np.rint(least * inverse)
-            narrow = np.maximum(greatest, -least) / np.float32(119)
-            scales = np.where(high <= 119, scales, np.where(low >= -119, -scales, narrow))
-        return scales, None
     extreme = np.where(greatest > -least, greatest, least)
     return extreme / np.float32(-fmt.middle), None
 
@@ -136,9 +136,7 @@ def _levels(
     blocks: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None, fmt: Format
 ) -> np.ndarray:
     """The nearest levels, as float32."""
-    lowest, highest = 0, (1 << fmt.bits) - 1
-    if fmt.bits == 8 and fmt.symmetric:
-        lowest, highest = 1, (128 + 119 if fmt.planes == 2 else 255)
+    lowest, highest = int(fmt.bits == 8 and fmt.symmetric), (1 << fmt.bits) - 1
     levels = np.asarray(np.rint(blocks * _inverse(scales)[..., None]))
     levels += _zero(zeros, fmt)
     return np.clip(levels, lowest, highest, out=levels)

@@ -74,7 +74,7 @@ INTEGERS = [
     (bits, block_size, symmetric, 1)
     for bits, block_size, symmetric in itertools.product((8, 4, 2), (16, 32, 128), (True, False))
 ]
-PLANES = [(8, block_size, True, 2) for block_size in (16, 64, 256)]
+PLANES = [(8, block_size, False, 2) for block_size in (16, 64, 256)]
 
 
 def write_table(path, bits, block_size, symmetric, planes, width, num_rows=7, seed=0):
@@ -99,7 +99,9 @@ def onnxruntime_rows(spec, parts, ids):
     nodes, values = [], {}
 
     def gather(levels, bits, out):
-        names = [n for n in (levels, "ids", "scales", "zero_points") if n == "ids" or n in parts]
+        names = [levels, "ids", "scales"]
+        if "zero_points" in parts and levels != "high":
+            names.append("zero_points")
         nodes.append(
             helper.make_node(
                 "GatherBlockQuantized", names, [out], domain="com.microsoft", bits=bits,

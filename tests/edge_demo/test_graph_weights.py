@@ -36,13 +36,23 @@ def test_it_finds_what_onnx_finds(bundle, file):
     assert {w.name: (w.shape, w.offset, w.num_bytes, set(w.used_by)) for w in found} == expected
 
 
-@pytest.mark.parametrize("file", ["engine.onnx", "candidates.onnx"])
-def test_the_engine_reads_all_and_looks_nothing_up_of_one_table(bundle, file):
+def test_the_engine_reads_all_and_looks_nothing_up(bundle):
     """Rows of the embedding are read beside the graph."""
-    weights = stored_weights(bundle / file)
+    weights = stored_weights(bundle / "engine.onnx")
     assert all(w.multiplied and not w.looked_up for w in weights)
     assert len({w.offset for w in weights}) == len(weights)
-    assert bytes_per_token(bundle / file) == sum(w.num_bytes for w in weights)
+    assert bytes_per_token(bundle / "engine.onnx") == sum(w.num_bytes for w in weights)
+
+
+def test_of_the_low_plane_candidates_look_rows_up(tiny_bundles):
+    path = tiny_bundles / "gemma3-int8" / "candidates.onnx"
+    weights = stored_weights(path)
+    looked_up = {w.name for w in weights if w.looked_up}
+    low = {f"token_embedding.{part}" for part in ("low.rows", "zero_points")}
+    assert looked_up == low | {"token_embedding.scales"}
+    assert {w.name for w in weights if not w.multiplied} == low
+    read = sum(w.num_bytes for w in weights if w.name not in low)
+    assert bytes_per_token(path) == read
 
 
 def test_a_token_reads_all_but_what_is_looked_up(tiny_bundles):

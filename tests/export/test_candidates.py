@@ -24,7 +24,7 @@ LENGTH, POSITIONS = 9, [0, 3, 8]
 TABLES = {
     "fp32": Format(32),
     "int8": Format(8, 32),
-    "two planes": Format(8, 64, planes=2),
+    "two planes": Format(8, 64, symmetric=False, planes=2),
 }
 CONFIG = GemmaConfig(
     vocabulary_size=VOCABULARY,
@@ -129,8 +129,8 @@ def test_the_high_plane_proposes_the_best_and_both_score_them(outputs):
 def test_a_large_table_is_several_matrices_in_this_graph_alone(fmt, tmp_path, monkeypatch):
     (tmp_path / "whole").mkdir()
     whole = outputs_of(fmt, tmp_path / "whole")
-    plane = Format(4, fmt.block_size) if fmt.planes == 2 else fmt
-    size = plane.num_bytes(VOCABULARY, CONFIG.hidden_dim)
+    parts_of_head = (fmt.high_plane, fmt.low_plane) if fmt.planes == 2 else (fmt,)
+    size, *low = (f.num_bytes(VOCABULARY, CONFIG.hidden_dim) for f in parts_of_head)
     monkeypatch.setattr(fused, "_MOST_PACKED", int(size / 6.5))  # seven, the last one smaller
     (tmp_path / "parts").mkdir()
     parts = outputs_of(fmt, tmp_path / "parts")
@@ -148,7 +148,7 @@ def test_a_large_table_is_several_matrices_in_this_graph_alone(fmt, tmp_path, mo
         sizes |= {n.output[0]: sizes.get(n.input[0]) for n in graph.node if n.op_type == "Cast"}
         products = [n for n in graph.node if n.op_type in ("MatMulNBits", "FusedMatMul")]
         heads[file] = [sum(sizes.get(name, 0) for name in n.input) for n in products]
-    assert heads["engine.onnx"] == [size] * fmt.planes
+    assert heads["engine.onnx"] == [size, *low]
     assert len(heads["candidates.onnx"]) == 7
     assert sum(heads["candidates.onnx"]) == size
     assert max(heads["candidates.onnx"]) > min(heads["candidates.onnx"])

@@ -79,6 +79,8 @@ def test_bytes_by_format_are_those_of_the_weights_file(tiny_bundles, manifest):
     )
     tensors = {name: int(count) for name, count, _ in rows}
     expected = {f"int8, a scale for every {size} weights": n for size, n in sizes.items()}
+    expected["int8, a scale for every 32 weights"] -= 1
+    expected["int8, a scale and a zero point for every 32 weights, in two halves of 4 bits"] = 1
     norms = {"float32 (norms)": tensors["float32 (norms)"]}
     assert tensors == expected | norms
 

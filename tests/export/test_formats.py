@@ -30,6 +30,7 @@ from gemma_keras.checkpoints.names import weight_specs
 from gemma_keras.config import GemmaConfig, LayerSpec
 
 ORT_BLOCKS = (16, 32, 64)  # sizes that onnxruntime's operators take
+TWO_PLANES = Format(8, 32, symmetric=False, planes=2)
 ANY_BLOCK = st.integers(1, 40)
 # Below this a block's scale is a denormal number, and the block is stored as zeros.
 TINY = 1.3e-35
@@ -187,7 +188,7 @@ def test_a_q8_0_tensor_keeps_its_values_bit_for_bit(num_rows, num_blocks, seed):
 def formats(draw, blocks=BLOCK_SIZES):
     bits = draw(st.sampled_from(BITS))
     planes = draw(st.sampled_from([1, 2])) if bits == 8 else 1
-    symmetric = planes == 2 or draw(st.booleans())
+    symmetric = planes == 1 and draw(st.booleans())
     return Format(bits, draw(st.sampled_from(blocks)), symmetric, planes)
 
 
@@ -277,35 +278,37 @@ def test_searching_scales_never_loses_more_than_rounding_to_nearest(fmt, seed):
 @given(matrices(values=any_value))
 def test_two_planes_hold_what_eight_bits_hold(case):
     rows, _ = case
-    fmt = Format(8, 32, planes=2)
-    quantized = round_to_nearest(rows, fmt)
-    parts = stored_tensors(quantized, fmt)
-    assert set(parts) == {"high", "low", "scales"}
+    width, blocks = rows.shape[1], TWO_PLANES.num_blocks(rows.shape[1])
+    quantized = round_to_nearest(rows, TWO_PLANES)
+    parts = stored_tensors(quantized, TWO_PLANES)
+    assert set(parts) == {"high", "low", "scales", "zero_points"}
+    zero_points = unpack_bits(parts["zero_points"], 4, blocks).astype(np.float32)
     high = unpack_bits(parts["high"], 4, 32).astype(np.float32) - 8
-    low = unpack_bits(parts["low"], 4, 32).astype(np.float32) - 8
+    low = unpack_bits(parts["low"], 4, 32).astype(np.float32) - zero_points[..., None]
     together = ((16 * high + low) * quantized.scales[..., None]).reshape(len(rows), -1)
+    np.testing.assert_array_equal(together[:, :width], quantized.values(TWO_PLANES, width))
+    one = Format(8, 32)
     np.testing.assert_array_equal(
-        together[:, : rows.shape[1]], quantized.values(fmt, rows.shape[1])
+        together[:, :width], round_to_nearest(rows, one).values(one, width)
     )
 
 
-def test_two_planes_keep_a_q8_0_tensor_but_for_blocks_that_reach_both_ends():
+def test_the_high_plane_is_the_nearest_4_bit_table_but_for_blocks_that_reach_both_ends():
     rows = np.random.default_rng(0).normal(size=(200, 640)).astype(np.float32)
-    kind = gguf.GGMLQuantizationType.Q8_0
-    source = gguf.dequantize(gguf.quantize(rows, kind), kind).reshape(rows.shape)
-    fmt = Format(8, 32, planes=2)
-    kept = round_to_nearest(source, fmt).values(fmt, 640).reshape(-1, 32)
-    blocks = source.reshape(-1, 32)
-    unit = np.abs(blocks).max(axis=-1) / 127
-    both = np.minimum(blocks.max(axis=-1), -blocks.min(axis=-1)) > 119.5 * unit
-    assert 0 < both.mean() < 0.2
-    np.testing.assert_array_equal(kept[~both], blocks[~both])
-    assert np.abs(kept - blocks).max(axis=-1)[both].max() <= 0.51 * (unit * 127 / 119).max()
+    quantized = round_to_nearest(rows, TWO_PLANES)
+    high = stored_tensors(quantized, TWO_PLANES)["high"]
+    nearest = np.rint(rows.reshape(200, 20, 32) / (16 * quantized.scales[..., None]))
+    far = np.abs(unpack_bits(high, 4, 32).astype(np.float32) - 8 - nearest)
+    middle = quantized.zero_points == 136
+    assert 0.8 < middle.mean() < 1
+    assert (far[middle] > 0).mean() < 0.04  # of the 16 levels one is as far from the next
+    assert (far[~middle] > 0).mean() > 0.1
+    assert far.max() == 1
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [(3, 32), (4, 0), (16, 32), (32, 16), (4, 32, True, 2), (8, 32, False, 2), (8, 32, True, 3)],
+    [(3, 32), (4, 0), (16, 32), (32, 16), (4, 32, False, 2), (8, 32, True, 2), (8, 32, False, 3)],
 )
 def test_a_format_that_there_is_not_cannot_be_made(arguments):
     with pytest.raises(ValueError, match="no such format"):
@@ -341,17 +344,18 @@ def test_onnxruntime_multiplies_by_the_dequantized_matrix(fmt, data):
     parts = stored_tensors(quantized, fmt)
     num_rows, num_inputs = rows.shape
     expected = {"quantized": quantized.values(fmt, num_inputs)}
-    stored = fmt
+    formats_of = {"quantized": fmt}
     if fmt.planes == 2:  # each is a table of its own; their sum would round a second time
-        stored = Format(4, fmt.block_size)
-        planes = zip(("high", "low"), split_planes(quantized.levels), strict=True)
+        formats_of = {"high": fmt.high_plane, "low": fmt.low_plane}
+        high, low, zero_points = split_planes(quantized.levels, quantized.zero_points)
         expected = {
-            part: Quantized(levels, quantized.scales).values(stored, num_inputs)
-            for part, levels in planes
+            "high": Quantized(high, quantized.scales).values(fmt.high_plane, num_inputs),
+            "low": Quantized(low, quantized.scales, zero_points).values(fmt.low_plane, num_inputs),
         }
     for part, values in expected.items():
+        stored = formats_of[part]
         initializers = {"packed": parts[part], "scales": parts["scales"]}
-        if not fmt.symmetric:
+        if not stored.symmetric:
             initializers["zeros"] = parts["zero_points"]
         node = helper.make_node(
             "MatMulNBits",

@@ -18,7 +18,8 @@ from edge_demo.embedding import EmbeddingTable
 from edge_demo.engine import Engine
 from export import export_onnx
 from export.contract import WEIGHTS_FILE, engine_contract, interchange_contract, windows
-from export.quantize.formats import plan_bytes
+from export.quantize.formats import Format, plan_bytes
+from export.quantize.packing import unpack_bits
 from export.quantize.recipes import plan_for_recipe
 from gemma_keras import GemmaBackbone, GemmaCausalLM, open_checkpoint
 from gemma_keras.checkpoints.names import weight_specs
@@ -267,12 +268,21 @@ def stored_weights(bundle, config):
         if spec.kind == "norm":
             weights[name] = stored[name] - 1
             continue
-        # an embedding that is not the head too is there as rows only
-        packed = stored[f"{name}.quantized" if f"{name}.quantized" in stored else f"{name}.rows"]
-        scales = stored[f"{name}.scales"]
-        block_size = bundle.manifest["plan"][name]["block_size"]
-        blocks = packed.reshape(*scales.shape, block_size).astype("float32") - 128
-        values = (blocks * scales[..., None]).reshape(len(packed), -1)
+        fmt = Format(**bundle.manifest["plan"][name])
+        scales = stored[f"{name}.scales"][..., None]
+        if fmt.planes == 1:
+            values = (stored[f"{name}.quantized"].astype("float32") - 128) * scales
+        else:
+            planes = {}
+            for plane in ("high", "low"):
+                # an embedding that is not the head too is there as rows only
+                packed = stored.get(f"{name}.{plane}", stored.get(f"{name}.{plane}.rows"))
+                packed = packed.reshape(*scales.shape[:2], -1)
+                planes[plane] = unpack_bits(packed, 4, fmt.block_size).astype("float32")
+            zero_points = unpack_bits(stored[f"{name}.zero_points"], 4, scales.shape[1])
+            values = (planes["high"] - 8) * scales * 16
+            values += (planes["low"] - zero_points[..., None].astype("float32")) * scales
+        values = values.reshape(len(scales), -1)
         width = spec.shape[0] if spec.kind == "matrix" else spec.shape[1]
         weights[name] = values[:, :width].T if spec.kind == "matrix" else values[:, :width]
     return weights
@@ -288,7 +298,9 @@ def with_exact_activations(bundle):
         for attribute in node.attribute
         if attribute.name == "accuracy_level"
     ]
-    assert len(levels) == 5 * len(bundle.manifest["model"]["config"]["layers"]) + 1
+    assert (
+        len(levels) == 5 * len(bundle.manifest["model"]["config"]["layers"]) + 2
+    )  # the head's planes
     assert {attribute.i for attribute in levels} == {4}
     for attribute in levels:
         attribute.i = 0
@@ -366,10 +378,13 @@ def test_fp32_initializers_are_the_weights_bit_for_bit(tiny, exported, generatio
 def test_every_block_of_the_int8_initializers_uses_its_whole_range(exported, generation):
     """An all-zero or constant weight passes every check of shape and type."""
     stored = initializers(exported(generation, "int8").path / "engine.onnx")
-    quantized = [array for name, array in stored.items() if name.endswith(".quantized")]
-    assert quantized
-    for array in quantized:
+    matrices = [array for name, array in stored.items() if name.endswith(".quantized")]
+    tables = [array for name, array in stored.items() if name.endswith(".high")]
+    assert matrices and tables
+    for array in matrices:
         assert np.isin(array, (1, 255)).any(axis=-1).all()
+    for array in tables:
+        assert np.isin(unpack_bits(array, 4, 32), (0, 15)).any(axis=-1).all()
     for name, array in stored.items():
         if name.endswith((".scales", "norm")):
             assert (array != 0).all(), name
@@ -449,7 +464,8 @@ def external_places(path):
 
 def test_a_tied_table_is_stored_once(exported):
     int8 = external_places(exported("gemma3", "int8").path / "model.onnx")
-    assert int8["token_embedding.rows"] == int8["token_embedding.quantized"]
+    for plane in ("high", "low"):
+        assert int8[f"token_embedding.{plane}.rows"] == int8[f"token_embedding.{plane}"]
     assert not any(name.startswith("head") for name in int8)
     for file, expected in (
         ("model.onnx", ["Gather", "FusedMatMul"]),
@@ -476,9 +492,9 @@ def test_the_manifest_says_where_the_rows_of_the_embedding_are(
     scaled = weights["token_embedding"] * np.float32(config.embedding_scale)
     np.testing.assert_array_equal(table.rows(range(300)), scaled)
     places = external_places(bundle.path / "model.onnx")
-    names = {"rows": "token_embedding", "quantized": "token_embedding.rows"}
+    names = {"rows": "", "high": ".high.rows", "low": ".low.rows"}
     for part, place in bundle.embedding.parts.items():
-        assert places[names.get(part, f"token_embedding.{part}")][1] == place.offset
+        assert places["token_embedding" + names.get(part, f".{part}")][1] == place.offset
 
 
 # --- from a Keras model --------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from gemma_keras.checkpoints.lattice import Lattice
 from gemma_keras.checkpoints.names import weight_specs
 from tests import gguf_files
 
-TWO_PLANES = Format(8, 32, planes=2)
+TWO_PLANES = Format(8, 32, symmetric=False, planes=2)
 
 Type = gguf.GGMLQuantizationType
 SYMMETRIC = {
@@ -203,24 +203,31 @@ def in_planes(levels):
     return lattice, *keep_or_round(lattice, TWO_PLANES)
 
 
-@pytest.mark.parametrize("levels", [[119, -128], [119, -127], [120, -119], [127, 0]])
-def test_a_block_that_ends_at_119_on_one_side_is_kept_in_two_planes(levels):
+@pytest.mark.parametrize(
+    ("levels", "negated", "zero_point"),
+    [
+        ([119, -128], False, 136),
+        ([119, -127], False, 136),
+        ([120, -119], True, 136),
+        ([127, 0], True, 136),
+        ([120, -120], False, 135),
+        ([125, -121], True, 134),
+        ([127, -127], False, 128),
+        ([127, -128], False, 128),
+    ],
+)
+def test_all_that_8_bits_hold_is_kept_in_two_planes(levels, negated, zero_point):
     lattice, kept, again = in_planes(levels)
     assert again == 0
     np.testing.assert_array_equal(kept.values(TWO_PLANES, 32), lattice.values())
-    assert (kept.scales < 0) == (max(levels) > 119)
-    split_planes(kept.levels)
+    assert (kept.scales < 0) == negated
+    assert kept.zero_points == zero_point
+    split_planes(kept.levels, kept.zero_points)
 
 
-@pytest.mark.parametrize("levels", [[120, -120], [127, -128]])
-def test_a_block_beyond_119_on_both_sides_is_rounded_again(levels):
-    lattice, rounded, again = in_planes(levels)
-    assert again == 1
-    expected = round_to_nearest(lattice.values(), TWO_PLANES)
-    np.testing.assert_array_equal(rounded.levels, expected.levels)
-
-
-@pytest.mark.parametrize(("levels", "gain"), [([7, -8], 16), ([59, 1], 2), ([60, -60], 1)])
+@pytest.mark.parametrize(
+    ("levels", "gain"), [([7, -8], 16), ([59, 1], 2), ([60, -60], 2), ([65, 1], 1)]
+)
 def test_small_levels_are_stretched_for_the_high_plane(levels, gain):
     lattice, kept, again = in_planes(levels)
     assert again == 0
@@ -230,8 +237,9 @@ def test_small_levels_are_stretched_for_the_high_plane(levels, gain):
 
 def test_the_high_plane_of_a_q4_0_table_is_the_table(lattice_of):
     lattice = lattice_of(Type.Q4_0, gguf_files.random_blocks(Type.Q4_0, 6, 3))
-    high, low = split_planes(is_kept(lattice, TWO_PLANES).levels)
-    assert (low == 8).all()
+    kept = is_kept(lattice, TWO_PLANES)
+    high, low, zero_points = split_planes(kept.levels, kept.zero_points)
+    assert (low == zero_points[..., None]).all()
     assert np.unique(high).size > 8
 
 
@@ -247,9 +255,10 @@ def test_a_q8_0_table_in_two_planes_is_what_rounding_makes_of_it(seed):
     lattice = of_levels(levels, scales, 128, 8, 32)
     # not scales so small that float16 rounds them much
     assume((np.abs(levels.reshape(4, 3, 32).astype(int) - 128).max(axis=-1) == 127).all())
-    kept, _ = keep_or_round(lattice, TWO_PLANES)
+    kept = is_kept(lattice, TWO_PLANES)
     rounded = round_to_nearest(lattice.values(), TWO_PLANES)
     np.testing.assert_array_equal(kept.levels, rounded.levels)
+    np.testing.assert_array_equal(kept.zero_points, rounded.zero_points)
     np.testing.assert_array_equal(kept.scales, rounded.scales)
 
 

@@ -17,7 +17,7 @@ from export.errors import ExportRequestError
 from export.quantize.budget import plan_within
 from export.quantize.calibrated import calibrate
 from export.quantize.formats import plan_bytes
-from export.quantize.recipes import INT4, plan_for_recipe, plan_from_json, raised_plan
+from export.quantize.recipes import INT4, TWO_PLANES, plan_for_recipe, plan_from_json, raised_plan
 from export.quantize.self_sample import self_sample
 from export.quantize.sensitivity import group_members, sensitivities
 from export.quantize.text import cut_text
@@ -376,7 +376,10 @@ def test_a_plan_of_ones_own_is_followed(tiny, tmp_path):
         ({"layers.0.mlp.down": {"bits": 8, "block_size": 48}}, "blocks of 48; onnxruntime takes"),
         ({"layers.0.mlp.down": {"bits": 8, "blocks": 48}}, "must be an object of bits, block_size"),
         ({"layers.0.mlp.down": 8}, "must be an object"),
-        ({"layers.0.mlp.down": {"bits": 8, "block_size": 32, "planes": 2}}, "only tables can be"),
+        (
+            {"layers.0.mlp.down": dataclasses.asdict(TWO_PLANES)},
+            "splits layers.0.mlp.down in 2 planes; only tables can be",
+        ),
         ({"token_embedding": {"bits": 8, "block_size": 64}}, "do not divide"),
         ([1], "a plan is an object"),
     ],
@@ -405,7 +408,7 @@ def test_candidates_are_the_likeliest_tokens_and_their_logits(tiny, generation, 
         order = np.argsort(-found.logits)
         best = np.argsort(-logits)[:100]
         # The low plane's part of candidates has float activations, that of all logits rounded ones.
-        close = 0.15 if recipe == "int4" else 1e-4
+        close = 0.15 if recipe in ("int4", "int8") else 1e-4
         np.testing.assert_allclose(
             found.logits[order[:100]], logits[best], atol=close * logits.std()
         )

@@ -64,7 +64,7 @@ def test_json_tells_what_was_written(told, exports):
 
 def test_bundles_have_the_sizes_that_the_readme_tells(exports):
     megabytes = {recipe: round(told["num_bytes"] / 1e6) for recipe, told in exports.items()}
-    assert megabytes == {"int8": 326, "fp32": 1093}
+    assert megabytes == {"int8": 328, "fp32": 1093}
 
 
 def test_bundle_carries_the_licence_notices(bundles):

@@ -14,7 +14,7 @@ from export.quantize.lattice import best_format, keep, keep_or_round, kept_weigh
 from gemma_keras import GemmaBackbone, GemmaCausalLM, GemmaConfig, LayerSpec
 from gemma_keras.quantized import quantized_weight
 
-TWO_PLANES = Format(8, 32, planes=2)
+TWO_PLANES = Format(8, 32, symmetric=False, planes=2)
 
 pytestmark = [
     pytest.mark.keras,
