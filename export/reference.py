@@ -7,6 +7,7 @@ run on a laptop, for as many tokens as are wanted at once.
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -16,6 +17,8 @@ from gemma_keras.checkpoints.names import head_table, weight_specs
 from gemma_keras.checkpoints.source import table_pieces
 from gemma_keras.config import GemmaConfig, LayerSpec
 from gemma_keras.layers import GemmaDecoderBlock
+
+_WORTH_COLLECTING = 64 << 20  # bytes of a block
 
 
 def embedded(config: GemmaConfig, weights: Mapping[str, np.ndarray], ids: np.ndarray) -> np.ndarray:
@@ -54,9 +57,9 @@ class BlockLoader:
         """Block `i` with its weights; the block that was loaded before is not to be used again."""
         config, kind = self._config, self._config.layers[i]
         if self._block is None or kind != self._kind:
-            # Layers are parts of cycles, which only the collector frees.
             self._block = None
-            gc.collect()
+            if self._block_bytes(i) > _WORTH_COLLECTING:
+                gc.collect()  # layers are parts of cycles, which only the collector frees
             block = GemmaDecoderBlock(
                 kind, config.hidden_dim, config.norm_epsilon, "zeros", dtype="float32"
             )
@@ -67,6 +70,11 @@ class BlockLoader:
             if name.startswith(prefix):
                 self._block.variable(name.removeprefix(prefix)).assign(self._weights[name])
         return self._block
+
+    def _block_bytes(self, i: int) -> int:
+        specs = weight_specs(self._config)
+        of_block = (spec for name, spec in specs.items() if name.startswith(f"layers.{i}."))
+        return sum(4 * math.prod(spec.shape) for spec in of_block)
 
 
 def run_block(block: GemmaDecoderBlock, x: np.ndarray) -> None:
