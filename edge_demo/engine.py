@@ -62,6 +62,8 @@ class TokenRunner:
         self._embedding = EmbeddingTable(bundle.path / bundle.weights, bundle.embedding)
         options = ort.SessionOptions()
         options.log_severity_level = 4  # errors are raised, they need not be printed too
+        # On ARM its products of 4 bits round a token's activations with one scale, not one a block.
+        options.add_session_config_entry("mlas.disable_kleidiai", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
         try:
