@@ -19,6 +19,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.gguf_files import metadata, tensors, write_gguf
+from tools.arm64.user_space import TEST_PACKAGES
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -196,6 +197,17 @@ def third_party(package: str) -> set[str]:
 def test_the_device_needs_three_packages_and_edge_demo_imports_no_others():
     assert {distribution_name(r) for r in PROJECT["project"]["dependencies"]} == ON_THE_DEVICE
     assert third_party("edge_demo") <= ON_THE_DEVICE
+
+
+def test_the_tests_of_the_device_import_what_its_emulation_installs():
+    imported = {
+        top(i.module)
+        for path in (ROOT / "tests" / "edge_demo").glob("*.py")
+        for i in imports_of(f"tests.edge_demo.{path.stem}", ast.parse(path.read_text()), False)
+        if not i.function  # tests that need more skip themselves there
+    }
+    own = {"tests", *PACKAGES, *sys.stdlib_module_names}
+    assert {"pytest", "numpy"} < imported - own <= {*ON_THE_DEVICE, *TEST_PACKAGES}
 
 
 @pytest.mark.parametrize("package", PACKAGES)

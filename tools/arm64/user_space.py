@@ -27,8 +27,9 @@ SUITE = "bookworm"  # glibc 2.36 and Python 3.11, as Raspberry Pi OS of the same
 PYTHON = "3.11"
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 PACKAGES = ("python3", "libstdc++6")
-# What the tests of `edge_demo` use beside the device's packages; onnx spoils graphs in them.
-TEST_PACKAGES = ("pytest", "hypothesis", "filelock", "onnx")
+# What the tests of `edge_demo` use beside the device's packages; onnx spoils graphs in
+# them, scipy knows what chance allows.
+TEST_PACKAGES = ("pytest", "hypothesis", "filelock", "onnx", "scipy")
 # Their version here is their version there, so that the processor is the only difference.
 _SAME_VERSION = ("onnxruntime", "sentencepiece")
 _PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux2014", "manylinux_2_17")
