@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from edge_demo.terminal import megabytes
@@ -95,14 +96,23 @@ def check_command(space: UserSpace, processor: Processor, bundles: Path, check: 
 
 
 def check_tests(space: UserSpace, processor: Processor, bundles: Path, check: Checks) -> None:
-    """The tests of `edge_demo`, there, on bundles made here."""
+    """The tests of `edge_demo`, there, on bundles made here; lines begin with the processor."""
     command = [space.python(processor), "-m", "pytest", "-q", "-m", "not sample"]
     command += ["-p", "no:cacheprovider", "tests/edge_demo"]
     command += [f"--ignore=tests/edge_demo/{name}" for name in _LEFT_OUT]
     handed_over = {"GEMMA_TEST_BUNDLES": str(bundles), "GEMMA_TEST_PART": "rest"}
     environment = os.environ | space.environment(tests=True) | handed_over
-    done = subprocess.run(command, cwd=ROOT, env=environment)
-    check(done.returncode == 0, f"{processor.name}: the tests of edge_demo")
+    with subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as running:
+        for line in running.stdout or ():
+            print(f"{processor.name}  {line}", end="", flush=True)
+    check(running.returncode == 0, f"{processor.name}: the tests of edge_demo")
 
 
 def check_sample(
@@ -214,9 +224,9 @@ def main() -> int:
         options += ["--positions", str(arguments.positions), "--threads", str(arguments.threads)]
         check_sample(space, processors, bundles, options, say, check)
     if "tests" in parts:
-        for processor in processors:
-            say(f"{processor.name}: the tests of edge_demo (some minutes)")
-            check_tests(space, processor, bundles, check)
+        say("the tests of edge_demo, on all processors at once (some 40 minutes)")
+        with ThreadPoolExecutor() as pool:  # a test uses one core
+            list(pool.map(lambda each: check_tests(space, each, bundles, check), processors))
     for line in check.failures:
         print(f"test-arm64: failed: {line}", file=sys.stderr)
     say("failed" if check.failures else f"all is well on {', '.join(p.board for p in processors)}")
