@@ -175,7 +175,7 @@ def test_only_what_windows_still_hold_is_written(engine, tmp_path):
 
 
 def test_safetensors_reads_the_file(engine, tmp_path):
-    from safetensors import safe_open
+    safe_open = pytest.importorskip("safetensors").safe_open  # no device has it
 
     hold(engine, text(20))
     PromptCache(tmp_path / "p").save(engine)
@@ -361,7 +361,7 @@ def test_a_writer_that_is_killed_at_any_time_leaves_a_good_file(tiny_bundles, tm
         patch.setattr(cache_size, "SLACK", 256)
         engine = Engine(Bundle.open(tiny_bundles / "gemma3-fp32"), threads=1)
         load_afresh = PromptCache(tmp_path / "p").load
-        pauses = np.random.default_rng(0).random(100) * 0.02
+        pauses = np.random.default_rng(0).random(100)
         found_left_over = 0
         for kills, pause in enumerate(pauses):
             if kills >= 12 and found_left_over:
@@ -371,7 +371,9 @@ def test_a_writer_that_is_killed_at_any_time_leaves_a_good_file(tiny_bundles, tm
                 cwd=ROOT, stdout=subprocess.PIPE,
             )  # fmt: skip
             assert process.stdout.readline() == b"40\n"
-            time.sleep(pause)
+            start = time.monotonic()
+            assert process.stdout.readline() == b"90\n"
+            time.sleep(pause * (time.monotonic() - start))  # within the next round, fast or slow
             process.kill()
             assert process.wait() == -signal.SIGKILL
             process.stdout.close()
