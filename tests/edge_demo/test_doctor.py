@@ -14,7 +14,7 @@ from edge_demo.doctor import LIKELY_SHARE, describe, examine
 from edge_demo.graph_weights import bytes_per_token
 from edge_demo.rooms import rooms
 from tests.edge_demo.test_device import pi_5
-from tests.edge_demo.test_memory import MB, limited, limits
+from tests.edge_demo.test_memory import MB, limited, linux
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,8 @@ def test_what_is_missing_is_said(here):
     assert page.count("unknown") >= 3
 
 
-@limits
+@linux
+@pytest.mark.limits
 def test_a_bundle_that_cannot_fit_is_said_so(tiny):
     needed = memory.estimate(Bundle.open(tiny), chunk=memory.CHUNKS[-1])
     status, out, err = limited("RLIMIT_AS", needed.address_space - 20 * MB, "doctor", tiny)

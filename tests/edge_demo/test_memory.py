@@ -20,24 +20,6 @@ from edge_demo.system_files import read_sizes
 from tests.edge_demo.conftest import ROOT
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="limits and /proc of Linux")
-
-
-def keeps_limits() -> bool:
-    """Whether a process is held to its RLIMIT_DATA; qemu's user emulation forgets it."""
-    if sys.platform != "linux":
-        return False
-    import resource
-
-    before = resource.getrlimit(resource.RLIMIT_DATA)
-    if before[0] != resource.RLIM_INFINITY:
-        return True
-    resource.setrlimit(resource.RLIMIT_DATA, (1 << 50, before[1]))
-    kept = resource.getrlimit(resource.RLIMIT_DATA)[0] == 1 << 50
-    resource.setrlimit(resource.RLIMIT_DATA, before)
-    return kept
-
-
-limits = pytest.mark.skipif(not keeps_limits(), reason="limits of memory, which are kept")
 MB = 10**6
 
 # A Raspberry Pi 5 of 4 GB that does some work.
@@ -222,7 +204,8 @@ def limited(kind, num_bytes, *arguments, **environment):
     return done.returncode, done.stdout, done.stderr
 
 
-@limits
+@linux
+@pytest.mark.limits
 @pytest.mark.parametrize("kind", ["RLIMIT_DATA", "RLIMIT_AS"])
 def test_what_cannot_fit_is_refused_with_both_figures(tiny_bundles, kind):
     bundle = tiny_bundles / "gemma3-int8"
@@ -240,7 +223,8 @@ def test_what_cannot_fit_is_refused_with_both_figures(tiny_bundles, kind):
     assert limited(kind, figure + 100 * MB, *generate)[1] == out
 
 
-@limits
+@linux
+@pytest.mark.limits
 @pytest.mark.sample
 def test_the_sample_is_refused_where_it_cannot_fit_and_runs_where_it_does(sample_bundle):
     needed = memory.estimate(Bundle.open(sample_bundle), chunk=memory.CHUNKS[-1])
@@ -253,7 +237,8 @@ def test_the_sample_is_refused_where_it_cannot_fit_and_runs_where_it_does(sample
     assert out.startswith("1, 2, 3, 4, 5, 6, 7,")
 
 
-@limits
+@linux
+@pytest.mark.limits
 def test_huge_pages_are_not_asked_for_where_memory_is_short(tiny_bundles):
     bundle = tiny_bundles / "gemma3-int8"
     code = (
