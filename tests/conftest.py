@@ -8,6 +8,7 @@ on the backend of the environment.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections import Counter, defaultdict
 
@@ -22,6 +23,10 @@ if PART:  # the parts share the processor
         os.environ.setdefault(variable, "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# A shell starts what runs in the background without Ctrl-C, which the commands that tests start and
+# interrupt would inherit.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config, items):
