@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -97,7 +98,7 @@ def check_command(space: UserSpace, processor: Processor, bundles: Path, check: 
 
 def check_tests(space: UserSpace, processor: Processor, bundles: Path, check: Checks) -> None:
     """The tests of `edge_demo`, there, on bundles made here; lines begin with the processor."""
-    command = [space.python(processor), "-m", "pytest", "-q", "-m", "not sample and not limits"]
+    command = [space.python(processor), "-m", "pytest", "-v", "-m", "not sample and not limits"]
     command += ["-p", "no:cacheprovider", "tests/edge_demo"]
     command += [f"--ignore=tests/edge_demo/{name}" for name in _LEFT_OUT]
     handed_over = {"GEMMA_TEST_BUNDLES": str(bundles), "GEMMA_TEST_PART": "rest"}
@@ -110,8 +111,12 @@ def check_tests(space: UserSpace, processor: Processor, bundles: Path, check: Ch
         stderr=subprocess.STDOUT,
         text=True,
     ) as running:
+        shown = None
         for line in running.stdout or ():
-            print(f"{processor.name}  {line}", end="", flush=True)
+            passed = re.search(r" PASSED +\[ *(\d+)%\]$", line)
+            if passed is None or passed[1] != shown:  # of the many that pass one for each percent
+                print(f"{processor.name}  {line}", end="", flush=True)
+                shown = passed[1] if passed else shown
     check(running.returncode == 0, f"{processor.name}: the tests of edge_demo")
 
 
