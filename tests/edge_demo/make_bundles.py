@@ -20,7 +20,7 @@ def main(folder: Path) -> None:
     `chat` (int8)."""
     from export import export_onnx
 
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for generation in GENERATIONS:
         source = folder / f"tiny-{generation}"
         write_tiny_hf(source, generation)
