@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from edge_demo.bundle import GraphSpec, RopeSpec, WindowSpec
 from edge_demo.errors import BundleError
+from edge_demo.manifest import GraphSpec, RopeSpec, WindowSpec
 
 STEP = 256
 SLACK = 256  # places beyond a window: its tokens are moved to the front once in as many steps

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_demo.bundle import EmbeddingSpec
 from edge_demo.errors import BundleError, EdgeError, RequestError
+from edge_demo.manifest import EmbeddingSpec
 
 _LOW_PLANE_STEPS = np.float32(16)  # of the low plane in one of the high
 

@@ -10,10 +10,11 @@ import numpy as np
 import onnxruntime as ort
 
 from edge_demo import memory
-from edge_demo.bundle import Bundle, GraphSpec, TensorSpec
+from edge_demo.bundle import Bundle
 from edge_demo.embedding import EmbeddingTable
 from edge_demo.errors import BundleError, EdgeError, RequestError
 from edge_demo.kv_cache import KVCache, Snapshot
+from edge_demo.manifest import GraphSpec, TensorSpec
 from edge_demo.sampling import Candidates
 
 OnProgress = Callable[[int, int], None]

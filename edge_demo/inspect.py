@@ -5,8 +5,9 @@ from __future__ import annotations
 import collections
 from typing import Any
 
-from edge_demo.bundle import MANIFEST, Bundle
+from edge_demo.bundle import Bundle
 from edge_demo.errors import BundleError
+from edge_demo.manifest import MANIFEST
 from edge_demo.terminal import megabytes
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from edge_demo import cache_size
-from edge_demo.bundle import GraphSpec, RopeSpec, TensorSpec, WindowSpec
+from edge_demo.manifest import GraphSpec, RopeSpec, TensorSpec, WindowSpec
 
 
 @dataclasses.dataclass(frozen=True)

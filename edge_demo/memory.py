@@ -16,10 +16,11 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from edge_demo.bundle import Bundle, GraphSpec
+from edge_demo.bundle import Bundle
 from edge_demo.cache_size import cache_bytes
 from edge_demo.errors import BundleError, EdgeError
 from edge_demo.graph_weights import StoredWeight, stored_weights
+from edge_demo.manifest import GraphSpec
 from edge_demo.rooms import Room, rooms
 from edge_demo.system_files import read_sizes, read_text
 from edge_demo.terminal import megabytes

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import sentencepiece
 
-from edge_demo.bundle import Bundle, ChatTemplate
+from edge_demo.bundle import Bundle
 from edge_demo.errors import BundleError
+from edge_demo.manifest import ChatTemplate
 
 _SPACE = "\u2581"
 

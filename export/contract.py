@@ -20,7 +20,7 @@ from itertools import repeat
 
 import numpy as np
 
-from edge_demo.bundle import GraphSpec, RopeSpec, TensorSpec, WindowSpec
+from edge_demo.manifest import GraphSpec, RopeSpec, TensorSpec, WindowSpec
 from gemma_keras.config import GemmaConfig, LayerSpec
 
 INTERCHANGE_FILE = "model.onnx"

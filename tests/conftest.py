@@ -32,6 +32,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def pytest_collection_modifyitems(config, items):
     """Keep the tests that have a meaning on this backend; in a worker, those of its part, and of
     those marked `spread` its generation's."""
+    if PART == "keras":
+        import keras  # noqa: F401 - whichever tests were asked for; it says which backend it runs on
     backend = _running_backend()
     wanted = [item for item in items if _has_a_meaning(item, backend)]
     if PART:

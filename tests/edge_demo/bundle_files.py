@@ -1,4 +1,4 @@
-"""Bundles with mistakes, made from copies of good ones."""
+"""Bundles with mistakes, made from copies of good ones, and how they are refused."""
 
 from __future__ import annotations
 
@@ -10,6 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import pytest
+
+from edge_demo.bundle import Bundle
+from edge_demo.engine import Engine
+from edge_demo.errors import BundleError
+from edge_demo.inspect import describe
+from edge_demo.tokenizer import Tokenizer
 
 
 def copy_bundle(source: Path, folder: Path) -> Path:
@@ -56,3 +63,21 @@ def edit_graph(bundle: Path, edit: Callable[[onnx.ModelProto], None]) -> None:
     model = onnx.load(bundle / "engine.onnx", load_external_data=False)
     edit(model)
     rewrite(bundle, "engine.onnx", model.SerializeToString())
+
+
+def use(path):
+    """All that a bundle is opened for."""
+    opened = Bundle.open(path)
+    describe(opened, verified=False)
+    engine = Engine(opened, threads=1)
+    logits = engine.prefill(Tokenizer(opened).encode("The"))
+    assert logits.shape == (opened.vocabulary_size,)
+
+
+def assert_refused(path, *words):
+    with pytest.raises(BundleError) as caught:
+        use(path)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 400
+    for word in words:
+        assert str(word) in message

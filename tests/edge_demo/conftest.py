@@ -24,6 +24,7 @@ from edge_demo.cli import main
 from edge_demo.engine import Call, Engine
 from edge_demo.generator import Generator
 from edge_demo.tokenizer import Tokenizer
+from tests.edge_demo.bundle_files import copy_bundle
 
 ROOT = Path(__file__).parents[2]
 HANDED_OVER = os.environ.get("GEMMA_TEST_BUNDLES")
@@ -48,6 +49,17 @@ def made_once(tmp_path_factory, name: str, module: str, *before: str, after: tup
 def tiny_bundles(tmp_path_factory) -> Path:
     """A folder of the bundles that `make_bundles` writes."""
     return made_once(tmp_path_factory, "tiny-bundles", "tests.edge_demo.make_bundles")
+
+
+@pytest.fixture
+def damaged(tiny_bundles, tmp_path):
+    """A good bundle, to be spoiled."""
+    return copy_bundle(tiny_bundles / "gemma3-fp32", tmp_path / "damaged")
+
+
+@pytest.fixture
+def damaged_int8(tiny_bundles, tmp_path):
+    return copy_bundle(tiny_bundles / "gemma3-int8", tmp_path / "damaged")
 
 
 @pytest.fixture(scope="session")

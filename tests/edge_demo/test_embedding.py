@@ -14,10 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_demo.bundle import Bundle, EmbeddingSpec, StoredPart
+from edge_demo.bundle import Bundle
 from edge_demo.embedding import EmbeddingTable
 from edge_demo.engine import CandidateEngine, Engine
 from edge_demo.errors import BundleError, EdgeError, RequestError
+from edge_demo.manifest import EmbeddingSpec, StoredPart
 from edge_demo.rows import Rows
 from tests.models import GENERATIONS, VOCABULARY_SIZE
 

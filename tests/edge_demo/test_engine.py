@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_demo import engine as engine_module
-from edge_demo.bundle import Bundle, RopeSpec
+from edge_demo.bundle import Bundle
 from edge_demo.engine import Engine
 from edge_demo.errors import RequestError
 from edge_demo.kv_cache import KVCache, rope_table
+from edge_demo.manifest import RopeSpec
 from tests.edge_demo.conftest import ROOT, interrupted_runs, short_boundaries
 from tests.edge_demo.make_bundles import SHORT_CONTEXT
 from tests.models import GENERATIONS, VOCABULARY_SIZE, WINDOW

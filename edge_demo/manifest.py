@@ -1,0 +1,281 @@
+"""`bundle.json`, the manifest of a bundle: its schema, and how each entry of it is read.
+
+It is data about files that may come from anywhere, so nothing in it is believed before it is
+checked: names stay inside the folder, numbers have the type and the size that they can have.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import reprlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from edge_demo.errors import BundleError
+
+FORMAT = "gemma-keras-bundle"
+FORMAT_VERSION = 4
+MANIFEST = "bundle.json"
+_MAX_MANIFEST = 16 << 20
+_BLOCK_SIZES = (16, 32, 64, 128, 256)
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of a graph.
+
+    Attributes:
+        name: in the graph.
+        dtype: numpy's name, such as `int64`.
+        shape: numbers, and names for the dimensions that change from call to call.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphSpec:
+    """One ONNX file and its contract."""
+
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeSpec:
+    """A rotary table that the engine makes and the graph reads.
+
+    The graph's inputs `{name}.cos` and `{name}.sin` are float32 `[positions, dims]`, of
+    `position * frequency`, with frequencies `theta ** (-i / dims) / scale`, i from 0 to dims - 1.
+    """
+
+    name: str
+    theta: float
+    scale: float
+    dims: int
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowSpec:
+    """A sliding window, and the layers that keep no more than it.
+
+    Attributes:
+        name: of the dimension that is the capacity of such a layer's keys and values.
+        length: tokens that a token sees, itself among them.
+    """
+
+    name: str
+    length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredPart:
+    """Where one part of every row of a table lies in the weights file, one row after another.
+
+    Attributes:
+        offset: of the first row, in bytes.
+        dtype: numpy's name, such as `uint8`.
+    """
+
+    offset: int
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingSpec:
+    """The embedding table, whose rows the device reads, multiplies by `scale` and feeds the graphs.
+
+    A row of floats is its part `rows`. A row of integers is cut into blocks, the last one padded:
+    a number is `(level - zero_point) * scales[block]`. Levels are the part `quantized`, or in two
+    planes of 4 bits `high` and `low`, of which 16 times the high number and the low one are added
+    up; the first is in the lowest bits of a byte. The zero point is the middle level, or stored
+    as levels are in `zero_points`, in two planes for the low one.
+
+    Attributes:
+        rows: one for each token.
+        width: numbers of a row, which the graphs take.
+        bits: 32 or 16 for floats, 8, 4 or 2 for integers.
+        block_size: numbers that share a scale; 0 for floats.
+        symmetric: whether the zero point is the middle level in every block.
+        planes: 2 where the integers of 8 bits are split in two of 4.
+        scale: what each number is multiplied by, beside its block's scale.
+        parts: name to place.
+    """
+
+    rows: int
+    width: int
+    bits: int
+    block_size: int
+    symmetric: bool
+    planes: int
+    scale: float
+    parts: Mapping[str, StoredPart]
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of a row of integers."""
+        return -(-self.width // self.block_size)
+
+    @property
+    def layout(self) -> dict[str, tuple[str, int]]:
+        """Data type of each part that such a table has, and the bytes of a row of it."""
+        if not self.block_size:
+            return {"rows": (f"float{self.bits}", self.width * self.bits // 8)}
+        levels = "uint8", self.blocks * self.block_size * (self.bits // self.planes) // 8
+        parts: dict[str, tuple[str, int]] = {"scales": ("float32", 4 * self.blocks)}
+        for name in ("quantized",) if self.planes == 1 else ("high", "low"):
+            parts[name] = levels
+        if not self.symmetric:
+            parts["zero_points"] = "uint8", -(-self.blocks * (self.bits // self.planes) // 8)
+        return parts
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatTemplate:
+    """Gemma's turn template, `<start_of_turn>ROLE\\nTEXT<end_of_turn>\\n`, as data.
+
+    Attributes:
+        start_of_turn: control token id.
+        end_of_turn: control token id, which ends an answer too.
+        user: the user's role name.
+        model: the model's role name.
+    """
+
+    start_of_turn: int
+    end_of_turn: int
+    user: str
+    model: str
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerSpec:
+    """The tokenizer's file and the ids that generation needs."""
+
+    file: str
+    bos: int
+    stop: tuple[int, ...]
+    chat: ChatTemplate | None
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a bundle, of which only format and version are checked.
+
+    Raises:
+        BundleError: the folder has none, or one of another version.
+    """
+    path = folder / MANIFEST
+    if not folder.exists():
+        raise BundleError(f"the bundle {folder} does not exist")
+    if not path.is_file():
+        raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}")
+    if path.stat().st_size > _MAX_MANIFEST:
+        raise BundleError(f"{path} is larger than a manifest can be")
+    try:
+        manifest = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path} is not JSON: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise BundleError(f"{path} does not describe a {FORMAT}")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise BundleError(
+            f"{path} has format version {reprlib.repr(manifest.get('format_version'))}; this "
+            f"edge-demo reads {FORMAT_VERSION}; export it again, or run the one it was made for"
+        )
+    return manifest
+
+
+def read_graph(data: Mapping[str, Any]) -> GraphSpec:
+    """A graph's entry; as the functions below it raises what says that the manifest is damaged.
+
+    Raises:
+        BundleError: a file's name leaves the folder.
+        KeyError, TypeError, ValueError, AttributeError: an entry is missing, or cannot be so.
+    """
+
+    def tensors(entries: list[Any]) -> tuple[TensorSpec, ...]:
+        return tuple(
+            TensorSpec(
+                str(e["name"]),
+                str(e["dtype"]),
+                tuple(d if isinstance(d, str) else count(d) for d in e["shape"]),
+            )
+            for e in entries
+        )
+
+    return GraphSpec(plain_name(data["file"]), tensors(data["inputs"]), tensors(data["outputs"]))
+
+
+def read_embedding(data: Mapping[str, Any]) -> EmbeddingSpec:
+    """The embedding table's entry; raises as `read_graph`."""
+    spec = EmbeddingSpec(
+        rows=count(data["rows"]),
+        width=count(data["width"]),
+        bits=index(data["bits"]),
+        block_size=index(data["block_size"]),
+        symmetric=data["symmetric"],
+        planes=index(data["planes"]),
+        scale=factor(data["scale"]),
+        parts={
+            str(name): StoredPart(index(part["offset"]), str(part["dtype"]))
+            for name, part in data["parts"].items()
+        },
+    )
+    if spec.block_size:
+        good = spec.bits in (2, 4, 8) and spec.block_size in _BLOCK_SIZES
+    else:
+        good = spec.bits in (16, 32) and spec.symmetric is True
+    if spec.planes != 1:
+        good = good and (spec.planes, spec.bits, spec.symmetric) == (2, 8, False)
+    if not good or not isinstance(spec.symmetric, bool):
+        raise ValueError("there is no such format of an embedding")
+    dtypes = {name: dtype for name, (dtype, _) in spec.layout.items()}
+    if dtypes != {name: part.dtype for name, part in spec.parts.items()}:
+        raise ValueError(f"an embedding of that format has the parts {', '.join(dtypes)}")
+    return spec
+
+
+def plain_name(name: Any) -> str:
+    """The name of a file in the bundle's folder.
+
+    Raises:
+        BundleError: it cannot be one.
+    """
+    good = isinstance(name, str) and name.isprintable() and "\\" not in name
+    if not good or name in ("", "..") or Path(name).name != name:
+        raise BundleError(
+            f"the bundle names a file that cannot be in its folder: {reprlib.repr(name)}"
+        )
+    return name
+
+
+def count(value: Any) -> int:
+    """A size: a whole number above 0. Raises `ValueError` if it is none."""
+    if index(value) == 0:
+        raise ValueError("a size must not be 0")
+    return value
+
+
+def index(value: Any) -> int:
+    """A whole number that is not negative. Raises `ValueError` if it is none."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 50:
+        raise ValueError(f"{reprlib.repr(value)} is not a size or an index")
+    return value
+
+
+def window_length(value: Any, context_length: int) -> int:
+    """A window in tokens, shorter than the context. Raises `ValueError` if it is none."""
+    if count(value) >= context_length:
+        raise ValueError(f"a sliding window of {value:,} tokens is not shorter than the context")
+    return value
+
+
+def factor(value: Any) -> float:
+    """A positive number of a size that can occur. Raises `ValueError` if it is none."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 1e-6 < value < 1e12:
+        raise ValueError(f"{reprlib.repr(value)} is not a rotary base or a scale")
+    return float(value)
