@@ -1,18 +1,25 @@
 """What prompt lookup gains: greedy answers to three fixed prompts, plain and with `--lookup`.
 
-    python benchmarks/lookup.py build/sample-int4 --text WIKITEXT
+    python benchmarks/lookup.py build/sample-int4 --text WIKITEXT \\
+        --genai build/pareto/genai-int4-pruned
 
-Summarizing 1,600 characters of the text, editing two functions of code, and free text. The two take
-turns; prints medians of the decode speeds, their ratio, and how many of the 128 tokens are the same
-from the first on: several rows round otherwise than one, so near-ties part.
+Summarizing 1,600 characters of the text, editing two functions of code, and free text. All take
+turns; prints medians of the decode speeds, their ratio, and how many of the 128 tokens are the
+same from the first on: several rows round otherwise than one, so near-ties part. With `--genai`, a
+folder that `edge.py` makes, onnxruntime-genai answers the prompts too, from its own weights.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from peers import GenaiModel
+
+from edge_demo import huge_pages
 from edge_demo.bundle import Bundle
 from edge_demo.engine import CandidateEngine, common_prefix
 from edge_demo.generator import Generator
@@ -41,28 +48,44 @@ def load(path):
 """
 
 
+def genai_speed(model: GenaiModel, ids: Sequence[int]) -> float:
+    """Tokens a second after the first."""
+    model.prefill(ids, _TOKENS)
+    start, count = time.perf_counter(), 0
+    while count < _TOKENS - 1 and not model.done:
+        model.decode()
+        count += 1
+    return count / (time.perf_counter() - start)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="What prompt lookup gains.")
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--genai", type=Path, help="onnxruntime-genai's export, to be beaten")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
 
+    if huge_pages.of_use():
+        huge_pages.restart_with_huge_pages()
     bundle = Bundle.open(arguments.bundle)
     generator = Generator(CandidateEngine(bundle, arguments.threads), Tokenizer(bundle))
+    peer = GenaiModel(arguments.genai, arguments.threads) if arguments.genai else None
     article = arguments.text.read_text(encoding="utf-8")[300:1900]
     prompts = {
         "summary": f"{article}\n\nSummary of the article above, in its own words:\n",
         "code": _CODE,
         "free text": "Once upon a time, in a small house by the sea,",
     }
-    print("| | prompt, tokens | plain, tokens/s | lookup, tokens/s | ratio | same tokens |")
-    print("|---|---|---|---|---|---|")
-    ratios = []
+    heads = ["", "prompt, tokens", "plain, tokens/s", "lookup, tokens/s", "ratio", "same tokens"]
+    heads += ["onnxruntime-genai, tokens/s", "lookup to it"] if peer else []
+    print("| " + " | ".join(heads) + " |", "|---" * len(heads) + "|", sep="\n")
+    ratios, leads = [], []
     for name, prompt in prompts.items():
         ids = generator.tokenizer.encode(prompt)
         speeds: dict[bool, list[float]] = {False: [], True: []}
+        peer_speeds: list[float] = []
         answers: dict[bool, list[int]] = {}
         for number in range(arguments.rounds + 1):
             for lookup in (False, True):
@@ -72,15 +95,21 @@ def main() -> None:
                 answers[lookup] = found.ids
                 if number:  # the first one warms up
                     speeds[lookup].append(found.decode_tokens_per_s or 0)
+            if peer:
+                peer_speeds.append(genai_speed(peer, ids))
         plain, guessed = (statistics.median(speeds[lookup]) for lookup in (False, True))
         ratios.append(guessed / plain)
         same = common_prefix(answers[False], answers[True])
-        print(
-            f"| {name} | {len(ids)} | {plain:.1f} | {guessed:.1f} | {ratios[-1]:.2f} "
-            f"| {same} of {len(answers[False])} |",
-            flush=True,
-        )
-    print(f"| mean | | | | {statistics.mean(ratios):.2f} | |")
+        cells = [name, f"{len(ids)}", f"{plain:.1f}", f"{guessed:.1f}", f"{ratios[-1]:.2f}"]
+        cells.append(f"{same} of {len(answers[False])}")
+        if peer:
+            theirs = statistics.median(peer_speeds[1:])
+            leads.append(guessed / theirs)
+            cells += [f"{theirs:.1f}", f"{leads[-1]:.2f}"]
+        print("| " + " | ".join(cells) + " |", flush=True)
+    means = ["mean", "", "", "", f"{statistics.mean(ratios):.2f}", ""]
+    means += ["", f"{statistics.mean(leads):.2f}"] if peer else []
+    print("| " + " | ".join(means) + " |")
 
 
 if __name__ == "__main__":

@@ -204,31 +204,45 @@ class _GraphEngine:
             yield logits[first : first + _CHUNK]
 
 
-def _genai_speed(path: Path, threads: int, prompt: int, new: int, repeats: int):
-    import onnxruntime_genai as og
+class GenaiModel:
+    """onnxruntime-genai's own export in its own generator, which takes the likeliest token."""
 
-    config = og.Config(str(path))
-    config.overlay(
-        json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}})
-    )
-    model = og.Model(config)
+    def __init__(self, path: Path, threads: int) -> None:
+        import onnxruntime_genai as og
+
+        config = og.Config(str(path))
+        options = {"session_options": {"intra_op_num_threads": threads}}
+        config.overlay(json.dumps({"model": {"decoder": options}}))
+        self._og = og
+        self._model = og.Model(config)
+        self._generator = None
+
+    def prefill(self, ids: Sequence[int] | np.ndarray, new: int) -> None:
+        """Run a prompt and choose the first of `new` tokens."""
+        self._generator = None  # its keys and values are let go first
+        parameters = self._og.GeneratorParams(self._model)
+        parameters.set_search_options(max_length=len(ids) + new, do_sample=False)
+        self._generator = self._og.Generator(self._model, parameters)
+        self._generator.append_tokens(np.asarray(ids))
+        self._generator.generate_next_token()
+
+    def decode(self) -> None:
+        """Run the last token and choose the next."""
+        self._generator.generate_next_token()
+
+    @property
+    def done(self) -> bool:
+        """Whether the text has ended."""
+        return self._generator.is_done()
+
+
+def _genai_speed(path: Path, threads: int, prompt: int, new: int, repeats: int):
+    model = GenaiModel(path, threads)
     vocabulary = json.loads((path / "genai_config.json").read_text())["model"]["vocab_size"]
     ids = np.random.default_rng(0).integers(0, vocabulary, prompt)
-    generator = None
-
-    def prefill():
-        nonlocal generator
-        generator = None  # its keys and values are let go first
-        parameters = og.GeneratorParams(model)
-        parameters.set_search_options(max_length=prompt + new + 1, do_sample=False)
-        generator = og.Generator(model, parameters)
-        generator.append_tokens(ids)
-        generator.generate_next_token()
-
-    def decode(_):
-        generator.generate_next_token()
-
-    return _timed(prefill, decode, prompt, new, repeats)
+    return _timed(
+        lambda: model.prefill(ids, new + 1), lambda _: model.decode(), prompt, new, repeats
+    )
 
 
 def _timed(prefill: Callable, decode: Callable, prompt: int, new: int, repeats: int):
