@@ -301,7 +301,7 @@ def test_a_disk_that_is_full_ends_it_in_a_line_and_it_can_go_on(batch, whole, tm
 
 
 def test_ctrl_c_ends_it_and_it_can_go_on(tiny, tmp_path):
-    prompts = [{"prompt": f"The boat {n}", "max_tokens": 100} for n in range(60)]
+    prompts = [{"prompt": f"The boat {n}", "max_tokens": 100} for n in range(24)]
     source = write(tmp_path / "in.jsonl", prompts)
     arguments = ["generate", tiny, "--batch", source, "--out", tmp_path / "out"]
     process = subprocess.Popen([*EDGE_DEMO, *map(str, arguments)], cwd=ROOT, stderr=subprocess.PIPE)

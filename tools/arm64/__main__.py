@@ -96,10 +96,12 @@ def check_command(space: UserSpace, processor: Processor, bundles: Path, check: 
     check(same, f"{processor.name}: edge-demo generate says what it says here")
 
 
-def check_tests(space: UserSpace, processor: Processor, bundles: Path, check: Checks) -> None:
+def check_tests(
+    space: UserSpace, processor: Processor, bundles: Path, tests: list[str], check: Checks
+) -> None:
     """The tests of `edge_demo`, there, on bundles made here; lines begin with the processor."""
     command = [space.python(processor), "-m", "pytest", "-v", "-m", "not sample and not limits"]
-    command += ["-p", "no:cacheprovider", "tests/edge_demo"]
+    command += ["-p", "no:cacheprovider", *tests]
     command += [f"--ignore=tests/edge_demo/{name}" for name in _LEFT_OUT]
     handed_over = {"GEMMA_TEST_BUNDLES": str(bundles), "GEMMA_TEST_PART": "rest"}
     environment = os.environ | space.environment(tests=True) | handed_over
@@ -117,7 +119,7 @@ def check_tests(space: UserSpace, processor: Processor, bundles: Path, check: Ch
             if passed is None or passed[1] != shown:  # of the many that pass one for each percent
                 print(f"{processor.name}  {line}", end="", flush=True)
                 shown = passed[1] if passed else shown
-    check(running.returncode == 0, f"{processor.name}: the tests of edge_demo")
+    check(running.returncode == 0, f"{processor.name}: {' '.join(tests)}")
 
 
 def check_sample(
@@ -201,6 +203,9 @@ def main() -> int:
     names = [processor.name for processor in PROCESSORS]
     parser.add_argument("--processor", choices=names, action="append", help="default: all")
     parser.add_argument("--part", choices=PARTS, action="append", help="default: all")
+    parser.add_argument(
+        "--tests", nargs="+", default=["tests/edge_demo"], metavar="PATH", help="of them, these"
+    )
     parser.add_argument("--max-tokens", type=int, default=16, help="of each greedy answer")
     parser.add_argument("--positions", type=int, default=64, help="of the text compared")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -231,7 +236,11 @@ def main() -> int:
     if "tests" in parts:
         say("the tests of edge_demo, on all processors at once (some 40 minutes)")
         with ThreadPoolExecutor() as pool:  # a test uses one core
-            list(pool.map(lambda each: check_tests(space, each, bundles, check), processors))
+            list(
+                pool.map(
+                    lambda p: check_tests(space, p, bundles, arguments.tests, check), processors
+                )
+            )
     for line in check.failures:
         print(f"test-arm64: failed: {line}", file=sys.stderr)
     say("failed" if check.failures else f"all is well on {', '.join(p.board for p in processors)}")
