@@ -235,12 +235,12 @@ def main() -> int:
         check_sample(space, processors, bundles, options, say, check)
     if "tests" in parts:
         say("the tests of edge_demo, on all processors at once (some 40 minutes)")
+
+        def run_tests(processor: Processor) -> None:
+            check_tests(space, processor, bundles, arguments.tests, check)
+
         with ThreadPoolExecutor() as pool:  # a test uses one core
-            list(
-                pool.map(
-                    lambda p: check_tests(space, p, bundles, arguments.tests, check), processors
-                )
-            )
+            list(pool.map(run_tests, processors))
     for line in check.failures:
         print(f"test-arm64: failed: {line}", file=sys.stderr)
     say("failed" if check.failures else f"all is well on {', '.join(p.board for p in processors)}")
