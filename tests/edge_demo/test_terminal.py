@@ -199,13 +199,18 @@ PICTURES = "a␛]0;title␇␛[2J␍␈␡\ufffd2J\tb\nc"
 
 
 def test_what_would_steer_the_terminal_is_shown_as_pictures(tiny_bundles):
-    options = ("--max-tokens", 60, "--temperature", 3, "--seed", 1)
-    command = ("generate", tiny_bundles / "chat", "--prompt", STEERING[:-1], *options)
-    raw = subprocess.run(
-        [sys.executable, "-m", "edge_demo.cli", *map(str, command)],
-        cwd=ROOT, capture_output=True, check=True,
-    ).stdout.decode()  # fmt: skip
-    assert len(set(re.findall(r"[\0-\x1f\x7f-\x9f]", raw.removeprefix(STEERING[:-1])))) > 3
+    options = ("--max-tokens", 60, "--temperature", 3)
+    prompted = ("generate", tiny_bundles / "chat", "--prompt", STEERING[:-1], *options)
+    for seed in range(1, 9):  # what a seed says differs from processor to processor
+        command = (*prompted, "--seed", seed)
+        raw = subprocess.run(
+            [sys.executable, "-m", "edge_demo.cli", *map(str, command)],
+            cwd=ROOT, capture_output=True, check=True,
+        ).stdout.decode()  # fmt: skip
+        said = set(re.findall(r"[\0-\x1f\x7f-\x9f]", raw.removeprefix(STEERING[:-1])))
+        if len(said) > 3:
+            break
+    assert len(said) > 3
     with Terminal(*command, stderr=subprocess.DEVNULL) as terminal:
         assert terminal.finish() == 0
     shown = terminal.screen.replace("\r\n", "\n")
