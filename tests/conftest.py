@@ -7,6 +7,7 @@ on the backend of the environment.
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
@@ -32,8 +33,6 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def pytest_collection_modifyitems(config, items):
     """Keep the tests that have a meaning on this backend; in a worker, those of its part, and of
     those marked `spread` its generation's."""
-    if PART == "keras":
-        import keras  # noqa: F401 - whichever tests were asked for; it says which backend it runs on
     backend = _running_backend()
     wanted = [item for item in items if _has_a_meaning(item, backend)]
     if PART:
@@ -61,7 +60,8 @@ _backends = pytest.StashKey[dict[str, str]]()
 
 
 def _running_backend() -> str:
-    keras = sys.modules.get("keras")
+    """What Keras runs on here; in a Keras part whether or not a test has imported it."""
+    keras = importlib.import_module("keras") if PART == "keras" else sys.modules.get("keras")
     return keras.config.backend() if keras else "none"
 
 

@@ -234,7 +234,7 @@ def main() -> int:
         options += ["--positions", str(arguments.positions), "--threads", str(arguments.threads)]
         check_sample(space, processors, bundles, options, say, check)
     if "tests" in parts:
-        say("the tests of edge_demo, on all processors at once (some 40 minutes)")
+        say("the tests of edge_demo, on all processors at once (over an hour)")
 
         def run_tests(processor: Processor) -> None:
             check_tests(space, processor, bundles, arguments.tests, check)
