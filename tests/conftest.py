@@ -22,6 +22,8 @@ PART = os.environ.get("GEMMA_TEST_PART")
 if PART:  # the parts share the processor
     for variable in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
         os.environ.setdefault(variable, "1")
+# Half the time of these small models is JAX's compiler making them fast.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # A shell starts what runs in the background without Ctrl-C, which the commands that tests start and
@@ -87,14 +89,18 @@ def _worker(report) -> str:
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """Say for each worker its backend and counts, its failures, and the figures tests recorded."""
+    """Say for each worker its backend, counts and time, its failures, and the figures recorded."""
     counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    seconds: Counter[str] = Counter()
     failures, figures = [], []
     for outcome, reports in terminalreporter.stats.items():
         for report in reports:
-            if not isinstance(report, (pytest.TestReport, pytest.CollectReport)) or not outcome:
+            if not isinstance(report, (pytest.TestReport, pytest.CollectReport)):
                 continue
             worker = _worker(report)
+            seconds[worker] += getattr(report, "duration", 0)
+            if not outcome:  # a test's fixtures, made and taken away
+                continue
             counts[worker][outcome] += 1
             if outcome in ("failed", "error"):
                 failures.append(f"{worker}: {outcome}: {report.nodeid}")
@@ -105,7 +111,7 @@ def pytest_terminal_summary(terminalreporter, config):
     ):
         outcomes = ", ".join(f"{n} {outcome}" for outcome, n in counts[worker].items())
         terminalreporter.write_line(
-            f"{worker} (Keras backend: {backend}): {outcomes or 'no tests'}"
+            f"{worker} (Keras backend: {backend}): {outcomes or 'no tests'}, {seconds[worker]:.0f} s"
         )
     for line in sorted(failures) + sorted(figures):
         terminalreporter.write_line(line)

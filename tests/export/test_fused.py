@@ -131,6 +131,7 @@ def test_fp32_engine_gives_the_logits_of_the_keras_model(
     assert difference < 1e-4
 
 
+@pytest.mark.spread
 @each_generation
 def test_fp32_engine_token_by_token_gives_the_logits_of_the_keras_model(tiny, exported, generation):
     ids = random_ids()
@@ -139,6 +140,7 @@ def test_fp32_engine_token_by_token_gives_the_logits_of_the_keras_model(tiny, ex
     assert relative_difference(found[None], tiny(generation).model.logits(ids)) < 1e-4
 
 
+@pytest.mark.spread
 @each_generation
 @pytest.mark.parametrize("prefill", [1, WINDOW - 1, WINDOW, WINDOW + 1, LENGTH - 1])
 def test_fp32_engine_continues_a_prefill(tiny, exported, generation, prefill):
@@ -157,6 +159,7 @@ def test_interchange_graph_gives_the_logits_of_the_keras_model(tiny, exported, g
     assert relative_difference(found, tiny(generation, tied).model.logits(ids)) < 1e-4
 
 
+@pytest.mark.spread
 @each_generation
 def test_interchange_graph_continues_over_its_growing_past(tiny, exported, generation):
     ids = random_ids(batch_size=3, length=30)
@@ -170,6 +173,7 @@ def test_interchange_graph_continues_over_its_growing_past(tiny, exported, gener
     assert relative_difference(np.concatenate(found, axis=1), expected) < 1e-4
 
 
+@pytest.mark.spread
 @each_generation
 @pytest.mark.parametrize("recipe", ["fp32", "int8"])
 def test_interchange_graph_gives_the_engines_logits_to_the_last_bit(exported, generation, recipe):
@@ -188,6 +192,7 @@ def test_interchange_graph_gives_the_engines_logits_to_the_last_bit(exported, ge
     np.testing.assert_array_equal(np.stack(found), np.stack(expected))
 
 
+@pytest.mark.spread
 @each_generation
 def test_interchange_graph_ignores_padding_on_the_right(tiny, exported, generation):
     ids, model = random_ids(batch_size=3, length=31), tiny(generation).model
@@ -363,6 +368,7 @@ def test_int8_table_is_the_embedding_to_half_a_step(tiny, exported, generation):
 # --- the files -----------------------------------------------------------------------------------
 
 
+@pytest.mark.spread
 @each_generation
 def test_fp32_initializers_are_the_weights_bit_for_bit(tiny, exported, generation):
     bundle = exported(generation, "fp32", tied=False)
@@ -377,6 +383,7 @@ def test_fp32_initializers_are_the_weights_bit_for_bit(tiny, exported, generatio
             np.testing.assert_array_equal(stored[name], expected, err_msg=name)
 
 
+@pytest.mark.spread
 @each_generation
 def test_every_block_of_the_int8_initializers_uses_its_whole_range(exported, generation):
     """An all-zero or constant weight passes every check of shape and type."""
@@ -393,6 +400,7 @@ def test_every_block_of_the_int8_initializers_uses_its_whole_range(exported, gen
             assert (array != 0).all(), name
 
 
+@pytest.mark.spread
 @each_generation
 @each_recipe
 @pytest.mark.parametrize("file", GRAPHS)
@@ -424,6 +432,7 @@ def described(value):
     return value.name, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name, dims
 
 
+@pytest.mark.spread
 @each_generation
 @each_recipe
 @pytest.mark.parametrize("file", GRAPHS)
@@ -479,6 +488,7 @@ def test_a_tied_table_is_stored_once(exported):
         assert users == expected
 
 
+@pytest.mark.spread
 @each_generation
 @each_recipe
 @tied_or_not
@@ -503,6 +513,7 @@ def test_the_manifest_says_where_the_rows_of_the_embedding_are(
 # --- from a Keras model --------------------------------------------------------------------------
 
 
+@pytest.mark.spread
 @each_generation
 @each_recipe
 @tied_or_not

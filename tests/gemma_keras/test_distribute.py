@@ -44,7 +44,6 @@ def start(what: str, folder: Path, devices: int, **environment: str) -> subproce
         | {
             "KERAS_BACKEND": "jax",
             "JAX_PLATFORMS": "cpu",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # of the compiler: half the time goes into it
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         }
         | environment,
