@@ -215,13 +215,16 @@ class GenaiModel:
         config.overlay(json.dumps({"model": {"decoder": options}}))
         self._og = og
         self._model = og.Model(config)
+        decoder = json.loads((path / "genai_config.json").read_text())["model"]["decoder"]
+        self._least = decoder.get("sliding_window", {}).get("window_size", 0)
         self._generator = None
 
     def prefill(self, ids: Sequence[int] | np.ndarray, new: int) -> None:
         """Run a prompt and choose the first of `new` tokens."""
         self._generator = None  # its keys and values are let go first
         parameters = self._og.GeneratorParams(self._model)
-        parameters.set_search_options(max_length=len(ids) + new, do_sample=False)
+        length = max(len(ids) + new, self._least)  # it cannot hold less than a window
+        parameters.set_search_options(max_length=length, do_sample=False)
         self._generator = self._og.Generator(self._model, parameters)
         self._generator.append_tokens(np.asarray(ids))
         self._generator.generate_next_token()

@@ -107,16 +107,13 @@ def _memory_speed(threads: int, free: int | None) -> float | None:
 
 def _judge(bundle: Bundle, speed: float | None) -> dict[str, Any]:
     graph = bundle.candidates or bundle.engine
-    needed = memory.estimate(bundle)
-    if memory.shortage(needed):  # the engine would run fewer tokens of a prompt at once
-        needed = memory.estimate(bundle, chunk=memory.CHUNKS[-1])
-    short = memory.shortage(needed)
+    needed, short = memory.fitting(bundle)
     read = bytes_per_token(bundle.path / graph.file)
     return {
         "path": str(bundle.path),
         "name": bundle.name,
         "recipe": bundle.recipe,
-        "needed": needed.resident,
+        "needed": memory.estimate(bundle, chunk=needed.chunk).resident,
         "peak": needed.peak,
         "fits": short is None,
         "shortage": None if short is None else dataclasses.asdict(short),

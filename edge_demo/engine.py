@@ -1,4 +1,4 @@
-"""The engine: one onnxruntime session and its key-value buffers. It knows token ids and no text."""
+"""The engine: onnxruntime's sessions over key-value buffers. It knows token ids and no text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from edge_demo import memory
+from edge_demo import float_prompts, memory, sessions
 from edge_demo.bundle import Bundle
 from edge_demo.embedding import EmbeddingTable
 from edge_demo.errors import BundleError, EdgeError, RequestError
@@ -28,7 +28,7 @@ class TokenRunner:
     """Feeds tokens to one graph of a bundle, whichever its outputs are.
 
     A token's keys and values are written in place, so a step allocates and copies nothing but its
-    own activations.
+    own activations. Long prompts may be run in float32: see `edge_demo.float_prompts`.
 
     Args:
         bundle: opened; its files are checked against their hashes here.
@@ -55,41 +55,23 @@ class TokenRunner:
         if threads is not None and not 1 <= threads <= _MOST_THREADS:
             raise RequestError(f"threads must be 1 to {_MOST_THREADS:,}, not {threads:,}")
         bundle.verify()
-        self._prefill_chunk = memory.admit(bundle, graph)
+        self._prefill_chunk, self._float_prompts = memory.admit(bundle, graph)
         self.bundle = bundle
         self.graph = graph
-        self.outputs = tuple(outputs)
         self.tokens: list[int] = []
         self._embedding = EmbeddingTable(bundle.path / bundle.weights, bundle.embedding)
-        options = ort.SessionOptions()
-        options.log_severity_level = 4  # errors are raised, they need not be printed too
-        # On ARM its products of 4 bits round a token's activations with one scale, not one a block.
-        options.add_session_config_entry("mlas.disable_kleidiai", "1")
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        try:
-            self._session = ort.InferenceSession(
-                str(bundle.path / graph.file), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # onnxruntime's errors share no base class of their own
-            if "bad_alloc" in str(error):
-                raise EdgeError(
-                    f"memory ran out while {graph.file} was loaded; close other programs, or "
-                    "export with fewer bits"
-                ) from error
-            raise BundleError(
-                f"onnxruntime {ort.__version__} cannot load {graph.file}: {error}"
-            ) from error
-        self._check_contract()
+        self._session = sessions.open_session(bundle, graph, outputs, threads)
+        self._threads = threads
+        self._prompts: sessions.Session | None = None
+        self._check_contract(self._session, graph)
         self._cache = KVCache(graph, bundle.ropes, bundle.windows, bundle.context_length)
         self._calls: dict[int, Call] = {}
 
-    def _check_contract(self) -> None:
-        graph = self.graph
+    def _check_contract(self, session: sessions.Session, graph: GraphSpec) -> None:
         for found, specs, bound in zip(
-            (self._session.get_inputs(), self._session.get_outputs()),
+            (session.run.get_inputs(), session.run.get_outputs()),
             (graph.inputs, graph.outputs),
-            _bound_tensors(self.bundle, graph, self.outputs),
+            _bound_tensors(self.bundle, graph, session.outputs),
             strict=True,
         ):
             has = {(f.name, _DTYPES.get(f.type, f.type), tuple(f.shape)) for f in found}
@@ -109,12 +91,27 @@ class TokenRunner:
     ) -> list[np.ndarray]:
         self.admit(ids)
         outputs: list[np.ndarray] = []
-        for first in range(0, len(ids), self._prefill_chunk):
-            chunk = ids[first : first + self._prefill_chunk]
-            outputs = self._run(chunk, range(len(chunk) - 1, len(chunk)))
+        done = 0
+        while done < len(ids):
+            chunk = ids[done : done + self._prefill_chunk]
+            if self._float_prompts and len(chunk) > float_prompts.FEWEST:
+                if done + len(chunk) == len(ids):
+                    chunk = chunk[:-1]  # what follows the last token is wanted
+                self._run_in_float(chunk)
+            else:
+                outputs = self._run(chunk, range(len(chunk) - 1, len(chunk)))
+            done += len(chunk)
             if on_progress is not None:
-                on_progress(first + len(chunk), len(ids))
+                on_progress(done, len(ids))
         return outputs
+
+    def _run_in_float(self, ids: Sequence[int]) -> None:
+        if self._prompts is None:
+            opened = sessions.open_for_prompts(self.bundle, self._threads)
+            self._check_contract(opened, self.bundle.engine)
+            self._prompts = opened
+        self._reserve(len(ids))
+        Call(self, len(ids), 0, session=self._prompts).run(ids, range(0))
 
     def _extend(self, ids: Sequence[int]) -> list[np.ndarray]:
         """Run a few tokens in a binding that is kept; one row of outputs for each."""
@@ -369,11 +366,17 @@ class Call:
     """One binding of the session to buffers for `length` tokens and `num_logits` output rows."""
 
     def __init__(
-        self, engine: TokenRunner, length: int, num_logits: int, cache: KVCache | None = None
+        self,
+        engine: TokenRunner,
+        length: int,
+        num_logits: int,
+        cache: KVCache | None = None,
+        session: sessions.Session | None = None,
     ) -> None:
         cache = engine._cache if cache is None else cache
+        session = engine._session if session is None else session
         self._engine = engine
-        self._session = engine._session
+        self._session = session.run
         batch = cache.batch
         width = engine.bundle.embedding.width
         self._inputs_embeds = np.zeros((batch, length, width), np.float32)
@@ -384,7 +387,7 @@ class Call:
             np.empty(
                 (batch, num_logits, *(d for d in spec.shape if isinstance(d, int))), spec.dtype
             )
-            for spec in engine.outputs
+            for spec in session.outputs
         ]
         self._binding = self._session.io_binding()
         inputs: dict[str, np.ndarray] = {
@@ -402,7 +405,7 @@ class Call:
             value = self._share(array)
             self._binding.bind_ortvalue_input(name, value)
             self._binding.bind_ortvalue_output(_present(name), value)
-        for spec, array in zip(engine.outputs, self._outputs, strict=True):
+        for spec, array in zip(session.outputs, self._outputs, strict=True):
             self._binding.bind_ortvalue_output(spec.name, self._share(array))
 
     def _share(self, array: np.ndarray) -> Any:

@@ -3,7 +3,9 @@
 onnxruntime maps the weights file and copies what matrix products read, rearranged for this
 processor, to memory of its own. The copies, the keys and values and the activations are there for
 good ("anonymous"); mapped pages of files can be dropped and read again, so they are no reason to
-refuse. Rows of the embedding table are read, not mapped (`edge_demo.embedding`).
+refuse. Rows of the embedding table are read, not mapped (`edge_demo.embedding`). Prompts in float32
+(`edge_demo.float_prompts`) read the weights where they are mapped and multiply out one at a time,
+if all of that fits.
 
 The constants are fitted to the sample on x86-64; `tests/edge_demo/test_memory.py` holds the
 estimate against what a run takes.
@@ -16,6 +18,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from edge_demo import float_prompts
 from edge_demo.bundle import Bundle
 from edge_demo.cache_size import cache_bytes
 from edge_demo.errors import BundleError, EdgeError
@@ -55,6 +58,9 @@ class Estimate:
         copied_from: the largest weight that is copied, mapped until it is.
         context: tokens the cache is for.
         chunk: tokens run at once.
+        read_again: weights of the blocks, mapped for prompts in float32 too; 0 without those.
+        mapped_again: all that is mapped for them, what they do not read included.
+        multiplied_out: the largest of them in float32.
     """
 
     process: int
@@ -66,6 +72,14 @@ class Estimate:
     copied_from: int
     context: int
     chunk: int
+    read_again: int = 0
+    mapped_again: int = 0
+    multiplied_out: int = 0
+
+    @property
+    def in_float(self) -> bool:
+        """Whether prompts are run in float32."""
+        return self.read_again > 0
 
     @property
     def activations(self) -> int:
@@ -75,12 +89,12 @@ class Estimate:
     @property
     def anonymous(self) -> int:
         """What cannot be given back while it runs."""
-        return self.process + self.weights + self.cache + self.activations
+        return self.process + self.weights + self.cache + self.activations + self.multiplied_out
 
     @property
     def peak(self) -> int:
         """The most that is resident where memory is plenty: mapped files too."""
-        return self._loaded_or_running + _LIBRARIES
+        return self._loaded_or_running + self.read_again + _LIBRARIES
 
     @property
     def resident(self) -> int:
@@ -90,7 +104,8 @@ class Estimate:
     @property
     def data(self) -> int:
         """What `RLIMIT_DATA` counts: mapped weights and untouched stacks too."""
-        return self._loaded_or_running + _DATA + _THREAD * (os.cpu_count() or 1)
+        mapped = self._loaded_or_running + self.mapped_again
+        return mapped + _DATA + _THREAD * (os.cpu_count() or 1)
 
     @property
     def address_space(self) -> int:
@@ -110,6 +125,7 @@ def estimate(
     chunk: int = CHUNKS[0],
     logit_rows: int = 1,
     texts: int = 1,
+    in_float: bool = False,
 ) -> Estimate:
     """What running a bundle takes.
 
@@ -120,6 +136,7 @@ def estimate(
         chunk: tokens of a prompt run at once.
         logit_rows: positions whose logits are wanted at once.
         texts: whose keys and values are held at once.
+        in_float: whether prompts are run in float32.
 
     Raises:
         BundleError: the graph cannot be read.
@@ -131,6 +148,8 @@ def estimate(
     body = [w for w in read if w.name.startswith("layers.")]
     widest = max((max(w.shape) for w in body if w.shape), default=0)
     tokenizer = bundle.files[bundle.tokenizer.file][0]
+    again = stored_weights(bundle.path / bundle.engine.file) if in_float else []
+    blocks = [w for w in again if w.name.startswith("layers.")]
     return Estimate(
         process=_PROCESS + _SESSION + _TOKENIZER * tokenizer,
         weights=sum(map(_copied, read)),
@@ -142,6 +161,10 @@ def estimate(
         copied_from=max((w.num_bytes for w in read), default=0),
         context=context,
         chunk=chunk,
+        read_again=_once(blocks),
+        mapped_again=_once(again),
+        # two weights of 4 bits are a byte, and 8 of float32; of 8 bits it is half as much
+        multiplied_out=max((8 * w.num_bytes for w in blocks), default=0),
     )
 
 
@@ -174,31 +197,60 @@ def shortage(needed: Estimate) -> Room | None:
     return None
 
 
-def admit(bundle: Bundle, graph: GraphSpec, texts: int = 1) -> int:
-    """How many tokens of a prompt to run at once on this device.
+def fitting(
+    bundle: Bundle, graph: GraphSpec | None = None, texts: int = 1
+) -> tuple[Estimate, Room | None]:
+    """How a bundle is run on this device: as fast as there is memory for.
+
+    Args:
+        bundle: opened.
+        graph: to run; `None` is the one that greedy generation runs.
+        texts: whose keys and values are held at once.
+
+    Returns:
+        What it then takes, and the room that is too small for even the least, if one is.
+
+    Raises:
+        BundleError: the graph cannot be read.
+    """
+    if float_prompts.preferred(bundle):
+        needed = estimate(bundle, graph, chunk=CHUNKS[0], texts=texts, in_float=True)
+        # read for every chunk, so they should stay where they are
+        if (
+            shortage(dataclasses.replace(needed, process=needed.process + needed.read_again))
+            is None
+        ):
+            return needed, None
+    needed, short = estimate(bundle, graph, texts=texts), None
+    for chunk in CHUNKS:
+        needed = dataclasses.replace(needed, chunk=chunk)
+        short = shortage(needed)
+        if short is None:
+            break
+    return needed, short
+
+
+def admit(bundle: Bundle, graph: GraphSpec, texts: int = 1) -> tuple[int, bool]:
+    """How to run prompts on this device.
 
     Args:
         bundle: opened.
         graph: to run.
         texts: whose keys and values are held at once.
 
+    Returns:
+        How many tokens to run at once, and whether in float32.
+
     Raises:
         EdgeError: there is not enough memory for any number, and the environment does not have
             `EDGE_DEMO_FORCE`.
     """
     try:
-        needed = estimate(bundle, graph, texts=texts)
+        needed, short = fitting(bundle, graph, texts)
     except BundleError:
-        return CHUNKS[0]  # onnxruntime will say what is wrong with it
-    short = None
-    for chunk in CHUNKS:
-        needed = dataclasses.replace(needed, chunk=chunk)
-        short = shortage(needed)
-        if short is None:
-            return chunk
-    if os.environ.get(FORCE):
-        return CHUNKS[-1]
-    assert short is not None
+        return CHUNKS[0], False  # onnxruntime will say what is wrong with it
+    if short is None or os.environ.get(FORCE):
+        return needed.chunk, needed.in_float
     raise EdgeError(
         f"{bundle.name} ({bundle.recipe}) takes about {megabytes(getattr(needed, short.counts))} "
         f"of memory, and {megabytes(short.free)} can be had {short.bound}; close other programs, "

@@ -13,6 +13,7 @@ import pytest
 from keras import ops
 from onnx import numpy_helper
 
+from edge_demo import float_prompts
 from edge_demo.bundle import Bundle
 from edge_demo.embedding import EmbeddingTable
 from edge_demo.engine import Engine
@@ -340,6 +341,30 @@ def test_int8_graph_computes_with_the_weights_that_are_stored(exported, rounded,
     bundle = with_exact_activations(exported(generation, "int8", tied))
     found = engine_logits(bundle, ids)
     assert relative_difference(found, rounded(generation, tied).logits(ids)) < 1e-4
+
+
+@pytest.mark.spread
+@each_generation
+def test_prompts_in_float32_leave_what_exact_activations_leave(exported, generation, monkeypatch):
+    """But for the last token, which is run as those that follow are."""
+    bundle = exported(generation, "int8")
+    ids = random_ids()[0].tolist()
+    left = {}
+    for asked, what in (("1", bundle), ("0", bundle), ("0", with_exact_activations(bundle))):
+        monkeypatch.setenv(float_prompts.VARIABLE, asked)
+        engine = engine_of(what)
+        engine.prefill(ids)
+        left[asked, what.engine.file] = engine.snapshot().filled
+    expected = left["0", "exact.onnx"]
+    differences = [
+        max(
+            relative_difference(found[name][:, :, :-1], array[:, :, :-1])
+            for name, array in expected.items()
+        )
+        for found in (left["1", "engine.onnx"], left["0", "engine.onnx"])
+    ]
+    assert differences[0] < 1e-4
+    assert differences[1] > 1e-3
 
 
 @each_generation
