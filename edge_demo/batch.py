@@ -1,7 +1,8 @@
 """Going on from many prompts, some at once.
 
-A prompt's text depends on the file of prompts, the bundle, the machine and the number of rows,
-and on nothing that happened before: not on the prompts that an interrupted run had done already.
+A prompt's text depends on the file of prompts, the bundle, the machine, how its memory lets prompts
+be run (`edge_demo.memory`), and the number of rows, and on nothing that happened before: not on the
+prompts that an interrupted run had done already.
 So what is used again is what all prompts begin with, and there are as many rows as in the first
 run, some of them idle.
 """
@@ -14,7 +15,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from edge_demo import memory
 from edge_demo.batch_items import Item
 from edge_demo.bundle import Bundle
 from edge_demo.engine import CandidateEngine, Engine, common_prefix
@@ -74,9 +74,7 @@ class BatchRunner:
         self._tokenizer = tokenizer
         rows = min(rows, next((size for size in SIZES if size >= len(items)), rows))
         few = all(0 < item.sampler().reach <= bundle.num_candidates for item in items)
-        graph = bundle.candidates if few else None
-        memory.admit(bundle, graph or bundle.engine, texts=1 + rows)
-        self._engine = (CandidateEngine if few else Engine)(bundle, threads)
+        self._engine = (CandidateEngine if few else Engine)(bundle, threads, texts=1 + rows)
         self._rows = Rows(self._engine, rows)
         self.shared = _beginning_of_all(tokenizer, items, bundle.context_length)
         self._beginning: Snapshot | None = None

@@ -35,6 +35,7 @@ class TokenRunner:
         graph: of the bundle, the one to run.
         outputs: what it returns beside the keys and values, which are updated in place.
         threads: for one operator; `None` lets onnxruntime take the physical cores.
+        texts: whose keys and values memory must hold at once, this one's and those of `Rows`.
 
     Attributes:
         tokens: the ids whose keys and values are in the buffers.
@@ -51,19 +52,22 @@ class TokenRunner:
         graph: GraphSpec,
         outputs: Sequence[TensorSpec],
         threads: int | None = None,
+        texts: int = 1,
     ) -> None:
         if threads is not None and not 1 <= threads <= _MOST_THREADS:
             raise RequestError(f"threads must be 1 to {_MOST_THREADS:,}, not {threads:,}")
         bundle.verify()
-        self._prefill_chunk, self._float_prompts = memory.admit(bundle, graph)
+        self._prefill_chunk, in_float = memory.admit(bundle, graph, texts)
         self.bundle = bundle
         self.graph = graph
         self.tokens: list[int] = []
         self._embedding = EmbeddingTable(bundle.path / bundle.weights, bundle.embedding)
         self._session = sessions.open_session(bundle, graph, outputs, threads)
-        self._threads = threads
-        self._prompts: sessions.Session | None = None
         self._check_contract(self._session, graph)
+        self._prompts: sessions.Session | None = None  # for long ones
+        if in_float:
+            self._prompts = sessions.open_for_prompts(bundle, threads)
+            self._check_contract(self._prompts, bundle.engine)
         self._cache = KVCache(graph, bundle.ropes, bundle.windows, bundle.context_length)
         self._calls: dict[int, Call] = {}
 
@@ -71,7 +75,7 @@ class TokenRunner:
         for found, specs, bound in zip(
             (session.run.get_inputs(), session.run.get_outputs()),
             (graph.inputs, graph.outputs),
-            _bound_tensors(self.bundle, graph, session.outputs),
+            _bound_tensors(self.bundle, self.graph, session.outputs),
             strict=True,
         ):
             has = {(f.name, _DTYPES.get(f.type, f.type), tuple(f.shape)) for f in found}
@@ -94,24 +98,17 @@ class TokenRunner:
         done = 0
         while done < len(ids):
             chunk = ids[done : done + self._prefill_chunk]
-            if self._float_prompts and len(chunk) > float_prompts.FEWEST:
+            if self._prompts is not None and len(chunk) > float_prompts.FEWEST:
                 if done + len(chunk) == len(ids):
                     chunk = chunk[:-1]  # what follows the last token is wanted
-                self._run_in_float(chunk)
+                self._reserve(len(chunk))
+                Call(self, len(chunk), 0, session=self._prompts).run(chunk, range(0))
             else:
                 outputs = self._run(chunk, range(len(chunk) - 1, len(chunk)))
             done += len(chunk)
             if on_progress is not None:
                 on_progress(done, len(ids))
         return outputs
-
-    def _run_in_float(self, ids: Sequence[int]) -> None:
-        if self._prompts is None:
-            opened = sessions.open_for_prompts(self.bundle, self._threads)
-            self._check_contract(opened, self.bundle.engine)
-            self._prompts = opened
-        self._reserve(len(ids))
-        Call(self, len(ids), 0, session=self._prompts).run(ids, range(0))
 
     def _extend(self, ids: Sequence[int]) -> list[np.ndarray]:
         """Run a few tokens in a binding that is kept; one row of outputs for each."""
@@ -217,6 +214,7 @@ class Engine(TokenRunner):
     Args:
         bundle: opened; its files are checked against their hashes here.
         threads: for one operator; `None` lets onnxruntime take the physical cores.
+        texts: as of `TokenRunner`.
 
     Raises:
         BundleError: a file has changed, or the graph does not keep its contract.
@@ -224,10 +222,10 @@ class Engine(TokenRunner):
         RequestError: `threads` is out of range.
     """
 
-    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, threads: int | None = None, texts: int = 1) -> None:
         shape = ("batch", "num_logits", bundle.vocabulary_size)
         logits = TensorSpec("logits", "float32", shape)
-        super().__init__(bundle, bundle.engine, [logits], threads)
+        super().__init__(bundle, bundle.engine, [logits], threads, texts)
 
     def prefill(self, ids: Sequence[int], on_progress: OnProgress | None = None) -> np.ndarray:
         """Add tokens after those it holds, in chunks: Ctrl-C stops between two of them.
@@ -279,7 +277,7 @@ class CandidateEngine(TokenRunner):
         RequestError: `threads` is out of range.
     """
 
-    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, threads: int | None = None, texts: int = 1) -> None:
         graph = bundle.candidates
         if graph is None:
             raise BundleError(f"the bundle {bundle.path} has no graph that returns candidates")
@@ -288,7 +286,7 @@ class CandidateEngine(TokenRunner):
             TensorSpec("candidate_ids", "int64", shape),
             TensorSpec("candidate_logits", "float32", shape),
         ]
-        super().__init__(bundle, graph, outputs, threads)
+        super().__init__(bundle, graph, outputs, threads, texts)
 
     def prefill(self, ids: Sequence[int], on_progress: OnProgress | None = None) -> Candidates:
         """Add tokens after those it holds; the candidates after the last of them.

@@ -2,14 +2,16 @@
 
 Products with weights of 4 and 8 bits (`MatMulNBits`) round activations to 8 bits and multiply
 integers. x86-64 without instructions for that (VNNI) takes longer for many rows than products of
-float32 do, so there a prompt is run by a second session over the same weights file, of the same
-graph, whose products multiply the weights out. It copies no weights, so it is made in some
-milliseconds. ARM without dot products is left alone: onnxruntime multiplies floats there as it is.
+float32 do. There, on Linux, which tells what a processor has, a prompt is run by a second session
+over the same weights file: the same graph, whose products multiply the weights out. It copies no
+weights, so it is made in some milliseconds. ARM without dot products is left alone: onnxruntime
+multiplies floats there as it is.
 """
 
 from __future__ import annotations
 
 import os
+import platform
 import re
 from pathlib import Path
 
@@ -17,8 +19,8 @@ from edge_demo.bundle import Bundle
 from edge_demo.errors import BundleError
 from edge_demo.system_files import read_text
 
-VARIABLE = "EDGE_DEMO_FLOAT_PROMPTS"  # 0: never, 1: wherever weights are integers
-FEWEST = 96  # tokens from which on it is faster, with 4 bits and with 8 (docs/lab-notes.md)
+VARIABLE = "EDGE_DEMO_FLOAT_PROMPTS"  # 0: never, 1: if weights are integers and it fits
+FEWEST = 96  # at once; more are run so, which is faster (docs/lab-notes.md)
 
 _VNNI = {"avx_vnni", "avx512_vnni"}
 # An attribute of `MatMulNBits` as protocol buffers have it: its name (field 1) and number (3).
@@ -34,14 +36,14 @@ def preferred(bundle: Bundle, cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     Args:
         bundle: opened.
         cpuinfo: the file that tells of the processor; without one it is not preferred.
-
-    Raises:
-        BundleError: the graph cannot be read.
     """
     asked = os.environ.get(VARIABLE)
     if asked == "0" or (asked != "1" and not _lacks_vnni(read_text(cpuinfo))):
         return False
-    return _ROUNDED in _graph(bundle)
+    try:
+        return _ROUNDED in _graph(bundle)
+    except BundleError:
+        return False  # whoever runs it will say what is wrong with it
 
 
 def graph_in_float(bundle: Bundle) -> bytes:
@@ -61,5 +63,7 @@ def _graph(bundle: Bundle) -> bytes:
 
 
 def _lacks_vnni(cpuinfo: str) -> bool:
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return False  # an emulator may show another processor's file
     flags = re.search(r"^flags\s*:\s*(.*)$", cpuinfo, re.MULTILINE)
     return flags is not None and not _VNNI & set(flags[1].split())

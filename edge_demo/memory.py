@@ -13,6 +13,7 @@ estimate against what a run takes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Iterable
@@ -40,6 +41,7 @@ _SESSION = 10 * _MB
 _TOKENIZER = 9  # times the SentencePiece file
 _ACTIVATIONS = 7.5  # arrays of the widest product, for each token of a chunk
 _THREAD = 16 * _MB  # stacks of onnxruntime's and numpy's threads: data, most of it never touched
+_STACK = 8 * _MB  # of a thread of the session for prompts
 _DATA = 80 * _MB
 _ADDRESSES = 160 * _MB
 
@@ -60,7 +62,7 @@ class Estimate:
         chunk: tokens run at once.
         read_again: weights of the blocks, mapped for prompts in float32 too; 0 without those.
         mapped_again: all that is mapped for them, what they do not read included.
-        multiplied_out: the largest of them in float32.
+        multiplied_out: the most that the largest of them takes in float32.
     """
 
     process: int
@@ -104,8 +106,8 @@ class Estimate:
     @property
     def data(self) -> int:
         """What `RLIMIT_DATA` counts: mapped weights and untouched stacks too."""
-        mapped = self._loaded_or_running + self.mapped_again
-        return mapped + _DATA + _THREAD * (os.cpu_count() or 1)
+        threads = (_THREAD + _STACK * self.in_float) * (os.cpu_count() or 1)
+        return self._loaded_or_running + self.mapped_again + _DATA + threads
 
     @property
     def address_space(self) -> int:
@@ -185,7 +187,9 @@ def _copied(weight: StoredWeight) -> int:
 def shortage(needed: Estimate) -> Room | None:
     """The room that is too small, if one is, with what this process holds already added to it."""
     bare = dataclasses.replace(
-        needed, weights=0, cache=0, activation=0, logits=0, lookups=0, copied_from=0
+        needed,
+        **dict.fromkeys(("weights", "cache", "activation", "logits", "lookups", "copied_from"), 0),
+        **dict.fromkeys(("read_again", "mapped_again", "multiplied_out"), 0),
     )
     status = read_sizes(read_text(Path("/proc/self/status")))
     fields = {"resident": "RssAnon", "data": "VmData", "address_space": "VmSize"}
@@ -214,13 +218,12 @@ def fitting(
         BundleError: the graph cannot be read.
     """
     if float_prompts.preferred(bundle):
-        needed = estimate(bundle, graph, chunk=CHUNKS[0], texts=texts, in_float=True)
-        # read for every chunk, so they should stay where they are
-        if (
-            shortage(dataclasses.replace(needed, process=needed.process + needed.read_again))
-            is None
-        ):
-            return needed, None
+        with contextlib.suppress(BundleError):  # whoever runs the other graph will say it
+            needed = estimate(bundle, graph, chunk=CHUNKS[0], texts=texts, in_float=True)
+            # read for every chunk, so they should stay where they are
+            held = dataclasses.replace(needed, weights=needed.weights + needed.read_again)
+            if shortage(held) is None:
+                return needed, None
     needed, short = estimate(bundle, graph, texts=texts), None
     for chunk in CHUNKS:
         needed = dataclasses.replace(needed, chunk=chunk)

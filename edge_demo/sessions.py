@@ -59,6 +59,7 @@ def open_for_prompts(bundle: Bundle, threads: int | None) -> Session:
     entries = {
         "session.model_external_initializers_file_folder_path": str(bundle.path),
         "session.disable_prepacking": "1",  # no copies
+        "session.force_spinning_stop": "1",  # when a run ends: the other session's threads go on
     }
     # Without an arena what is multiplied out is given back at once, which costs no time.
     graph = graph_in_float(bundle)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import platform
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from edge_demo import float_prompts, memory
 from edge_demo.bundle import Bundle
 from edge_demo.engine import CandidateEngine, Engine
-from edge_demo.errors import BundleError
+from edge_demo.errors import BundleError, EdgeError
 from edge_demo.rooms import Room
 from tests.edge_demo.bundle_files import copy_bundle
 from tests.edge_demo.conftest import interrupted_runs, short_boundaries
@@ -77,33 +78,32 @@ def test_a_prompt_leaves_what_one_pass_in_float32_leaves(bundle, plain_pass, ask
         engine = kind(bundle, threads=1)
         engine.prefill(ids)
         rounded = Engine(bundle, threads=1)
-        rounded._float_prompts = False
+        rounded._prompts = None
         rounded.prefill(ids)
         expected = plain_pass(ids)
         assert engine.tokens == ids
         assert furthest(engine.snapshot(), expected, length - 1) < 1e-4
-        assert furthest(rounded.snapshot(), expected, length - 1) > 1e-3
+        if platform.machine() == "x86_64":  # ARM without dot products does not round either
+            assert furthest(rounded.snapshot(), expected, length - 1) > 1e-3
 
 
 def test_the_logits_after_it_are_near_and_the_next_steps_go_on_from_it(bundle, plain_pass, asked):
     ids = text(40)
-    engine = Engine(bundle, threads=1)
+    engine, again = Engine(bundle, threads=1), Engine(bundle, threads=1)
     engine.prefill(ids[:30])
-    found = [engine.decode(token).copy() for token in ids[30:]]
-    again = Engine(bundle, threads=1)
     again.restore(plain_pass(ids[:29]))
-    expected = [again.decode(token).copy() for token in ids[29:]][1:]
-    for one, other in zip(found, expected, strict=True):
-        assert np.abs(one - other).max() < 0.2 * other.std()
-        assert np.corrcoef(one, other)[0, 1] > 0.995
+    again.decode(ids[29])
+    for token in ids[30:]:
+        found, expected = engine.decode(token), again.decode(token)
+        assert np.abs(found - expected).max() < 0.05 * expected.std()
 
 
 def test_fewer_tokens_are_run_as_they_are_decoded(bundle, asked):
     ids = text(FEWEST)
     found, expected = Engine(bundle, threads=1), Engine(bundle, threads=1)
-    expected._float_prompts = False
+    expected._prompts = None
     np.testing.assert_array_equal(found.prefill(ids), expected.prefill(ids))
-    assert found._prompts is None
+    assert found._prompts is not None
 
 
 def test_progress_is_told_of_every_token_once(bundle, asked):
@@ -124,7 +124,7 @@ def test_after_ctrl_c_it_goes_on_as_if_nothing_had_been(bundle, asked):
             engine.prefill(ids[30:])
         assert engine.tokens == ids[:30]
         expected.prefill(ids[:30])
-        assert np.abs(engine.prefill(ids[30:]) - expected.prefill(ids[30:])).max() < 0.05
+        np.testing.assert_array_equal(engine.prefill(ids[30:]), expected.prefill(ids[30:]))
 
 
 # --- where it is run so --------------------------------------------------------------------------
@@ -144,6 +144,7 @@ def test_after_ctrl_c_it_goes_on_as_if_nothing_had_been(bundle, asked):
 )
 def test_x86_without_vnni_prefers_it(tiny_bundles, tmp_path, monkeypatch, cpuinfo, expected):
     monkeypatch.delenv(float_prompts.VARIABLE, raising=False)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
     file = tmp_path / "cpuinfo"
     if cpuinfo is not None:
         file.write_text(cpuinfo)
@@ -155,6 +156,9 @@ def test_x86_without_vnni_prefers_it(tiny_bundles, tmp_path, monkeypatch, cpuinf
     assert float_prompts.preferred(bundle, file)
     without_integers = Bundle.open(tiny_bundles / "gemma3-fp32")
     assert not float_prompts.preferred(without_integers, file)
+    monkeypatch.delenv(float_prompts.VARIABLE)
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    assert not float_prompts.preferred(bundle, file)
 
 
 def test_every_product_is_told(bundle):
@@ -162,7 +166,8 @@ def test_every_product_is_told(bundle):
     after = float_prompts.graph_in_float(bundle)
     changed = np.flatnonzero(np.frombuffer(before, "u1") != np.frombuffer(after, "u1"))
     assert len(after) == len(before)
-    assert len(changed) == before.count(b"accuracy_level") >= 5 * len(bundle.windows)
+    layers = len(bundle.manifest["model"]["config"]["layers"])
+    assert len(changed) == before.count(b"accuracy_level") == 5 * layers + 2  # the head's planes
 
 
 def test_it_is_left_where_memory_would_not_hold_the_weights_twice(tiny_bundles, monkeypatch):
@@ -184,10 +189,39 @@ def test_it_is_left_where_memory_would_not_hold_the_weights_twice(tiny_bundles, 
         assert memory.admit(bundle, bundle.engine) == expected
 
 
-def test_a_graph_that_is_gone_is_named(tiny_bundles, tmp_path, asked):
+def test_what_other_models_hold_is_no_room_for_it(tiny_bundles, monkeypatch):
+    monkeypatch.setenv(float_prompts.VARIABLE, "1")
+    bundle = Bundle.open(tiny_bundles / "gemma3-int8")
+    more = memory.estimate(bundle, bundle.engine, in_float=True)
+    monkeypatch.setattr(memory, "read_sizes", lambda text: {"RssAnon": 10**12})
+    monkeypatch.setattr(memory, "rooms", lambda: [Room("here", "resident", free)])
+    free = more.resident + more.read_again - more.process - memory._LIBRARIES
+    assert memory.admit(bundle, bundle.engine)[1]
+    free -= 1
+    assert not memory.admit(bundle, bundle.engine)[1]
+
+
+def test_a_graph_that_cannot_be_read_does_not_undo_what_memory_allows(
+    tiny_bundles, tmp_path, monkeypatch
+):
+    monkeypatch.setenv(float_prompts.VARIABLE, "1")
     bundle = Bundle.open(copy_bundle(tiny_bundles / "gemma3-int8", tmp_path / "bundle"))
-    engine = CandidateEngine(bundle, threads=1)
-    (bundle.path / "engine.onnx").unlink()
-    with pytest.raises(BundleError, match=r"engine\.onnx cannot be read"):
-        engine.prefill(text(30))
-    assert engine.tokens == []
+    file = bundle.path / "engine.onnx"
+    for damage in (lambda: file.write_bytes(file.read_bytes()[:-1000]), file.unlink):
+        damage()
+        assert memory.admit(bundle, bundle.candidates) == (memory.CHUNKS[0], False)
+        with monkeypatch.context() as patch:
+            patch.setattr(memory, "rooms", lambda: [Room("here", "resident", 10**6)])
+            patch.setattr(memory, "read_sizes", lambda text: {})
+            with pytest.raises(EdgeError, match="1 MB can be had here"):
+                memory.admit(bundle, bundle.candidates)
+
+
+def test_a_graph_with_other_keys_and_values_is_refused(tiny_bundles, asked):
+    """Both graphs write to the same buffers, which are the other's."""
+    bundle = Bundle.open(tiny_bundles / "gemma3-int8")
+    other = Bundle.open(tiny_bundles / "gemma2-int8")
+    for inputs in (other.engine.inputs, bundle.engine.inputs[:-1]):
+        wrong = dataclasses.replace(bundle.engine, inputs=inputs)
+        with pytest.raises(BundleError, match=r"engine\.onnx has not the '"):
+            CandidateEngine(dataclasses.replace(bundle, engine=wrong), threads=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import platform
 from types import SimpleNamespace
 
 import numpy as np
@@ -364,7 +365,8 @@ def test_prompts_in_float32_leave_what_exact_activations_leave(exported, generat
         for found in (left["1", "engine.onnx"], left["0", "engine.onnx"])
     ]
     assert differences[0] < 1e-4
-    assert differences[1] > 1e-3
+    if platform.machine() == "x86_64":  # ARM without dot products does not round either
+        assert differences[1] > 1e-3
 
 
 @each_generation
