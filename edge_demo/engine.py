@@ -223,9 +223,7 @@ class Engine(TokenRunner):
     """
 
     def __init__(self, bundle: Bundle, threads: int | None = None, texts: int = 1) -> None:
-        shape = ("batch", "num_logits", bundle.vocabulary_size)
-        logits = TensorSpec("logits", "float32", shape)
-        super().__init__(bundle, bundle.engine, [logits], threads, texts)
+        super().__init__(bundle, bundle.engine, [sessions.all_logits(bundle)], threads, texts)
 
     def prefill(self, ids: Sequence[int], on_progress: OnProgress | None = None) -> np.ndarray:
         """Add tokens after those it holds, in chunks: Ctrl-C stops between two of them.

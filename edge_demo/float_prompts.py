@@ -63,7 +63,7 @@ def _graph(bundle: Bundle) -> bytes:
 
 
 def _lacks_vnni(cpuinfo: str) -> bool:
-    if platform.machine() not in ("x86_64", "AMD64"):
+    if platform.machine() != "x86_64":
         return False  # an emulator may show another processor's file
     flags = re.search(r"^flags\s*:\s*(.*)$", cpuinfo, re.MULTILINE)
     return flags is not None and not _VNNI & set(flags[1].split())

@@ -44,6 +44,11 @@ _THREAD = 16 * _MB  # stacks of onnxruntime's and numpy's threads: data, most of
 _STACK = 8 * _MB  # of a thread of the session for prompts
 _DATA = 80 * _MB
 _ADDRESSES = 160 * _MB
+_OF_EVERY_PROCESS = {
+    "process",
+    "context",
+    "chunk",
+}  # fields of `Estimate` that are no model's bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,11 +191,8 @@ def _copied(weight: StoredWeight) -> int:
 
 def shortage(needed: Estimate) -> Room | None:
     """The room that is too small, if one is, with what this process holds already added to it."""
-    bare = dataclasses.replace(
-        needed,
-        **dict.fromkeys(("weights", "cache", "activation", "logits", "lookups", "copied_from"), 0),
-        **dict.fromkeys(("read_again", "mapped_again", "multiplied_out"), 0),
-    )
+    of_this_model = {field.name for field in dataclasses.fields(needed)} - _OF_EVERY_PROCESS
+    bare = dataclasses.replace(needed, **dict.fromkeys(of_this_model, 0))
     status = read_sizes(read_text(Path("/proc/self/status")))
     fields = {"resident": "RssAnon", "data": "VmData", "address_space": "VmSize"}
     for room in rooms():

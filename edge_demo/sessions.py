@@ -55,7 +55,6 @@ def open_for_prompts(bundle: Bundle, threads: int | None) -> Session:
         BundleError: onnxruntime cannot load it.
         EdgeError: memory ran out.
     """
-    logits = TensorSpec("logits", "float32", ("batch", "num_logits", bundle.vocabulary_size))
     entries = {
         "session.model_external_initializers_file_folder_path": str(bundle.path),
         "session.disable_prepacking": "1",  # no copies
@@ -63,7 +62,13 @@ def open_for_prompts(bundle: Bundle, threads: int | None) -> Session:
     }
     # Without an arena what is multiplied out is given back at once, which costs no time.
     graph = graph_in_float(bundle)
-    return Session(_load(bundle, bundle.engine, graph, threads, entries, arena=False), (logits,))
+    session = _load(bundle, bundle.engine, graph, threads, entries, arena=False)
+    return Session(session, (all_logits(bundle),))
+
+
+def all_logits(bundle: Bundle) -> TensorSpec:
+    """What the graph of all logits returns beside the keys and values."""
+    return TensorSpec("logits", "float32", ("batch", "num_logits", bundle.vocabulary_size))
 
 
 def _load(

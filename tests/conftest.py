@@ -22,7 +22,7 @@ PART = os.environ.get("GEMMA_TEST_PART")
 if PART:  # the parts share the processor
     for variable in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
         os.environ.setdefault(variable, "1")
-# Half the time of these small models is JAX's compiler making them fast.
+# A third of the time of these small models is JAX's compiler making them fast.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
