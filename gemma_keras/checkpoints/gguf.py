@@ -49,6 +49,13 @@ _NUMBERS = (
     "attention.layer_norm_rms_epsilon",
     "rope.freq_base",
     "rope.freq_base_swa",
+    "rope.global.freq_base",
+    "rope.local.freq_base",
+)
+_NUMBERS_OR_ZERO = (  # 0 says that there is none
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "rope.scale_linear",
     "rope.scaling.factor",
 )
 
@@ -344,9 +351,10 @@ def read_gguf(path: str | os.PathLike[str]) -> Checkpoint:
 def _check_metadata(file: GGUFFile) -> None:
     """Refuse, by name, the keys that `GemmaConfig.from_gguf` could not calculate with."""
     kind = file.metadata.get("general.architecture")
-    for key in _NUMBERS:
+    for key in _NUMBERS + _NUMBERS_OR_ZERO:
         value = file.metadata.get(f"{kind}.{key}", 1)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not (value > 0 or (value == 0 and key in _NUMBERS_OR_ZERO)):
             raise CheckpointError(
                 f"{file.path} has {kind}.{key} = {reprlib.repr(value)}; it must be a positive "
                 "number"

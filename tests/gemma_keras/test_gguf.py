@@ -461,7 +461,7 @@ WRONG_VALUES = [
         "block_count": ["one", 0, -1, 1.0, True, [1], 1 << 30],
         "embedding_length": ["x", 0, 33, [32]],
         "feed_forward_length": ["x", 0, 32.0, [32, 32], ["x"], []],
-        "attention.head_count": ["x", 0, -2, 3, [4]],
+        "attention.head_count": ["x", 0, -2, 3, [4, 4]],
         "attention.head_count_kv": ["x", 0, 3, [2, 2], ["x"]],
         "attention.key_length": ["x", 0, -16, 15, NAN, [16], True],
         "attention.value_length": ["x", 0, 8, [16]],
@@ -498,7 +498,7 @@ def test_a_metadata_value_that_is_wrong_is_refused(key, value, tmp_path):
     _refused(tmp_path / "m.gguf", pack_model(meta, arrays))
 
 
-@pytest.mark.parametrize("value", ["x", 0, -1, 0.0, NAN, [1], True])
+@pytest.mark.parametrize("value", ["x", -1, NAN, [1], True])
 @pytest.mark.parametrize(
     "key", ["attention.sliding_window", "rope.freq_base_swa", "rope.scaling.factor"]
 )
