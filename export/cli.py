@@ -53,9 +53,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        help="a .gguf file, a folder with config.json and safetensors, or 'sample'",
+        help="a .gguf file, a folder with config.json and safetensors, the folder of a LoRA "
+        "adapter, or 'sample'",
     )
     parser.add_argument("out", metavar="OUT", help="the folder to write")
+    parser.add_argument(
+        "--base",
+        metavar="SOURCE",
+        help="the model that an adapter is for (default: what its folder holds or names)",
+    )
+    parser.add_argument(
+        "--instruction-tuned",
+        action=argparse.BooleanOptionalAction,
+        help="whether it follows Gemma's turn template (default: what its chat template says)",
+    )
     parser.add_argument(
         "--recipe",
         default="int8",
@@ -132,6 +143,8 @@ def _export(arguments: argparse.Namespace) -> int:
                 arguments.source,
                 arguments.out,
                 arguments.recipe,
+                base=arguments.base,
+                instruction_tuned=arguments.instruction_tuned,
                 kl_budget=arguments.kl_budget,
                 calibration=arguments.calibration,
                 plan=plan,
@@ -155,6 +168,8 @@ def _export(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 1
+    for remark in result.remarks:
+        print(f"export-onnx: note: {remark}", file=sys.stderr)
     _print_result(result, arguments.json)
     return 0
 

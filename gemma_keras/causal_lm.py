@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +96,17 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         self.train_function = self._make_function(step)
 
     @classmethod
-    def from_preset(cls, preset, load_weights=True, dtype=None, sequence_length=1024, **kwargs):
+    def from_preset(
+        cls,
+        preset,
+        load_weights=True,
+        dtype=None,
+        sequence_length=1024,
+        *,
+        base=None,
+        instruction_tuned=None,
+        **kwargs,
+    ):
         """Load a checkpoint.
 
         Args:
@@ -104,6 +115,9 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
             load_weights: if false, weights are random.
             dtype: Keras dtype policy.
             sequence_length: that `fit` and `generate` pad to, in tokens.
+            base: the model that an adapter is for, where its folder does not say it.
+            instruction_tuned: whether it follows Gemma's turn template; by default what its chat
+                template says.
             **kwargs: `gradient_checkpointing=True` for `fit` in less memory, and those of the
                 class.
 
@@ -111,13 +125,17 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
             CheckpointError: it is missing, damaged or of another shape than it declares.
             ConfigError: it is not a Gemma.
         """
-        if is_own_preset(preset):
+        if is_own_preset(preset) and base is None:
             if dtype is not None:
                 kwargs["dtype"] = dtype
-            return super().from_preset(str(preset), load_weights=load_weights, **kwargs)
-        return cls.from_checkpoint(
-            open_checkpoint(preset), load_weights, dtype, sequence_length, **kwargs
-        )
+            model = super().from_preset(str(preset), load_weights=load_weights, **kwargs)
+            if instruction_tuned is not None:
+                model.instruction_tuned = instruction_tuned
+            return model
+        checkpoint = open_checkpoint(preset, base=base, instruction_tuned=instruction_tuned)
+        for remark in checkpoint.remarks:
+            warnings.warn(remark, stacklevel=2)
+        return cls.from_checkpoint(checkpoint, load_weights, dtype, sequence_length, **kwargs)
 
     @classmethod
     def from_keras_hub(

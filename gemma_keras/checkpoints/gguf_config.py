@@ -143,7 +143,7 @@ def _as_ollama_means(kind: str, rest: dict[str, Any]) -> None:
 
     Ollama has keys of its own for the rotary bases. Its published files say nothing of the scaling
     of positions, which is 8 in the 4B, 12B and 27B, and give the 1B a cap of the logits that it
-    does not have; Ollama corrects both by the number of layers (`model/models/gemma3/model_text.go`).
+    does not have; Ollama corrects both by the number of layers (its `gemma3/model_text.go`).
     """
     own = {key: rest.pop(key, None) for key in ("rope.global.freq_base", "rope.local.freq_base")}
     has_images = any(key.startswith(("vision.", "mm.")) for key in rest)
@@ -183,7 +183,7 @@ def _window(kind: str, rest: dict[str, Any]) -> int | None:
 
 
 def _layer_kinds(kind: str, num_layers: int, pattern: Any) -> list[str]:
-    """Of each layer `full_attention` or `sliding_attention`, the file's pattern or the usual one."""
+    """Of each layer `full_attention` or `sliding_attention`, by the file or as usual."""
     if not isinstance(pattern, list):
         usual = {"gemma": 1, "gemma2": 2, "gemma3": 6}[kind]
         return layer_kinds(num_layers, usual if pattern is None else pattern)

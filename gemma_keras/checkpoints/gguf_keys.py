@@ -1,8 +1,8 @@
 """Which keys of a GGUF's architecture say nothing about the forward pass.
 
-Keys outside the architecture's own (`general.`, `tokenizer.`, `quantize.`, `split.`, anybody's) do not
-describe the model and are passed over. Of the architecture's own, those that are not read and cannot
-change the mathematics stand here; any other is unknown, and the model is refused.
+Keys outside the architecture's own (`general.`, `tokenizer.`, `quantize.`, `split.`, anybody's) do
+not describe the model and are passed over. Of the architecture's own, those that are not read and
+cannot change the mathematics stand here; any other is unknown, and the model is refused.
 
 Sources: llama.cpp's `llama-arch.cpp` and `llm_load_hparams`, and Ollama's `convert_gemma3.go`.
 """
@@ -59,8 +59,8 @@ def refuse_unknown(keys: Mapping[str, Any], kind: str) -> None:
     unknown = sorted(f"{kind}.{key}" for key in left if key not in _FIXED)
     if unknown:
         raise ConfigError(
-            f"the GGUF metadata has keys this project does not know: {', '.join(unknown[:10])}; one "
-            "of them may change the mathematics, so the model is refused"
+            f"the GGUF metadata has keys this project does not know: {', '.join(unknown[:10])}; "
+            "one of them may change the mathematics, so the model is refused"
         )
     for key, value in left.items():
         if value not in _FIXED[key]:

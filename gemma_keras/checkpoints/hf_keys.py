@@ -133,7 +133,7 @@ def telling_keys(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_unknown(keys: Mapping[str, Any], where: str = "config.json") -> None:
-    """Refuse what is left of `telling_keys` when everything known is taken; a null asks for nothing.
+    """Refuse what is left of `telling_keys` when all that is known is taken; null asks for nothing.
 
     Raises:
         ConfigError: a key is left, with a value.

@@ -81,6 +81,17 @@ class WeightSource(Mapping[str, np.ndarray]):
         self._check_finite(spec, array)
         return array
 
+    def rows(self, name: str, first: int, last: int) -> np.ndarray:
+        """Some rows of a table, or of a matrix as the file has it, its outputs; float32.
+
+        Raises:
+            CheckpointError: a value is not finite.
+        """
+        spec = self.specs[name]
+        rows = self._read_rows(spec.file_name(self._format), first, last)
+        self._check_finite(spec, rows)
+        return rows
+
     def table_pieces(self, name: str, piece_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
         """A table in pieces, one in memory at a time: the first row's number, float32 rows.
 
@@ -89,14 +100,10 @@ class WeightSource(Mapping[str, np.ndarray]):
         Raises:
             CheckpointError: a value is not finite.
         """
-        spec = self.specs[name]
-        num_rows, width = spec.file_shape
+        num_rows, width = self.specs[name].file_shape
         step = _rows_in(piece_bytes, width)
         for first in range(0, num_rows, step):
-            last = min(first + step, num_rows)
-            rows = self._read_rows(spec.file_name(self._format), first, last)
-            self._check_finite(spec, rows)
-            yield first, rows
+            yield first, self.rows(name, first, min(first + step, num_rows))
 
     def stored_as(self, name: str) -> str | None:
         """In what type of few bits the file holds a weight, such as `Q4_0`; `None` for floats."""
@@ -182,6 +189,7 @@ class Checkpoint:
         instruction_tuned: whether it was tuned to follow Gemma's turn template.
         provenance: where it came from, for people and for the bundle.
         notices: licence files that came with the weights and must travel on: name to content.
+        remarks: what reading it has passed over or changed, a sentence each.
     """
 
     config: GemmaConfig
@@ -190,6 +198,7 @@ class Checkpoint:
     instruction_tuned: bool
     provenance: dict[str, Any]
     notices: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
 
 
 def file_pieces(

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemma_keras import GemmaConfig, LayerSpec, open_checkpoint
-from gemma_keras.checkpoints import gguf as reader
-from gemma_keras.checkpoints.gguf import GGUFFile, read_gguf
+from gemma_keras.checkpoints import gguf_file as reader
+from gemma_keras.checkpoints.gguf import read_gguf
+from gemma_keras.checkpoints.gguf_file import GGUFFile
 from gemma_keras.checkpoints.names import weight_specs
 from gemma_keras.checkpoints.sample import sample_path
 from gemma_keras.errors import CheckpointError, ConfigError, ModelError
