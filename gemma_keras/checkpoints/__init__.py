@@ -7,12 +7,14 @@ import os
 from pathlib import Path
 
 from gemma_keras.checkpoints.adapters import find_adapter
+from gemma_keras.checkpoints.first_bytes import begins_as_gguf
 from gemma_keras.checkpoints.hub import (
     is_keras_hub_preset,
     is_own_preset,
     load_keras_hub_preset,
     local_or_downloaded,
 )
+from gemma_keras.checkpoints.misplaced import told_of_file, told_of_folder
 from gemma_keras.checkpoints.source import Checkpoint
 from gemma_keras.errors import CheckpointError
 
@@ -91,6 +93,11 @@ def _open_model(source: str | os.PathLike[str], path: Path | None) -> Checkpoint
         from gemma_keras.causal_lm import GemmaCausalLM
 
         return GemmaCausalLM.from_preset(path).as_checkpoint()
+    told = told_of_folder(path) if path.is_dir() else None
+    if path.is_file() and not begins_as_gguf(path):
+        told = told_of_file(path)
+    if told is not None:
+        raise CheckpointError(told)
     if path.is_dir():
         from gemma_keras.checkpoints.safetensors import read_safetensors_folder
 

@@ -19,6 +19,10 @@ from gemma_keras.checkpoints.source import Checkpoint, WeightSource
 from gemma_keras.config import GemmaConfig
 from gemma_keras.errors import CheckpointError
 
+_UNTIED = (
+    "the adapter changes the embedding or the head alone, so the model has a table for each, where "
+    "its base has one for both"
+)
 _PIECE_BYTES = 16 << 20  # of two tables that are compared
 
 ReadTensor = Callable[[], np.ndarray]
@@ -144,7 +148,10 @@ def adapted(
         lattice=lambda name: merged.lattice(by_file_name[name]),
         read_rows=lambda name, first, last: merged.rows(by_file_name[name], first, last),
     )
-    return dataclasses.replace(base, config=config, weights=weights)
+    remarks = base.remarks
+    if was_tied and not config.tied_head:
+        remarks = (*remarks, _UNTIED)
+    return dataclasses.replace(base, config=config, weights=weights, remarks=remarks)
 
 
 def same_rows(one: Change, other: Change) -> bool:

@@ -12,6 +12,10 @@ from gemma_keras.checkpoints.source import Checkpoint
 from gemma_keras.errors import CheckpointError, ModelError
 
 PEFT_CONFIG = "adapter_config.json"
+_BESIDE = (
+    "the adapter was merged into the weights in its own folder; if they have it already, take "
+    f"{PEFT_CONFIG} away"
+)
 _HOW = "give its base (--base SOURCE, or base=...)"
 
 
@@ -66,7 +70,8 @@ class _PeftFolder:
 
         adapter = open_adapter(self.folder)
         if base is None and holds_model(self.folder):
-            return merge(adapter, read_safetensors_folder(self.folder, adapter_is_read=True))
+            merged = merge(adapter, read_safetensors_folder(self.folder, adapter_is_read=True))
+            return dataclasses.replace(merged, remarks=(*merged.remarks, _BESIDE))
         return merge(adapter, open_base_of(self.folder, base or adapter.base, open_base))
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from gemma_keras.checkpoints.adapted import Change, LowRank, adapted
 from gemma_keras.checkpoints.adapters import Source, open_base_of
-from gemma_keras.checkpoints.gguf_file import GGUFFile, begins_as_gguf
+from gemma_keras.checkpoints.first_bytes import begins_as_gguf
+from gemma_keras.checkpoints.gguf_file import GGUFFile
 from gemma_keras.checkpoints.names import WeightSpec, weight_specs
 from gemma_keras.checkpoints.source import Checkpoint
 from gemma_keras.errors import CheckpointError

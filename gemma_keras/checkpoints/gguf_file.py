@@ -21,8 +21,8 @@ from typing import Any
 import gguf
 import numpy as np
 
+from gemma_keras.checkpoints.first_bytes import told_of_pointer
 from gemma_keras.checkpoints.lattice import GGUF_TYPES, Lattice
-from gemma_keras.checkpoints.lfs import explained
 from gemma_keras.errors import CheckpointError
 
 _SCALARS: dict[int, tuple[str, type | str]] = {
@@ -54,15 +54,6 @@ class TensorInfo:
     num_bytes: int
 
 
-def begins_as_gguf(path: Path) -> bool:
-    """Whether a file begins with GGUF's magic bytes."""
-    try:
-        with path.open("rb") as file:
-            return file.read(4) == b"GGUF"
-    except OSError:
-        return False
-
-
 class GGUFFile:
     """A GGUF file, mapped; its header is checked whole before any tensor is touched.
 
@@ -92,7 +83,8 @@ class GGUFFile:
         magic, version, num_tensors, num_keys = struct.unpack_from("<4sIQQ", self._bytes)
         if magic != b"GGUF":
             raise CheckpointError(
-                explained(self.path) or f"{self.path} is not a GGUF file: it begins with {magic!r}"
+                told_of_pointer(self.path)
+                or f"{self.path} is not a GGUF file: it begins with {magic!r}"
             )
         if version & 0xFFFF == 0:
             raise CheckpointError(f"{self.path} is a big-endian GGUF; little-endian can be read")

@@ -14,7 +14,7 @@ import ml_dtypes  # noqa: F401 - with it numpy knows bfloat16
 import numpy as np
 import safetensors
 
-from gemma_keras.checkpoints.lfs import explained
+from gemma_keras.checkpoints.first_bytes import told_of_pointer
 from gemma_keras.checkpoints.peft_names import bases_name, is_adapters_tensor
 from gemma_keras.checkpoints.quantized_folder import told_if_quantized
 from gemma_keras.checkpoints.source import Checkpoint, WeightSource
@@ -255,7 +255,7 @@ def opened(shard: Path) -> Iterator[Any]:
         with safetensors.safe_open(shard, framework="numpy") as file:
             yield file
     except (safetensors.SafetensorError, OSError) as error:
-        what = explained(shard) or f"{shard} cannot be read as safetensors: {error}"
+        what = told_of_pointer(shard) or f"{shard} cannot be read as safetensors: {error}"
         raise CheckpointError(what) from error
 
 
@@ -333,7 +333,7 @@ def read_json_value(path: Path) -> Any:
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(explained(path) or f"{path} is not JSON: {error}") from error
+        raise CheckpointError(told_of_pointer(path) or f"{path} is not JSON: {error}") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
 
@@ -342,7 +342,7 @@ def _tokenizer(folder: Path) -> bytes | None:
     path = folder / "tokenizer.model"
     if not path.exists():
         return None
-    if what := explained(path):
+    if what := told_of_pointer(path):
         raise CheckpointError(what)
     return path.read_bytes()
 

@@ -166,6 +166,7 @@ def test_a_head_is_what_it_was_while_the_adapter_was_trained(options, tied, tmp_
     save(wrapped, tmp_path / "adapter")
     checkpoint = open_checkpoint(tmp_path / "adapter", base=tmp_path / "base")
     assert not checkpoint.config.tied_head
+    assert [("a table for each" in remark) for remark in checkpoint.remarks] == [True] * tied
     assert relative_difference(logits(checkpoint), logits_of(wrapped)) < NOISE
     whole = np.concatenate([rows for _, rows in table_pieces(checkpoint.weights, "head", 4096)])
     np.testing.assert_array_equal(whole, checkpoint.weights["head"])
@@ -223,7 +224,9 @@ def beside(folder, base, tmp_path):
 def test_an_adapter_beside_its_base_is_merged(everywhere, bases, tmp_path):
     folder, expected = everywhere
     whole = beside(folder, bases / "gemma3", tmp_path)
-    assert relative_difference(logits(open_checkpoint(whole)), expected) < NOISE
+    checkpoint = open_checkpoint(whole)
+    assert relative_difference(logits(checkpoint), expected) < NOISE
+    assert "if they have it already" in checkpoint.remarks[0]
 
 
 def test_an_adapter_alone_is_merged_into_what_it_names(everywhere, bases, tmp_path):
@@ -298,6 +301,25 @@ def test_a_weight_that_an_adapter_changes_is_not_on_the_bases_grid(tmp_path):
     np.testing.assert_array_equal(kept.values(), weights["layers.1.attention.key"].T)
     assert weights.stored_as("layers.1.attention.query") is None
     assert weights.lattice("layers.1.attention.query") is None
+
+
+# --- in the model and in a bundle ----------------------------------------------------------------
+
+
+@pytest.mark.keras
+def test_from_preset_and_export_onnx_merge_an_adapter(everywhere, bases, tmp_path):
+    from edge_demo.bundle import Bundle
+    from edge_demo.engine import Engine
+    from export import export_onnx
+    from gemma_keras import GemmaCausalLM
+
+    folder, expected = everywhere
+    model = GemmaCausalLM.from_preset(folder, base=bases / "gemma3")
+    assert relative_difference(model.logits(IDS), expected) < NOISE
+    export_onnx(folder, tmp_path / "bundle", "fp32", base=bases / "gemma3", verify=False)
+    engine = Engine(Bundle.open(tmp_path / "bundle"), threads=1)
+    found = np.concatenate(list(engine.all_logits(IDS[0].tolist())))
+    assert relative_difference(found, expected[0]) < NOISE
 
 
 # --- what is refused -----------------------------------------------------------------------------
