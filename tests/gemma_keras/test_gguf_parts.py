@@ -1,0 +1,145 @@
+"""GGUF as other tools write it: in several files, with an image tower, with rotary factors."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gemma_keras import open_checkpoint
+from gemma_keras.errors import CheckpointError, ModelError
+from tests import gguf_files
+
+META = gguf_files.metadata("gemma3", 2)
+ARRAYS = gguf_files.tensors(META)
+
+
+def write_parts(folder, count=3, **changes):
+    """The model in parts as `llama-gguf-split` makes them: all metadata in the first."""
+    names = sorted(ARRAYS)
+    paths = []
+    for number in range(count):
+        split = {"split.no": number, "split.count": count, "split.tensors.count": len(ARRAYS)}
+        meta = META if number == 0 else {"general.architecture": "gemma3"}
+        path = folder / f"tiny-{number + 1:05}-of-{count:05}.gguf"
+        part = {name: ARRAYS[name] for name in names[number::count]}
+        paths.append(gguf_files.write_gguf(path, meta | split | changes, part))
+    return paths
+
+
+def refusal(path):
+    with pytest.raises(CheckpointError) as error:
+        open_checkpoint(path)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("given", range(3))
+def test_any_part_opens_the_whole(given, tmp_path):
+    whole = open_checkpoint(gguf_files.write_gguf(tmp_path / "whole.gguf", META, ARRAYS))
+    parts = open_checkpoint(write_parts(tmp_path)[given])
+    assert parts.config == whole.config
+    assert parts.tokenizer_model == whole.tokenizer_model
+    for name in whole.weights:
+        np.testing.assert_array_equal(parts.weights[name], whole.weights[name])
+
+
+def test_a_missing_part_is_named(tmp_path):
+    first, second, third = write_parts(tmp_path)
+    second.unlink()
+    assert f"{second.name} is not beside it" in refusal(third)
+    third.rename(tmp_path / "renamed.gguf")
+    assert "NAME-00001-of-00003.gguf" in refusal(tmp_path / "renamed.gguf")
+    assert "nor 1 more" in refusal(first)
+
+
+def test_parts_of_different_models_are_refused(tmp_path):
+    first, second, third = write_parts(tmp_path)
+    third.write_bytes(second.read_bytes())
+    assert "is in tiny-00002-of-00003.gguf and in tiny-00003-of-00003.gguf" in refusal(first)
+    write_parts(tmp_path, **{"split.tensors.count": 5})
+    assert "keep the parts of one model only" in refusal(first)
+
+
+def test_many_parts_that_are_not_there_are_refused_at_once(tmp_path):
+    path = write_parts(tmp_path, **{"split.count": 2**31 - 1})[0]
+    assert "one of 2,147,483,647 parts" in refusal(path)
+
+
+def test_the_tower_for_images_is_passed_over_and_said(tmp_path):
+    extra = {
+        "v.blk.0.attn_q.weight": np.zeros((4, 4), np.float32),
+        "mm.mm_input_projection.weight": np.zeros((4, 4), np.float32),
+    }
+    keys = {"gemma3.vision.block_count": 27, "gemma3.mm.tokens_per_image": 256}
+    path = gguf_files.write_gguf(tmp_path / "ollama.gguf", META | keys, ARRAYS | extra)
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.remarks == (
+        "ollama.gguf holds 2 tensors for images (v.*, mm.*), which were passed over: this is its "
+        "text model",
+    )
+    np.testing.assert_array_equal(
+        checkpoint.weights["layers.1.mlp.up"], ARRAYS["blk.1.ffn_up.weight"].T
+    )
+
+
+@pytest.mark.parametrize(
+    ("factors", "opens"),
+    [
+        (np.ones(16), True),
+        (np.full(16, 8.0), False),
+        (np.ones(15), False),
+        (np.ones((16, 1)), False),
+    ],
+    ids=["ones", "eights", "short", "matrix"],
+)
+def test_rotary_factors_that_change_nothing_are_passed_over(factors, opens, tmp_path):
+    extra = {"rope_freqs.weight": factors.astype(np.float32)}
+    path = gguf_files.write_gguf(tmp_path / "m.gguf", META, ARRAYS | extra)
+    if opens:
+        assert len(open_checkpoint(path).weights) == len(ARRAYS)
+    else:
+        assert "rope_freqs.weight, which divides each rotary frequency" in refusal(path)
+
+
+def test_an_unknown_tensor_is_still_refused(tmp_path):
+    extra = {"blk.0.ffn_gate_exps.weight": np.ones((4, 4), np.float32)}
+    path = gguf_files.write_gguf(tmp_path / "m.gguf", META, ARRAYS | extra)
+    with pytest.raises(ModelError, match=r"no place for: blk\.0\.ffn_gate_exps"):
+        open_checkpoint(path)
+
+
+@pytest.mark.keras
+def test_from_preset_is_told_whether_a_gguf_is_tuned(tmp_path):
+    from gemma_keras import GemmaCausalLM
+
+    path = gguf_files.write_gguf(tmp_path / "m.gguf", META, ARRAYS)
+    assert not GemmaCausalLM.from_preset(path).instruction_tuned
+    model = GemmaCausalLM.from_preset(path, instruction_tuned=True)
+    assert model.instruction_tuned
+    model.save_to_preset(tmp_path / "own")
+    assert GemmaCausalLM.from_preset(tmp_path / "own").instruction_tuned
+    again = GemmaCausalLM.from_preset(tmp_path / "own", instruction_tuned=False)
+    assert not again.instruction_tuned
+
+
+def test_export_onnx_says_what_it_passed_over_and_is_told_what_it_cannot_know(tmp_path):
+    extra = {"v.blk.0.attn_q.weight": np.zeros((4, 4), np.float32)}
+    path = gguf_files.write_gguf(tmp_path / "m.gguf", META, ARRAYS | extra)
+    command = Path(sys.executable).with_name("export-onnx")
+    options = ("--recipe", "fp32", "--no-verify", "--no-instruction-tuned")
+    done = subprocess.run(
+        [command, path, tmp_path / "out", *options], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "export-onnx: note: m.gguf holds 1 tensors for images" in done.stderr
+    done = subprocess.run(
+        [command, path, tmp_path / "out2", *options[:3], "--instruction-tuned", "--base", path],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 2
+    assert "is a model of its own and no adapter" in done.stderr
