@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -152,6 +152,14 @@ def adapted(
     if was_tied and not config.tied_head:
         remarks = (*remarks, _UNTIED)
     return dataclasses.replace(base, config=config, weights=weights, remarks=remarks)
+
+
+def merged_provenance(base: Checkpoint, adapter: str, name: str) -> dict[str, Any]:
+    """Where a merged model came from: its base, the adapter's file or folder, the model's name."""
+    source = dict(base.provenance)
+    if "file" in source:
+        source["file"] = f"{source['file']} with the adapter {adapter}"
+    return source | {"adapter": adapter, "name": name}
 
 
 def same_rows(one: Change, other: Change) -> bool:

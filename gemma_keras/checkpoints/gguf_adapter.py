@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from gemma_keras.checkpoints.adapted import Change, LowRank, adapted
+from gemma_keras.checkpoints.adapted import Change, LowRank, adapted, merged_provenance
 from gemma_keras.checkpoints.adapters import Source, open_base_of
 from gemma_keras.checkpoints.first_bytes import begins_as_gguf
 from gemma_keras.checkpoints.gguf_file import GGUFFile
@@ -38,7 +38,7 @@ class GGUFAdapter:
         name = self.file.path.name
         return dataclasses.replace(
             merged,
-            provenance=dict(checkpoint.provenance) | {"adapter": name, "name": self.file.path.stem},
+            provenance=merged_provenance(checkpoint, name, self.file.path.stem),
         )
 
     def _changes(self, specs: Mapping[str, WeightSpec]) -> dict[str, tuple[Change, ...]]:

@@ -13,7 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gemma_keras.checkpoints.adapted import Change, LowRank, Replaced, adapted, same_rows
+from gemma_keras.checkpoints.adapted import (
+    Change,
+    LowRank,
+    Replaced,
+    adapted,
+    merged_provenance,
+    same_rows,
+)
 from gemma_keras.checkpoints.adapters import PEFT_CONFIG
 from gemma_keras.checkpoints.names import weight_specs
 from gemma_keras.checkpoints.peft_keys import check_adapter_config, rank_and_scale
@@ -95,8 +102,7 @@ def merge(adapter: PeftAdapter, base: Checkpoint) -> Checkpoint:
     merged = adapted(base, changes, ties_head=ties_head)
     return dataclasses.replace(
         merged,
-        provenance=dict(base.provenance)
-        | {"adapter": adapter.folder.name, "name": adapter.folder.name},
+        provenance=merged_provenance(base, adapter.folder.name, adapter.folder.name),
         **text_side(adapter.folder, base),
     )
 

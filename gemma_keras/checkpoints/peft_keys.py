@@ -8,8 +8,10 @@ Source: PEFT 0.21 (`LoraConfig`, `LoraLayer.update_layer`).
 
 from __future__ import annotations
 
+import functools
 import math
 import re
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,8 @@ _MUST_BE_OFF = {
 _OFF = (None, False, "none", [], {}, "")
 # With others the base's matrices were changed before training, or the update is no plain product.
 _PLAIN_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
-_MOST_PATTERN = 200  # characters
+_MOST_PATTERNS = 5000  # EVA and the like write one for each matrix
+_MOST_PATTERN = 200  # characters of one
 # Repetitions within repetitions can take a regular expression for ever.
 _SLOW_PATTERN = re.compile(r"\)\s*[*+?{]|(?:[*+{].*){4}")
 
@@ -58,22 +61,22 @@ def check_adapter_config(path: Path, data: Mapping[str, Any]) -> None:
     kind = data.get("peft_type")
     if kind != "LORA":
         raise CheckpointError(
-            f"{path} is of an adapter of peft_type {kind!r}; LORA is what can be merged here, so "
-            "merge it with PEFT (merge_and_unload) and give the merged folder"
+            f"{path} is of an adapter of peft_type {reprlib.repr(kind)}; LORA is what can be merged "
+            "here, so merge it with PEFT (merge_and_unload) and give the merged folder"
         )
     for key, value in data.items():
         if value in _OFF or key in _INERT or key.startswith(("_", "unsloth_")):
             continue
         asked = _MUST_BE_OFF.get(key, "something this project does not know")
         raise CheckpointError(
-            f"{path} has {key}={value!r}, which asks for {asked}; merge it with PEFT "
-            "(merge_and_unload) and give the merged folder"
+            f"{path} has {key[:80]}={reprlib.repr(value)}, which asks for {asked}; merge it "
+            "with PEFT (merge_and_unload) and give the merged folder"
         )
     beginning = data.get("init_lora_weights", True)
     if beginning not in _PLAIN_BEGINNINGS:
         raise CheckpointError(
-            f"{path} has init_lora_weights={beginning!r}, by which the base's matrices were "
-            "changed before training; convert it to a plain LoRA when saving "
+            f"{path} has init_lora_weights={reprlib.repr(beginning)}, by which the base's matrices "
+            "were changed before training; convert it to a plain LoRA when saving "
             "(path_initial_model_for_weight_conversion), or merge it with PEFT"
         )
 
@@ -92,29 +95,43 @@ def rank_and_scale(path: Path, data: Mapping[str, Any], module: str) -> tuple[in
     rank = _of_module(path, data, "rank_pattern", module, data.get("r", 8))
     alpha = _of_module(path, data, "alpha_pattern", module, data.get("lora_alpha", 8))
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise CheckpointError(f"{path} has the rank {rank!r}; it must be a positive integer")
+        raise CheckpointError(
+            f"{path} has the rank {reprlib.repr(rank)}; it must be a positive integer"
+        )
     is_number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
     if not is_number or not math.isfinite(alpha):
-        raise CheckpointError(f"{path} has the lora_alpha {alpha!r}; it must be a number")
+        raise CheckpointError(
+            f"{path} has the lora_alpha {reprlib.repr(alpha)}; it must be a number"
+        )
     return rank, alpha / (math.sqrt(rank) if data.get("use_rslora") else rank)
 
 
 def _of_module(path: Path, data: Mapping[str, Any], key: str, module: str, default: Any) -> Any:
     """The first pattern that fits decides, as in PEFT."""
     patterns = data.get(key) or {}
-    if not isinstance(patterns, Mapping):
-        raise CheckpointError(f"{path} must have an object as {key}, found {patterns!r}")
+    if not isinstance(patterns, Mapping) or len(patterns) > _MOST_PATTERNS:
+        raise CheckpointError(
+            f"{path} must have an object of up to {_MOST_PATTERNS:,} patterns as {key}, found "
+            f"{reprlib.repr(patterns)}"
+        )
     for pattern, value in patterns.items():
-        if len(pattern) > _MOST_PATTERN or _SLOW_PATTERN.search(pattern):
+        compiled = _compiled(pattern)
+        if compiled is None:
             raise CheckpointError(
-                f"{path} has a pattern in {key} that is not read: {pattern[:80]!r}"
+                f"{path} has {pattern[:80]!r} in {key}, which is no regular expression that is "
+                "read here"
             )
-        try:
-            fits = re.match(rf"(.*\.)?({pattern})$", module)
-        except re.error as error:
-            raise CheckpointError(
-                f"{path} has {pattern[:80]!r} in {key}, which is no regular expression: {error}"
-            ) from None
-        if fits:
+        if compiled.match(module):
             return value
     return default
+
+
+@functools.lru_cache(2 * _MOST_PATTERNS)
+def _compiled(pattern: str) -> re.Pattern[str] | None:
+    """A pattern as PEFT matches it to a module's name; `None` if it is none, or may be slow."""
+    if len(pattern) > _MOST_PATTERN or _SLOW_PATTERN.search(pattern):
+        return None
+    try:
+        return re.compile(rf"(.*\.)?({pattern})$")
+    except (re.error, OverflowError):
+        return None

@@ -237,6 +237,7 @@ def test_an_adapter_alone_is_merged_into_what_it_names(everywhere, bases, tmp_pa
     checkpoint = open_checkpoint(tmp_path / "checkpoint-500")
     assert relative_difference(logits(checkpoint), expected) < NOISE
     assert checkpoint.provenance["name"] == "checkpoint-500"
+    assert checkpoint.provenance["file"] == "gemma3 with the adapter checkpoint-500"
     assert checkpoint.tokenizer_model == open_checkpoint(bases / "gemma3").tokenizer_model
 
 
@@ -351,9 +352,9 @@ def refusal(source, **options):
         ({"r": 0}, "the rank 0"),
         ({"r": "3"}, "the rank '3'"),
         ({"lora_alpha": float("nan")}, "the lora_alpha nan"),
-        ({"alpha_pattern": {"(a+)+q_proj": 1}}, "a pattern in alpha_pattern that is not read"),
+        ({"alpha_pattern": {"(a+)+q_proj": 1}}, "no regular expression that is read here"),
         ({"alpha_pattern": {"[": 1}}, "no regular expression"),
-        ({"rank_pattern": 5}, "must have an object as rank_pattern"),
+        ({"rank_pattern": 5}, "must have an object of up to 5,000 patterns as rank_pattern"),
     ],
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
 )
