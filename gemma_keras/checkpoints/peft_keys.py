@@ -61,8 +61,8 @@ def check_adapter_config(path: Path, data: Mapping[str, Any]) -> None:
     kind = data.get("peft_type")
     if kind != "LORA":
         raise CheckpointError(
-            f"{path} is of an adapter of peft_type {reprlib.repr(kind)}; LORA is what can be merged "
-            "here, so merge it with PEFT (merge_and_unload) and give the merged folder"
+            f"{path} is of an adapter of peft_type {reprlib.repr(kind)}; LORA is what can be "
+            "merged here, so merge it with PEFT (merge_and_unload) and give the merged folder"
         )
     for key, value in data.items():
         if value in _OFF or key in _INERT or key.startswith(("_", "unsloth_")):
