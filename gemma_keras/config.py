@@ -63,8 +63,15 @@ class LayerSpec:
             raise ConfigError(f"head_dim must be even to be rotated, found {self.head_dim}")
         if self.sliding_window is not None:
             require_positive_int("sliding_window", self.sliding_window)
-        for name in ("query_scale", "rope_theta", "rope_scale"):
-            require_positive(name, getattr(self, name))
+        require_positive("query_scale", self.query_scale)
+        for name in ("rope_theta", "rope_scale"):
+            value = getattr(self, name)
+            require_positive(name, value)
+            if not _LEAST_ROTARY < value < _MOST_ROTARY:
+                raise ConfigError(
+                    f"{name} is {value!r}; numbers from {_LEAST_ROTARY:g} to {_MOST_ROTARY:g} can "
+                    "be rotated by"
+                )
         if self.attention_soft_cap is not None:
             require_positive("attention_soft_cap", self.attention_soft_cap)
         for name in ("qk_norm", "post_norms", "bidirectional"):
@@ -294,6 +301,7 @@ def layer_kinds(num_layers: int, global_every: Any) -> list[str]:
 
 LARGEST_SIZE = 2**31 - 1  # an int32, what kernels count tokens, heads and features with
 _MOST_NUMBERS = 2**36  # of one matrix, 40 times the largest published
+_LEAST_ROTARY, _MOST_ROTARY = 1e-6, 1e12  # what a bundle may hold
 _MOST_LAYERS = 1000  # the largest Gemma has 62
 
 

@@ -93,12 +93,16 @@ def config_from_gguf(metadata: Mapping[str, Any], *, tied_head: bool) -> GemmaCo
     local_theta = _decimal(take("rope.freq_base_swa", 10_000.0 if kind == "gemma3" else theta))
     scale = _rope_scale(rest)
     attention_cap = take("attn_logit_softcapping", 50.0 if kind == "gemma2" else 0)
-    if attention_cap and kind != "gemma2":
-        raise ConfigError(
-            f"the GGUF metadata has {kind}.attn_logit_softcapping = {attention_cap!r}; of the "
-            "Gemmas only Gemma 2 caps its attention"
-        )
     final_cap = take("final_logit_softcapping", 30.0 if kind == "gemma2" else 0)
+    for key, cap, has_one in (
+        ("attn_logit_softcapping", attention_cap, kind == "gemma2"),
+        ("final_logit_softcapping", final_cap, kind != "gemma"),
+    ):
+        if cap and not has_one:
+            raise ConfigError(
+                f"the GGUF metadata has {kind}.{key} = {cap!r}, and llama.cpp caps nothing of the "
+                f"kind in a {kind}"
+            )
     vocabulary = metadata.get("tokenizer.ggml.tokens")
     if vocabulary is None:
         raise ConfigError("the GGUF metadata lacks tokenizer.ggml.tokens")

@@ -435,6 +435,8 @@ def test_what_stands_around_the_text_part_may_not_contradict_it():
         {"final_logit_softcapping": -30.0},
         {"attn_logit_softcapping": float("inf")},
         {"rope_theta": "10000"},
+        {"rope_theta": 1e-20},
+        {"rope_scaling": {"rope_type": "linear", "factor": 1e20}},
         {"rope_scaling": 8.0},
         {"rope_scaling": {"rope_type": "linear"}},
         {"rope_scaling": {"rope_type": "yarn", "factor": 8.0}},

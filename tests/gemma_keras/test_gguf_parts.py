@@ -6,12 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 
 from gemma_keras import open_checkpoint
 from gemma_keras.errors import CheckpointError, ModelError
 from tests import gguf_files
+from tests.gemma_keras.llama_cpp import llama, needs_llama_cpp
+from tests.models import random_ids, relative_difference, tiny_hf, tiny_tokenizer_model
 
 META = gguf_files.metadata("gemma3", 2)
 ARRAYS = gguf_files.tensors(META)
@@ -109,6 +112,70 @@ def test_an_unknown_tensor_is_still_refused(tmp_path):
     path = gguf_files.write_gguf(tmp_path / "m.gguf", META, ARRAYS | extra)
     with pytest.raises(ModelError, match=r"no place for: blk\.0\.ffn_gate_exps"):
         open_checkpoint(path)
+
+
+def with_keys(source, target, changes):
+    """A GGUF file again, with other keys of the architecture: `None` takes one away."""
+    reader = gguf.GGUFReader(source)
+    keys = {
+        name: (field.types[0], field.contents())
+        for name, field in reader.fields.items()
+        if not name.startswith("GGUF.")
+    }
+    kind = keys.pop("general.architecture")[1]
+    types = {str: "STRING", float: "FLOAT32", int: "UINT32", list: "ARRAY"}
+    for name, value in changes.items():
+        keys.pop(f"{kind}.{name}", None)
+        if value is not None:
+            keys[f"{kind}.{name}"] = (gguf.GGUFValueType[types[type(value)]], value)
+    writer = gguf.GGUFWriter(target, kind)
+    for name, (value_type, value) in keys.items():
+        if value_type == gguf.GGUFValueType.ARRAY:
+            writer.add_array(name, value)
+        else:
+            writer.add_key_value(name, value, value_type)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, np.array(tensor.data))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+@pytest.mark.keras
+@pytest.mark.peer
+@needs_llama_cpp
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attention.sliding_window": 0, "rope.scaling.type": "linear", "rope.scaling.factor": 4.0},
+        {"attention.sliding_window": None},
+        {"rope.scaling.type": None, "rope.scaling.factor": None, "rope.scale_linear": 4.0},
+        {"rope.scaling.type": None, "rope.scaling.factor": 4.0},
+        {"attention.sliding_window_pattern": [True, False, True, True, False, True, True, False]},
+        {"attention.sliding_window_pattern": 3},
+    ],
+    ids=str,
+)
+def test_keys_that_nobody_publishes_mean_what_llama_cpp_makes_of_them(changes, tmp_path):
+    from gemma_keras import GemmaCausalLM
+    from gemma_keras.checkpoints.gguf_writer import write_gguf
+
+    model = tiny_hf("gemma3")
+    model.config.query_pre_attn_scalar = model.config.head_dim  # which GGUF cannot say
+    model.save_pretrained(tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.model").write_bytes(tiny_tokenizer_model())
+    write_gguf(open_checkpoint(tmp_path / "hf"), tmp_path / "plain.gguf", tensor_type="f32")
+    path = with_keys(tmp_path / "plain.gguf", tmp_path / "changed.gguf", changes)
+    ids = random_ids()[0].tolist()
+    plain, found = (
+        GemmaCausalLM.from_preset(source).logits([ids])[0]
+        for source in (tmp_path / "plain.gguf", path)
+    )
+    theirs = np.array(llama(path, ids)["logits"])
+    assert relative_difference(found, theirs) < 0.01  # llama.cpp rounds activations to float16
+    assert relative_difference(plain, theirs) > 0.03
 
 
 @pytest.mark.keras
