@@ -6,12 +6,14 @@ Nothing heavy is imported before the arguments are known to be good, so `--help`
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +126,7 @@ def _export(arguments: argparse.Namespace) -> int:
         plan = None if arguments.plan is None else _read_plan(arguments.plan)
         from export.progress import ShowProgress
 
-        with ShowProgress() as show:
+        with ShowProgress() as show, _warnings_as_notes():
             show.stage("opening")
             from export.pipeline import export_onnx
 
@@ -157,6 +159,25 @@ def _export(arguments: argparse.Namespace) -> int:
         return 1
     _print_result(result, arguments.json)
     return 0
+
+
+@contextlib.contextmanager
+def _warnings_as_notes() -> Iterator[None]:
+    """Print what is to be known of a checkpoint as a sentence, without a place in the code."""
+    from gemma_keras.errors import CheckpointWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", CheckpointWarning)
+        others = warnings.showwarning
+
+        def show(message, category, *place: Any, **more: Any) -> None:
+            if issubclass(category, CheckpointWarning):
+                print(f"export-onnx: note: {message}", file=sys.stderr)
+            else:
+                others(message, category, *place, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 def _read_plan(path: str) -> Any:

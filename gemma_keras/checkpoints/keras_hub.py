@@ -39,6 +39,7 @@ from gemma_keras.checkpoints.keras_hub_config import (
 )
 from gemma_keras.checkpoints.names import parameter_count, weight_specs
 from gemma_keras.checkpoints.source import Checkpoint
+from gemma_keras.checkpoints.special_pieces import with_control_pieces
 from gemma_keras.config import GemmaConfig, LayerSpec
 from gemma_keras.errors import CheckpointError, ConfigError
 
@@ -80,10 +81,11 @@ def read_keras_hub(
             f"configuration has {parameter_count(config):,}, so it holds something unknown here"
         )
     tokenizer = getattr(getattr(model, "preprocessor", None), "tokenizer", None)
+    proto = getattr(tokenizer, "proto", None)
     return Checkpoint(
         config=config,
         weights=_KerasHubWeights(backbone, config),
-        tokenizer_model=getattr(tokenizer, "proto", None),
+        tokenizer_model=None if proto is None else with_control_pieces(proto),
         instruction_tuned=instruction_tuned,
         provenance={"format": "keras_hub", "name": model.name, "license": "gemma"},
     )

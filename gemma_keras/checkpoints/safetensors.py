@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,13 @@ import ml_dtypes  # noqa: F401 - with it numpy knows bfloat16
 import numpy as np
 import safetensors
 
+from gemma_keras.checkpoints.chat_templates import read_folder_template, turns_of
+from gemma_keras.checkpoints.hf_folder_tokenizer import read_folder_tokenizer
+from gemma_keras.checkpoints.json_files import read_json
 from gemma_keras.checkpoints.source import Checkpoint, WeightSource
 from gemma_keras.config import GemmaConfig
 from gemma_keras.errors import CheckpointError
 
-_MAX_JSON = 64 << 20
 _INDEX = "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # what torch.save writes is called
@@ -48,6 +49,9 @@ def read_safetensors_folder(folder: Path) -> Checkpoint:
         return name.startswith(vision) or (config.tied_head and name == "lm_head.weight")
 
     _check_types(stored[own_name] for name, own_name in names.items() if not ignore(name))
+    tokenizer = read_folder_tokenizer(folder, raw_config, config.vocabulary_size)
+    template = read_folder_template(folder, tokenizer.config)
+    turns, tuned = turns_of(template, tokenizer.model)
     return Checkpoint(
         config=config,
         weights=WeightSource(
@@ -58,14 +62,17 @@ def read_safetensors_folder(folder: Path) -> Checkpoint:
             ignore,
             read_rows=read_rows,
         ),
-        tokenizer_model=_tokenizer(folder),
-        instruction_tuned=_has_turn_template(folder),
+        tokenizer_model=tokenizer.model,
+        instruction_tuned=tuned,
         provenance={
             "format": "safetensors",
             "file": folder.name,
             "name": folder.name,
             "license": "gemma",
         },
+        stop=tokenizer.stop,
+        turns=turns,
+        chat_template=template,
     )
 
 
@@ -191,44 +198,3 @@ def _told_of_pickles(folder: Path) -> str:
         f", and {pickles[0]} is a pickle, which is not read because it can run code of its own; "
         "have its author write it as safetensors"
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        CheckpointError: the file is missing or larger than one can be, or holds something else.
-    """
-    data = read_json_value(path)
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} must hold a JSON object")
-    return data
-
-
-def read_json_value(path: Path) -> Any:
-    """As `read_json`, whatever the value is."""
-    try:
-        if path.stat().st_size > _MAX_JSON:
-            raise CheckpointError(f"{path} is larger than a JSON file of a checkpoint can be")
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _tokenizer(folder: Path) -> bytes | None:
-    path = folder / "tokenizer.model"
-    return path.read_bytes() if path.exists() else None
-
-
-def _has_turn_template(folder: Path) -> bool:
-    for name in ("chat_template.jinja", "tokenizer_config.json"):
-        path = folder / name
-        if path.exists() and path.stat().st_size <= _MAX_JSON:
-            text = path.read_text(encoding="utf-8", errors="replace")
-            if "<start_of_turn>" in text and (name.endswith("jinja") or '"chat_template"' in text):
-                return True
-    return False
