@@ -150,6 +150,8 @@ def _check(token: AddedToken, rows: int) -> None:
         token.content.encode()
     except UnicodeEncodeError:
         raise CheckpointError(f"{token} is no text: half of a surrogate pair is in it") from None
+    if "\0" in token.content:
+        raise CheckpointError(f"{token} has a zero in it, where SentencePiece ends a text")
     if token.id >= rows:
         raise CheckpointError(
             f"{token} has no row in the model's table, which has {rows:,}; resize the model's "

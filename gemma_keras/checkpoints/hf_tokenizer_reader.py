@@ -187,35 +187,37 @@ def _merges(model: Mapping[str, Any], file: str) -> list[tuple[str, str]]:
 def _by_score(kinds: Mapping[str, int], merges: Sequence[tuple[str, str]], file: str) -> list[str]:
     """The pieces that are joined, the first to be joined first."""
     normal = {piece for piece, kind in kinds.items() if kind == _NORMAL}
-    order: dict[str, int] = {}
-    listed: set[tuple[str, str]] = set()
+    cuts: dict[str, list[int]] = {}  # where the list cuts each piece in two
     last = None
     for left, right in merges:
         union = left + right
-        if not (left in normal and right in normal and union in normal):
+        if not (union in normal and left in normal and right in normal):
             if not (left in kinds and right in kinds and union in kinds):
                 raise CheckpointError(
                     f"{file} joins {reprlib.repr(left)} and {reprlib.repr(right)}, which are not "
                     "pieces, or not to a piece"
                 )
             continue
-        if union in order and union != last:
+        if union == last:
+            cuts[union].append(len(left))
+        elif union in cuts:
             raise CheckpointError(
                 f"{file} joins to {reprlib.repr(union)} in two places of its list, between which "
                 "it joins others; SentencePiece has one score for a piece"
             )
-        order.setdefault(union, len(order))
-        listed.add((left, right))
-        last = union
+        else:
+            cuts[union] = [len(left)]
+            last = union
     for piece in normal:
+        listed = cuts.get(piece, ())
         for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in normal and right in normal and (left, right) not in listed:
+            if cut not in listed and piece[:cut] in normal and piece[cut:] in normal:
                 raise CheckpointError(
-                    f"{file} does not join {reprlib.repr(left)} and {reprlib.repr(right)} to the "
-                    f"piece {reprlib.repr(piece)}, as SentencePiece would"
+                    f"{file} does not join {reprlib.repr(piece[:cut])} and "
+                    f"{reprlib.repr(piece[cut:])} to the piece {reprlib.repr(piece)}, as "
+                    "SentencePiece would"
                 )
-    return list(order)
+    return list(cuts)
 
 
 def _build(vocabulary: Mapping[str, int], kinds: Mapping[str, int], by_score: Sequence[str]) -> Any:

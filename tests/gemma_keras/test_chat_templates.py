@@ -47,7 +47,9 @@ OTHERS = [
     GEMMA_JINJA + "One more thing.",
     CHATML_JINJA.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}"),
     CHATML_JINJA.replace("{{ m['content'] }}", "{{ m['content'] | upper }}"),
-    CHATML_JINJA.replace("{{ m['role'] }}", "{{ m['role'] if m.role != 'system' else 'rules of' }}"),
+    CHATML_JINJA.replace(
+        "{{ m['role'] }}", "{{ m['role'] if m.role != 'system' else 'rules of' }}"
+    ),
     "<start_of_turn>",
     "{{ ''.__class__.__mro__[1].__subclasses__() }}" + GEMMA_JINJA,
     "{{ messages.clear() }}" + GEMMA_JINJA,
