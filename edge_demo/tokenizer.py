@@ -171,8 +171,10 @@ class Tokenizer:
         return "".join(stream.push(i) for i in ids) + stream.flush()
 
     def piece(self, token: int) -> str | bytes:
-        """One token: its text, its byte for a byte piece, or `""` for a control token."""
-        if token >= self._model.vocab_size() or self._model.is_control(token):
+        """One token: its text, its byte for a byte piece, or `""` for a control token and for what
+        no piece stands for."""
+        model = self._model
+        if token >= model.vocab_size() or model.is_control(token) or model.is_unused(token):
             return ""
         if self._model.is_byte(token):
             return bytes([int(self._model.id_to_piece(token)[1:-1], 16)])

@@ -40,7 +40,7 @@ class GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
     backbone_cls = GemmaBackbone
 
     def __init__(self, proto=None, special_tokens_in_strings: bool = False, **kwargs) -> None:
-        self.special_tokens_in_strings = bool(special_tokens_in_strings)
+        self._in_strings = bool(special_tokens_in_strings)
         self._marks: tuple[str, ...] = ()
         self._told = False
         self._in_text = None
@@ -52,22 +52,44 @@ class GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
     def set_proto(self, proto) -> None:
         """Take another SentencePiece model; its special pieces become control pieces."""
         super().set_proto(proto)
-        self._in_text = None
         if self.proto is None:
             return
         if (model := with_control_pieces(self.proto)) is not self.proto:
             super().set_proto(model)
         unknown = self.token_to_id("<unk>")
+        self._make_finder()
         self._marks = tuple(p for p in sorted(SPECIAL_PIECES) if self.token_to_id(p) != unknown)
+
+    @property
+    def special_tokens_in_strings(self) -> bool:
+        """Whether the control tokens in a text are those tokens."""
+        return self._in_strings
+
+    @special_tokens_in_strings.setter
+    def special_tokens_in_strings(self, value: bool) -> None:
+        self._in_strings = bool(value)
+        self._make_finder()
+
+    def _make_finder(self) -> None:
+        """The tokenizer that finds them; it cannot be made inside a `tf.data` pipeline."""
+        self._in_text = None
+        if self._in_strings and self.proto is not None:
+            finder = keras_hub.tokenizers.SentencePieceTokenizer(
+                proto=with_pieces_in_text(self.proto),
+                sequence_length=self.sequence_length,
+                add_bos=self.add_bos,
+                add_eos=self.add_eos,
+                dtype=self.compute_dtype,
+            )
+            self._in_text = types.SimpleNamespace(tokenizer=finder)  # no layer of this one
 
     def get_config(self):
         return super().get_config() | {"special_tokens_in_strings": self.special_tokens_in_strings}
 
     def tokenize(self, inputs):
         """The ids of a text or of a batch of texts."""
-        if self.special_tokens_in_strings:
-            self._check_vocabulary()
-            return self._finding_tokenizer().tokenize(inputs)
+        if self._in_text is not None:
+            return self._in_text.tokenizer.tokenize(inputs)
         if not self._told:
             self._look_for_marks(inputs)
         return super().tokenize(inputs)
@@ -78,18 +100,6 @@ class GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
             return encode(with_pieces_in_text(self.proto), text)
         self._tell_of_marks([text])
         return encode(self.proto, text)
-
-    def _finding_tokenizer(self):
-        if self._in_text is None:
-            tokenizer = keras_hub.tokenizers.SentencePieceTokenizer(
-                proto=with_pieces_in_text(self.proto),
-                sequence_length=self.sequence_length,
-                add_bos=self.add_bos,
-                add_eos=self.add_eos,
-                dtype=self.dtype_policy,
-            )
-            self._in_text = types.SimpleNamespace(tokenizer=tokenizer)  # no layer of this one
-        return self._in_text.tokenizer
 
     def _look_for_marks(self, inputs) -> None:
         """Tell of a control token in texts, also in those of a `tf.data` pipeline."""

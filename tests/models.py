@@ -127,13 +127,16 @@ def relative_difference(found, expected):
     return np.abs(found - expected).max() / expected.std()
 
 
-# Chat templates as tuned models bring them; the first refuses a system text, as Gemma 1's does.
+# Chat templates as tuned models bring them.
 GEMMA_JINJA = (
     "{{ bos_token }}"
-    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-    "{% for m in messages %}"
+    "{% if messages[0]['role'] == 'system' %}"
+    "{% set before = messages[0]['content'].strip() + '\n\n' %}{% set turns = messages[1:] %}"
+    "{% else %}{% set before = '' %}{% set turns = messages %}{% endif %}"
+    "{% for m in turns %}"
     "{% set who = 'model' if m['role'] == 'assistant' else m['role'] %}"
-    "{{ '<start_of_turn>' + who + '\n' + m['content'].strip() + '<end_of_turn>\n' }}"
+    "{{ '<start_of_turn>' + who + '\n' + (before if loop.first else '') }}"
+    "{{ m['content'].strip() + '<end_of_turn>\n' }}"
     "{% endfor %}"
     "{%- if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
 )

@@ -126,7 +126,8 @@ def _turns_in(texts: Sequence[str | None], start: str, end: str) -> TurnTemplate
     s, e = re.escape(start), re.escape(end)
     match = re.fullmatch(
         rf"(?P<bos>{_BOS})?(?:{s}{_ROLE}\n(?P<default>.*?){e}\n)?"
-        rf"{s}(?P<user>{_ROLE})\n(?:(?P<head>.*?)\n\n)?alpha one{e}\n{s}(?P<model>{_ROLE})\nbeta two{e}\n"
+        rf"{s}(?P<user>{_ROLE})\n(?:(?P<head>.*?)\n\n)?alpha one{e}\n"
+        rf"{s}(?P<model>{_ROLE})\nbeta two{e}\n"
         rf"{s}(?P=user)\ngamma three{e}\n?(?P<prompt>{s}(?P=model)\n)?",
         talk or "",
         re.DOTALL,

@@ -116,7 +116,7 @@ def write_keras_hub(checkpoint: Checkpoint, dtype: Any = None) -> Any:
     models = keras_hub.models
     backbone_class = models.Gemma3Backbone if gemma3 else models.GemmaBackbone
     arguments = config_to_keras_hub(config)  # before anything is allocated
-    preprocessor = _preprocessor(checkpoint.tokenizer_model, gemma3)
+    preprocessor = _preprocessor(checkpoint, gemma3)
     backbone = backbone_class(**arguments, dtype=dtype)
     for block in backbone.transformer_layers:
         block.attention.query_head_dim_normalize = arguments["query_head_dim_normalize"]
@@ -297,9 +297,21 @@ def _epsilons(backbone: Any, layers: tuple[LayerSpec, ...]) -> Iterator[tuple[st
                 yield f"{block.name}.{path}", float(operator.attrgetter(path)(block).epsilon)
 
 
-def _preprocessor(tokenizer_model: bytes | None, gemma3: bool) -> Any:
-    if tokenizer_model is None:
+def _preprocessor(checkpoint: Checkpoint, gemma3: bool) -> Any:
+    """KerasHub's preprocessor; its `generate` stops at two ids, the second of which it does not
+    save."""
+    if checkpoint.tokenizer_model is None:
         return None
+    preprocessor = _make_preprocessor(checkpoint.tokenizer_model, gemma3)
+    end = preprocessor.tokenizer.end_token_id
+    # The end of a turn, if it is tuned to turns, is the last.
+    more = [index for index in checkpoint.stop_ids() if index != end]
+    if more:
+        preprocessor.tokenizer.end_token2_id = more[-1]
+    return preprocessor
+
+
+def _make_preprocessor(tokenizer_model: bytes, gemma3: bool) -> Any:
     import keras_hub
 
     models = keras_hub.models

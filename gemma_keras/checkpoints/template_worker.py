@@ -34,7 +34,7 @@ def _environment():
     class Generation(Extension):
         """`{% generation %}`, by which transformers marks what the model says: its text alone."""
 
-        tags = frozenset({"generation"})
+        tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
 
         def parse(self, parser):
             line = next(parser.stream).lineno

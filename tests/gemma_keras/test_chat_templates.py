@@ -29,8 +29,14 @@ ASSISTANT = (
 GENERATION = CHATML_JINJA.replace(
     "{{ m['content'] }}", "{% generation %}{{ m['content'] | trim }}{% endgeneration %}"
 )
+# As Gemma 1's does.
+REFUSES_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    + GEMMA_JINJA
+)
 TEMPLATES = {
     GEMMA_JINJA: GEMMA_TURNS,
+    REFUSES_SYSTEM: GEMMA_TURNS,
     CHATML_JINJA: CHATML_TURNS,
     DEFAULT: dataclasses.replace(CHATML_TURNS, default_system="Be kind."),
     GENERATION: dataclasses.replace(CHATML_TURNS, strip=True),
@@ -101,7 +107,7 @@ SYSTEM = {"role": "system", "content": " Be brief. "}
 @pytest.mark.parametrize("system", [[], [SYSTEM]], ids=["", "system"])
 def test_the_ids_are_those_of_transformers_with_the_models_template(template, system, tmp_path):
     turns = TEMPLATES[template]
-    if template == GEMMA_JINJA and system:
+    if template == REFUSES_SYSTEM and system:
         return  # it refuses one; here its text goes to the head of the first turn
     model = chat_tokenizer_model(turns.start_of_turn, turns.end_of_turn)
     (tmp_path / "tokenizer.model").write_bytes(model)
