@@ -6,14 +6,12 @@ Nothing heavy is imported before the arguments are known to be good, so `--help`
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
 import signal
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +53,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        help="a .gguf file, a folder with config.json and safetensors, or 'sample'",
+        help="a .gguf file, a folder with config.json and safetensors, the folder of a LoRA "
+        "adapter, or 'sample'",
     )
     parser.add_argument("out", metavar="OUT", help="the folder to write")
+    parser.add_argument(
+        "--base",
+        metavar="SOURCE",
+        help="the model that an adapter is for (default: what its folder holds or names)",
+    )
+    parser.add_argument(
+        "--instruction-tuned",
+        action=argparse.BooleanOptionalAction,
+        help="whether it follows Gemma's turn template (default: what its chat template says)",
+    )
     parser.add_argument(
         "--recipe",
         default="int8",
@@ -126,7 +135,7 @@ def _export(arguments: argparse.Namespace) -> int:
         plan = None if arguments.plan is None else _read_plan(arguments.plan)
         from export.progress import ShowProgress
 
-        with ShowProgress() as show, _warnings_as_notes():
+        with ShowProgress() as show:
             show.stage("opening")
             from export.pipeline import export_onnx
 
@@ -134,6 +143,8 @@ def _export(arguments: argparse.Namespace) -> int:
                 arguments.source,
                 arguments.out,
                 arguments.recipe,
+                base=arguments.base,
+                instruction_tuned=arguments.instruction_tuned,
                 kl_budget=arguments.kl_budget,
                 calibration=arguments.calibration,
                 plan=plan,
@@ -157,27 +168,10 @@ def _export(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 1
+    for remark in result.remarks:
+        print(f"export-onnx: note: {remark}", file=sys.stderr)
     _print_result(result, arguments.json)
     return 0
-
-
-@contextlib.contextmanager
-def _warnings_as_notes() -> Iterator[None]:
-    """Print what is to be known of a checkpoint as a sentence, without a place in the code."""
-    from gemma_keras.errors import CheckpointWarning
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("always", CheckpointWarning)
-        others = warnings.showwarning
-
-        def show(message, category, *place: Any, **more: Any) -> None:
-            if issubclass(category, CheckpointWarning):
-                print(f"export-onnx: note: {message}", file=sys.stderr)
-            else:
-                others(message, category, *place, **more)
-
-        warnings.showwarning = show
-        yield
 
 
 def _read_plan(path: str) -> Any:

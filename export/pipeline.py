@@ -39,6 +39,7 @@ class ExportResult:
         num_bytes: of all its files.
         quality: how near it is to the model, or `None` if that was not asked.
         rounding: how its weights were rounded, for people and programs.
+        remarks: what reading the source has passed over or changed, a sentence each.
     """
 
     path: Path
@@ -46,6 +47,7 @@ class ExportResult:
     num_bytes: int
     quality: Quality | None
     rounding: Mapping[str, Any]
+    remarks: tuple[str, ...] = ()
 
 
 def export_onnx(
@@ -53,6 +55,8 @@ def export_onnx(
     out: str | os.PathLike[str],
     recipe: str = "int8",
     *,
+    base: str | os.PathLike[str] | None = None,
+    instruction_tuned: bool | None = None,
     kl_budget: float | None = None,
     calibration: str | os.PathLike[str] | None = None,
     plan: Mapping[str, Mapping[str, Any]] | None = None,
@@ -71,6 +75,9 @@ def export_onnx(
             Gemma.
         out: the folder to write; it gets this name only when it is complete.
         recipe: `int4`, `int8`, `fp16` or `fp32`.
+        base: the model that a LoRA adapter is for, where its folder does not say it.
+        instruction_tuned: whether the model follows Gemma's turn template; by default what its chat
+            template says.
         kl_budget: for `int4`, the mean KL divergence from the float model, in nats, that the
             bundle may lose on text it was not calibrated on: matrices get 8 bits until it does
             not; the recipe's own by default.
@@ -98,7 +105,9 @@ def export_onnx(
     out = Path(os.path.realpath(out))  # a link to a bundle stays, what it points at is replaced
     with _told_in_a_sentence(out):
         writer.check_out(out, overwrite=overwrite)
-    checkpoint = _open(source)
+    checkpoint = _open(source, base)
+    if instruction_tuned is not None:
+        checkpoint = dataclasses.replace(checkpoint, instruction_tuned=instruction_tuned)
     config = checkpoint.config
     config.require_causal("an ONNX bundle")
     lowering_named(lowering)
@@ -156,7 +165,7 @@ def export_onnx(
         shutil.rmtree(workspace, ignore_errors=True)
         raise
     shutil.rmtree(workspace, ignore_errors=True)
-    return ExportResult(out, recipe, num_bytes, quality, rounding)
+    return ExportResult(out, recipe, num_bytes, quality, rounding, checkpoint.remarks)
 
 
 def _round(
@@ -189,11 +198,13 @@ def _round(
     return dict(rounding.told)
 
 
-def _open(source) -> Checkpoint:
+def _open(source, base: str | os.PathLike[str] | None) -> Checkpoint:
     if isinstance(source, (str, os.PathLike)):
-        if opens_with_keras(source):
+        if opens_with_keras(source) or (base is not None and opens_with_keras(base)):
             start_keras()
-        return open_checkpoint(source)
+        return open_checkpoint(source, base=base)
+    if base is not None:
+        raise ExportRequestError("a base goes with an adapter's folder or file, not with a model")
     if hasattr(source, "as_checkpoint"):
         return source.as_checkpoint()
     from gemma_keras.checkpoints.keras_hub import read_keras_hub

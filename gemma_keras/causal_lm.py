@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -111,6 +112,9 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         load_weights=True,
         dtype=None,
         sequence_length=1024,
+        *,
+        base=None,
+        instruction_tuned=None,
         special_tokens_in_strings=None,
         **kwargs,
     ):
@@ -122,6 +126,9 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
             load_weights: if false, weights are random.
             dtype: Keras dtype policy.
             sequence_length: that `fit` and `generate` pad to, in tokens.
+            base: the model that an adapter is for, where its folder does not say it.
+            instruction_tuned: whether it follows a turn template; by default what its chat
+                template says.
             special_tokens_in_strings: whether control tokens in a text are those tokens, for text
                 in the model's template; see `GemmaTokenizer`. By default not, or as it was saved.
             **kwargs: `gradient_checkpointing=True` for `fit` in less memory, and those of the
@@ -131,16 +138,21 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
             CheckpointError: it is missing, damaged or of another shape than it declares.
             ConfigError: it is not a Gemma.
         """
-        if is_own_preset(preset):
+        if is_own_preset(preset) and base is None:
             if dtype is not None:
                 kwargs["dtype"] = dtype
             model = super().from_preset(str(preset), load_weights=load_weights, **kwargs)
+            if instruction_tuned is not None:
+                model.instruction_tuned = instruction_tuned
             if special_tokens_in_strings is not None and model.preprocessor is not None:
                 tokenizer = model.preprocessor.tokenizer
                 tokenizer.special_tokens_in_strings = bool(special_tokens_in_strings)
             return model
+        checkpoint = open_checkpoint(preset, base=base, instruction_tuned=instruction_tuned)
+        for remark in checkpoint.remarks:
+            warnings.warn(remark, stacklevel=2)
         return cls.from_checkpoint(
-            open_checkpoint(preset),
+            checkpoint,
             load_weights,
             dtype,
             sequence_length,

@@ -10,6 +10,7 @@ files published with the checkpoints, and llama.cpp's conventions for GGUF metad
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -105,6 +106,21 @@ class GemmaConfig:
         if self.final_soft_cap is not None:
             require_positive("final_soft_cap", self.final_soft_cap)
         require_bool("tied_head", self.tied_head)
+        self._require_holdable()
+
+    def _require_holdable(self) -> None:
+        """Refuse sizes whose product no graph and no memory can hold, before anything is made."""
+        require_layer_count("the number of layers", len(self.layers))
+        widths = {"vocabulary_size": self.vocabulary_size}
+        for layer in self.layers:
+            widths["num_heads * head_dim"] = layer.num_heads * layer.head_dim
+            widths["ffw_dim"] = layer.ffw_dim
+            for name, width in widths.items():
+                if width > LARGEST_SIZE or width * self.hidden_dim > _MOST_NUMBERS:
+                    raise ConfigError(
+                        f"{name} ({width:,}) with hidden_dim ({self.hidden_dim:,}) asks for a "
+                        f"matrix that no graph can hold; the largest has {_MOST_NUMBERS:,} numbers"
+                    )
 
     def require_causal(self, purpose: str) -> None:
         """Refuse a bidirectional model where only a causal one has a meaning.
@@ -276,20 +292,48 @@ def layer_kinds(num_layers: int, global_every: Any) -> list[str]:
 
 # --- checks of single values ---------------------------------------------------------------------
 
+LARGEST_SIZE = 2**31 - 1  # an int32, what kernels count tokens, heads and features with
+_MOST_NUMBERS = 2**36  # of one matrix, 40 times the largest published
+_MOST_LAYERS = 1000  # the largest Gemma has 62
+
 
 def require_positive_int(name: str, value: Any) -> None:
     """Raise `ConfigError` unless it is one."""
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise ConfigError(f"{name} must be a positive integer, found {value!r}")
+        raise ConfigError(f"{name} must be a positive integer, found {reprlib.repr(value)}")
+    if value > LARGEST_SIZE:
+        raise ConfigError(
+            f"{name} is {reprlib.repr(value)}; no graph can hold more than {LARGEST_SIZE:,}"
+        )
+
+
+def require_layer_count(name: str, value: Any) -> None:
+    """Raise `ConfigError` unless it can be a number of layers; call it before listing them."""
+    require_positive_int(name, value)
+    if value > _MOST_LAYERS:
+        raise ConfigError(f"{name} is {value}; no Gemma has over {_MOST_LAYERS}")
 
 
 def require_positive(name: str, value: Any) -> None:
     """Raise `ConfigError` unless it is a number above 0, and not beyond reason."""
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e30:
-        raise ConfigError(f"{name} must be a positive number, found {value!r}")
+        raise ConfigError(f"{name} must be a positive number, found {reprlib.repr(value)}")
 
 
 def require_bool(name: str, value: Any) -> None:
     """Raise `ConfigError` unless it is true or false."""
     if not isinstance(value, bool):
-        raise ConfigError(f"{name} must be true or false, found {value!r}")
+        raise ConfigError(f"{name} must be true or false, found {reprlib.repr(value)}")
+
+
+def not_a_gemma(found: str) -> str:
+    """The sentence for another architecture.
+
+    Args:
+        found: what says so, and what it says.
+    """
+    return (
+        f"{found}, another architecture; this project reads Gemma 1, 2 and 3 and what is built as "
+        "they are, such as CodeGemma, ShieldGemma and EmbeddingGemma (gemma, gemma2, gemma3_text, "
+        "gemma3)"
+    )

@@ -9,9 +9,5 @@ class ConfigError(ModelError):
     """The configuration describes something that is not a Gemma, or not consistently."""
 
 
-class CheckpointWarning(UserWarning):
-    """Something of a checkpoint is not followed, and an argument decides otherwise."""
-
-
 class CheckpointError(ModelError):
     """A checkpoint file is missing, cut short, corrupt or of another format."""

@@ -12,14 +12,12 @@ import json
 import re
 import subprocess
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from gemma_keras.chat import GEMMA_TURNS, TURN_TEMPLATES, TurnTemplate
 from gemma_keras.checkpoints.json_files import read_json
-from gemma_keras.errors import CheckpointWarning
 from gemma_keras.text_pieces import processor
 
 _MOST_BYTES = 256 << 10
@@ -66,11 +64,13 @@ def _template_in(entry: Any) -> str | None:
     return entry if isinstance(entry, str) and entry else None
 
 
-def turns_of(template: str | None, tokenizer_model: bytes | None) -> tuple[TurnTemplate, bool]:
-    """The turns that a model was tuned to follow, and whether its template says so.
+def turns_of(
+    template: str | None, tokenizer_model: bytes | None
+) -> tuple[TurnTemplate, bool, tuple[str, ...]]:
+    """The turns that a model was tuned to follow, whether its template says so, and remarks.
 
     Where there is no template, or none that is known, they are those that the tokenizer has tokens
-    for, and a warning tells of the template.
+    for, and a remark tells of the template.
 
     Args:
         template: the Jinja text.
@@ -78,20 +78,18 @@ def turns_of(template: str | None, tokenizer_model: bytes | None) -> tuple[TurnT
     """
     likely = next((t for t in TURN_TEMPLATES if _has_tokens(t, tokenizer_model)), GEMMA_TURNS)
     if template is None:
-        return likely, False
+        return likely, False, ()
     found = recognized(template)
     if isinstance(found, TurnTemplate):
         if tokenizer_model is None or _has_tokens(found, tokenizer_model):
-            return found, True
+            return found, True, ()
         found = f"the tokenizer has no tokens {found.start_of_turn} and {found.end_of_turn}"
-    warnings.warn(
-        f"the model's chat template cannot be followed: {found}. So it is taken for a model that "
-        "was not tuned to follow turns; instruction_tuned=True decides otherwise, and then its "
-        f"turns are {likely.start_of_turn} … {likely.end_of_turn}",
-        CheckpointWarning,
-        stacklevel=2,
+    remark = (
+        f"the model's chat template cannot be followed: {found}. So it counts as a model that was "
+        "not tuned to follow turns; instruction_tuned=True (export-onnx: --instruction-tuned) "
+        f"decides otherwise, and then its turns are {likely.start_of_turn} … {likely.end_of_turn}"
     )
-    return likely, False
+    return likely, False, (remark,)
 
 
 def _has_tokens(turns: TurnTemplate, tokenizer_model: bytes | None) -> bool:

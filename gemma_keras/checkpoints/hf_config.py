@@ -5,14 +5,18 @@ Published files leave out what equals the defaults of transformers' configuratio
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
+from gemma_keras.checkpoints.hf_keys import refuse_unknown, telling_keys
 from gemma_keras.config import (
     GemmaConfig,
     LayerSpec,
     layer_kinds,
+    not_a_gemma,
     require_bool,
+    require_layer_count,
     require_positive,
     require_positive_int,
 )
@@ -61,48 +65,23 @@ _HF_DEFAULTS: dict[str, dict[str, Any]] = {
 _GLOBAL_EVERY = {"gemma2": 2, "gemma3_text": 6}
 _GEMMA3_THETA = {"full_attention": 1_000_000.0, "sliding_attention": 10_000.0}
 
-# Keys that say nothing about the forward pass.
-_HF_INERT = frozenset(
-    """
-    architectures attention_dropout bos_token_id cache_implementation chunk_size_feed_forward dtype
-    eos_token_id id2label initializer_range is_encoder_decoder label2id model_type name_or_path
-    output_attentions output_hidden_states pad_token_id problem_type return_dict torch_dtype
-    transformers.js_config transformers_version unk_token_id use_cache
-    """.split()  # noqa: SIM905 - as a list it would fill the screen
-)
-# Keys whose only value we can honour is the one Gemma has.
-_HF_FIXED: dict[str, tuple[Any, ...]] = {
-    "attention_bias": (False, None),
-    "add_cross_attention": (False, None),
-    "is_decoder": (False, True, None),
-}
-# The largest Gemma has 62; a file that asks for a billion must not fill the memory.
-_MAX_LAYERS = 1000
 _TANH_GELU = ("gelu_pytorch_tanh",)
 
 
 def config_from_hf(data: Mapping[str, Any]) -> GemmaConfig:
     """As `GemmaConfig.from_hf`."""
+    if data.get("model_type") == "gemma3":
+        data = _text_part(data)
     kind = data.get("model_type")
-    if kind == "gemma3":
-        text = data.get("text_config")
-        if not isinstance(text, Mapping):
-            raise ConfigError("a gemma3 config.json must have a text_config")
-        data = {"model_type": "gemma3_text"} | dict(text)
-        kind = data["model_type"]
     if not isinstance(kind, str) or kind not in _HF_DEFAULTS:
-        known = ", ".join([*_HF_DEFAULTS, "gemma3"])
-        raise ConfigError(f"model_type is {kind!r}; this project reads {known}")
+        raise ConfigError(not_a_gemma(f"config.json has model_type {reprlib.repr(kind)}"))
 
-    rest = {k: v for k, v in data.items() if k not in _HF_INERT and not k.startswith("_")}
+    rest = telling_keys(data)
     defaults = _HF_DEFAULTS[kind]
 
     def take(key: str, default: Any = None) -> Any:
         return rest.pop(key, defaults.get(key, default))
 
-    for key, allowed in _HF_FIXED.items():
-        if take(key) not in allowed:
-            raise ConfigError(f"{key}={data[key]!r} is not part of any Gemma this project knows")
     # Gemma 1 was published with hidden_act="gelu", by which the tanh approximation was meant.
     legacy = take("hidden_act", None)
     activation = take("hidden_activation", None) or (
@@ -112,17 +91,11 @@ def config_from_hf(data: Mapping[str, Any]) -> GemmaConfig:
         raise ConfigError(f"the activation is {activation!r}; Gemma's is gelu_pytorch_tanh")
 
     num_layers = take("num_hidden_layers")
-    require_positive_int("num_hidden_layers", num_layers)
-    if num_layers > _MAX_LAYERS:
-        raise ConfigError(f"num_hidden_layers is {num_layers}; no Gemma has over {_MAX_LAYERS}")
+    require_layer_count("num_hidden_layers", num_layers)
     head_dim = take("head_dim")
-    kinds = take("layer_types") or layer_kinds(
-        num_layers,
-        take("sliding_window_pattern", None)
-        or data.get("_sliding_window_pattern")
-        or _GLOBAL_EVERY.get(kind, 1),
-    )
-    rest.pop("sliding_window_pattern", None)
+    kinds = take("layer_types")
+    pattern = _pattern(kind, take("sliding_window_pattern", data.get("_sliding_window_pattern")))
+    kinds = kinds or layer_kinds(num_layers, pattern)
     window = take("sliding_window")
     bidirectional = _bidirectional(kind, take("use_bidirectional_attention", False))
     if bidirectional and window is not None:
@@ -135,6 +108,11 @@ def config_from_hf(data: Mapping[str, Any]) -> GemmaConfig:
         raise ConfigError(f"layer_types does not describe {num_layers} layers: {kinds!r}")
     if "sliding_attention" in kinds and window is None:
         raise ConfigError("layer_types has sliding_attention but sliding_window is null")
+    windows = take("use_sliding_window", None)
+    if windows not in (None, "sliding_attention" in kinds):
+        raise ConfigError(
+            f"use_sliding_window is {windows!r}, against what layer_types or the model's kind say"
+        )
     ropes = _hf_ropes(kind, rest)
     hidden_dim = take("hidden_size")
     require_positive_int("hidden_size", hidden_dim)
@@ -166,15 +144,34 @@ def config_from_hf(data: Mapping[str, Any]) -> GemmaConfig:
         embedding_scale=hidden_dim**0.5,
         final_soft_cap=take("final_logit_softcapping"),
         norm_epsilon=take("rms_norm_eps"),
-        tied_head=take("tie_word_embeddings"),
+        tied_head=True if (tied := take("tie_word_embeddings")) is None else tied,
         context_length=take("max_position_embeddings"),
     )
-    if rest:
-        raise ConfigError(
-            f"config.json has keys this project does not know: {', '.join(sorted(rest))}; "
-            "one of them may change the mathematics, so the model is refused"
-        )
+    refuse_unknown(rest)
     return config
+
+
+def _text_part(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The text model's part of a multimodal `config.json`, which what stands around it may not
+    contradict."""
+    text = data.get("text_config")
+    if not isinstance(text, Mapping):
+        raise ConfigError("a gemma3 config.json must have a text_config")
+    text = {"model_type": "gemma3_text"} | dict(text)
+    around = telling_keys({key: value for key, value in data.items() if key != "text_config"})
+    # transformers 5 reads whether the head is tied out here, transformers 4 in there.
+    tied = around.pop("tie_word_embeddings", None)
+    if tied is not None:
+        text["tie_word_embeddings"] = tied
+    known = _HF_DEFAULTS["gemma3_text"] | text
+    for key in around.keys() & known.keys():
+        found = around.pop(key)
+        if found is not None and found != known[key]:
+            raise ConfigError(
+                f"config.json has {key}={found!r}, and {known[key]!r} in its text_config"
+            )
+    refuse_unknown(around)
+    return text
 
 
 def config_to_hf(config: GemmaConfig) -> dict[str, Any]:
@@ -230,6 +227,17 @@ def config_to_hf(config: GemmaConfig) -> dict[str, Any]:
             "Gemma does"
         )
     return data
+
+
+def _pattern(kind: str, value: Any) -> Any:
+    """Every how many layers one sees the whole context, the file's if it is a Gemma 3's."""
+    own = _GLOBAL_EVERY.get(kind, 1)
+    if value not in (None, own) and kind != "gemma3_text":
+        raise ConfigError(
+            f"sliding_window_pattern is {value!r}; that of a {kind} is {own} in every "
+            "implementation, so say what is meant by layer_types"
+        )
+    return own if value is None else value
 
 
 def _bidirectional(kind: str, value: Any) -> bool:

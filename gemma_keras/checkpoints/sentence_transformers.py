@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from gemma_keras.checkpoints.adapters import find_adapter
 from gemma_keras.checkpoints.hub import local_or_downloaded
 from gemma_keras.checkpoints.json_files import read_json, read_json_value
 from gemma_keras.checkpoints.safetensors import opened, read_safetensors_folder
@@ -77,7 +78,7 @@ def open_embedder(source: str | os.PathLike[str]) -> EmbedderCheckpoint:
     steps = _steps(folder)
     kinds = [kind for kind, _ in steps]
     _check_pooling(steps[1][1])
-    transformer = read_safetensors_folder(steps[0][1])
+    transformer = _transformer(steps[0][1])
     width = transformer.config.hidden_dim
     projections = []
     for kind, path in steps:
@@ -95,6 +96,14 @@ def open_embedder(source: str | os.PathLike[str]) -> EmbedderCheckpoint:
         prompts=prompts,
         default_prompt_name=default_prompt_name,
     )
+
+
+def _transformer(folder: Path) -> Checkpoint:
+    """The folder's model, with the adapter that lies beside it."""
+    adapter = find_adapter(folder)
+    if adapter is None:
+        return read_safetensors_folder(folder)
+    return adapter.merged(None, lambda base: read_safetensors_folder(Path(base)))
 
 
 def _steps(folder: Path) -> list[tuple[str, Path]]:

@@ -82,6 +82,17 @@ class WeightSource(Mapping[str, np.ndarray]):
         self._check_finite(spec, array)
         return array
 
+    def rows(self, name: str, first: int, last: int) -> np.ndarray:
+        """Some rows of a table, or of a matrix as the file has it, its outputs; float32.
+
+        Raises:
+            CheckpointError: a value is not finite.
+        """
+        spec = self.specs[name]
+        rows = self._read_rows(spec.file_name(self._format), first, last)
+        self._check_finite(spec, rows)
+        return rows
+
     def table_pieces(self, name: str, piece_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
         """A table in pieces, one in memory at a time: the first row's number, float32 rows.
 
@@ -90,14 +101,10 @@ class WeightSource(Mapping[str, np.ndarray]):
         Raises:
             CheckpointError: a value is not finite.
         """
-        spec = self.specs[name]
-        num_rows, width = spec.file_shape
+        num_rows, width = self.specs[name].file_shape
         step = _rows_in(piece_bytes, width)
         for first in range(0, num_rows, step):
-            last = min(first + step, num_rows)
-            rows = self._read_rows(spec.file_name(self._format), first, last)
-            self._check_finite(spec, rows)
-            yield first, rows
+            yield first, self.rows(name, first, min(first + step, num_rows))
 
     def stored_as(self, name: str) -> str | None:
         """In what type of few bits the file holds a weight, such as `Q4_0`; `None` for floats."""
@@ -187,6 +194,7 @@ class Checkpoint:
         stop: ids that end a text, as far as its files name them; `stop_ids` are all.
         turns: the turn template that it follows, or that its tokenizer has tokens for.
         chat_template: its own template in Jinja, whether or not that could be recognized.
+        remarks: what reading it has passed over or changed, a sentence each.
     """
 
     config: GemmaConfig
@@ -198,6 +206,7 @@ class Checkpoint:
     stop: tuple[int, ...] = ()
     turns: TurnTemplate = GEMMA_TURNS
     chat_template: str | None = None
+    remarks: tuple[str, ...] = ()
 
     def stop_ids(self) -> tuple[int, ...]:
         """The ids that end a text: those that its files name, its tokenizer's end of a text and, of

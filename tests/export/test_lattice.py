@@ -23,7 +23,7 @@ from export.quantize.rounding import round_to_nearest
 from export.store import store_weights
 from export.weights_file import WeightsFile
 from gemma_keras import GemmaConfig, open_checkpoint
-from gemma_keras.checkpoints.gguf import GGUFFile
+from gemma_keras.checkpoints.gguf_file import GGUFFile
 from gemma_keras.checkpoints.lattice import Lattice
 from gemma_keras.checkpoints.names import weight_specs
 from tests import gguf_files

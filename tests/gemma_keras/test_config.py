@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
+import re
 import subprocess
 import sys
 
@@ -301,6 +303,109 @@ def test_an_unknown_key_is_refused_by_name(data):
         GemmaConfig.from_hf(data | {"num_experts": 8})
 
 
+def of_transformers_4():
+    """The generic keys of a `config.json` that transformers 4.57 writes, with its defaults."""
+    return json.loads(
+        """{"return_dict": true, "output_hidden_states": false, "torchscript": false, "dtype": "bfloat16",
+        "pruned_heads": {}, "chunk_size_feed_forward": 0, "is_encoder_decoder": false,
+        "is_decoder": false, "cross_attention_hidden_size": null, "add_cross_attention": false,
+        "tie_encoder_decoder": false, "architectures": ["GemmaForCausalLM"], "finetuning_task": null,
+        "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "task_specific_params": null,
+        "problem_type": null, "tokenizer_class": null, "prefix": null, "bos_token_id": 2,
+        "pad_token_id": 0, "eos_token_id": 1, "sep_token_id": null, "decoder_start_token_id": null,
+        "max_length": 20, "min_length": 0, "do_sample": false, "early_stopping": false,
+        "num_beams": 1, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "typical_p": 1.0,
+        "repetition_penalty": 1.0, "length_penalty": 1.0, "no_repeat_ngram_size": 0,
+        "encoder_no_repeat_ngram_size": 0, "bad_words_ids": null, "num_return_sequences": 1,
+        "output_scores": false, "return_dict_in_generate": false, "forced_bos_token_id": null,
+        "forced_eos_token_id": null, "remove_invalid_values": false,
+        "exponential_decay_length_penalty": null, "suppress_tokens": null,
+        "begin_suppress_tokens": null, "num_beam_groups": 1, "diversity_penalty": 0.0,
+        "_name_or_path": "", "_commit_hash": null, "_attn_implementation_autoset": true,
+        "transformers_version": "4.57.6", "tf_legacy_loss": false, "use_bfloat16": false,
+        "output_attentions": false, "gradient_checkpointing": false}"""
+    )
+
+
+def of_transformers_5():
+    """The generic keys of the transformers that is installed, of models and of generation."""
+    config = transformers.PretrainedConfig().to_dict() | transformers.GenerationConfig().to_dict()
+    fields = set(inspect.signature(transformers.PretrainedConfig).parameters) - {"kwargs", "args"}
+    return config | dict.fromkeys(fields)
+
+
+def of_other_tools():
+    """What Unsloth, TRL, MLX, vLLM, older transformers and the multimodal classes leave there."""
+    return {
+        "unsloth_fixed": True,
+        "unsloth_version": "2026.1",
+        "boi_token_index": 255_999,
+        "image_token_index": 262_144,
+        "mm_tokens_per_image": 256,
+        "vision_config": {"hidden_size": 8},
+        "auto_map": {"AutoModel": "x.Y"},
+        "num_labels": 2,
+        "classifier_dropout": None,
+        "attn_implementation": "eager",
+        "trust_remote_code": False,
+        "max_seq_length": 2048,
+        "pretraining_tp": 1,
+        "mlp_bias": False,
+        "partial_rotary_factor": 1.0,
+        "rope_scaling": None,
+        "quantization_config": None,
+        "use_bidirectional_attention": None,
+        "tie_word_embeddings": None,
+        "logits_to_keep": 0,
+        "ignore_index": -100,
+        "something_that_nobody_set": None,
+    }
+
+
+@pytest.mark.parametrize("keys", [of_transformers_4, of_transformers_5, of_other_tools])
+@pytest.mark.parametrize("data", [GEMMA_2B, GEMMA2_27B, GEMMA3_1B, GEMMA3_27B])
+def test_keys_that_cannot_change_the_mathematics_are_passed_over(data, keys):
+    foreign = {key: value for key, value in keys().items() if key not in ("model_type", *data)}
+    assert len(foreign) > 5
+    expected = GemmaConfig.from_hf(data)
+    assert GemmaConfig.from_hf(data | foreign) == expected
+    if "text_config" in data:
+        inner = {k: v for k, v in foreign.items() if k not in data["text_config"]}
+        assert GemmaConfig.from_hf(data | {"text_config": data["text_config"] | inner}) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"mlp_bias": True}, "mlp_bias=True is not part of any Gemma"),
+        ({"pretraining_tp": True}, "pretraining_tp=True"),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder=True"),
+        ({"per_layer_config": {"0": {"head_dim": 64}}}, "per_layer_config="),
+        ({"pruned_heads": {"0": [1]}}, "pruned_heads="),
+        ({"use_sliding_window": False}, "use_sliding_window is False"),
+        ({"sliding_window_pattern": 6}, "sliding_window_pattern is 6; that of a gemma2 is 2"),
+        ({"head_type": "x"}, "does not know: head_type"),
+        ({"num_experts_per_token": 2}, "does not know: num_experts_per_token"),
+        ({"architectures": ["Gemma2ForSequenceClassification"]}, "gives labels of a text"),
+        ({"model_type": "gemma3n"}, "reads Gemma 1, 2 and 3"),
+    ],
+    ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
+)
+def test_keys_that_can_change_the_mathematics_are_refused_by_name(change, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        GemmaConfig.from_hf(GEMMA2_27B | change)
+
+
+def test_what_stands_around_the_text_part_may_not_contradict_it():
+    assert GemmaConfig.from_hf(GEMMA3_27B | {"hidden_size": 5376}) == GemmaConfig.from_hf(
+        GEMMA3_27B
+    )
+    with pytest.raises(ConfigError, match="hidden_size=640, and 5376 in its text_config"):
+        GemmaConfig.from_hf(GEMMA3_27B | {"hidden_size": 640})
+    untied = GemmaConfig.from_hf(GEMMA3_27B | {"tie_word_embeddings": False})
+    assert not untied.tied_head  # transformers 5 reads it there
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -480,14 +585,94 @@ def test_a_missing_gguf_key_is_named(key):
         {"gemma3.attention.value_length": 64},
         {"gemma3.feed_forward_length": [160, 160]},
         {"gemma3.attention.head_count_kv": 3},
-        {"gemma3.attention.sliding_window": 0},
+        {"gemma3.attention.sliding_window": -1},
+        {"gemma3.attention.sliding_window": 1 << 40},
+        {"gemma3.attention.sliding_window_pattern": [True] * 3},
         {"gemma3.attention.causal": False},
+        {"gemma3.rope.dimension_count": 16},
+        {"gemma3.attn_logit_softcapping": 50.0},
+        {"gemma3.vocab_size": 299},
+        {"gemma3.expert_count": 8},
+        {"gemma3.foo": 1},
+        {"general.architecture": "gemma2", "gemma2.attention.sliding_window": 0},
     ],
     ids=json.dumps,
 )
 def test_gguf_metadata_of_something_else_are_refused(change):
+    kind = change.get("general.architecture", "gemma3")
     with pytest.raises(ConfigError):
-        GemmaConfig.from_gguf(gguf_metadata("gemma3") | change, tied_head=True)
+        GemmaConfig.from_gguf(
+            gguf_metadata(kind if kind in GENERATIONS else "gemma3") | change, tied_head=True
+        )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"general.size_label": "270M", "quantize.imatrix.file": "x.dat", "split.count": 0},
+        {"gemma3.rope.dimension_count": 32, "gemma3.rope.scaling.finetuned": False},
+        {"gemma3.expert_count": 0, "gemma3.vocab_size": 300, "gemma3.attn_logit_softcapping": 0.0},
+        {"gemma3.final_logit_softcapping": 0.0, "gemma3.attention.sliding_window_pattern": 6},
+        {"gemma3.attention.sliding_window_pattern": [True] * 5 + [False] + [True] * 2},
+    ],
+    ids=json.dumps,
+)
+def test_gguf_keys_that_say_what_gemma_is_are_passed_over(change):
+    plain = gguf_metadata("gemma3")
+    assert GemmaConfig.from_gguf(plain | change, tied_head=True) == GemmaConfig.from_gguf(
+        plain, tied_head=True
+    )
+
+
+def test_a_gguf_gemma3_without_a_window_has_global_layers_alone():
+    metadata = gguf_metadata("gemma3") | {"gemma3.attention.sliding_window": 0}
+    layers = GemmaConfig.from_gguf(metadata, tied_head=True).layers
+    assert {(s.sliding_window, s.rope_theta, s.rope_scale) for s in layers} == {(None, 2000.0, 8.0)}
+
+
+def test_a_gguf_factor_without_a_type_scales_positions_as_llama_cpp_reads_it():
+    metadata = without(gguf_metadata("gemma3"), "gemma3.rope.scaling.type")
+    assert GemmaConfig.from_gguf(metadata, tied_head=True) == GemmaConfig.from_gguf(
+        gguf_metadata("gemma3"), tied_head=True
+    )
+    none = metadata | {"gemma3.rope.scaling.type": "none"}
+    assert {s.rope_scale for s in GemmaConfig.from_gguf(none, tied_head=True).layers} == {1.0}
+
+
+def ollama_metadata(name):
+    """A published Gemma 3 as Ollama's converter described it."""
+    hf = GemmaConfig.named(name)
+    first = hf.layers[0]
+    metadata = {
+        "block_count": len(hf.layers),
+        "context_length": hf.context_length,
+        "embedding_length": hf.hidden_dim,
+        "feed_forward_length": first.ffw_dim,
+        "attention.head_count": first.num_heads,
+        "attention.head_count_kv": first.num_kv_heads,
+        "attention.sliding_window": first.sliding_window,
+        "attention.key_length": first.head_dim,
+        "attention.value_length": first.head_dim,
+    }
+    if name == "gemma3_1b":
+        metadata |= {
+            "attention.layer_norm_rms_epsilon": 1e-6,
+            "final_logit_softcapping": 30.0,
+            "rope.local.freq_base": 10_000.0,
+            "rope.global.freq_base": 1_000_000.0,
+        }
+    else:
+        metadata |= {"vision.block_count": 27, "mm.tokens_per_image": 256}
+    return {
+        "general.architecture": "gemma3",
+        "tokenizer.ggml.tokens": range(hf.vocabulary_size),
+    } | {f"gemma3.{key}": value for key, value in metadata.items()}
+
+
+@pytest.mark.parametrize("name", ["gemma3_1b", "gemma3_4b", "gemma3_12b", "gemma3_27b"])
+def test_ollamas_own_keys_describe_the_published_model(name):
+    # its files leave the scaling of positions out and cap the 1B's logits; Ollama knows better
+    assert GemmaConfig.from_gguf(ollama_metadata(name), tied_head=True) == GemmaConfig.named(name)
 
 
 # --- to_dict, to_hf ------------------------------------------------------------------------------

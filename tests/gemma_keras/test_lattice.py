@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemma_keras import open_checkpoint
-from gemma_keras.checkpoints import gguf as reader
-from gemma_keras.checkpoints.gguf import GGUFFile
+from gemma_keras.checkpoints import gguf_file as reader
+from gemma_keras.checkpoints.gguf_file import GGUFFile
 from gemma_keras.checkpoints.lattice import GGUF_TYPES, LatticeSource
 from gemma_keras.checkpoints.sample import sample_path
 from gemma_keras.errors import CheckpointError

@@ -12,7 +12,7 @@ import transformers
 
 from gemma_keras import open_checkpoint
 from gemma_keras.chat import encode_chat
-from gemma_keras.checkpoints.gguf import GGUFFile
+from gemma_keras.checkpoints.gguf_file import GGUFFile
 from gemma_keras.checkpoints.gguf_writer import write_gguf
 from gemma_keras.checkpoints.safetensors_writer import write_safetensors_folder
 from gemma_keras.errors import CheckpointError

@@ -1,0 +1,30 @@
+"""What a file is by its first bytes: a GGUF, or what Git leaves in place of a large file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def begins_as_gguf(path: Path) -> bool:
+    """Whether a file begins with GGUF's magic bytes."""
+    return _first_bytes(path, 4) == b"GGUF"
+
+
+def told_of_pointer(path: Path) -> str | None:
+    """What to say of a Git LFS pointer; `None` for any other file."""
+    if _first_bytes(path, len(_POINTER)) != _POINTER:
+        return None
+    return (
+        f"{path} is a Git LFS pointer, a few lines in place of the file; fetch the file itself "
+        "with: git lfs pull"
+    )
+
+
+def _first_bytes(path: Path, count: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(count)
+    except OSError:
+        return b""

@@ -1,0 +1,120 @@
+"""What a PEFT `adapter_config.json` may say of an adapter that can be merged.
+
+An adapter is a low-rank update of matrices, `W + scale * B @ A`. Keys that say how it was trained
+are passed over; those that ask for something else must be off.
+
+Source: PEFT 0.21 (`LoraConfig`, `LoraLayer.update_layer`).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gemma_keras.errors import CheckpointError
+
+_INERT = frozenset(
+    """
+    alpha_pattern auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config
+    exclude_modules fan_in_fan_out inference_mode init_lora_weights layers_pattern
+    layers_to_transform loftq_config lora_alpha lora_dropout lora_ga_config megatron_config
+    megatron_core modules_to_save peft_type peft_version qalora_group_size r rank_pattern revision
+    runtime_config target_modules task_type use_rslora
+    """.split()  # noqa: SIM905 - as a list it would fill the screen
+)
+# Key to what it asks for, of those that are off in an adapter that can be merged.
+_MUST_BE_OFF = {
+    "alora_invocation_tokens": "an adapter that acts after certain tokens only (aLoRA)",
+    "arrow_config": "a choice between adapters for each token (Arrow)",
+    "bias": "biases, which Gemma's matrices do not have",
+    "layer_replication": "layers that are used several times",
+    "lora_bias": "biases, which Gemma's matrices do not have",
+    "target_parameters": "updates of single parameters, not of matrices",
+    "trainable_token_indices": "single rows of the embedding",
+    "use_dora": "a length for each output (DoRA)",
+    "use_qalora": "inputs in groups (QA-LoRA)",
+}
+_OFF = (None, False, "none", [], {}, "")
+# With others the base's matrices were changed before training, or the update is no plain product.
+_PLAIN_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
+_MOST_PATTERN = 200  # characters
+# Repetitions within repetitions can take a regular expression for ever.
+_SLOW_PATTERN = re.compile(r"\)\s*[*+?{]|(?:[*+{].*){4}")
+
+
+def check_adapter_config(path: Path, data: Mapping[str, Any]) -> None:
+    """Refuse, by name, an adapter that is no plain LoRA.
+
+    Args:
+        path: of the file, for people.
+        data: its content.
+
+    Raises:
+        CheckpointError: it is not, or a value cannot be used.
+    """
+    kind = data.get("peft_type")
+    if kind != "LORA":
+        raise CheckpointError(
+            f"{path} is of an adapter of peft_type {kind!r}; LORA is what can be merged here, so "
+            "merge it with PEFT (merge_and_unload) and give the merged folder"
+        )
+    for key, value in data.items():
+        if value in _OFF or key in _INERT or key.startswith(("_", "unsloth_")):
+            continue
+        asked = _MUST_BE_OFF.get(key, "something this project does not know")
+        raise CheckpointError(
+            f"{path} has {key}={value!r}, which asks for {asked}; merge it with PEFT "
+            "(merge_and_unload) and give the merged folder"
+        )
+    beginning = data.get("init_lora_weights", True)
+    if beginning not in _PLAIN_BEGINNINGS:
+        raise CheckpointError(
+            f"{path} has init_lora_weights={beginning!r}, by which the base's matrices were "
+            "changed before training; convert it to a plain LoRA when saving "
+            "(path_initial_model_for_weight_conversion), or merge it with PEFT"
+        )
+
+
+def rank_and_scale(path: Path, data: Mapping[str, Any], module: str) -> tuple[int, float]:
+    """Rank and scale of one module's update.
+
+    Args:
+        path: of the file, for people.
+        data: its content.
+        module: the module's name in the base, such as `model.layers.0.self_attn.q_proj`.
+
+    Raises:
+        CheckpointError: a value is not a number, or a pattern cannot be used.
+    """
+    rank = _of_module(path, data, "rank_pattern", module, data.get("r", 8))
+    alpha = _of_module(path, data, "alpha_pattern", module, data.get("lora_alpha", 8))
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise CheckpointError(f"{path} has the rank {rank!r}; it must be a positive integer")
+    is_number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
+    if not is_number or not math.isfinite(alpha):
+        raise CheckpointError(f"{path} has the lora_alpha {alpha!r}; it must be a number")
+    return rank, alpha / (math.sqrt(rank) if data.get("use_rslora") else rank)
+
+
+def _of_module(path: Path, data: Mapping[str, Any], key: str, module: str, default: Any) -> Any:
+    """The first pattern that fits decides, as in PEFT."""
+    patterns = data.get(key) or {}
+    if not isinstance(patterns, Mapping):
+        raise CheckpointError(f"{path} must have an object as {key}, found {patterns!r}")
+    for pattern, value in patterns.items():
+        if len(pattern) > _MOST_PATTERN or _SLOW_PATTERN.search(pattern):
+            raise CheckpointError(
+                f"{path} has a pattern in {key} that is not read: {pattern[:80]!r}"
+            )
+        try:
+            fits = re.match(rf"(.*\.)?({pattern})$", module)
+        except re.error as error:
+            raise CheckpointError(
+                f"{path} has {pattern[:80]!r} in {key}, which is no regular expression: {error}"
+            ) from None
+        if fits:
+            return value
+    return default

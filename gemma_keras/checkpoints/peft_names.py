@@ -1,0 +1,51 @@
+"""Names of tensors that PEFT writes: those of an adapter, and those of the base that it wraps."""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+Part = Literal["A", "B", "table A", "table B", "whole"]
+
+_WRAPPER = "base_model.model."
+_WRAPPED = (".base_layer.weight", ".original_module.weight")
+# What follows a module's name: the parts of its update, each with the adapter's name in a file that
+# a whole `PeftModel` was saved to.
+_PART = re.compile(
+    r"(?P<module>.+?)\.(?:"
+    r"lora_(?P<half>[AB])(?:\.(?P<adapter>\w+))?\.weight"
+    r"|lora_embedding_(?P<table_half>[AB])(?:\.(?P<table_adapter>\w+))?"
+    r"|modules_to_save(?:\.(?P<saved_adapter>\w+))?\.weight"
+    r"|(?P<other>lora_\w+|token_adapter)(?:\.\w+)*"
+    r")"
+)
+
+
+def is_adapters_tensor(name: str) -> bool:
+    """Whether a tensor of a saved `PeftModel` is the adapter's."""
+    return _PART.fullmatch(name) is not None
+
+
+def bases_name(name: str) -> str:
+    """The name that a tensor of a saved `PeftModel` has in its base."""
+    name = name.removeprefix(_WRAPPER)
+    wrapped = next((end for end in _WRAPPED if name.endswith(end)), None)
+    return name if wrapped is None else name.removesuffix(wrapped) + ".weight"
+
+
+def parse(name: str) -> tuple[str, Part, str | None] | None:
+    """Of an adapter's tensor the module, which part of its update it is, and the adapter's name
+    where the tensor has it; `None` for what no plain LoRA has."""
+    name = name.removeprefix(_WRAPPER)
+    found = _PART.fullmatch(name)
+    if found is None:
+        whole = bases_name(name)
+        return (whole.removesuffix(".weight"), "whole", None) if whole.endswith(".weight") else None
+    if found["other"]:
+        return None
+    if found["half"]:
+        return found["module"], "A" if found["half"] == "A" else "B", found["adapter"]
+    if found["table_half"]:
+        part: Part = "table A" if found["table_half"] == "A" else "table B"
+        return found["module"], part, found["table_adapter"]
+    return found["module"], "whole", found["saved_adapter"]
