@@ -168,7 +168,7 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
 
         Args:
             model: a `keras_hub.models.GemmaCausalLM` or `Gemma3CausalLM`, or its backbone.
-            instruction_tuned: whether it follows Gemma's turn template, which KerasHub's models do
+            instruction_tuned: whether it follows a turn template, which KerasHub's models do
                 not say.
             dtype: Keras dtype policy; by default that of Keras.
             sequence_length: as for `from_preset`.

@@ -57,7 +57,7 @@ def _template_in(entry: Any) -> str | None:
     """A template as text, or the default one of a list of those with names."""
     if isinstance(entry, list):
         pairs = [e for e in entry if isinstance(e, Mapping)]
-        named = {e.get("name"): e.get("template") for e in pairs}
+        named = {str(e.get("name")): e.get("template") for e in pairs}
         entry = named.get("default", next(iter(named.values()), None))
     if isinstance(entry, Mapping):
         entry = entry.get("default")

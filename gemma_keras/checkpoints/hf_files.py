@@ -14,6 +14,7 @@ from gemma_keras.checkpoints.chat_templates import jinja_template, recognized
 from gemma_keras.checkpoints.hf_tokenizer import tokenizer_json
 from gemma_keras.checkpoints.sentencepiece_model import check_fits
 from gemma_keras.checkpoints.source import Checkpoint
+from gemma_keras.checkpoints.special_pieces import is_usable
 from gemma_keras.errors import CheckpointError
 
 CONFIG_FILE = "config.json"
@@ -28,6 +29,8 @@ _ARCHITECTURES = {
 # How a tuned Gemma is sampled, as its published generation_config.json says.
 _SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 64, "top_p": 0.95}
 _GREEDY = {"do_sample": False}
+SUPPRESSED = "suppress_tokens"
+_MOST_SUPPRESSED = 8192  # each is a number in the file, and costs time at each token
 
 
 class TokenIds(NamedTuple):
@@ -101,7 +104,7 @@ def hf_files(checkpoint: Checkpoint, ids: TokenIds | None, dtype: str) -> dict[s
     sampling = _SAMPLING if checkpoint.instruction_tuned else _GREEDY
     return {
         CONFIG_FILE: config | special,
-        GENERATION_FILE: special | sampling,
+        GENERATION_FILE: special | sampling | _suppressed(checkpoint),
         TOKENIZER_CONFIG_FILE: {
             "tokenizer_class": "GemmaTokenizer",
             **{f"{name}_token": pieces.id_to_piece(index) for name, index in named.items()},
@@ -113,6 +116,15 @@ def hf_files(checkpoint: Checkpoint, ids: TokenIds | None, dtype: str) -> dict[s
         },
         TOKENIZER_FILE: tokenizer_json(checkpoint.tokenizer_model),
     }
+
+
+def _suppressed(checkpoint: Checkpoint) -> dict[str, list[int]]:
+    """The ids that nothing stands for, which `transformers` and what follows it never generate."""
+    assert checkpoint.tokenizer_model is not None
+    usable = is_usable(checkpoint.tokenizer_model)
+    rows = range(checkpoint.config.vocabulary_size)
+    ids = [index for index in rows if index >= len(usable) or not usable[index]]
+    return {SUPPRESSED: ids} if 0 < len(ids) <= _MOST_SUPPRESSED else {}
 
 
 def json_text(name: str, content: Any) -> str:

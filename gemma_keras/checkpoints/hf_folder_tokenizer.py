@@ -23,7 +23,7 @@ from gemma_keras.checkpoints.added_tokens import (
 )
 from gemma_keras.checkpoints.hf_tokenizer_reader import read_tokenizer_json, read_vocabulary
 from gemma_keras.checkpoints.json_files import read_json
-from gemma_keras.checkpoints.sentencepiece_model import check_fits, serialized
+from gemma_keras.checkpoints.sentencepiece_model import check_fits, opened, serialized
 from gemma_keras.checkpoints.special_pieces import mark_control, mark_marks, parse_model
 from gemma_keras.errors import CheckpointError
 
@@ -81,7 +81,7 @@ def read_folder_tokenizer(folder: Path, config: Mapping[str, Any], rows: int) ->
     mark_control(parsed)
     mark_marks(parsed, stop)
     if own is not None and parsed.SerializeToString() == before:
-        return FolderTokenizer(own, stop, tokenizer_config)
+        return FolderTokenizer(opened(own), stop, tokenizer_config)
     return FolderTokenizer(serialized(parsed), stop, tokenizer_config)
 
 

@@ -22,6 +22,7 @@ from gemma_keras.errors import CheckpointError
 
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _MOST_MERGES = 1 << 23
+_LONGEST_PIECE, _MOST_CHARACTERS = 512, 1 << 24  # each place in a piece is looked at
 _NORMAL = 1  # SentencePiece's number of the type
 _NOT = "; Gemma's is a SentencePiece BPE model"
 # What the model's entries must be, if they are there, so that it is one of SentencePiece's.
@@ -59,6 +60,12 @@ def read_vocabulary(data: Mapping[str, Any], file: str) -> dict[str, int]:
                 f"{reprlib.repr(index)}"
             )
         found[piece] = index
+    lengths = [len(piece) for piece in found]
+    if max(lengths) > _LONGEST_PIECE or sum(lengths) > _MOST_CHARACTERS:
+        raise CheckpointError(
+            f"{file} has pieces of {max(lengths):,} and together {sum(lengths):,} characters, more "
+            "than a tokenizer's have"
+        )
     if len(set(found.values())) != len(found):
         raise CheckpointError(f"{file} gives one id to two pieces")
     return found

@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from gemma_keras.checkpoints.chat_templates import turns_of
 from gemma_keras.checkpoints.keras_hub_config import (
     close,
     config_from_keras_hub,
@@ -58,8 +59,8 @@ def read_keras_hub(
     Args:
         model: a `keras_hub.models.GemmaBackbone` or `Gemma3Backbone`, or a task that has one, such
             as `GemmaCausalLM`. Of a Gemma 3 with a vision encoder the text part is read.
-        instruction_tuned: whether it was tuned to follow Gemma's turn template; KerasHub's models
-            do not say.
+        instruction_tuned: whether it was tuned to follow the turns that its tokenizer has tokens
+            for; KerasHub's models do not say.
         context_length: in tokens; KerasHub's models do not say. By default what the published sizes
             have: 8,192, of a Gemma 3 32,768, or 131,072 if its positions are scaled.
 
@@ -87,6 +88,7 @@ def read_keras_hub(
         weights=_KerasHubWeights(backbone, config),
         tokenizer_model=None if proto is None else with_control_pieces(proto),
         instruction_tuned=instruction_tuned,
+        turns=turns_of(None, proto)[0],
         provenance={"format": "keras_hub", "name": model.name, "license": "gemma"},
     )
 

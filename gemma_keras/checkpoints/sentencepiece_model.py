@@ -9,6 +9,7 @@ from typing import Any
 
 from gemma_keras.checkpoints.special_pieces import mark_control, mark_marks, parse_model
 from gemma_keras.errors import CheckpointError
+from gemma_keras.text_pieces import processor
 
 # SentencePiece and GGUF number the types of pieces alike.
 _USER_DEFINED, _UNUSED, _BYTE = 4, 5, 6
@@ -123,11 +124,17 @@ def serialized(model: Any) -> bytes:
     Raises:
         CheckpointError: it refuses them.
     """
-    import sentencepiece
+    return opened(model.SerializeToString())
 
-    data = model.SerializeToString()
+
+def opened(data: bytes) -> bytes:
+    """The same bytes of a SentencePiece model, which SentencePiece has opened.
+
+    Raises:
+        CheckpointError: it refuses them.
+    """
     try:
-        sentencepiece.SentencePieceProcessor(model_proto=data)
+        processor(data)
     except Exception as error:  # RuntimeError or its own, by version
         raise CheckpointError(f"SentencePiece refuses the tokenizer: {error}") from error
     return data

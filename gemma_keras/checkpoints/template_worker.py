@@ -10,7 +10,7 @@ and writes a list: for each conversation its text, or `null` if the template ref
 import json
 import sys
 
-_MOST_SECONDS, _MOST_BYTES, _LONGEST = 3, 1 << 30, 1 << 16
+_MOST_SECONDS, _MOST_BYTES, _LONGEST = 3, 1 << 30, 1 << 14
 
 
 def _limit() -> None:

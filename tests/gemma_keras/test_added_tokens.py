@@ -160,6 +160,13 @@ def test_what_cannot_be_expressed_is_refused_by_name(case, read):
         read(**files)
 
 
+def test_a_tokenizer_that_sentencepiece_refuses_is_told(read):
+    parsed = proto.ModelProto.FromString(MODEL)
+    parsed.pieces[-1].piece = parsed.pieces[-2].piece
+    with pytest.raises(CheckpointError, match="SentencePiece refuses the tokenizer"):
+        read(model=parsed.SerializeToString())
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -65,6 +65,7 @@ OTHERS = [
     "{{ 'a' * 10 ** 12 }}" + GEMMA_JINJA,
     "{{ '%01000000000000d' % 1 }}" + GEMMA_JINJA,
     "x" * (1 << 19),
+    "<|im_start|>s\n" + MESSAGES + "{{ '<|im_end|>\n<|im_start|>user\n\n\n' * 300 }}{% endfor %}",
 ]
 
 

@@ -145,6 +145,7 @@ REFUSED = {
     "shuffled": (_shuffled, "in two places of its list"),
     "far id": (_piece("zzz", 1 << 40), "'zzz' twice, or with the id"),
     "id of no row": (_piece("zzz", 460), r"up to id 460; the model's table has 460 rows"),
+    "long": (_piece("z" * 600, 441), "pieces of 600 and together"),
     "bool": (_piece("zzz", True), "with the id True"),
     "twice": (_piece("zzz", 7), "gives one id to two pieces"),
     "no list": (_set("added_tokens", {"a": 1}), "are no list"),

@@ -74,6 +74,9 @@ def test_it_keeps_what_it_is_through_every_file(tune, tmp_path):
     tune.save_to_preset(str(tmp_path / "preset"))
     tune.export(tmp_path / "hf", format="safetensors", dtype="float32")
     tune.export(tmp_path / "m.gguf", format="gguf", tensor_type="f32")
+    nobody = [UNUSED, *range(304, ROWS)]
+    generation_config = json.loads((tmp_path / "hf/generation_config.json").read_bytes())
+    assert generation_config["suppress_tokens"] == nobody
     (tmp_path / "hf/tokenizer.model").unlink()  # as transformers writes it
     for source in (tmp_path / "preset", tmp_path / "hf", tmp_path / "m.gguf"):
         checkpoint = open_checkpoint(source)
