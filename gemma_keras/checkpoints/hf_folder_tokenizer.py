@@ -21,6 +21,7 @@ from gemma_keras.checkpoints.added_tokens import (
     read_added_token,
     read_plain_added_tokens,
 )
+from gemma_keras.checkpoints.first_bytes import told_of_pointer
 from gemma_keras.checkpoints.hf_tokenizer_reader import read_tokenizer_json, read_vocabulary
 from gemma_keras.checkpoints.json_files import read_json
 from gemma_keras.checkpoints.sentencepiece_model import check_fits, opened, serialized
@@ -100,9 +101,11 @@ def _pieces(
     file that is this message; `None` for what is not there."""
     path = folder / _MODEL
     if path.exists():
+        if what := told_of_pointer(path):
+            raise CheckpointError(what)
         own = path.read_bytes()
         parsed = parse_model(own, str(path))
-        if not data or _same_pieces(read_vocabulary(data, str(folder / _JSON)), parsed):
+        if not data or _same_pieces(read_vocabulary(data, str(folder / _JSON)), parsed, added):
             return parsed, own
     if data:
         return read_tokenizer_json(data, added, names, rows, str(folder / _JSON)), None
@@ -115,11 +118,11 @@ def _pieces(
     return None, None
 
 
-def _same_pieces(vocabulary: Mapping[str, int], parsed: Any) -> bool:
-    """Whether a `tokenizer.json` has the pieces of a SentencePiece model, perhaps without some that
-    were added to it."""
-    by_id = {index: piece for piece, index in vocabulary.items()}
-    return len(parsed.pieces) > max(by_id) and all(
+def _same_pieces(vocabulary: Mapping[str, int], parsed: Any, added: list[AddedToken]) -> bool:
+    """Whether a `tokenizer.json` has the pieces of a SentencePiece model, beside added tokens."""
+    own = {token.piece for token in added}
+    by_id = {index: piece for piece, index in vocabulary.items() if piece not in own}
+    return all(index < len(parsed.pieces) for index in by_id) and all(
         by_id.get(index, piece.piece) == piece.piece for index, piece in enumerate(parsed.pieces)
     )
 

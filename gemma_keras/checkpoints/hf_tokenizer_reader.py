@@ -24,6 +24,7 @@ _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _MOST_MERGES = 1 << 23
 _LONGEST_PIECE, _MOST_CHARACTERS = 512, 1 << 24  # each place in a piece is looked at
 _NORMAL = 1  # SentencePiece's number of the type
+_TAB, _TAB_BYTE = "\t", "<0x09>"
 _NOT = "; Gemma's is a SentencePiece BPE model"
 # What the model's entries must be, if they are there, so that it is one of SentencePiece's.
 _MODEL_FIXED: dict[str, tuple[Any, ...]] = {
@@ -60,6 +61,10 @@ def read_vocabulary(data: Mapping[str, Any], file: str) -> dict[str, int]:
                 f"{reprlib.repr(index)}"
             )
         found[piece] = index
+    # transformers calls the byte of a tab by its character where no other piece is one.
+    tab = found.get(_TAB, -1)
+    if tab > 0 and found.get("<0x08>") == tab - 1 and found.get(_TAB_BYTE, tab) == tab:
+        found[_TAB_BYTE] = found.pop(_TAB)
     lengths = [len(piece) for piece in found]
     if max(lengths) > _LONGEST_PIECE or sum(lengths) > _MOST_CHARACTERS:
         raise CheckpointError(
@@ -194,12 +199,13 @@ def _merges(model: Mapping[str, Any], file: str) -> list[tuple[str, str]]:
 def _by_score(kinds: Mapping[str, int], merges: Sequence[tuple[str, str]], file: str) -> list[str]:
     """The pieces that are joined, the first to be joined first."""
     normal = {piece for piece, kind in kinds.items() if kind == _NORMAL}
+    parts = normal if _TAB in kinds else normal | {_TAB}
     cuts: dict[str, list[int]] = {}  # where the list cuts each piece in two
     last = None
     for left, right in merges:
         union = left + right
-        if not (union in normal and left in normal and right in normal):
-            if not (left in kinds and right in kinds and union in kinds):
+        if not (union in normal and left in parts and right in parts):
+            if not all(piece in kinds or piece == _TAB for piece in (left, right, union)):
                 raise CheckpointError(
                     f"{file} joins {reprlib.repr(left)} and {reprlib.repr(right)}, which are not "
                     "pieces, or not to a piece"

@@ -30,10 +30,6 @@ def parse_model(model: bytes, what: str = "tokenizer.model") -> Any:
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2 as proto
 
-    if model.startswith(b"version https://git-lfs"):
-        raise CheckpointError(
-            f"{what} is a Git LFS pointer, not the file itself; fetch it with: git lfs pull"
-        )
     if len(model) > _MAX_BYTES:
         raise CheckpointError(f"{what} has {len(model):,} bytes, more than a tokenizer can have")
     try:

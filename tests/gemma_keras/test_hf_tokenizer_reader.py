@@ -80,6 +80,52 @@ def test_a_small_tokenizer_comes_back(model, tmp_path):
             assert ids == peer.encode(text, add_special_tokens=False).ids
 
 
+def test_what_transformers_writes_of_a_small_tokenizer_comes_back(tmp_path):
+    """It has no piece for a tab, as Gemma 1 and 2 have none, and is extended before it is saved."""
+    (tmp_path / "tokenizer.model").write_bytes(MODEL)
+    theirs = transformers.GemmaTokenizer.from_pretrained(tmp_path)
+    theirs.add_tokens(["<tool_call>", " two words"])
+    theirs.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    theirs.save_pretrained(tmp_path / "saved")
+    folder = read_folder_tokenizer(tmp_path / "saved", {}, ROWS)
+    found, original = processor(folder.model), processor(MODEL)
+    # after <mask>, which it adds by itself
+    assert [found.is_control(i) for i in range(440, 445)] == [True, False, False, True, True]
+    texts = [text for group in STRINGS.values() for text in group[::10]]
+    for text in texts:
+        assert found.encode(text) == original.encode(text)
+    for text in (*texts[::20], "a <tool_call> two words", "\t\ta\t"):
+        assert found.encode(text) == theirs(text, add_special_tokens=False).input_ids
+    # With the file that it came from beside it, it is that one.
+    (tmp_path / "saved/tokenizer.model").write_bytes(MODEL)
+    assert described(read_folder_tokenizer(tmp_path / "saved", {}, ROWS).model) == described(
+        folder.model
+    )
+
+
+def test_a_tab_that_stands_for_its_byte_is_that_byte(tmp_path):
+    data = tokenizer_json(MODEL)
+    expected = reread(data, tmp_path / "a")
+    vocabulary = data["model"]["vocab"]
+    vocabulary["\t"] = vocabulary["<0x09>"]  # one id, two names, as some versions write it
+    assert reread(data, tmp_path / "b") == expected
+    del vocabulary["<0x09>"]
+    assert reread(data, tmp_path / "c") == expected
+
+
+def test_the_token_of_images_may_stand_in_the_vocabulary_too(tmp_path):
+    data = tokenizer_json(MODEL)
+    data["model"]["vocab"]["<image_soft_token>"] = 440
+    token = dict(data["added_tokens"][0], id=440, content="<image_soft_token>")
+    data["added_tokens"].append(token)
+    (tmp_path / "tokenizer.model").write_bytes(MODEL)
+    assert reread(data, tmp_path, rows=440) == MODEL
+    with_images = processor(reread(data, tmp_path, rows=448))
+    assert with_images.vocab_size() == 441 and with_images.is_control(440)
+    (tmp_path / "tokenizer.model").unlink()
+    assert described(reread(data, tmp_path, rows=440)) == described(MODEL)
+
+
 def test_other_ways_to_write_the_same_are_read(tmp_path):
     data = tokenizer_json(MODEL)
     expected = reread(data, tmp_path / "a")
