@@ -18,7 +18,6 @@ from typing import Any
 from edge_demo.errors import BundleError
 from edge_demo.manifest import (
     MANIFEST,
-    ChatTemplate,
     EmbeddingSpec,
     GraphSpec,
     RopeSpec,
@@ -31,6 +30,7 @@ from edge_demo.manifest import (
     read_embedding,
     read_graph,
     read_manifest,
+    read_tokenizer,
     window_length,
 )
 from edge_demo.verified_files import VerifiedFiles
@@ -192,8 +192,7 @@ class Bundle:
 
 
 def _parse(folder: Path, manifest: dict[str, Any]) -> Bundle:
-    model, tokenizer = manifest["model"], manifest["tokenizer"]
-    chat = tokenizer["chat"]
+    model = manifest["model"]
     candidates = manifest["graphs"].get("candidates")
     return Bundle(
         path=folder,
@@ -213,19 +212,7 @@ def _parse(folder: Path, manifest: dict[str, Any]) -> Bundle:
             WindowSpec(str(w["name"]), window_length(w["length"], model["context_length"]))
             for w in manifest["windows"]
         ),
-        tokenizer=TokenizerSpec(
-            file=plain_name(tokenizer["file"]),
-            bos=index(tokenizer["bos"]),
-            stop=tuple(index(i) for i in tokenizer["stop"]),
-            chat=None
-            if chat is None
-            else ChatTemplate(
-                index(chat["start_of_turn"]),
-                index(chat["end_of_turn"]),
-                str(chat["user"]),
-                str(chat["model"]),
-            ),
-        ),
+        tokenizer=read_tokenizer(manifest["tokenizer"]),
         files={
             plain_name(name): (index(entry["bytes"]), str(entry["sha256"]))
             for name, entry in manifest["files"].items()

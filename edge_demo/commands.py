@@ -92,6 +92,8 @@ def run_generate(arguments: argparse.Namespace) -> int:
             raise RequestError("give a prompt with --prompt, or on stdin")
         prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
     bundle, generator, load_s = _load(arguments, sampler)
+    if mark := generator.tokenizer.mark_in(prompt):
+        note(f"The prompt holds {mark}, which is read as text, not as the token; see chat.")
     drafter = _drafter(arguments, bundle)
     generation = Generation(generator.tokenizer.encode(prompt))
     pieces = generator.stream(
@@ -185,7 +187,7 @@ def run_chat(arguments: argparse.Namespace) -> int:
     note(
         f"{bundle.name} ({bundle.recipe}), "
         + (
-            "instruction-tuned: answers in Gemma's turn template."
+            "instruction-tuned: answers in its turn template."
             if tuned
             else "a base model: it continues the text you write, it was not taught to answer."
         )

@@ -16,7 +16,9 @@ from typing import Any
 from edge_demo.errors import BundleError
 
 FORMAT = "gemma-keras-bundle"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
+# Version 4 lacks what a `ChatTemplate` says beyond Gemma's turns.
+READABLE_VERSIONS = (4, 5)
 MANIFEST = "bundle.json"
 _MAX_MANIFEST = 16 << 20
 _BLOCK_SIZES = (16, 32, 64, 128, 256)
@@ -137,19 +139,26 @@ class EmbeddingSpec:
 
 @dataclasses.dataclass(frozen=True)
 class ChatTemplate:
-    """Gemma's turn template, `<start_of_turn>ROLE\\nTEXT<end_of_turn>\\n`, as data.
+    """A turn template, `<start_of_turn>ROLE\\nTEXT<end_of_turn>\\n` or its like, as data.
 
     Attributes:
         start_of_turn: control token id.
         end_of_turn: control token id, which ends an answer too.
         user: the user's role name.
         model: the model's role name.
+        system: the role name of a turn for the system text; `None` puts the text and a blank line
+            before the first user text.
+        default_system: the system text of a conversation that has none; may be empty.
+        strip: whether white space around a text is left out.
     """
 
     start_of_turn: int
     end_of_turn: int
     user: str
     model: str
+    system: str | None = None
+    default_system: str = ""
+    strip: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,10 +190,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise BundleError(f"{path} is not JSON: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise BundleError(f"{path} does not describe a {FORMAT}")
-    if manifest.get("format_version") != FORMAT_VERSION:
+    version = manifest.get("format_version")
+    if type(version) is not int or version not in READABLE_VERSIONS:
         raise BundleError(
-            f"{path} has format version {reprlib.repr(manifest.get('format_version'))}; this "
-            f"edge-demo reads {FORMAT_VERSION}; export it again, or run the one it was made for"
+            f"{path} has format version {reprlib.repr(version)}; this edge-demo reads "
+            f"{' and '.join(map(str, READABLE_VERSIONS))}; export it again, or run the one it was "
+            "made for"
         )
     return manifest
 
@@ -208,6 +219,32 @@ def read_graph(data: Mapping[str, Any]) -> GraphSpec:
         )
 
     return GraphSpec(plain_name(data["file"]), tensors(data["inputs"]), tensors(data["outputs"]))
+
+
+def read_tokenizer(data: Mapping[str, Any]) -> TokenizerSpec:
+    """The tokenizer's entry; raises as `read_graph`."""
+    chat = data["chat"]
+    return TokenizerSpec(
+        file=plain_name(data["file"]),
+        bos=index(data["bos"]),
+        stop=tuple(index(i) for i in data["stop"]),
+        chat=None if chat is None else _read_chat(chat),
+    )
+
+
+def _read_chat(data: Mapping[str, Any]) -> ChatTemplate:
+    system, strip = data.get("system"), data.get("strip", True)
+    if not isinstance(strip, bool):
+        raise ValueError(f"strip is {reprlib.repr(strip)}, neither true nor false")
+    return ChatTemplate(
+        index(data["start_of_turn"]),
+        index(data["end_of_turn"]),
+        str(data["user"]),
+        str(data["model"]),
+        None if system is None else str(system),
+        str(data.get("default_system", "")),
+        strip,
+    )
 
 
 def read_embedding(data: Mapping[str, Any]) -> EmbeddingSpec:

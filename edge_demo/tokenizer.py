@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import sentencepiece
 
@@ -12,6 +14,7 @@ from edge_demo.errors import BundleError
 from edge_demo.manifest import ChatTemplate
 
 _SPACE = "\u2581"
+_BLANK_LINE = "\n\n"
 
 
 def _one_mark_a_byte(error: UnicodeError) -> tuple[str, int]:
@@ -21,6 +24,11 @@ def _one_mark_a_byte(error: UnicodeError) -> tuple[str, int]:
 
 
 codecs.register_error("edge_demo.one_mark_a_byte", _one_mark_a_byte)
+
+
+def _clean(text: str) -> str:
+    """The text with U+FFFD for lone surrogates."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 class Tokenizer:
@@ -46,37 +54,81 @@ class Tokenizer:
             raise BundleError(f"{path} is not a SentencePiece model: {error}") from error
         if self._model.vocab_size() > bundle.vocabulary_size:
             raise BundleError(f"{path} has more pieces than the model's vocabulary")
+        self._check_control(path)
+        self._num_pieces = self._model.vocab_size()
+        while self._num_pieces > 1 and self._model.is_unused(self._num_pieces - 1):
+            self._num_pieces -= 1
+
+    def _check_control(self, path: Path) -> None:
+        """Refuse a model that would make control tokens of a user's words."""
+        ids = {self.spec.bos}
+        if self.spec.chat is not None:
+            ids |= {self.spec.chat.start_of_turn, self.spec.chat.end_of_turn}
+        for token in sorted(ids):
+            if token >= self._model.vocab_size() or not self._model.is_control(token):
+                raise BundleError(
+                    f"{path} has no control piece of id {token}, which begins a text or holds its "
+                    "turns: a user's words could become that token; export the bundle again"
+                )
+
+    @property
+    def num_pieces(self) -> int:
+        """How many ids have a piece that a model may say; its table may have more rows, which
+        stand for nothing."""
+        return self._num_pieces
 
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
         """The ids of a text, after the beginning-of-sequence token if `bos`.
 
         Lone surrogates, which stand for bytes that were no UTF-8, become U+FFFD.
         """
-        clean = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-        ids = self._model.encode(clean)
+        ids = self._model.encode(_clean(text))
         return [self.spec.bos, *ids] if bos else ids
 
+    def encode_template(self, text: str) -> list[int]:
+        """The ids of a text in the model's template: what is written as a token of turns, of a
+        text's beginning or its end is that token. Never for what users write.
+
+        The beginning-of-sequence token comes first, whether or not the text has it.
+        """
+        marks = self._marks()
+        ids: list[int] = []
+        for part in re.split(f"({'|'.join(map(re.escape, marks))})", _clean(text)):
+            if part in marks:
+                ids.append(marks[part])
+            elif part:
+                ids += self._model.encode(part)
+        return ids if ids[:1] == [self.spec.bos] else [self.spec.bos, *ids]
+
+    def mark_in(self, text: str) -> str | None:
+        """A control token that a text is written with, which `encode` takes for its characters."""
+        return next((mark for mark in self._marks() if mark in text), None)
+
+    def _marks(self) -> dict[str, int]:
+        """The tokens of turns, of a text's beginning and of its end as a text has them."""
+        ids = [self.spec.bos, *self.spec.stop]
+        if self.spec.chat is not None:
+            ids += [self.spec.chat.start_of_turn, self.spec.chat.end_of_turn]
+        control = [i for i in ids if i < self._model.vocab_size() and self._model.is_control(i)]
+        return {self._model.id_to_piece(i): i for i in control}
+
     def encode_chat(self, turns: Sequence[tuple[str, str]], system: str = "") -> list[int]:
-        """The ids of a conversation in Gemma's turn template, ready for the model's next turn.
+        """The ids of a conversation in the model's turn template, ready for its next turn.
 
         Args:
             turns: `("user" or "model", text)`, oldest first, a user's.
-            system: what the model is told before all. Gemma's template has no role for it: it
-                stands before the first message, a blank line between them.
+            system: what the model is told before all. A template without a role for it has it
+                before the first message, a blank line between them.
 
         Raises:
             BundleError: the bundle is not instruction-tuned.
         """
         chat = self._chat()
-        newline = self.encode("\n", bos=False)
-        ids = [self.spec.bos]
-        before = f"{system}\n\n" if system else ""
+        ids, before = self._beginning(system)
         for who, text in turns:
             role = chat.model if who == "model" else chat.user
-            # The role and the text are one stretch, as one string would be tokenized.
-            ids += [chat.start_of_turn, *self.encode(f"{role}\n{before}{text.strip()}", bos=False)]
+            ids += self._turn(role, before + (text.strip() if chat.strip else text))
             before = ""
-            ids += [chat.end_of_turn, *newline]
         return [*ids, chat.start_of_turn, *self.encode(f"{chat.model}\n", bos=False)]
 
     def encode_system(self, system: str) -> list[int]:
@@ -86,8 +138,27 @@ class Tokenizer:
             BundleError: the bundle is not instruction-tuned.
         """
         chat = self._chat()
-        stretch = self.encode(f"{chat.user}\n{system}", bos=False)
-        return [self.spec.bos, chat.start_of_turn, *stretch]
+        ids, before = self._beginning(system)
+        if before:
+            # Without the blank line, which may be one token with what comes after it.
+            stretch = f"{chat.user}\n{before.removesuffix(_BLANK_LINE)}"
+            ids += [chat.start_of_turn, *self.encode(stretch, bos=False)]
+        return ids
+
+    def _beginning(self, system: str) -> tuple[list[int], str]:
+        """The ids before the first message, and what stands in front of its text."""
+        chat = self._chat()
+        system = system or chat.default_system
+        ids = [self.spec.bos]
+        if not system or chat.system is None:
+            return ids, f"{system}{_BLANK_LINE}" if system else ""
+        return ids + self._turn(chat.system, system.strip() if chat.strip else system), ""
+
+    def _turn(self, role: str, text: str) -> list[int]:
+        chat = self._chat()
+        # The role and the text are one stretch, as one string would be tokenized.
+        stretch = self.encode(f"{role}\n{text}", bos=False)
+        return [chat.start_of_turn, *stretch, chat.end_of_turn, *self.encode("\n", bos=False)]
 
     def _chat(self) -> ChatTemplate:
         if self.spec.chat is None:
@@ -100,8 +171,10 @@ class Tokenizer:
         return "".join(stream.push(i) for i in ids) + stream.flush()
 
     def piece(self, token: int) -> str | bytes:
-        """One token: its text, its byte for a byte piece, or `""` for a control token."""
-        if token >= self._model.vocab_size() or self._model.is_control(token):
+        """One token: its text, its byte for a byte piece, or `""` for a control token and for what
+        no piece stands for."""
+        model = self._model
+        if token >= model.vocab_size() or model.is_control(token) or model.is_unused(token):
             return ""
         if self._model.is_byte(token):
             return bytes([int(self._model.id_to_piece(token)[1:-1], 16)])

@@ -25,7 +25,7 @@ from export.card import write_card
 from export.contract import WEIGHTS_FILE
 from export.errors import ExportError, ExportRequestError
 from export.quantize.formats import Plan, plan_to_json
-from gemma_keras.chat import GEMMA_TURNS
+from gemma_keras.chat import turn_ids
 from gemma_keras.checkpoints import Checkpoint
 from gemma_keras.checkpoints.names import parameter_count
 from gemma_keras.checkpoints.unfinished import whole_or_nothing
@@ -117,22 +117,15 @@ def write_tokenizer(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
     assert checkpoint.tokenizer_model is not None
     (folder / TOKENIZER_FILE).write_bytes(checkpoint.tokenizer_model)
     chat = None
-    stop = [model.eos_id()]
-    if checkpoint.instruction_tuned:
-        turns = GEMMA_TURNS
-        ids = {
-            piece: model.piece_to_id(piece) for piece in (turns.start_of_turn, turns.end_of_turn)
-        }
-        if model.unk_id() in ids.values():
-            raise ExportError("the tokenizer lacks the tokens of Gemma's turn template")
-        chat = {
-            "start_of_turn": ids[turns.start_of_turn],
-            "end_of_turn": ids[turns.end_of_turn],
-            "user": turns.user,
-            "model": turns.model,
-        }
-        stop.append(chat["end_of_turn"])
-    return {"file": TOKENIZER_FILE, "bos": model.bos_id(), "stop": stop, "chat": chat}
+    try:
+        stop = checkpoint.stop_ids()
+        if checkpoint.instruction_tuned:
+            turns = checkpoint.turns
+            start, end = turn_ids(checkpoint.tokenizer_model, turns)
+            chat = dataclasses.asdict(turns) | {"start_of_turn": start, "end_of_turn": end}
+    except ValueError as error:
+        raise ExportError(str(error)) from None
+    return {"file": TOKENIZER_FILE, "bos": model.bos_id(), "stop": list(stop), "chat": chat}
 
 
 def write_notices(folder: Path, checkpoint: Checkpoint, recipe: str) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def _base_model(manifest: Mapping[str, Any]) -> str | None:
 def _introduction(manifest: Mapping[str, Any]) -> str:
     model = manifest["model"]
     kind = (
-        "It was tuned to answer in Gemma's turn template."
+        "It was tuned to answer in turns, as its chat template writes them."
         if _tuned(manifest)
         else "It is a base model: it continues text, it was not taught to answer."
     )

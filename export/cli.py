@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--instruction-tuned",
         action=argparse.BooleanOptionalAction,
-        help="whether it follows Gemma's turn template (default: what its chat template says)",
+        help="whether it follows a turn template (default: what its chat template says)",
     )
     parser.add_argument(
         "--recipe",

@@ -18,6 +18,7 @@ from gemma_keras.checkpoints import Checkpoint
 from gemma_keras.checkpoints.hf_files import (
     CONFIG_FILE,
     GENERATION_FILE,
+    SUPPRESSED,
     TokenIds,
     hf_files,
     json_text,
@@ -68,6 +69,7 @@ def _files(
     }
     sampling = dict(files[GENERATION_FILE])
     special = {key: sampling.pop(key) for key in _TOKEN_IDS}
+    sampling.pop(SUPPRESSED, None)  # which onnxruntime-genai does not know
     genai = _genai_config(config, hf["model_type"], special, sampling)
     return files | {"genai_config.json": genai}
 

@@ -76,7 +76,7 @@ def export_onnx(
         out: the folder to write; it gets this name only when it is complete.
         recipe: `int4`, `int8`, `fp16` or `fp32`.
         base: the model that a LoRA adapter is for, where its folder does not say it.
-        instruction_tuned: whether the model follows Gemma's turn template; by default what its chat
+        instruction_tuned: whether the model follows a turn template; by default what its chat
             template says.
         kl_budget: for `int4`, the mean KL divergence from the float model, in nats, that the
             bundle may lose on text it was not calibrated on: matrices get 8 bits until it does

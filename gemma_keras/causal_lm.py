@@ -6,6 +6,7 @@
 # pyright: reportOptionalMemberAccess=false, reportOptionalCall=false
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,14 +17,14 @@ import keras_hub
 from keras import ops
 
 from gemma_keras.backbone import GemmaBackbone
-from gemma_keras.chat import encode_chat, turn_ids
+from gemma_keras.chat import GEMMA_TURNS, TurnTemplate, all_stops, encode_chat
 from gemma_keras.checkpoints import Checkpoint, open_checkpoint
 from gemma_keras.checkpoints.hub import is_own_preset
 from gemma_keras.checkpoints.keras_hub import read_keras_hub, write_keras_hub
 from gemma_keras.compiled import train_options
 from gemma_keras.generation import Generation
 from gemma_keras.loading import FromWeights
-from gemma_keras.text_pieces import decode_stream, encode
+from gemma_keras.text_pieces import decode_stream
 from gemma_keras.tokenizer import GemmaCausalLMPreprocessor, GemmaTokenizer
 
 if TYPE_CHECKING:
@@ -37,8 +38,11 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
     Args:
         backbone: the model.
         preprocessor: packs text; `None` if the model is used on token ids only.
-        instruction_tuned: whether it was tuned to follow Gemma's turn template.
+        instruction_tuned: whether it was tuned to follow `turns`.
         provenance: where its weights came from; export passes it on.
+        stop_token_ids: ids that end a text, beside the tokenizer's end of a text and of a turn.
+        turns: the turn template, Gemma's by default; a `TurnTemplate`, or its fields.
+        chat_template: the same in Jinja as its authors wrote it, for other runtimes.
 
     Raises:
         ConfigError: the backbone is bidirectional.
@@ -53,6 +57,9 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         preprocessor=None,
         instruction_tuned: bool = False,
         provenance: dict[str, Any] | None = None,
+        stop_token_ids: Sequence[int] = (),
+        turns: TurnTemplate | Mapping[str, Any] = GEMMA_TURNS,
+        chat_template: str | None = None,
         **kwargs,
     ) -> None:
         backbone.config.require_causal("GemmaCausalLM")
@@ -71,6 +78,9 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
 
         # === What a checkpoint adds ===
         self.instruction_tuned = instruction_tuned
+        self.stop_token_ids = tuple(int(i) for i in stop_token_ids)
+        self.turns = turns if isinstance(turns, TurnTemplate) else TurnTemplate(**turns)
+        self.chat_template = chat_template
         self.provenance = provenance or {"format": "keras", "name": self.name, "license": "gemma"}
 
     def compile(
@@ -105,6 +115,7 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         *,
         base=None,
         instruction_tuned=None,
+        special_tokens_in_strings=None,
         **kwargs,
     ):
         """Load a checkpoint.
@@ -116,8 +127,10 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
             dtype: Keras dtype policy.
             sequence_length: that `fit` and `generate` pad to, in tokens.
             base: the model that an adapter is for, where its folder does not say it.
-            instruction_tuned: whether it follows Gemma's turn template; by default what its chat
+            instruction_tuned: whether it follows a turn template; by default what its chat
                 template says.
+            special_tokens_in_strings: whether control tokens in a text are those tokens, for text
+                in the model's template; see `GemmaTokenizer`. By default not, or as it was saved.
             **kwargs: `gradient_checkpointing=True` for `fit` in less memory, and those of the
                 class.
 
@@ -131,11 +144,21 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
             model = super().from_preset(str(preset), load_weights=load_weights, **kwargs)
             if instruction_tuned is not None:
                 model.instruction_tuned = instruction_tuned
+            if special_tokens_in_strings is not None and model.preprocessor is not None:
+                tokenizer = model.preprocessor.tokenizer
+                tokenizer.special_tokens_in_strings = bool(special_tokens_in_strings)
             return model
         checkpoint = open_checkpoint(preset, base=base, instruction_tuned=instruction_tuned)
         for remark in checkpoint.remarks:
             warnings.warn(remark, stacklevel=2)
-        return cls.from_checkpoint(checkpoint, load_weights, dtype, sequence_length, **kwargs)
+        return cls.from_checkpoint(
+            checkpoint,
+            load_weights,
+            dtype,
+            sequence_length,
+            special_tokens_in_strings=bool(special_tokens_in_strings),
+            **kwargs,
+        )
 
     @classmethod
     def from_keras_hub(
@@ -145,7 +168,7 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
 
         Args:
             model: a `keras_hub.models.GemmaCausalLM` or `Gemma3CausalLM`, or its backbone.
-            instruction_tuned: whether it follows Gemma's turn template, which KerasHub's models do
+            instruction_tuned: whether it follows a turn template, which KerasHub's models do
                 not say.
             dtype: Keras dtype policy; by default that of Keras.
             sequence_length: as for `from_preset`.
@@ -177,6 +200,7 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         dtype=None,
         sequence_length=1024,
         gradient_checkpointing=False,
+        special_tokens_in_strings=False,
         **kwargs,
     ) -> GemmaCausalLM:
         """Build the model of an open checkpoint; arguments as `from_preset` and `GemmaBackbone`."""
@@ -191,20 +215,32 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         preprocessor = None
         if checkpoint.tokenizer_model is not None:
             preprocessor = GemmaCausalLMPreprocessor(
-                GemmaTokenizer(proto=checkpoint.tokenizer_model), sequence_length=sequence_length
+                GemmaTokenizer(
+                    proto=checkpoint.tokenizer_model,
+                    special_tokens_in_strings=special_tokens_in_strings,
+                ),
+                sequence_length=sequence_length,
             )
         return cls(
             backbone,
             preprocessor,
-            instruction_tuned=checkpoint.instruction_tuned,
-            provenance=dict(checkpoint.provenance),
-            **kwargs,
+            **{
+                "instruction_tuned": checkpoint.instruction_tuned,
+                "provenance": dict(checkpoint.provenance),
+                "stop_token_ids": checkpoint.stop,
+                "turns": checkpoint.turns,
+                "chat_template": checkpoint.chat_template,
+                **kwargs,
+            },
         )
 
     def get_config(self):
         return super().get_config() | {
             "instruction_tuned": self.instruction_tuned,
             "provenance": dict(self.provenance),
+            "stop_token_ids": list(self.stop_token_ids),
+            "turns": dataclasses.asdict(self.turns),
+            "chat_template": self.chat_template,
         }
 
     def get_quantization_layer_structure(self, mode):
@@ -221,6 +257,9 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
             tokenizer_model=tokenizer.proto if tokenizer else None,
             instruction_tuned=self.instruction_tuned,
             provenance=dict(self.provenance),
+            stop=self.stop_token_ids,
+            turns=self.turns,
+            chat_template=self.chat_template,
         )
 
     def logits(self, token_ids) -> np.ndarray:
@@ -246,16 +285,15 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         return self.generate_function
 
     def generate(self, inputs, max_length=None, stop_token_ids="auto", strip_prompt=False):
-        """As `keras_hub.models.CausalLM.generate`; an instruction-tuned model also stops where it
-        ends its turn."""
+        """As `keras_hub.models.CausalLM.generate`; it also stops at the ids that its checkpoint
+        names and, of an instruction-tuned model, where it ends its turn."""
         if stop_token_ids == "auto" and self.preprocessor is not None:
             stop_token_ids = self._stops()
         return super().generate(inputs, max_length, stop_token_ids, strip_prompt)
 
     def _stops(self) -> list[int]:
-        tokenizer = self.preprocessor.tokenizer
-        turns = [turn_ids(tokenizer.proto)[1]] if self.instruction_tuned else []
-        return [tokenizer.end_token_id, *turns]
+        turns = self.turns if self.instruction_tuned else None
+        return list(all_stops(self.preprocessor.tokenizer.proto, self.stop_token_ids, turns))
 
     def stream(
         self, prompt: str, max_length: int | None = None, stop_token_ids="auto"
@@ -275,7 +313,9 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         tokenizer = self._tokenizer("stream")
         if stop_token_ids == "auto":
             stop_token_ids = self._stops()
-        ids = [tokenizer.start_token_id, *encode(tokenizer.proto, prompt)]
+        ids = tokenizer.encode(prompt)
+        if ids[:1] != [tokenizer.start_token_id]:
+            ids.insert(0, tokenizer.start_token_id)
         return self._stream_ids(ids, max_length, stop_token_ids or ())
 
     def chat(
@@ -284,7 +324,7 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         max_length: int | None = None,
         stream: bool = False,
     ):
-        """Answer a conversation in Gemma's turn template.
+        """Answer a conversation in the model's turn template.
 
         Args:
             messages: what the user says, or the conversation so far, as for
@@ -303,12 +343,12 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         tokenizer = self._tokenizer("chat")
         if not self.instruction_tuned:
             raise ValueError(
-                "the model was not tuned to follow Gemma's turn template; use generate, or build "
-                "it with instruction_tuned=True"
+                "the model was not tuned to follow a turn template; use generate, or build it with "
+                "instruction_tuned=True"
             )
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        ids = encode_chat(tokenizer.proto, messages)
+        ids = encode_chat(tokenizer.proto, messages, self.turns)
         pieces = self._stream_ids(ids, max_length, self._stops())
         return pieces if stream else "".join(pieces)
 

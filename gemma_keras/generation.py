@@ -11,7 +11,7 @@ A compiled function is of use to all prompts of about the same length: lengths a
 # pyright: reportIndexIssue=false, reportCallIssue=false, reportFunctionMemberAccess=false
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import keras
@@ -19,6 +19,7 @@ import keras_hub
 import numpy as np
 from keras import ops
 
+from gemma_keras.checkpoints.special_pieces import is_usable
 from gemma_keras.compiled import compiled, recorded
 from gemma_keras.head import logits
 
@@ -37,6 +38,28 @@ def bucket(length: int) -> int:
     return -(-length // step) * step
 
 
+def _without_piece(model: GemmaCausalLM) -> Callable[[Any], Any]:
+    """What takes from logits `(batch, vocabulary_size)` those of ids that the tokenizer has no
+    piece for, or an unused one. A table may have more rows than the tokenizer has pieces."""
+    if model.preprocessor is None:
+        return lambda found: found
+    usable = list(is_usable(model.preprocessor.tokenizer.proto))
+    while usable and not usable[-1]:
+        del usable[-1]
+    if len(usable) > model.backbone.config.vocabulary_size or not usable:
+        return lambda found: found
+    if all(usable):
+        rows = model.backbone.config.vocabulary_size
+        return lambda found: found[:, : len(usable)] if len(usable) < rows else found
+    mask = np.asarray(usable)[None]
+
+    def without(found):
+        # A float16 holds no less, and infinity would be taken for a fault.
+        return ops.where(mask, found[:, : len(usable)], ops.cast(-6e4, found.dtype))
+
+    return without
+
+
 class Generation:
     """The compiled functions of a model and its sampler.
 
@@ -47,6 +70,8 @@ class Generation:
     def __init__(self, model: GemmaCausalLM) -> None:
         self._model = model
         self._sampler = model.sampler
+
+        self._no_piece = _without_piece(model)
 
         own = type(model.sampler).__call__
         self._has_own_loop = own is not keras_hub.samplers.Sampler.__call__
@@ -149,8 +174,10 @@ class Generation:
     # --- what is compiled ---
 
     def _logits(self, hidden):
-        """From `(batch, 1, hidden_dim)` to `(batch, vocabulary_size)`."""
-        return ops.squeeze(logits(self._model.backbone.token_embedding, hidden), axis=1)
+        """From `(batch, 1, hidden_dim)` to `(batch, vocabulary_size)`, or as many as the tokenizer
+        has pieces."""
+        found = ops.squeeze(logits(self._model.backbone.token_embedding, hidden), axis=1)
+        return self._no_piece(found)
 
     def _sample(self, logits):
         """From `(batch, vocabulary_size)` to ids, int32 `(batch,)`."""
@@ -218,7 +245,8 @@ class Generation:
             last = ops.slice(prompt, (0, index - 1), (ops.shape(prompt)[0], 1))
             hidden, cache = model.backbone.call_with_cache(last, cache, index - 1)
             found = logits(model.backbone.token_embedding, hidden)
-            return ops.squeeze(found, axis=1), ops.squeeze(hidden, axis=1), cache
+            found = self._no_piece(ops.squeeze(found, axis=1))
+            return found, ops.squeeze(hidden, axis=1), cache
 
         return self._sampler(
             next=next,

@@ -127,8 +127,29 @@ def relative_difference(found, expected):
     return np.abs(found - expected).max() / expected.std()
 
 
-def tiny_tokenizer_model() -> bytes:
-    """A SentencePiece model of `VOCABULARY_SIZE` pieces with Gemma's conventions."""
+# Chat templates as tuned models bring them.
+GEMMA_JINJA = (
+    "{{ bos_token }}"
+    "{% if messages[0]['role'] == 'system' %}"
+    "{% set before = messages[0]['content'].strip() + '\n\n' %}{% set turns = messages[1:] %}"
+    "{% else %}{% set before = '' %}{% set turns = messages %}{% endif %}"
+    "{% for m in turns %}"
+    "{% set who = 'model' if m['role'] == 'assistant' else m['role'] %}"
+    "{{ '<start_of_turn>' + who + '\n' + (before if loop.first else '') }}"
+    "{{ m['content'].strip() + '<end_of_turn>\n' }}"
+    "{% endfor %}"
+    "{%- if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+CHATML_JINJA = (
+    "{% for m in messages %}"
+    "{{ bos_token if loop.first }}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tiny_tokenizer_model(vocabulary_size: int = VOCABULARY_SIZE) -> bytes:
+    """A SentencePiece model with Gemma's conventions; up to 480 pieces."""
     import sentencepiece
 
     model = io.BytesIO()
@@ -136,7 +157,7 @@ def tiny_tokenizer_model() -> bytes:
         sentence_iterator=iter(_SENTENCES),
         model_writer=model,
         model_type="bpe",
-        vocab_size=VOCABULARY_SIZE,
+        vocab_size=vocabulary_size,
         byte_fallback=True,
         character_coverage=1.0,
         normalization_rule_name="identity",
@@ -158,16 +179,24 @@ def tiny_tokenizer_model() -> bytes:
     return model.getvalue()
 
 
-def chat_tokenizer_model() -> bytes:
-    """The small tokenizer, whose last pieces become the control tokens of turns and two spaces."""
+def chat_tokenizer_model(
+    start: str = "<start_of_turn>", end: str = "<end_of_turn>", turn_type: int = 3
+) -> bytes:
+    """The small tokenizer, whose last pieces become the tokens of turns and two spaces.
+
+    Args:
+        start: opens a turn.
+        end: closes it.
+        turn_type: SentencePiece's type of both, by default control.
+    """
     from sentencepiece import sentencepiece_model_pb2 as proto
 
     model = proto.ModelProto.FromString(tiny_tokenizer_model())
     kinds = proto.ModelProto.SentencePiece
     for index, (piece, kind) in enumerate(
         (
-            ("<start_of_turn>", kinds.CONTROL),
-            ("<end_of_turn>", kinds.CONTROL),
+            (start, turn_type),
+            (end, turn_type),
             ("\u2581\u2581", kinds.USER_DEFINED),
         ),
         start=-3,

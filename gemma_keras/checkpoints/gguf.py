@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 import reprlib
 
+from gemma_keras.checkpoints.chat_templates import turns_of
 from gemma_keras.checkpoints.gguf_parts import GGUFParts
-from gemma_keras.checkpoints.sentencepiece_model import build_sentencepiece_model
+from gemma_keras.checkpoints.sentencepiece_model import build_sentencepiece_model, gguf_stops
 from gemma_keras.checkpoints.source import Checkpoint, WeightSource
 from gemma_keras.config import GemmaConfig
 from gemma_keras.errors import CheckpointError
@@ -54,11 +55,14 @@ def read_gguf(path: str | os.PathLike[str]) -> Checkpoint:
         lattice=file.lattice,
         read_rows=file.read_rows,
     )
+    tokenizer_model = build_sentencepiece_model(file.metadata)
+    template = _text(file, "tokenizer.chat_template", "") or None
+    turns, tuned, remarks = turns_of(template, tokenizer_model)
     return Checkpoint(
         config=config,
         weights=weights,
-        tokenizer_model=build_sentencepiece_model(file.metadata),
-        instruction_tuned="<start_of_turn>" in _text(file, "tokenizer.chat_template", ""),
+        tokenizer_model=tokenizer_model,
+        instruction_tuned=tuned,
         provenance={
             "format": "gguf",
             "file": file.path.name,
@@ -66,7 +70,10 @@ def read_gguf(path: str | os.PathLike[str]) -> Checkpoint:
             "license": _text(file, "general.license", "gemma"),
             "tensor_types": _count_types(file),
         },
-        remarks=_told_of_images(file, images),
+        stop=gguf_stops(file.metadata),
+        turns=turns,
+        chat_template=template,
+        remarks=(*_told_of_images(file, images), *remarks),
     )
 
 

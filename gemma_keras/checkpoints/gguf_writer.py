@@ -21,9 +21,9 @@ import gguf
 import numpy as np
 
 from gemma_keras.checkpoints.gguf_config import config_to_gguf
-from gemma_keras.checkpoints.hf_files import CHAT_TEMPLATE, token_ids
+from gemma_keras.checkpoints.hf_files import chat_template, token_ids
 from gemma_keras.checkpoints.names import WeightSpec, weight_specs
-from gemma_keras.checkpoints.sentencepiece_model import tokenizer_metadata
+from gemma_keras.checkpoints.sentencepiece_model import stop_metadata, tokenizer_metadata
 from gemma_keras.checkpoints.source import Checkpoint, check_range, file_pieces
 from gemma_keras.checkpoints.unfinished import unfinished
 from gemma_keras.errors import CheckpointError, ConfigError
@@ -116,11 +116,9 @@ def _metadata(checkpoint: Checkpoint, kind: _TensorType) -> dict[str, Any]:
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
     }
     metadata |= tokenizer_metadata(checkpoint.tokenizer_model, config.vocabulary_size)
-    if checkpoint.instruction_tuned:
-        metadata |= {
-            "tokenizer.chat_template": CHAT_TEMPLATE,
-            "tokenizer.ggml.eot_token_id": ids.stop[1],
-        }
+    if template := chat_template(checkpoint):
+        metadata["tokenizer.chat_template"] = template
+    metadata |= stop_metadata(ids.stop, metadata["tokenizer.ggml.eos_token_id"])
     for name, content in checkpoint.notices.items():
         metadata[f"gemma_keras.notice.{name}"] = content.decode(errors="replace")
     return metadata

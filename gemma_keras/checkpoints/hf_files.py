@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 from typing import Any, NamedTuple
 
-from gemma_keras.chat import GEMMA_TURNS
+from gemma_keras.checkpoints.chat_templates import jinja_template, recognized
 from gemma_keras.checkpoints.hf_tokenizer import tokenizer_json
 from gemma_keras.checkpoints.sentencepiece_model import check_fits
 from gemma_keras.checkpoints.source import Checkpoint
+from gemma_keras.checkpoints.special_pieces import is_usable
 from gemma_keras.errors import CheckpointError
 
 CONFIG_FILE = "config.json"
@@ -28,10 +29,13 @@ _ARCHITECTURES = {
 # How a tuned Gemma is sampled, as its published generation_config.json says.
 _SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 64, "top_p": 0.95}
 _GREEDY = {"do_sample": False}
+SUPPRESSED = "suppress_tokens"
+_MOST_SUPPRESSED = 8192  # each is a number in the file, and costs time at each token
 
 
 class TokenIds(NamedTuple):
-    """Ids of the tokens with a meaning; `stop` are those that end an answer, `<eos>` first."""
+    """Ids of the tokens with a meaning; `stop` are those that end a text, first the one that the
+    tokenizer calls its end."""
 
     bos: int
     stop: tuple[int, ...]
@@ -44,15 +48,22 @@ def token_ids(checkpoint: Checkpoint) -> TokenIds:
         CheckpointError: it lacks one of them.
     """
     pieces = _processor(checkpoint)
-    stop = [pieces.eos_id()]
-    if checkpoint.instruction_tuned:
-        stop.append(pieces.piece_to_id(GEMMA_TURNS.end_of_turn))
-    if pieces.unk_id() in stop or min(pieces.bos_id(), *stop) < 0:
-        raise CheckpointError(
-            "the tokenizer lacks the tokens that begin or end a text or, of an instruction-tuned "
-            "model, a turn"
-        )
-    return TokenIds(pieces.bos_id(), tuple(stop))
+    try:
+        stop = checkpoint.stop_ids()
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    if not stop or pieces.bos_id() < 0 or pieces.eos_id() < 0:
+        raise CheckpointError("the tokenizer lacks the tokens that begin or end a text")
+    return TokenIds(pieces.bos_id(), stop)
+
+
+def chat_template(checkpoint: Checkpoint) -> str | None:
+    """The template for other runtimes: the model's own, unless `instruction_tuned` was set to what
+    that does not say; then that of its turns, or none."""
+    own, tuned = checkpoint.chat_template, checkpoint.instruction_tuned
+    if own is not None and (recognized(own) == checkpoint.turns) == tuned:
+        return own
+    return jinja_template(checkpoint.turns) if tuned else None
 
 
 def hf_files(checkpoint: Checkpoint, ids: TokenIds | None, dtype: str) -> dict[str, dict[str, Any]]:
@@ -89,10 +100,11 @@ def hf_files(checkpoint: Checkpoint, ids: TokenIds | None, dtype: str) -> dict[s
         "pad_token_id": pad,
     }
     named = {"bos": ids.bos, "eos": end, "pad": pad, "unk": pieces.unk_id()}
+    template = chat_template(checkpoint)
     sampling = _SAMPLING if checkpoint.instruction_tuned else _GREEDY
     return {
         CONFIG_FILE: config | special,
-        GENERATION_FILE: special | sampling,
+        GENERATION_FILE: special | sampling | _suppressed(checkpoint),
         TOKENIZER_CONFIG_FILE: {
             "tokenizer_class": "GemmaTokenizer",
             **{f"{name}_token": pieces.id_to_piece(index) for name, index in named.items()},
@@ -100,10 +112,19 @@ def hf_files(checkpoint: Checkpoint, ids: TokenIds | None, dtype: str) -> dict[s
             "add_eos_token": False,
             "clean_up_tokenization_spaces": False,
             "model_max_length": checkpoint.config.context_length,
-            **({"chat_template": CHAT_TEMPLATE} if checkpoint.instruction_tuned else {}),
+            **({"chat_template": template} if template else {}),
         },
         TOKENIZER_FILE: tokenizer_json(checkpoint.tokenizer_model),
     }
+
+
+def _suppressed(checkpoint: Checkpoint) -> dict[str, list[int]]:
+    """The ids that nothing stands for, which `transformers` and what follows it never generate."""
+    assert checkpoint.tokenizer_model is not None
+    usable = is_usable(checkpoint.tokenizer_model)
+    rows = range(checkpoint.config.vocabulary_size)
+    ids = [index for index in rows if index >= len(usable) or not usable[index]]
+    return {SUPPRESSED: ids} if 0 < len(ids) <= _MOST_SUPPRESSED else {}
 
 
 def json_text(name: str, content: Any) -> str:
@@ -119,28 +140,3 @@ def _processor(checkpoint: Checkpoint) -> Any:
         return sentencepiece.SentencePieceProcessor(model_proto=checkpoint.tokenizer_model)
     except Exception as error:  # sentencepiece raises RuntimeError or its own, by version
         raise CheckpointError(f"tokenizer.model is not a SentencePiece model: {error}") from error
-
-
-# Gemma's turns as a Jinja template, for HF folders, GGUF and bundles; `edge-demo chat` does the
-# same by ids. Gemma has no system role: what stands in one goes to the head of the first user turn.
-CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% set ns = namespace(before='') %}"
-    "{% for message in messages %}"
-    "{% if message['role'] == 'system' %}"
-    "{% set ns.before = message['content'] | trim + '\\n\\n' %}"
-    "{% else %}"
-    "{{ 'START' + ('MODEL' if message['role'] == 'assistant' else 'USER') + '\\n' }}"
-    "{{ ns.before + message['content'] | trim + 'END\\n' }}"
-    "{% set ns.before = '' %}"
-    "{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'STARTMODEL\\n' }}{% endif %}"
-)
-for _name, _text in (
-    ("START", GEMMA_TURNS.start_of_turn),
-    ("END", GEMMA_TURNS.end_of_turn),
-    ("MODEL", GEMMA_TURNS.model),
-    ("USER", GEMMA_TURNS.user),
-):
-    CHAT_TEMPLATE = CHAT_TEMPLATE.replace(_name, _text)

@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 
+from gemma_keras.checkpoints.chat_templates import turns_of
 from gemma_keras.checkpoints.keras_hub_config import (
     close,
     config_from_keras_hub,
@@ -39,6 +40,7 @@ from gemma_keras.checkpoints.keras_hub_config import (
 )
 from gemma_keras.checkpoints.names import parameter_count, weight_specs
 from gemma_keras.checkpoints.source import Checkpoint
+from gemma_keras.checkpoints.special_pieces import with_control_pieces
 from gemma_keras.config import GemmaConfig, LayerSpec
 from gemma_keras.errors import CheckpointError, ConfigError
 
@@ -57,8 +59,8 @@ def read_keras_hub(
     Args:
         model: a `keras_hub.models.GemmaBackbone` or `Gemma3Backbone`, or a task that has one, such
             as `GemmaCausalLM`. Of a Gemma 3 with a vision encoder the text part is read.
-        instruction_tuned: whether it was tuned to follow Gemma's turn template; KerasHub's models
-            do not say.
+        instruction_tuned: whether it was tuned to follow the turns that its tokenizer has tokens
+            for; KerasHub's models do not say.
         context_length: in tokens; KerasHub's models do not say. By default what the published sizes
             have: 8,192, of a Gemma 3 32,768, or 131,072 if its positions are scaled.
 
@@ -80,11 +82,13 @@ def read_keras_hub(
             f"configuration has {parameter_count(config):,}, so it holds something unknown here"
         )
     tokenizer = getattr(getattr(model, "preprocessor", None), "tokenizer", None)
+    proto = getattr(tokenizer, "proto", None)
     return Checkpoint(
         config=config,
         weights=_KerasHubWeights(backbone, config),
-        tokenizer_model=getattr(tokenizer, "proto", None),
+        tokenizer_model=None if proto is None else with_control_pieces(proto),
         instruction_tuned=instruction_tuned,
+        turns=turns_of(None, proto)[0],
         provenance={"format": "keras_hub", "name": model.name, "license": "gemma"},
     )
 
@@ -114,7 +118,7 @@ def write_keras_hub(checkpoint: Checkpoint, dtype: Any = None) -> Any:
     models = keras_hub.models
     backbone_class = models.Gemma3Backbone if gemma3 else models.GemmaBackbone
     arguments = config_to_keras_hub(config)  # before anything is allocated
-    preprocessor = _preprocessor(checkpoint.tokenizer_model, gemma3)
+    preprocessor = _preprocessor(checkpoint, gemma3)
     backbone = backbone_class(**arguments, dtype=dtype)
     for block in backbone.transformer_layers:
         block.attention.query_head_dim_normalize = arguments["query_head_dim_normalize"]
@@ -295,9 +299,21 @@ def _epsilons(backbone: Any, layers: tuple[LayerSpec, ...]) -> Iterator[tuple[st
                 yield f"{block.name}.{path}", float(operator.attrgetter(path)(block).epsilon)
 
 
-def _preprocessor(tokenizer_model: bytes | None, gemma3: bool) -> Any:
-    if tokenizer_model is None:
+def _preprocessor(checkpoint: Checkpoint, gemma3: bool) -> Any:
+    """KerasHub's preprocessor; its `generate` stops at two ids, the second of which it does not
+    save."""
+    if checkpoint.tokenizer_model is None:
         return None
+    preprocessor = _make_preprocessor(checkpoint.tokenizer_model, gemma3)
+    end = preprocessor.tokenizer.end_token_id
+    # The end of a turn, if it is tuned to turns, is the last.
+    more = [index for index in checkpoint.stop_ids() if index != end]
+    if more:
+        preprocessor.tokenizer.end_token2_id = more[-1]
+    return preprocessor
+
+
+def _make_preprocessor(tokenizer_model: bytes, gemma3: bool) -> Any:
     import keras_hub
 
     models = keras_hub.models

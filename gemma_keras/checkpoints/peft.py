@@ -103,7 +103,7 @@ def merge(adapter: PeftAdapter, base: Checkpoint) -> Checkpoint:
     return dataclasses.replace(
         merged,
         provenance=merged_provenance(base, adapter.folder.name, adapter.folder.name),
-        **text_side(adapter.folder, base),
+        **text_side(adapter.folder, merged),
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,16 @@ import ml_dtypes  # noqa: F401 - with it numpy knows bfloat16
 import numpy as np
 import safetensors
 
+from gemma_keras.checkpoints.chat_templates import read_folder_template, turns_of
 from gemma_keras.checkpoints.first_bytes import told_of_pointer
+from gemma_keras.checkpoints.hf_folder_tokenizer import read_folder_tokenizer
+from gemma_keras.checkpoints.json_files import read_json
 from gemma_keras.checkpoints.peft_names import bases_name, is_adapters_tensor
 from gemma_keras.checkpoints.quantized_folder import told_if_quantized
 from gemma_keras.checkpoints.source import Checkpoint, WeightSource
 from gemma_keras.config import GemmaConfig
 from gemma_keras.errors import CheckpointError
 
-_MAX_JSON = 64 << 20
 _INDEX = "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _TABLE, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -63,17 +64,24 @@ def read_safetensors_folder(folder: Path, *, adapter_is_read: bool = False) -> C
             ignore,
             read_rows=lambda name, first, last: read_rows(by_plain_name[name], first, last),
         )
+    tokenizer = read_folder_tokenizer(folder, raw_config, config.vocabulary_size)
+    template = read_folder_template(folder, tokenizer.config)
+    turns, tuned, remarks = turns_of(template, tokenizer.model)
     return Checkpoint(
         config=config,
         weights=weights,
-        tokenizer_model=_tokenizer(folder),
-        instruction_tuned=_has_turn_template(folder),
+        tokenizer_model=tokenizer.model,
+        instruction_tuned=tuned,
         provenance={
             "format": "safetensors",
             "file": folder.name,
             "name": folder.name,
             "license": "gemma",
         },
+        stop=tokenizer.stop,
+        turns=turns,
+        chat_template=template,
+        remarks=remarks,
     )
 
 
@@ -85,11 +93,17 @@ def holds_model(folder: Path) -> bool:
 def text_side(folder: Path, base: Checkpoint) -> dict[str, Any]:
     """What the tokenizer's files of an adapter's folder say in place of its base's, as fields of a
     `Checkpoint`."""
-    found: dict[str, Any] = {
-        "instruction_tuned": base.instruction_tuned or _has_turn_template(folder)
-    }
-    model = _tokenizer(folder)
-    return found if model is None else found | {"tokenizer_model": model}
+    tokenizer = read_folder_tokenizer(folder, {}, base.config.vocabulary_size)
+    template = read_folder_template(folder, tokenizer.config)
+    found: dict[str, Any] = {}
+    if tokenizer.model is not None:
+        stop = tuple(dict.fromkeys((*tokenizer.stop, *base.stop)))
+        found |= {"tokenizer_model": tokenizer.model, "stop": stop}
+    if template is not None:
+        turns, tuned, remarks = turns_of(template, tokenizer.model or base.tokenizer_model)
+        found |= {"turns": turns, "instruction_tuned": tuned, "chat_template": template}
+        found |= {"remarks": (*base.remarks, *remarks)}
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -310,48 +324,3 @@ def told_of_pickles(folder: Path) -> str:
         "load it with transformers, which reads its numbers alone, and save it again "
         "(save_pretrained)"
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        CheckpointError: the file is missing or larger than one can be, or holds something else.
-    """
-    data = read_json_value(path)
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} must hold a JSON object")
-    return data
-
-
-def read_json_value(path: Path) -> Any:
-    """As `read_json`, whatever the value is."""
-    try:
-        if path.stat().st_size > _MAX_JSON:
-            raise CheckpointError(f"{path} is larger than a JSON file of a checkpoint can be")
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(told_of_pointer(path) or f"{path} is not JSON: {error}") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _tokenizer(folder: Path) -> bytes | None:
-    path = folder / "tokenizer.model"
-    if not path.exists():
-        return None
-    if what := told_of_pointer(path):
-        raise CheckpointError(what)
-    return path.read_bytes()
-
-
-def _has_turn_template(folder: Path) -> bool:
-    for name in ("chat_template.jinja", "tokenizer_config.json"):
-        path = folder / name
-        if path.exists() and path.stat().st_size <= _MAX_JSON:
-            text = path.read_text(encoding="utf-8", errors="replace")
-            if "<start_of_turn>" in text and (name.endswith("jinja") or '"chat_template"' in text):
-                return True
-    return False

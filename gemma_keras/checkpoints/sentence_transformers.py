@@ -20,12 +20,8 @@ import numpy as np
 
 from gemma_keras.checkpoints.adapters import find_adapter
 from gemma_keras.checkpoints.hub import local_or_downloaded
-from gemma_keras.checkpoints.safetensors import (
-    opened,
-    read_json,
-    read_json_value,
-    read_safetensors_folder,
-)
+from gemma_keras.checkpoints.json_files import read_json, read_json_value
+from gemma_keras.checkpoints.safetensors import opened, read_safetensors_folder
 from gemma_keras.checkpoints.source import Checkpoint
 from gemma_keras.errors import CheckpointError, ConfigError
 

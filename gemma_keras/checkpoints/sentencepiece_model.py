@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gemma_keras.checkpoints.special_pieces import mark_control, mark_marks, parse_model
 from gemma_keras.errors import CheckpointError
+from gemma_keras.text_pieces import processor
 
 # SentencePiece and GGUF number the types of pieces alike.
 _USER_DEFINED, _UNUSED, _BYTE = 4, 5, 6
 _TYPES = range(1, 7)
 SPACE = "\u2581"
+# More ids that end a text than GGUF has keys for.
+STOP_KEY = "gemma_keras.stop_token_ids"
+# SentencePiece's name of a token with a meaning, GGUF's key, Gemma's id.
+_ROLES = (
+    ("pad", "padding_token_id", 0),
+    ("eos", "eos_token_id", 1),
+    ("bos", "bos_token_id", 2),
+)
 
 
 def build_sentencepiece_model(metadata: Mapping[str, Any]) -> bytes:
@@ -26,9 +36,6 @@ def build_sentencepiece_model(metadata: Mapping[str, Any]) -> bytes:
         CheckpointError: the keys are missing, of unequal lengths, describe another tokenizer, or
             one that SentencePiece refuses.
     """
-    import sentencepiece
-    from sentencepiece import sentencepiece_model_pb2 as proto
-
     if metadata.get("tokenizer.ggml.model") != "llama":
         raise CheckpointError(
             f"the tokenizer is {reprlib.repr(metadata.get('tokenizer.ggml.model'))}; Gemma's is a "
@@ -41,22 +48,18 @@ def build_sentencepiece_model(metadata: Mapping[str, Any]) -> bytes:
             "types; they must be equally many"
         )
 
-    model = proto.ModelProto()
-    trainer, normalizer = model.trainer_spec, model.normalizer_spec
-    trainer.model_type = trainer.BPE
+    model = empty_model()
+    trainer = model.trainer_spec
     trainer.byte_fallback = _BYTE in kinds
-    trainer.split_digits = True
-    trainer.allow_whitespace_only_pieces = True
-    trainer.pad_id = _token_id(metadata, "padding_token_id", 0, len(tokens))
-    trainer.eos_id = _token_id(metadata, "eos_token_id", 1, len(tokens))
-    trainer.bos_id = _token_id(metadata, "bos_token_id", 2, len(tokens))
     trainer.unk_id = _token_id(metadata, "unknown_token_id", 3, len(tokens))
-    trainer.pad_piece, trainer.eos_piece = "<pad>", "<eos>"
-    trainer.bos_piece, trainer.unk_piece = "<bos>", "<unk>"
-    normalizer.name = "identity"
-    normalizer.add_dummy_prefix = False
-    normalizer.remove_extra_whitespaces = False
-    normalizer.escape_whitespaces = True
+    for role, key, default in _ROLES:
+        piece = f"<{role}>"
+        # A file may call the end of a turn the end of a text: that is one of its stops.
+        index = _token_id(metadata, key, default, len(tokens))
+        index = tokens.index(piece) if piece in tokens else index
+        setattr(trainer, f"{role}_id", index)
+        setattr(trainer, f"{role}_piece", tokens[index])
+    trainer.unk_piece = tokens[trainer.unk_id]
     for index, (token, score, kind) in enumerate(zip(tokens, scores, kinds, strict=True)):
         if kind not in _TYPES:
             raise CheckpointError(f"token {index} of the vocabulary has the unknown type {kind}")
@@ -67,12 +70,74 @@ def build_sentencepiece_model(metadata: Mapping[str, Any]) -> bytes:
         piece = token.replace(" ", SPACE) if kind == _USER_DEFINED else token
         model.pieces.add(piece=piece, score=score, type=kind)
     trainer.vocab_size = len(model.pieces)
-    serialized = model.SerializeToString()
+    mark_control(model)
+    mark_marks(model, (trainer.bos_id, trainer.eos_id, trainer.pad_id, *gguf_stops(metadata)))
+    return serialized(model)
+
+
+def gguf_stops(metadata: Mapping[str, Any]) -> tuple[int, ...]:
+    """The ids that end a text, by `tokenizer.ggml.*` keys.
+
+    Raises:
+        CheckpointError: one is no id of the vocabulary.
+    """
+    num_tokens = len(metadata.get("tokenizer.ggml.tokens", []))
+    found = [
+        _token_id(metadata, key, 0, num_tokens)
+        for key in ("eos_token_id", "eot_token_id", "eom_token_id")
+        if f"tokenizer.ggml.{key}" in metadata
+    ]
+    more = metadata.get(STOP_KEY, [])
+    if not isinstance(more, list) or not all(type(i) is int and 0 <= i < num_tokens for i in more):
+        raise CheckpointError(f"{STOP_KEY} is {reprlib.repr(more)}; it must be a list of ids")
+    return tuple(dict.fromkeys([*found, *more]))
+
+
+def stop_metadata(stop: Sequence[int], eos: int) -> dict[str, Any]:
+    """The keys that say which ids end a text beside `eos`: llama.cpp has two more, and a list of
+    this project's holds what is beyond them."""
+    more = [index for index in stop if index != eos]
+    keys = ("tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
+    found: dict[str, Any] = dict(zip(keys, more, strict=False))
+    return found | ({STOP_KEY: more} if len(more) > len(keys) else {})
+
+
+def empty_model() -> Any:
+    """The protobuf message of a SentencePiece model as Gemma's is, without pieces."""
+    from sentencepiece import sentencepiece_model_pb2 as proto
+
+    model = proto.ModelProto()
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    trainer.model_type = trainer.BPE
+    trainer.split_digits = True
+    trainer.allow_whitespace_only_pieces = True
+    normalizer.name = "identity"
+    normalizer.add_dummy_prefix = False
+    normalizer.remove_extra_whitespaces = False
+    normalizer.escape_whitespaces = True
+    return model
+
+
+def serialized(model: Any) -> bytes:
+    """A SentencePiece model as bytes, which SentencePiece has opened.
+
+    Raises:
+        CheckpointError: it refuses them.
+    """
+    return opened(model.SerializeToString())
+
+
+def opened(data: bytes) -> bytes:
+    """The same bytes of a SentencePiece model, which SentencePiece has opened.
+
+    Raises:
+        CheckpointError: it refuses them.
+    """
     try:
-        sentencepiece.SentencePieceProcessor(model_proto=serialized)
-    except RuntimeError as error:
+        processor(data)
+    except Exception as error:  # RuntimeError or its own, by version
         raise CheckpointError(f"SentencePiece refuses the tokenizer: {error}") from error
-    return serialized
+    return data
 
 
 def tokenizer_metadata(model: bytes, vocabulary_size: int) -> dict[str, Any]:
@@ -124,13 +189,7 @@ def parse_tokenizer(model: bytes) -> Any:
         CheckpointError: it is damaged, not BPE, lacks the token of a beginning, an end or the
             unknown, or changes text before it cuts it.
     """
-    from google.protobuf.message import DecodeError
-    from sentencepiece import sentencepiece_model_pb2 as proto
-
-    try:
-        parsed = proto.ModelProto.FromString(model)
-    except DecodeError as error:
-        raise CheckpointError(f"tokenizer.model is not a SentencePiece model: {error}") from error
+    parsed = parse_model(model)
     trainer, normalizer = parsed.trainer_spec, parsed.normalizer_spec
     if trainer.model_type != trainer.BPE:
         raise CheckpointError("tokenizer.model is not a BPE model, which Gemma's tokenizer is")

@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from gemma_keras.chat import GEMMA_TURNS, TurnTemplate, all_stops
 from gemma_keras.checkpoints.lattice import Lattice
 from gemma_keras.checkpoints.names import FileFormat, WeightSpec, weight_specs
 from gemma_keras.config import GemmaConfig
@@ -186,9 +187,13 @@ class Checkpoint:
         config: its architecture.
         weights: canonical name to float32 array, read when asked for.
         tokenizer_model: the SentencePiece model, serialized; `None` if the checkpoint has none.
-        instruction_tuned: whether it was tuned to follow Gemma's turn template.
+            Text does not produce its control pieces; see `special_pieces`.
+        instruction_tuned: whether it was tuned to follow `turns`.
         provenance: where it came from, for people and for the bundle.
         notices: licence files that came with the weights and must travel on: name to content.
+        stop: ids that end a text, as far as its files name them; `stop_ids` are all.
+        turns: the turn template that it follows, or that its tokenizer has tokens for.
+        chat_template: its own template in Jinja, whether or not that could be recognized.
         remarks: what reading it has passed over or changed, a sentence each.
     """
 
@@ -198,7 +203,23 @@ class Checkpoint:
     instruction_tuned: bool
     provenance: dict[str, Any]
     notices: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+    stop: tuple[int, ...] = ()
+    turns: TurnTemplate = GEMMA_TURNS
+    chat_template: str | None = None
     remarks: tuple[str, ...] = ()
+
+    def stop_ids(self) -> tuple[int, ...]:
+        """The ids that end a text: those that its files name, its tokenizer's end of a text and, of
+        an instruction-tuned model, that of a turn; empty without a tokenizer.
+
+        Raises:
+            ValueError: the tokenizer lacks the tokens of the turns.
+        """
+        if self.tokenizer_model is None:
+            return ()
+        return all_stops(
+            self.tokenizer_model, self.stop, self.turns if self.instruction_tuned else None
+        )
 
 
 def file_pieces(

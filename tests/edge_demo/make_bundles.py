@@ -10,14 +10,21 @@ import shutil
 import sys
 from pathlib import Path
 
-from tests.models import GENERATIONS, chat_tokenizer_model, write_tiny_hf
+from tests.models import (
+    CHATML_JINJA,
+    GEMMA_JINJA,
+    GENERATIONS,
+    chat_tokenizer_model,
+    write_tiny_hf,
+)
 
 SHORT_CONTEXT = 16
+CHATML = ("<|im_start|>", "<|im_end|>")
 
 
 def main(folder: Path) -> None:
-    """Write `GENERATION-RECIPE` and `GENERATION-int8-cache` (fp32) for each, and `short` (fp32) and
-    `chat` (int8)."""
+    """Write `GENERATION-RECIPE` and `GENERATION-int8-cache` (fp32) for each, and `short` (fp32),
+    `chat` (int8) and `chatml` (fp32)."""
     from export import export_onnx
 
     folder.mkdir(parents=True)
@@ -29,11 +36,14 @@ def main(folder: Path) -> None:
         out = folder / f"{generation}-int8-cache"
         export_onnx(source, out, "fp32", kv_cache_dtype="int8", verify=False)
     export_onnx(source, folder / "short", "fp32", max_context=SHORT_CONTEXT, verify=False)
-    tuned = folder / "tiny-chat"
-    shutil.copytree(source, tuned)
-    (tuned / "tokenizer.model").write_bytes(chat_tokenizer_model())
-    (tuned / "chat_template.jinja").write_text("{{ bos_token }}<start_of_turn>user\n…")
-    export_onnx(tuned, folder / "chat", "int8", verify=False)
+    turns = {"chat": ((), GEMMA_JINJA, "int8"), "chatml": (CHATML, CHATML_JINJA, "fp32")}
+    for name, (tokens, template, recipe) in turns.items():
+        tuned = folder / f"tiny-{name}"
+        shutil.copytree(source, tuned)
+        # As user-defined pieces: what is exported makes control pieces of them.
+        (tuned / "tokenizer.model").write_bytes(chat_tokenizer_model(*tokens, turn_type=4))
+        (tuned / "chat_template.jinja").write_text(template)
+        export_onnx(tuned, folder / name, recipe, verify=False)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from gemma_keras.config import GemmaConfig
 from gemma_keras.errors import CheckpointError
 from tests.edge_demo.conftest import ROOT
 from tests.gemma_keras.test_tokenizer import LONGEST_RUN, STRINGS
-from tests.models import GENERATIONS, tiny_tokenizer_model
+from tests.models import CHATML_JINJA, GENERATIONS, tiny_tokenizer_model
 
 TYPES = {"gemma": "gemma", "gemma2": "gemma2", "gemma3": "gemma3_text"}
 CONTROL = re.compile(r"<(pad|eos|bos|unk|mask|start_of_turn|end_of_turn|unused\d+)>")
@@ -121,6 +121,24 @@ def test_a_small_tokenizer_gives_the_same_ids(tiny_bundles):
         for text in group[::20]:
             if not CONTROL.search(text):
                 assert theirs(text)["input_ids"] == ours.encode(text)
+
+
+def test_chatml_is_the_models_own_and_gives_our_ids(tiny_bundles):
+    ours = Tokenizer(Bundle.open(tiny_bundles / "chatml"))
+    theirs = transformers.AutoTokenizer.from_pretrained(tiny_bundles / "chatml")
+    assert theirs.chat_template == CHATML_JINJA
+    talk = [
+        {"role": "system", "content": "Be brief. "},
+        {"role": "user", "content": " The boat?"},
+        {"role": "assistant", "content": "It went down."},
+        {"role": "user", "content": "And  then?\n"},
+    ]
+    turns = [({"assistant": "model"}.get(m["role"], "user"), m["content"]) for m in talk[1:]]
+    found = theirs.apply_chat_template(talk, add_generation_prompt=True)["input_ids"]
+    assert found == ours.encode_chat(turns, "Be brief. ")
+    stops = read(tiny_bundles / "chatml" / "generation_config.json")["eos_token_id"]
+    assert stops == read(tiny_bundles / "chatml" / "genai_config.json")["model"]["eos_token_id"]
+    assert stops == list(ours.spec.stop) == [1, theirs.convert_tokens_to_ids("<|im_end|>")]
 
 
 def test_the_chat_template_is_ours(tiny_bundles):
@@ -261,7 +279,8 @@ def test_onnxruntime_genai_finds_our_tokens_in_a_small_model(tiny_bundles, gener
 
 
 @pytest.mark.peer
-def test_onnxruntime_genai_fills_the_chat_template(tiny_bundles):
+@pytest.mark.parametrize("name", ["chat", "chatml"])
+def test_onnxruntime_genai_fills_the_chat_template(tiny_bundles, name):
     pytest.importorskip("onnxruntime_genai")
     code = (
         "import json, sys, onnxruntime_genai as og\n"
@@ -275,13 +294,13 @@ def test_onnxruntime_genai_fills_the_chat_template(tiny_bundles):
         {"role": "user", "content": "And  then?"},
     ]
     done = subprocess.run(
-        [sys.executable, "-c", code, tiny_bundles / "chat", json.dumps(messages)],
+        [sys.executable, "-c", code, tiny_bundles / name, json.dumps(messages)],
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    ours = Tokenizer(Bundle.open(tiny_bundles / "chat"))
+    ours = Tokenizer(Bundle.open(tiny_bundles / name))
     turns = [({"assistant": "model"}.get(m["role"], "user"), m["content"]) for m in messages]
     assert json.loads(done.stdout) == ours.encode_chat(turns)
 

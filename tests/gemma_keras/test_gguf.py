@@ -21,6 +21,7 @@ from gemma_keras.checkpoints.sample import sample_path
 from gemma_keras.errors import CheckpointError, ConfigError, ModelError
 from tests import gguf_files
 from tests.gguf_files import F32, Raw, pack_gguf, pack_info, pack_model, pack_text, pack_value
+from tests.models import GEMMA_JINJA
 
 Type = gguf.GGMLQuantizationType
 QUANTIZABLE = [
@@ -217,14 +218,19 @@ def test_the_configuration_is_what_was_written(tmp_path):
     assert config("gemma3", **scaling) == GemmaConfig(layers=(*[near] * 5, far, near), **whole)
 
 
-@pytest.mark.parametrize(("template", "tuned"), [("{{'<start_of_turn>'}}", True), ("{{x}}", False)])
-def test_a_turn_template_tells_an_instruction_tuned_model(template, tuned, tmp_path):
-    meta = gguf_files.metadata("gemma", 1) | {"tokenizer.chat_template": template}
-    checkpoint = open_checkpoint(
-        gguf_files.write_gguf(tmp_path / "m.gguf", meta, gguf_files.tensors(meta))
-    )
-    assert checkpoint.instruction_tuned is tuned
+def test_a_turn_template_tells_an_instruction_tuned_model(tmp_path):
+    meta = gguf_files.metadata("gemma", 1) | {"tokenizer.chat_template": GEMMA_JINJA}
+    meta["tokenizer.ggml.tokens"][-2:] = ["<start_of_turn>", "<end_of_turn>"]
+    path = gguf_files.write_gguf(tmp_path / "m.gguf", meta, gguf_files.tensors(meta))
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.instruction_tuned
     assert checkpoint.provenance["name"] == "tiny gemma"
+    unknown = meta | {"tokenizer.chat_template": "<start_of_turn>{{ messages }}"}
+    path = gguf_files.write_gguf(tmp_path / "n.gguf", unknown, gguf_files.tensors(meta))
+    checkpoint = open_checkpoint(path)
+    assert not checkpoint.instruction_tuned
+    assert "neither Gemma's turns nor ChatML" in checkpoint.remarks[0]
+    assert open_checkpoint(path, instruction_tuned=True).instruction_tuned
 
 
 def test_a_vocabulary_with_byte_pieces_encodes_any_text(tmp_path):

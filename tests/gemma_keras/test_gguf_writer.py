@@ -214,7 +214,7 @@ def test_a_damaged_tokenizer_and_one_without_turns_are_refused(sources, tmp_path
     checkpoint = for_gguf(open_checkpoint(sources("gemma", "float32")))
     for change, match in (
         ({"tokenizer_model": b"\xff\xff\xff"}, "not a SentencePiece model"),
-        ({"instruction_tuned": True}, "lacks the tokens that begin or end"),
+        ({"instruction_tuned": True}, "lacks the tokens of the turn template"),
     ):
         with pytest.raises(CheckpointError, match=match):
             WRITERS[writer](dataclasses.replace(checkpoint, **change), tmp_path / "out")

@@ -1,0 +1,38 @@
+"""JSON files of a checkpoint, read with care: they may come from anywhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gemma_keras.checkpoints.first_bytes import told_of_pointer
+from gemma_keras.errors import CheckpointError
+
+_MAX_JSON = 64 << 20
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        CheckpointError: the file is missing or larger than one can be, or holds something else.
+    """
+    data = read_json_value(path)
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return data
+
+
+def read_json_value(path: Path) -> Any:
+    """As `read_json`, whatever the value is."""
+    try:
+        if path.stat().st_size > _MAX_JSON:
+            raise CheckpointError(f"{path} is larger than a JSON file of a checkpoint can be")
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(told_of_pointer(path) or f"{path} is not JSON: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
