@@ -4,6 +4,8 @@ Three graphs stand over the same weights:
 
 * `model.onnx`, the interchange graph, keeps the names that onnxruntime-genai, Optimum and
   transformers.js read. Its past grows by concatenation and it returns logits for all positions.
+  `attention_mask` says where padding is, on the left, on the right or between; a row's tokens have
+  the positions, and see of one another, what they would without it.
 * `engine.onnx` is what `edge_demo` runs: keys and values live in buffers of fixed capacity that are
   input and output at once, the rotary tables are inputs (so they grow with the buffers instead of
   being stored for the longest context), and logits are computed only where they are asked for.

@@ -21,6 +21,7 @@ from export.contract import (
 )
 from export.joined import joined_matrices, joined_name
 from export.named_nodes import NamedNodes
+from export.padding import Unpadded, moved_back, without_padding
 from export.quantize.formats import Format, Plan, rows_and_inputs
 from export.weights_file import WeightsFile
 from gemma_keras.checkpoints.names import head_table, weight_specs
@@ -85,11 +86,12 @@ class _FusedGraph(NamedNodes):
 
     def build(self) -> ir.Model:
         config = self.config
-        seqlens, total = self._lengths()
+        tokens = None if self.for_engine else self._without_padding()
+        seqlens, total = self._lengths(tokens)
         tables = self._rope_tables()
         presents: list[ir.Value] = []
 
-        residual = self._embedded()
+        residual = self._embedded(tokens)
         normed = self._norm("layers.0.pre_attention_norm", residual)
         for i, layer in enumerate(config.layers):
             name = f"layers.{i}"
@@ -106,21 +108,27 @@ class _FusedGraph(NamedNodes):
             last = i + 1 == len(config.layers)
             next_norm = "final_norm" if last else f"layers.{i + 1}.pre_attention_norm"
             normed, residual = self._add_and_norm(next_norm, fed, residual)
-        hidden = self._pick(normed)
+        hidden = self._pick(normed, tokens)
         if self.contract.file == CANDIDATES_FILE:
             return self.model([*self._candidates(hidden), *presents])
         return self.model([self._cap(self._logits(hidden), "logits"), *presents])
 
-    def _lengths(self) -> tuple[ir.Value, ir.Value]:
-        """`seqlens_k` and `total_sequence_length` as `GroupQueryAttention` takes them."""
-        if self.for_engine:
+    def _without_padding(self) -> Unpadded:
+        return without_padding(
+            self.op, self.constant, self.inputs["input_ids"], self.inputs["attention_mask"]
+        )
+
+    def _lengths(self, tokens: Unpadded | None) -> tuple[ir.Value, ir.Value]:
+        """`seqlens_k` and `total_sequence_length` as `GroupQueryAttention` takes them.
+
+        To it every token of a call is real: padding comes last, where no real token looks.
+        """
+        if tokens is None:
             return self.inputs["seqlens_k"], self.inputs["total_sequence_length"]
-        mask = self.inputs["attention_mask"]
-        axis = self.constant("axis_1", np.array([1], np.int64))
-        count = self.op("ReduceSum", [mask, axis], "attention_mask.count", keepdims=0)
         one = self.constant("one", np.array(1, np.int64))
-        seqlens = self.op("Sub", [count, one], "attention_mask.count_less_1")
-        shape = self.op("Shape", [mask], "attention_mask.shape")
+        last = self.op("Sub", [tokens.length, one], "padding.length_less_1")
+        seqlens = self.op("Add", [tokens.past, last], "padding.last")
+        shape = self.op("Shape", [self.inputs["attention_mask"]], "attention_mask.shape")
         index = self.constant("index_1", np.array(1, np.int64))
         total = self.op("Gather", [shape, index], "attention_mask.total", axis=0)
         int32 = int(ir.DataType.INT32)
@@ -159,10 +167,10 @@ class _FusedGraph(NamedNodes):
             )
         return tables
 
-    def _embedded(self) -> ir.Value:
-        if self.for_engine:
+    def _embedded(self, tokens: Unpadded | None) -> ir.Value:
+        if tokens is None:
             return self.inputs["inputs_embeds"]
-        rows = self._rows("token_embedding", self.inputs["input_ids"], "embedded")
+        rows = self._rows("token_embedding", tokens.ids, "embedded")
         scale = self.constant("embedding_scale", np.array(self.config.embedding_scale, np.float32))
         return self.op("Mul", [rows, scale], "embedded.scaled")
 
@@ -248,9 +256,9 @@ class _FusedGraph(NamedNodes):
         gated = self.op("Mul", [gelu, up], f"{name}.gated")
         return self._matmul(f"{name}.down", gated)
 
-    def _pick(self, hidden: ir.Value) -> ir.Value:
-        if not self.for_engine:
-            return hidden
+    def _pick(self, hidden: ir.Value, tokens: Unpadded | None) -> ir.Value:
+        if tokens is not None:
+            return moved_back(self.op, self.constant, hidden, tokens)
         positions = self.inputs["logit_positions"]
         return self.op("Gather", [hidden, positions], "hidden.picked", axis=1)
 

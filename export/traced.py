@@ -34,6 +34,7 @@ from export.dequantize import (
 )
 from export.errors import ExportError, ExportRequestError
 from export.nodes import Nodes, graph_value
+from export.padding import Unpadded, moved_back, without_padding
 from export.quantize.formats import Plan
 from export.weights_file import WeightsFile
 from gemma_keras.checkpoints.names import head_table, weight_specs
@@ -93,9 +94,10 @@ class _TracedGraph:
 
     def build(self) -> ir.Model:
         outputs: dict[str, ir.Value] = {}
-        start = self._start()
+        tokens = None if self.for_engine else self._without_padding()
+        start = self._start(tokens)
         pasts = self._pasts_with_room()
-        hidden = self._embedded()
+        hidden = self._embedded(tokens)
         kinds: dict[LayerSpec, int] = {}
         for i, layer in enumerate(self.config.layers):
             given = {"hidden": hidden, "start": start}
@@ -106,7 +108,9 @@ class _TracedGraph:
             hidden = found["hidden_out"]
             for part in ("key", "value"):
                 outputs[f"present.{i}.{part}"] = found[f"present.{part}"]
-        if self.for_engine:
+        if tokens is not None:
+            hidden = moved_back(self._op, self._constant, hidden, tokens)
+        else:
             positions = self.inputs["logit_positions"]
             hidden = self.nodes.op("picked", "Gather", [hidden, positions], axis=1)
         logits = self._lay("head", "head", {"hidden": hidden})["logits"]
@@ -118,28 +122,35 @@ class _TracedGraph:
             outputs["logits"] = logits
         return self._model(outputs)
 
-    def _embedded(self) -> ir.Value:
-        if self.for_engine:
+    def _embedded(self, tokens: Unpadded | None) -> ir.Value:
+        if tokens is None:
             return self.inputs["inputs_embeds"]
-        return self._lay("embed", "embedded", {"input_ids": self.inputs["input_ids"]})["hidden"]
+        return self._lay("embed", "embedded", {"input_ids": tokens.ids})["hidden"]
 
     # --- what the contract adds to the model ---
 
-    def _start(self) -> ir.Value:
+    def _without_padding(self) -> Unpadded:
+        return without_padding(
+            self._op, self._constant, self.inputs["input_ids"], self.inputs["attention_mask"]
+        )
+
+    def _op(self, op_type: str, inputs: list[ir.Value], name: str, **attributes) -> ir.Value:
+        return self.nodes.op(name, op_type, inputs, **attributes)
+
+    def _constant(self, name: str, array: np.ndarray) -> ir.Value:
+        return self.nodes.constant(array)
+
+    def _start(self, tokens: Unpadded | None) -> ir.Value:
         """Position of the first new token of each row, int32 `(batch,)`.
 
-        A row's text ends where its mask, or `seqlens_k`, says, and the new tokens are its last
-        ones; but in a first call a row may end before the others, with padding after it.
+        In the engine's graph a row's text ends where `seqlens_k` says, and the new tokens are its
+        last ones; but in a first call a row may end before the others, with padding after it.
         """
         op, constant = self.nodes.op, self.nodes.constant
         int32 = int(ir.DataType.INT32)
-        if self.for_engine:
-            one = constant(np.array(1, np.int32))
-            total = op("start", "Add", [self.inputs["seqlens_k"], one])
-        else:
-            axis = constant(np.array([1], np.int64))
-            total = op("start", "ReduceSum", [self.inputs["attention_mask"], axis], keepdims=0)
-            total = op("start", "Cast", [total], to=int32)
+        if tokens is not None:
+            return op("start", "Cast", [tokens.past], to=int32)
+        total = op("start", "Add", [self.inputs["seqlens_k"], constant(np.array(1, np.int32))])
         length = op("start", "Cast", [self.length], to=int32)
         start = op("start", "Sub", [total, length])
         return op("start", "Max", [start, constant(np.array(0, np.int32))])

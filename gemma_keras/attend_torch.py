@@ -26,7 +26,7 @@ def attend(query, key, value, mask, scale: float):
         A tensor like `query`.
     """
     batch, _, length, head_dim = query.shape
-    least = max(_MASKED, torch.finfo(query.dtype).min)
+    least = max(_MASKED, torch.finfo(query.dtype).min / 2)  # half: a score may be added to it
     added = torch.where(mask[:, :, 0], 0.0, least).to(query.dtype)  # (batch or 1, 1, length, total)
     # One token's heads that share a key are rows of one product, which is quicker than many.
     rows = (batch, key.shape[1], -1, head_dim) if length == 1 else query.shape

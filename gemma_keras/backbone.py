@@ -17,7 +17,7 @@ from keras import ops
 from gemma_keras.cache import place
 from gemma_keras.checkpoints.lattice import Lattice
 from gemma_keras.checkpoints.names import WeightSpec, weight_specs
-from gemma_keras.checkpoints.source import row_pieces
+from gemma_keras.checkpoints.source import finite, row_pieces
 from gemma_keras.config import GemmaConfig
 from gemma_keras.errors import CheckpointError
 from gemma_keras.layers import GemmaDecoderBlock, RMSNorm
@@ -147,6 +147,8 @@ class GemmaBackbone(keras_hub.models.Backbone):
 
     def _embed(self, config: GemmaConfig, token_ids):
         x = self.token_embedding(token_ids)
+        if self.token_embedding.compute_dtype == "float16":
+            x = ops.cast(x, "float32")  # as the blocks go on
         # Rounded to the compute dtype, as the original rounds it: 25.25, not 25.298, in bfloat16.
         return x * ops.cast(config.embedding_scale, x.dtype)
 
@@ -250,6 +252,7 @@ class GemmaBackbone(keras_hub.models.Backbone):
     def weight_source(self) -> Mapping[str, np.ndarray]:
         """This model's weights by canonical name, read as float32 when asked for, LoRA merged.
 
+        A weight that is not finite, as after a loss of NaN, is a `CheckpointError` when it is read.
         What `quantize` has made integers of is read as the numbers that they stand for. The
         mapping is also a `gemma_keras.checkpoints.lattice.LatticeSource`.
         """
@@ -274,10 +277,10 @@ class _BackboneWeights(Mapping[str, np.ndarray]):
     def __getitem__(self, name: str) -> np.ndarray:
         quantized = self._quantized(name)
         if quantized is not None:
-            values = quantized.values()
+            values = finite(name, quantized.values())
             return values.T if self.specs[name].kind == "matrix" else values
         variable = self._backbone.variable(name)  # a LoRA layer's kernel is the merged one
-        array = ops.convert_to_numpy(ops.cast(variable, "float32"))
+        array = finite(name, ops.convert_to_numpy(ops.cast(variable, "float32")))
         return array.T if name == "head" else array
 
     def table_pieces(self, name: str, piece_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -286,7 +289,8 @@ class _BackboneWeights(Mapping[str, np.ndarray]):
             return row_pieces(self[name], piece_bytes)
         axis = 1 if name == "head" else 0
         pieces = variable_pieces(self._backbone.variable(name), piece_bytes, axis)
-        return ((first, array.T) if axis else (first, array) for first, array in pieces)
+        checked = ((first, finite(name, array)) for first, array in pieces)
+        return ((first, array.T) if axis else (first, array) for first, array in checked)
 
     def stored_as(self, name: str) -> str | None:
         """How `quantize` has stored a weight, such as `Keras int4`; `None` for floats."""

@@ -47,6 +47,8 @@ def _write_at(cache, new, slot):
     new = ops.cast(new, cache.dtype)
     shape = ops.shape(new)[:3]
     in_place = keras.config.backend() == "torch" and not _records_gradients()
+    if in_place:
+        cache = cache.contiguous()  # beams begin as one row seen several times
     if len(slot.shape) == 0 and not in_place:
         return ops.slice_update(cache, (0, 0, slot, 0), new)
     if len(slot.shape) == 0:

@@ -24,15 +24,17 @@ from gemma_keras.checkpoints.keras_hub import read_keras_hub, write_keras_hub
 from gemma_keras.compiled import train_options
 from gemma_keras.generation import Generation
 from gemma_keras.loading import FromWeights
+from gemma_keras.quantizing import Quantizes
 from gemma_keras.text_pieces import decode_stream
 from gemma_keras.tokenizer import GemmaCausalLMPreprocessor, GemmaTokenizer
+from gemma_keras.training import TrainsOn
 
 if TYPE_CHECKING:
     import numpy as np
 
 
 @keras.saving.register_keras_serializable(package="gemma_keras")
-class GemmaCausalLM(keras_hub.models.CausalLM):
+class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
     """Next-token prediction on a `GemmaBackbone`: a `keras_hub.models.CausalLM`.
 
     Args:
@@ -111,7 +113,7 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         preset,
         load_weights=True,
         dtype=None,
-        sequence_length=1024,
+        sequence_length=None,
         *,
         base=None,
         instruction_tuned=None,
@@ -125,7 +127,8 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
                 Face folder or name, a folder written by `save_to_preset`, a KerasHub preset.
             load_weights: if false, weights are random.
             dtype: Keras dtype policy.
-            sequence_length: that `fit` and `generate` pad to, in tokens.
+            sequence_length: that `fit` and `generate` pad to, in tokens; by default that of a
+                folder of `save_to_preset`, else 1024.
             base: the model that an adapter is for, where its folder does not say it.
             instruction_tuned: whether it follows a turn template; by default what its chat
                 template says.
@@ -137,28 +140,44 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
         Raises:
             CheckpointError: it is missing, damaged or of another shape than it declares.
             ConfigError: it is not a Gemma.
+
+        Warns:
+            UserWarning: it has no tokenizer.
         """
-        if is_own_preset(preset) and base is None:
-            if dtype is not None:
-                kwargs["dtype"] = dtype
-            model = super().from_preset(str(preset), load_weights=load_weights, **kwargs)
-            if instruction_tuned is not None:
-                model.instruction_tuned = instruction_tuned
-            if special_tokens_in_strings is not None and model.preprocessor is not None:
+        if not is_own_preset(preset) or base is not None:
+            checkpoint = open_checkpoint(preset, base=base, instruction_tuned=instruction_tuned)
+            for remark in checkpoint.remarks:
+                warnings.warn(remark, stacklevel=2)
+            if checkpoint.tokenizer_model is None:
+                warnings.warn(
+                    f"{preset} has no tokenizer, so generate, stream, chat and fit take no text; "
+                    "logits, score, and generate and fit on token ids work. Put the model's "
+                    "tokenizer.model there, or set model.preprocessor",
+                    stacklevel=2,
+                )
+            return cls.from_checkpoint(
+                checkpoint,
+                load_weights,
+                dtype,
+                1024 if sequence_length is None else sequence_length,
+                special_tokens_in_strings=bool(special_tokens_in_strings),
+                **kwargs,
+            )
+        gradient_checkpointing = kwargs.pop("gradient_checkpointing", None)
+        if dtype is not None:
+            kwargs["dtype"] = dtype
+        model = super().from_preset(str(preset), load_weights=load_weights, **kwargs)
+        if gradient_checkpointing is not None:
+            model.backbone.gradient_checkpointing = gradient_checkpointing
+        if instruction_tuned is not None:
+            model.instruction_tuned = instruction_tuned
+        if model.preprocessor is not None:
+            if sequence_length is not None:
+                model.preprocessor.sequence_length = sequence_length
+            if special_tokens_in_strings is not None:
                 tokenizer = model.preprocessor.tokenizer
                 tokenizer.special_tokens_in_strings = bool(special_tokens_in_strings)
-            return model
-        checkpoint = open_checkpoint(preset, base=base, instruction_tuned=instruction_tuned)
-        for remark in checkpoint.remarks:
-            warnings.warn(remark, stacklevel=2)
-        return cls.from_checkpoint(
-            checkpoint,
-            load_weights,
-            dtype,
-            sequence_length,
-            special_tokens_in_strings=bool(special_tokens_in_strings),
-            **kwargs,
-        )
+        return model
 
     @classmethod
     def from_keras_hub(
@@ -286,7 +305,18 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
 
     def generate(self, inputs, max_length=None, stop_token_ids="auto", strip_prompt=False):
         """As `keras_hub.models.CausalLM.generate`; it also stops at the ids that its checkpoint
-        names and, of an instruction-tuned model, where it ends its turn."""
+        names and, of an instruction-tuned model, where it ends its turn.
+
+        Raises:
+            ValueError: a prompt leaves no room for a continuation in `max_length`, or without a
+                preprocessor a `max_length` is given, which then is that of `inputs`.
+            NotFiniteError: logits are not finite.
+        """
+        if self.preprocessor is None and max_length is not None:
+            raise ValueError(
+                f"max_length={max_length} needs a preprocessor, and this model has none; without "
+                "one, rows end at the length of token_ids, which is padded to it"
+            )
         if stop_token_ids == "auto" and self.preprocessor is not None:
             stop_token_ids = self._stops()
         return super().generate(inputs, max_length, stop_token_ids, strip_prompt)
@@ -360,7 +390,8 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
     def _stream_ids(
         self, ids: list[int], max_length: int | None, stop_token_ids: Sequence[int]
     ) -> Iterator[str]:
-        max_length = max_length or self.preprocessor.sequence_length
+        if max_length is None:
+            max_length = self.preprocessor.sequence_length
         if len(ids) >= max_length:
             raise ValueError(
                 f"the prompt has {len(ids):,} tokens, which leaves no room for an answer in "

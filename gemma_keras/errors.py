@@ -11,3 +11,7 @@ class ConfigError(ModelError):
 
 class CheckpointError(ModelError):
     """A checkpoint file is missing, cut short, corrupt or of another format."""
+
+
+class NotFiniteError(ModelError, ArithmeticError):
+    """A model computes numbers that are not finite, so what it says means nothing."""

@@ -21,12 +21,14 @@ from keras import ops
 
 from gemma_keras.checkpoints.special_pieces import is_usable
 from gemma_keras.compiled import compiled, recorded
+from gemma_keras.finite import require_finite_logits
 from gemma_keras.head import logits
 
 if TYPE_CHECKING:
     from gemma_keras.causal_lm import GemmaCausalLM
 
 _LEAST_STEP = 16  # between buckets
+_NO_TOKEN = -1  # where the logits are not finite
 
 
 def bucket(length: int) -> int:
@@ -85,6 +87,7 @@ class Generation:
         self._step = compiled(model, self._run_step, seeds, uses_up_first=True)
         self._decode = compiled(model, self._run_loop, seeds, uses_up_first=True)
         self._whole = compiled(model, self._run_sampler, seeds)
+        self._check = compiled(model, self._run_check, seeds)
 
     def __call__(self, inputs, stop_token_ids: Sequence[int] | None = None) -> dict[str, Any]:
         """Continue a batch.
@@ -100,12 +103,17 @@ class Generation:
 
         Raises:
             ValueError: a prompt is empty, or padded on the left.
+            NotFiniteError: logits are not finite.
         """
         token_ids, lengths = self._checked(inputs)
         stops = None if stop_token_ids is None else tuple(int(i) for i in stop_token_ids)
         end = token_ids.shape[1]
         if self._has_own_loop:
             found = self._whole(token_ids, np.arange(end) < lengths[:, None], stop_token_ids=stops)
+            # What it looked at is not seen, but whatever was not finite is so to the end.
+            last = self._check(found)
+            found = ops.convert_to_numpy(found)
+            require_finite_logits(self._model, ops.convert_to_numpy(last) >= 0, lengths)
         else:
             token_ids, hidden, cache = self._run_prefill(token_ids, lengths, end)
             _, found = self._decode(
@@ -118,6 +126,7 @@ class Generation:
                 stop_token_ids=stops,
             )
         found = ops.convert_to_numpy(found)[:, :end]
+        require_finite_logits(self._model, (found >= 0).all(axis=1), lengths)
         stopped = np.isin(found, stops or ()) & (np.arange(end) >= lengths[:, None])
         return {"token_ids": found, "padding_mask": np.cumsum(stopped, axis=1) - stopped == 0}
 
@@ -134,6 +143,7 @@ class Generation:
         Raises:
             ValueError: the prompt is empty, or the sampler looks at more than the next token, as
                 beam search does.
+            NotFiniteError: logits are not finite.
         """
         if self._has_own_loop:
             kind = type(self._sampler).__name__
@@ -146,6 +156,7 @@ class Generation:
         token = self._first(hidden)
         for position in range(len(prompt), max_length):
             found = int(ops.convert_to_numpy(token)[0])
+            require_finite_logits(self._model, [found >= 0], [position])
             if found in stop_token_ids:
                 return
             yield found
@@ -180,12 +191,16 @@ class Generation:
         return self._no_piece(found)
 
     def _sample(self, logits):
-        """From `(batch, vocabulary_size)` to ids, int32 `(batch,)`."""
+        """From `(batch, vocabulary_size)` to ids, int32 `(batch,)`; -1 if they are not finite."""
+        # The greatest of numbers of which one is none is none; what must not be chosen is -inf.
+        finite = ops.isfinite(ops.max(logits, axis=-1))
         if type(self._sampler) is keras_hub.samplers.GreedySampler:
             scores = logits  # the greatest has the greatest probability, which is not needed
-        else:
+        else:  # a sampler fails on numbers that are none
+            logits = ops.where(finite[:, None], logits, 0.0)
             scores = self._sampler.compute_probabilities(logits)
-        return ops.cast(self._sampler.get_next_token(scores), "int32")
+        token = ops.cast(self._sampler.get_next_token(scores), "int32")
+        return ops.where(finite, token, _NO_TOKEN)
 
     def _run_first(self, hidden):
         """The ids after prompts, int32 `(batch,)`."""
@@ -210,6 +225,7 @@ class Generation:
             """Write a token a row; say what is done then."""
             here = ops.logical_and(places == positions[:, None], ops.logical_not(done)[:, None])
             done = ops.logical_or(done, positions + 1 >= end)
+            done = ops.logical_or(done, token == _NO_TOKEN)
             for stop in stop_token_ids or ():
                 done = ops.logical_or(done, token == stop)
             return ops.where(here, token[:, None], token_ids), done
@@ -220,7 +236,7 @@ class Generation:
         def body(token_ids, token, positions, done, cache):
             # A row that is done goes on beside the others, for nobody, and not beyond the cache.
             start = positions[0] if aligned else ops.minimum(positions, last_place)
-            cache, token = self._run_step(cache, token, start)
+            cache, token = self._run_step(cache, ops.maximum(token, 0), start)
             positions = positions + 1
             token_ids, done = put(token_ids, token, positions, done)
             return token_ids, token, positions, done, cache
@@ -258,3 +274,10 @@ class Generation:
             hidden_states=hidden_states,
             model=model,
         )
+
+    def _run_check(self, token_ids):
+        """What would follow whole rows, int32 `(batch,)`; -1 if their logits are not finite."""
+        lengths = ops.full((token_ids.shape[0],), token_ids.shape[1], dtype="int32")
+        hidden, _ = self._model.backbone.prefill(token_ids, lengths, capacity=token_ids.shape[1])
+        found = self._logits(hidden)
+        return ops.where(ops.isfinite(ops.max(found, axis=-1)), 0, _NO_TOKEN)

@@ -32,6 +32,7 @@ def logits(embedding, hidden):
     # (hidden_dim, vocabulary_size), or tied (vocabulary_size, hidden_dim)
     tied = embedding.tie_weights
     table = embedding.embeddings if tied else embedding.reverse_embeddings
+    hidden = ops.cast(hidden, embedding.compute_dtype)
     step = max(1, _PART_BYTES // (4 * embedding.output_dim))
     parts = []
     for first in range(0, embedding.input_dim, step):

@@ -22,8 +22,35 @@ from gemma_keras.config import LayerSpec
 _MASKED = -1e30
 
 
+class Float32Stream(keras.layers.Layer):
+    """A layer that under a float16 policy takes and returns float32, and casts only what it
+    multiplies matrices with.
+
+    The sums of Gemma's residual stream, and what its norms make of them, exceed float16's greatest
+    number, 65,504: those of the 270M come to 104,000. Under other policies it is as any layer.
+    """
+
+    @property
+    def autocast(self) -> bool:
+        """Whether Keras casts inputs to the compute dtype."""
+        return self._autocast and not self.keeps_float32
+
+    @autocast.setter
+    def autocast(self, value: bool) -> None:
+        self._autocast = value
+
+    @property
+    def keeps_float32(self) -> bool:
+        """Whether the policy computes in float16."""
+        return self.compute_dtype == "float16"
+
+    def compute_output_spec(self, x, *args, **kwargs):
+        dtype = "float32" if self.keeps_float32 else self.compute_dtype
+        return keras.KerasTensor(x.shape, dtype=dtype)
+
+
 @keras.saving.register_keras_serializable(package="gemma_keras")
-class RMSNorm(keras.layers.Layer):
+class RMSNorm(Float32Stream):
     """`x / rms(x) * (1 + scale)`, computed in float32 whatever the dtype of `x`.
 
     Root mean square layer normalization (Zhang and Sennrich, 2019, arXiv:1910.07467), with
@@ -85,14 +112,69 @@ def rotate(x, positions, theta: float, scale: float):
     return ops.cast(x32 * cos + ops.roll(x32, head_dim // 2, axis=-1) * sin, x.dtype)
 
 
-def _dense(kernel_initializer, dtype, units: int, name: str) -> keras.layers.Dense:
-    return keras.layers.Dense(
+@keras.saving.register_keras_serializable(package="gemma_keras")
+class GemmaDense(keras.layers.Dense):
+    """A `Dense` that Keras quantizes, and that is saved with its LoRA as well as merged.
+
+    Keras saves a LoRA layer merged alone, and loads it with an adapter of zeros, which never learn.
+    """
+
+    _ADAPTER = ("lora_kernel_a", "lora_kernel_b")
+
+    def quantize(self, mode=None, type_check=True, config=None) -> None:
+        """As `Dense.quantize`, which refuses subclasses unless `type_check` is false."""
+        super().quantize(mode, type_check=False, config=config)
+
+    def save_own_variables(self, store) -> None:
+        super().save_own_variables(store)
+        if not self.built or not self.lora_enabled:
+            return
+        for name in self._unmerged():
+            store[f"unmerged.{name}"] = getattr(self, f"_{name}" if name == "kernel" else name)
+        for name in self._ADAPTER:
+            store[name] = getattr(self, name)
+
+    def load_own_variables(self, store) -> None:
+        names = list(store.keys())
+        super().load_own_variables({name: store[name] for name in names if name.isdigit()})
+        if not self.lora_enabled or "lora_kernel_a" not in names:
+            return
+        for name in self._unmerged():
+            variable = getattr(self, f"_{name}" if name == "kernel" else name)
+            variable.assign(store[f"unmerged.{name}"])
+        for name in self._ADAPTER:
+            getattr(self, name).assign(store[name])
+
+    def _unmerged(self) -> list[str]:
+        """Names of the variables that merging changes."""
+        names = self.variable_serialization_spec[self.quantization_mode]
+        return [name for name in names if name != "bias" and getattr(self, name, None) is not None]
+
+
+def product(dense: keras.layers.Layer, x):
+    """What a `Dense` makes of `x`; if it computes in float16, as float32, with each token's largest
+    number brought to 1 before, so that no sum is beyond float16."""
+    if dense.compute_dtype != "float16":
+        return dense(x)
+    x = ops.cast(x, "float32")
+    size = _size(x)
+    return ops.cast(dense(x / size), "float32") * size
+
+
+def _size(x):
+    """The largest magnitude of each row, `(..., 1)`, but at least 1; gradients take it as given."""
+    size = ops.max(ops.abs(ops.stop_gradient(x)), axis=-1, keepdims=True)
+    return ops.maximum(size, 1.0)
+
+
+def _dense(kernel_initializer, dtype, units: int, name: str) -> GemmaDense:
+    return GemmaDense(
         units, use_bias=False, kernel_initializer=kernel_initializer, dtype=dtype, name=name
     )
 
 
 @keras.saving.register_keras_serializable(package="gemma_keras")
-class GemmaAttention(keras.layers.Layer):
+class GemmaAttention(Float32Stream):
     """Grouped-query attention with rotary positions; causal or both ways, all of a text or a
     window, as the spec says.
 
@@ -158,13 +240,15 @@ class GemmaAttention(keras.layers.Layer):
             split = ops.reshape(tensor, (batch, length, count, spec.head_dim))
             return ops.swapaxes(split, 1, 2)  # (batch, count, length, head_dim)
 
-        query = heads(self.query(x), spec.num_heads)
-        key = heads(self.key(x), spec.num_kv_heads)
-        value = heads(self.value(x), spec.num_kv_heads)
+        query = heads(product(self.query, x), spec.num_heads)
+        key = heads(product(self.key, x), spec.num_kv_heads)
+        value = heads(product(self.value, x), spec.num_kv_heads)
         if spec.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
         query = rotate(query, positions, spec.rope_theta, spec.rope_scale)
         key = rotate(key, positions, spec.rope_theta, spec.rope_scale)
+        if self.keeps_float32:  # the query is cast where it is multiplied
+            key, value = ops.cast(key, "float16"), ops.cast(value, "float16")
 
         if cache is None:
             key_positions = positions
@@ -172,7 +256,8 @@ class GemmaAttention(keras.layers.Layer):
             key, value, key_positions = write(cache, key, value, start, spec.sliding_window)
         mask = self._mask(positions, key_positions, padding_mask)
         attended = ops.swapaxes(self._attend(query, key, value, mask), 1, 2)
-        return self.output_dense(ops.reshape(attended, (batch, length, -1))), (key, value)
+        attended = ops.reshape(attended, (batch, length, -1))
+        return product(self.output_dense, attended), (key, value)
 
     def _mask(self, positions, key_positions, padding_mask):
         """True where a query may look: bool `(batch or 1, 1, 1, length, total)`."""
@@ -196,13 +281,19 @@ class GemmaAttention(keras.layers.Layer):
         if keras.config.backend() == "torch" and spec.attention_soft_cap is None:
             from gemma_keras.attend_torch import attend
 
-            return attend(query, key, value, mask, spec.query_scale)
+            if not self.keeps_float32:
+                return attend(query, key, value, mask, spec.query_scale)
+            return attend(ops.cast(query * spec.query_scale, "float16"), key, value, mask, 1.0)
         batch, length, total = ops.shape(query)[0], ops.shape(query)[2], ops.shape(key)[2]
         group = spec.num_heads // spec.num_kv_heads
         # The heads that share a key are rows of one product: (batch, kv_heads, group * length, _)
         query = ops.reshape(query, (batch, spec.num_kv_heads, group * length, spec.head_dim))
+        scale = spec.query_scale
+        if self.keeps_float32:
+            size = _size(query)
+            query, scale = ops.cast(query / size, "float16"), size * scale
         scores = ops.matmul(query, ops.swapaxes(key, -1, -2))
-        scores = ops.cast(scores, "float32") * spec.query_scale
+        scores = ops.cast(scores, "float32") * scale
         if spec.attention_soft_cap is not None:  # before the mask, or masked scores come back
             scores = ops.tanh(scores / spec.attention_soft_cap) * spec.attention_soft_cap
         scores = ops.reshape(scores, (batch, spec.num_kv_heads, group, length, total))
@@ -216,7 +307,7 @@ class GemmaAttention(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable(package="gemma_keras")
-class GatedMLP(keras.layers.Layer):
+class GatedMLP(Float32Stream):
     """`down(gelu(gate(x)) * up(x))`, GELU in its tanh approximation (Shazeer, 2020,
     arXiv:2002.05202).
 
@@ -245,14 +336,15 @@ class GatedMLP(keras.layers.Layer):
         super().build(input_shape)
 
     def call(self, x):
-        return self.down(ops.gelu(self.gate(x), approximate=True) * self.up(x))
+        gate, up = product(self.gate, x), product(self.up, x)
+        return product(self.down, ops.gelu(gate, approximate=True) * up)
 
     def compute_output_shape(self, input_shape):
         return input_shape
 
 
 @keras.saving.register_keras_serializable(package="gemma_keras")
-class GemmaDecoderBlock(keras.layers.Layer):
+class GemmaDecoderBlock(Float32Stream):
     """One block: attention and MLP, each normed before, and after where the spec says so.
 
     Args:

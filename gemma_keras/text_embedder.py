@@ -21,8 +21,10 @@ from gemma_keras.compiled import compiled
 from gemma_keras.errors import CheckpointError
 from gemma_keras.generation import bucket
 from gemma_keras.loading import FromWeights
+from gemma_keras.quantizing import Quantizes
 from gemma_keras.text_pieces import encode
 from gemma_keras.tokenizer import GemmaTokenizer
+from gemma_keras.training import TrainsOn
 
 
 @keras.saving.register_keras_serializable(package="gemma_keras")
@@ -56,7 +58,7 @@ class MeanPooling(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable(package="gemma_keras")
-class GemmaTextEmbedder(keras_hub.models.TextEmbedder):
+class GemmaTextEmbedder(TrainsOn, Quantizes, keras_hub.models.TextEmbedder):
     """One vector for a text: the mean of a `GemmaBackbone`'s hidden states, projected.
 
     EmbeddingGemma (Schechter Vera et al., 2025, arXiv:2509.20354) has a bidirectional backbone, two
@@ -134,9 +136,12 @@ class GemmaTextEmbedder(keras_hub.models.TextEmbedder):
             ConfigError: it is not a Gemma.
         """
         if is_own_preset(preset):
-            given = {"dtype": dtype, "sequence_length": sequence_length}
-            kwargs |= {key: value for key, value in given.items() if value is not None}
-            return super().from_preset(str(preset), load_weights=load_weights, **kwargs)
+            if dtype is not None:
+                kwargs["dtype"] = dtype
+            model = super().from_preset(str(preset), load_weights=load_weights, **kwargs)
+            if sequence_length is not None and model.preprocessor is not None:
+                model.preprocessor.sequence_length = sequence_length
+            return model
         return cls.from_checkpoint(
             open_embedder(preset), load_weights, dtype, sequence_length, **kwargs
         )

@@ -7,12 +7,14 @@
 from __future__ import annotations
 
 import re
+import sys
 import types
 import warnings
 
 import keras
 import keras_hub
 import numpy as np
+from keras import ops
 
 from gemma_keras.backbone import GemmaBackbone
 from gemma_keras.checkpoints.special_pieces import (
@@ -179,3 +181,31 @@ class GemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         import tensorflow as tf
 
         return tf.strings.regex_replace(x, f"^{re.escape(bos)}", "", replace_global=False)
+
+    def generate_preprocess(self, x, sequence_length=None):
+        """Pack prompts, without the end token.
+
+        Raises:
+            ValueError: a prompt leaves no room for a continuation.
+        """
+        length = self.sequence_length if sequence_length is None else sequence_length
+        packed = super().generate_preprocess(x, length)
+        tensorflow = sys.modules.get("tensorflow")
+        if tensorflow is None or not tensorflow.inside_function():
+            self._require_room(x, packed["padding_mask"], length)
+        return packed
+
+    def _require_room(self, x, padding_mask, length: int) -> None:
+        full = np.atleast_2d(ops.convert_to_numpy(padding_mask).astype(bool)).all(axis=1)
+        if not full.any():
+            return
+        found = self.tokenizer(self._without_bos(x))
+        rows = found if len(full) > 1 or np.ndim(x) else [found]
+        row = int(full.argmax())
+        count = len(rows[row]) + bool(self.add_start_token)
+        which = f"prompt {row} of {len(full)}" if len(full) > 1 else "the prompt"
+        raise ValueError(
+            f"{which} has {count:,} tokens, which leaves no room for a continuation in "
+            f"{length:,}; give a greater max_length, or load the model with a greater "
+            "sequence_length"
+        )

@@ -39,7 +39,7 @@ from gemma_keras.checkpoints.keras_hub_config import (
     needs_gemma3,
 )
 from gemma_keras.checkpoints.names import parameter_count, weight_specs
-from gemma_keras.checkpoints.source import Checkpoint
+from gemma_keras.checkpoints.source import Checkpoint, finite
 from gemma_keras.checkpoints.special_pieces import with_control_pieces
 from gemma_keras.config import GemmaConfig, LayerSpec
 from gemma_keras.errors import CheckpointError, ConfigError
@@ -202,13 +202,14 @@ class _KerasHubWeights(Mapping[str, np.ndarray]):
         array = transform.read(ops.convert_to_numpy(ops.cast(variable, "float32")))
         if array.shape != spec.shape:
             raise CheckpointError(f"{name} has shape {array.shape}, expected {spec.shape}")
-        return array
+        return finite(name, array)
 
     def table_pieces(self, name: str, piece_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
         """As `gemma_keras.checkpoints.source.table_pieces`."""
         from gemma_keras.piecewise import variable_pieces
 
-        return variable_pieces(_find(self._backbone, name)[0], piece_bytes)
+        pieces = variable_pieces(_find(self._backbone, name)[0], piece_bytes)
+        return ((first, finite(name, array)) for first, array in pieces)
 
     def __contains__(self, name: object) -> bool:
         return name in self._specs  # `Mapping` would read the weight

@@ -166,6 +166,20 @@ def table_pieces(
     return row_pieces(weights[name], piece_bytes)
 
 
+def finite(name: str, array: np.ndarray) -> np.ndarray:
+    """A weight of a live model, as it is.
+
+    Raises:
+        CheckpointError: a number in it is not finite.
+    """
+    if not np.isfinite(array).all():
+        raise CheckpointError(
+            f"the model's weight {name} holds numbers that are not finite, as training leaves them "
+            "whose loss became nan; load the model again"
+        )
+    return array
+
+
 def row_pieces(
     array: np.ndarray, piece_bytes: int = PIECE_BYTES
 ) -> Iterator[tuple[int, np.ndarray]]:

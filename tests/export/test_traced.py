@@ -280,6 +280,62 @@ def test_interchange_graphs_agree_on_a_padded_batch(graph, generation, fmt):
             assert difference(found[row, :, :length], expected[row, :, :length]) < TOLERANCE
 
 
+# Rows of prompts: x is a real token, _ is padding.
+PADDINGS = {
+    "left": ["xxxxxxxxxxxx", "_______xxxxx", "___xxxxxxxxx", "___________x"],
+    "right": ["xxxxxxxxxxxx", "xxxxx_______", "xxxxxxxxx___", "x___________"],
+    "holes": ["__xxx__xxx_x", "x_x_x_x_x_x_", "_xxxxxxxxxx_", "xxxxxx_xxxxx"],
+    "mixed": ["____xxxxxxxx", "xxx_________", "xxxxxxxxxxxx", "____________"],
+}
+
+
+@each_generation
+@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_each_row_of_a_padded_batch_is_as_it_is_alone(graph, generation, lowering, padding):
+    """What transformers, Optimum and transformers.js feed: a mask, and a past that grows."""
+    config, path = config_of(generation), graph(lowering, generation, "fp32", interchange_contract)
+    prompts = np.array([list(row) for row in PADDINGS[padding]]) == "x"
+    later = np.ones((len(prompts), 2 * WINDOW), bool)
+    mask, start = np.concatenate([prompts, later], axis=1), prompts.shape[1]
+    ids = random_ids(len(mask), mask.shape[1])
+    run = InterchangeGraph(path, config, len(ids))
+    found = [run.run(ids[:, :start], mask[:, :start])]
+    found += [run.run(ids[:, i : i + 1], mask[:, : i + 1]) for i in range(start, mask.shape[1])]
+    found = np.concatenate(found, axis=1)
+    assert np.isfinite(found).all()
+    for row, real in enumerate(mask):
+        text = ids[row : row + 1, real]
+        expected = InterchangeGraph(path, config, 1).run(text, np.ones_like(text))
+        assert difference(found[row, real], expected[0]) < TOLERANCE
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_a_later_call_may_be_padded_too(graph, lowering):
+    """The traced graph in a batch, the other a row at a time: onnxruntime's operator has it so."""
+    config, path = config_of("gemma3"), graph(lowering, "gemma3", "fp32", interchange_contract)
+    rows = ["___xxxxx|_xx_x|_|__xxxx|x", "xxxxxxxx|xxxxx|x|_xx_xx|x"]
+    rows = rows if lowering == "traced" else rows[:1]
+    mask = np.array([list(row.replace("|", "")) for row in rows]) == "x"
+    bounds = np.cumsum([0, *(len(call) for call in rows[0].split("|"))])
+    ids, run = random_ids(len(mask), mask.shape[1]), InterchangeGraph(path, config, len(mask))
+    found = [run.run(ids[:, a:b], mask[:, :b]) for a, b in itertools.pairwise(bounds)]
+    for row, real in enumerate(mask):
+        text = ids[row : row + 1, real]
+        expected = InterchangeGraph(path, config, 1).run(text, np.ones_like(text))
+        assert difference(np.concatenate(found, axis=1)[row, real], expected[0]) < TOLERANCE
+
+
+def test_padding_moves_no_bit_of_a_row(graph):
+    config, ids = config_of("gemma2"), random_ids(2, 12)
+    path = graph("fused", "gemma2", "int8", interchange_contract)
+    mask = np.ones_like(ids)
+    mask[1, :5] = 0
+    found = InterchangeGraph(path, config, 2).run(ids, mask)
+    again = InterchangeGraph(path, config, 2).run(np.where(mask, ids, 299), mask)
+    np.testing.assert_array_equal(found[mask > 0], again[mask > 0])
+
+
 def test_rows_of_a_batch_in_the_engine_graph_may_end_at_different_places(graph):
     config, ids = config_of("gemma3"), random_ids(2)
     found = []

@@ -202,6 +202,25 @@ def test_a_stream_ends_before_its_stop_token_and_at_the_length(tiny):
     assert found == whole[: whole.index(stop)]
 
 
+def test_one_beam_is_greedy_and_more_find_what_is_no_less_likely(tiny):
+    model = tiny()
+    inputs = prompts([6, 6], 16)
+
+    def found(sampler):
+        model.compile(sampler=sampler)
+        return model.make_generate_function()(inputs, None)["token_ids"]
+
+    def likelihood(ids):
+        scores = ops.convert_to_numpy(ops.log_softmax(model.logits(ids[:, :-1])))
+        chosen = np.take_along_axis(scores, ids[:, 1:, None], axis=-1)[:, 5:, 0]
+        return chosen.sum(axis=1)
+
+    greedy = found("greedy")
+    np.testing.assert_array_equal(found(keras_hub.samplers.BeamSampler(num_beams=1)), greedy)
+    beams = found(keras_hub.samplers.BeamSampler(num_beams=4))
+    assert likelihood(beams).sum() >= likelihood(greedy).sum() - 1e-3
+
+
 def test_a_stream_of_beams_is_refused(tiny):
     model = tiny()
     model.compile(sampler=keras_hub.samplers.BeamSampler(num_beams=2))

@@ -265,6 +265,40 @@ def test_a_preset_gives_the_same_vectors(model, tmp_path):
     np.testing.assert_allclose(found, model.encode(TEXTS[:3], prompt_name="query"), atol=1e-6)
 
 
+def test_what_a_folder_is_loaded_with_counts(model, folder, tmp_path):
+    model.save_to_preset(str(tmp_path))
+    for source in (tmp_path, folder):
+        other = GemmaTextEmbedder.from_preset(
+            source, load_weights=False, dtype="mixed_bfloat16", sequence_length=9
+        )
+        assert other.preprocessor.sequence_length == 9
+        assert other.preprocessor(TEXTS[:1])["token_ids"].shape == (1, 9)
+        assert other.dtype_policy.name == "mixed_bfloat16"
+        name = "layers.0.mlp.up"
+        difference = other.backbone.weight_source()[name] - model.backbone.weight_source()[name]
+        assert np.abs(difference).max() > 0.01
+
+
+@pytest.mark.parametrize("dtype", ["float16", "mixed_float16"])
+def test_vectors_in_float16_are_near(model, folder, dtype):
+    found = GemmaTextEmbedder.from_preset(folder, dtype=dtype).encode(TEXTS[:3])
+    np.testing.assert_allclose(found, model.encode(TEXTS[:3]), atol=5e-3)
+
+
+def test_training_goes_on_after_load_model(folder, tmp_path):
+    model = GemmaTextEmbedder.from_preset(folder, dtype="float32", sequence_length=LENGTH)
+    model.compile(optimizer=keras.optimizers.SGD(0.1, momentum=0.9), loss="cosine_similarity")
+    targets = np.random.default_rng(0).normal(size=(4, DIM)).astype("float32")
+    one = {"batch_size": 4, "shuffle": False, "verbose": 0}
+    model.fit(np.array(TEXTS[:4]), targets, **one)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert type(loaded.optimizer) is type(model.optimizer)
+    for each in (model, loaded):
+        each.fit(np.array(TEXTS[:4]), targets, **one)
+    np.testing.assert_allclose(loaded.encode(TEXTS[:4]), model.encode(TEXTS[:4]), atol=1e-6)
+
+
 def test_after_lora_is_trained_encode_follows(folder, reference):
     model = GemmaTextEmbedder.from_preset(folder, dtype="float32")
     texts = TEXTS[:4]

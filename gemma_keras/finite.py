@@ -1,0 +1,60 @@
+"""Numbers that are not finite: a model that computes them says so, and what to do."""
+
+# Keras's operations are typed as if they returned None or a PyTree.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import keras
+import numpy as np
+from keras import ops
+
+from gemma_keras.errors import NotFiniteError
+
+
+def require_finite_logits(model: keras.Model, finite: Sequence[bool], lengths) -> None:
+    """Refuse to go on where logits are not finite, naming why.
+
+    Args:
+        model: which computed them.
+        finite: of each row, whether its logits are.
+        lengths: of each row, tokens of the prompt, or of prompt and continuation so far.
+
+    Raises:
+        NotFiniteError: the logits of a row are not.
+    """
+    if np.all(finite):
+        return
+    row = int(np.argmin(finite))
+    rows = f"row {row} of {len(finite)}" if len(finite) > 1 else "the prompt"
+    raise NotFiniteError(
+        f"the logits after {rows} (tokens: {int(lengths[row]):,}) are not finite, so no next token "
+        f"can be chosen: {_reason(model)}"
+    )
+
+
+def _reason(model: keras.Model) -> str:
+    damaged = first_not_finite(model)
+    if damaged is not None:
+        return (
+            f"the weight {damaged} holds numbers that are not finite; load the model again, and if "
+            "training made them, train with a lower learning rate or in mixed_bfloat16 or float32"
+        )
+    policy = model.dtype_policy.name
+    if "float16" in policy.replace("bfloat16", ""):
+        return (
+            f"the dtype policy {policy} overflows with this model; load it with dtype='bfloat16' "
+            "or 'float32'"
+        )
+    return f"its weights are finite, but what they compute in {policy} overflows; check the weights"
+
+
+def first_not_finite(model: keras.Model) -> str | None:
+    """The path of the first weight that holds a number that is not finite, or `None`."""
+    for variable in model.weights:
+        if keras.backend.is_float_dtype(variable.dtype):
+            sums = ops.sum(ops.cast(ops.logical_not(ops.isfinite(variable)), "int32"))
+            if int(ops.convert_to_numpy(sums)):
+                return variable.path
+    return None

@@ -1,0 +1,68 @@
+"""Keras's `quantize` of a whole task, by the layers that have it."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import keras
+
+if TYPE_CHECKING:
+    _Task = keras.Model
+else:
+    _Task = object
+
+Filters = str | Sequence[str] | Callable[[keras.layers.Layer], bool] | None
+
+
+class Quantizes(_Task):
+    """A task whose `quantize` asks the layers of the model alone, and only those that can."""
+
+    def quantize(self, mode=None, config=None, filters: Filters = None, **kwargs) -> None:
+        """As Keras's `Model.quantize`, also of a model that has not been run.
+
+        Keras asks every layer below the model, so that a tokenizer which has tokenized nothing yet
+        is refused as not built. The token embedding, a subclass of Keras's, stays as it is, unless
+        `type_check=False` is given; so Keras has it.
+
+        Args:
+            mode: `"int8"`, `"int4"`, `"float8"`, `"gptq"` or `"awq"`.
+            config: of the quantization, such as `keras.quantizers.Int8QuantizationConfig`.
+            filters: a regular expression of layer names, several, or a function of the layer.
+            **kwargs: those of Keras's.
+
+        Raises:
+            ValueError: the mode is int8 and the model computes in float16, which Keras refuses.
+
+        Warns:
+            UserWarning: the token embedding is not quantized, and no filters say so.
+        """
+        with_embedding = not kwargs.get("type_check", True)
+        if filters is None and not with_embedding and mode in ("int8", "int4"):
+            warnings.warn(
+                "the token embedding is not quantized; with type_check=False it is, too",
+                stacklevel=2,
+            )
+        preprocessor = self.preprocessor
+        others = getattr(preprocessor, "_flatten_layers", list)()
+        outside = {id(layer) for layer in others}
+
+        def asked(layer: keras.layers.Layer) -> bool:
+            if id(layer) in outside or type(layer).quantize is keras.layers.Layer.quantize:
+                return False
+            if isinstance(layer, keras.layers.Embedding) and not with_embedding:
+                return False
+            return _matches(filters, layer)
+
+        super().quantize(mode, config=config, filters=asked, **kwargs)
+
+
+def _matches(filters: Filters, layer: keras.layers.Layer) -> bool:
+    if filters is None:
+        return True
+    if callable(filters):
+        return bool(filters(layer))
+    patterns = [filters] if isinstance(filters, str) else filters
+    return any(re.search(pattern, layer.name) for pattern in patterns)

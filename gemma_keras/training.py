@@ -1,0 +1,145 @@
+"""What `fit` needs beside the model: it is saved with it, and told when training has failed."""
+
+# Keras's operations are typed as if they returned None or a PyTree.
+# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import keras
+
+if TYPE_CHECKING:
+    _Task = keras.Model
+else:
+    _Task = object
+
+
+class TrainsOn(_Task):
+    """A task whose training goes on where it was after `save` and `keras.saving.load_model`, and
+    which says when the loss is not finite."""
+
+    def fit(
+        self,
+        x=None,
+        y=None,
+        batch_size=None,
+        sample_weight=None,
+        validation_data=None,
+        validation_split=None,
+        callbacks=None,
+        **kwargs,
+    ):
+        """As Keras's `fit` on what the preprocessor takes.
+
+        Warns:
+            UserWarning: the loss is not finite, or the weights are float16, which loses what
+                training changes in them.
+        """
+        if self.dtype_policy.variable_dtype == "float16":
+            warnings.warn(
+                f"the weights are {self.dtype_policy.name}, in which most of what training changes"
+                " is rounded away or overflows; load the model with dtype='mixed_float16' to train",
+                stacklevel=2,
+            )
+        if not isinstance(callbacks, keras.callbacks.CallbackList):
+            given = callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]
+            callbacks = [*(one for one in given if one is not None), WarnsOfLoss()]
+        return super().fit(
+            x,
+            y,
+            batch_size=batch_size,
+            sample_weight=sample_weight,
+            validation_data=validation_data,
+            validation_split=validation_split,
+            callbacks=callbacks,
+            **kwargs,
+        )
+
+    def get_compile_config(self) -> dict[str, Any]:
+        """What `compile` was given, the sampler too, and which layers train, LoRA included."""
+        config = dict(super().get_compile_config())
+        if not config:
+            return config
+        # The backend's own choice is made anew where the model is loaded.
+        if config.get("jit_compile") == self._resolve_auto_jit_compile():
+            config["jit_compile"] = "auto"
+        if getattr(self, "sampler", None) is not None:
+            config["sampler"] = keras.saving.serialize_keras_object(self.sampler)
+        return config | {"layers": _layer_states(self)}
+
+    def compile_from_config(self, config: Mapping[str, Any]) -> None:
+        """Train as before: with this optimizer and sampler, these layers, this LoRA."""
+        config = dict(config)
+        _restore_layer_states(self, config.pop("layers", []))
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.optimizer is not None:
+            self.optimizer.build(self.trainable_variables)
+
+
+def _layers_with_weights(model: keras.Model) -> list[keras.layers.Layer]:
+    """Each layer below the task, in an order that its configuration decides."""
+    return [layer for layer in model._flatten_layers(include_self=False) if layer.weights]
+
+
+def _layer_states(model: keras.Model) -> list[list[Any]]:
+    """Of each layer whether it trains, and the rank and alpha of its LoRA, 0 without one."""
+    return [[bool(layer.trainable), *_lora_of(layer)] for layer in _layers_with_weights(model)]
+
+
+def _lora_of(layer: Any) -> tuple[int, float]:
+    if not getattr(layer, "lora_enabled", False):
+        return 0, 0.0
+    return int(layer.lora_rank), float(layer.lora_alpha)
+
+
+def _restore_layer_states(model: keras.Model, states: list[list[Any]]) -> None:
+    layers = _layers_with_weights(model)
+    if not any(state[1] for state in states) and all(state[0] for state in states):
+        return
+    if len(layers) != len(states):
+        raise ValueError(
+            f"the saved model has {len(states)} layers with weights, this one {len(layers)}; load "
+            "it with compile=False and compile it again"
+        )
+    for layer, (trainable, rank, alpha) in zip(layers, states, strict=True):
+        if layer.trainable != trainable:
+            layer.trainable = trainable
+        if rank:
+            layer.enable_lora(rank, lora_alpha=alpha)
+    # as `Backbone.enable_lora` notes it, for `save_lora_weights`
+    backbone = model.backbone
+    below = _layers_with_weights(backbone)
+    adapted = [i for i, layer in enumerate(below) if _lora_of(layer)[0]]
+    if adapted:
+        backbone._lora_enabled_layers = adapted
+        backbone._lora_rank = _lora_of(below[adapted[0]])[0]
+
+
+class WarnsOfLoss(keras.callbacks.Callback):
+    """Warns once when the loss of training is not finite: from then on nothing is learned.
+
+    Training goes on, as Keras has it; `keras.callbacks.TerminateOnNaN` ends it.
+    """
+
+    async_safe = True  # as Keras calls what need not be waited for
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._warned = False
+
+    def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
+        loss = (logs or {}).get("loss")
+        if self._warned or loss is None or math.isfinite(float(loss)):
+            return
+        self._warned = True
+        policy = self.model.dtype_policy.name
+        wider = "" if policy == "float32" else f", or in float32 (the policy now is {policy})"
+        warnings.warn(
+            f"the loss is {float(loss)} from batch {batch} on, and the weights may be lost: load "
+            f"the model again and train with a lower learning rate or clipped gradients{wider}; "
+            "keras.callbacks.TerminateOnNaN() would end such a training",
+            stacklevel=2,
+        )
