@@ -10,19 +10,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from export.base_model import base_model
 from export.ecosystem import CONFIG_FILE
 from export.quantize.formats import Format, rows_and_inputs
 from export.svg import bar_chart
 from gemma_keras.checkpoints.names import weight_specs
-from gemma_keras.config import NAMED_SIZES, GemmaConfig
+from gemma_keras.config import GemmaConfig
 
 CARD_FILE = "README.md"
 CHART_FILE = "kl_by_group.svg"
-_HUB_NAMES = {
-    "gemma_2b": "google/gemma-2b",
-    "gemma_7b": "google/gemma-7b",
-    "gemma3_270m": "google/gemma-3-270m",
-}
 
 
 def write_card(
@@ -69,25 +65,15 @@ def _quantized(manifest: Mapping[str, Any]) -> bool:
 
 def _front_matter(manifest: Mapping[str, Any], ecosystem: bool) -> str:
     lines = ["---", "license: gemma"]
-    if base := _base_model(manifest):
-        lines.append(f"base_model: {base}")
-        if _quantized(manifest):
+    if base := base_model(manifest["provenance"], _config(manifest), _tuned(manifest)):
+        lines.append(f"base_model: {base.repository}")
+        if base.same_weights and _quantized(manifest):
             lines.append("base_model_relation: quantized")
     tags = ["onnx", "onnxruntime", "gemma", "gemma-keras"]
     tags += ["onnxruntime-genai", "transformers.js"] * ecosystem
     tags += [str(manifest["recipe"])] + ["conversational"] * _tuned(manifest)
     lines += ["library_name: onnx", "pipeline_tag: text-generation", "tags:"]
     return "\n".join([*lines, *(f"- {tag}" for tag in tags), "---"])
-
-
-def _base_model(manifest: Mapping[str, Any]) -> str | None:
-    """The published model of the same architecture, if it is one whose name is known."""
-    ours = _config(manifest).to_dict()
-    for name in NAMED_SIZES:
-        published = GemmaConfig.named(name).to_dict()
-        if {**ours, "context_length": 0} == {**published, "context_length": 0}:
-            return _HUB_NAMES[name] + "-it" * _tuned(manifest)
-    return None
 
 
 def _introduction(manifest: Mapping[str, Any]) -> str:
@@ -108,7 +94,7 @@ def _making(manifest: Mapping[str, Any]) -> str:
     source = manifest["provenance"]
     origin = " ".join(_plain(source[key]) for key in ("format", "file") if key in source)
     made = f"Made by gemma-keras with the recipe `{manifest['recipe']}` from "
-    made += f"{origin or 'a Keras model'}."
+    made += f"{origin or 'a Keras model'}{', held by a Keras model' * bool(source.get('through'))}."
     counts: collections.Counter[str] = collections.Counter()
     sizes: collections.Counter[str] = collections.Counter()
     for spec in weight_specs(_config(manifest)).values():

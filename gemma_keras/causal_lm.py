@@ -202,7 +202,7 @@ class GemmaCausalLM(keras_hub.models.CausalLM):
             weights=self.backbone.weight_source(),
             tokenizer_model=tokenizer.proto if tokenizer else None,
             instruction_tuned=self.instruction_tuned,
-            provenance=dict(self.provenance),
+            provenance=self.provenance | {"through": "keras"},
         )
 
     def logits(self, token_ids) -> np.ndarray:

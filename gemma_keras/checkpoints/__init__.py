@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from pathlib import Path
 
 from gemma_keras.checkpoints.hub import (
+    hf_name,
     is_keras_hub_preset,
     is_own_preset,
     load_keras_hub_preset,
@@ -36,7 +39,8 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
     if is_keras_hub_preset(source):
         from gemma_keras.checkpoints.keras_hub import read_keras_hub
 
-        return read_keras_hub(load_keras_hub_preset(source))
+        checkpoint = read_keras_hub(load_keras_hub_preset(source))
+        return _with(checkpoint, name=Path(source).name, preset=str(source))
     path = local_or_downloaded(
         source,
         "a .gguf file, a folder with config.json, the name of a model on the Hugging Face Hub or "
@@ -49,7 +53,20 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
     if path.is_dir():
         from gemma_keras.checkpoints.safetensors import read_safetensors_folder
 
-        return read_safetensors_folder(path)
+        checkpoint = read_safetensors_folder(path)
+        if Path(source).exists():
+            return checkpoint
+        repository = hf_name(source)  # the folder in the cache has a commit for its name
+        return _with(
+            checkpoint,
+            file=repository,
+            name=str(repository).split("/")[-1],
+            repository=repository,
+        )
     from gemma_keras.checkpoints.gguf import read_gguf
 
     return read_gguf(path)
+
+
+def _with(checkpoint: Checkpoint, **provenance: str | None) -> Checkpoint:
+    return dataclasses.replace(checkpoint, provenance=checkpoint.provenance | provenance)

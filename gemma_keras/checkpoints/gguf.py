@@ -13,6 +13,7 @@ import dataclasses
 import math
 import mmap
 import os
+import re
 import reprlib
 import struct
 from pathlib import Path
@@ -44,6 +45,7 @@ _STRING, _ARRAY = 8, 9
 _MAX_KEY, _MAX_TENSOR_NAME = 1 << 16, 1 << 8
 _MAX_ALIGNMENT = 1 << 20
 _DEQUANTIZE_BYTES = 256 << 10  # a piece and its float32 values stay in the cache
+_HUB_URL = re.compile(r"https://huggingface\.co/([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)/?")
 _NUMBERS = (
     "attention.key_length",
     "attention.layer_norm_rms_epsilon",
@@ -337,7 +339,8 @@ def read_gguf(path: str | os.PathLike[str]) -> Checkpoint:
             "name": _text(file, "general.name", file.path.stem),
             "license": _text(file, "general.license", "gemma"),
             "tensor_types": _count_types(file),
-        },
+        }
+        | _base_model(file),
     )
 
 
@@ -368,6 +371,18 @@ def _text(file: GGUFFile, key: str, default: str) -> str:
     if not isinstance(value, str):
         raise CheckpointError(f"{file.path} has {key} = {reprlib.repr(value)}; it must be text")
     return value
+
+
+def _base_model(file: GGUFFile) -> dict[str, str]:
+    """The repository on the Hugging Face Hub that the file says it was made from, if it is one."""
+    count = file.metadata.get("general.base_model.count", 0)
+    keys = ["general.source.repo_url", "general.source.url"]
+    keys += ["general.base_model.0.repo_url"] * (count == 1)  # of several none is the base
+    for key in keys:
+        match = _HUB_URL.fullmatch(str(file.metadata.get(key, "")))
+        if match:
+            return {"base_model": match[1]}
+    return {}
 
 
 def _count_types(file: GGUFFile) -> dict[str, int]:

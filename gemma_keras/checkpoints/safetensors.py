@@ -16,6 +16,7 @@ import safetensors
 from gemma_keras.checkpoints.source import Checkpoint, WeightSource
 from gemma_keras.config import GemmaConfig
 from gemma_keras.errors import CheckpointError
+from gemma_keras.sizes import releases
 
 _MAX_JSON = 64 << 20
 _INDEX = "model.safetensors.index.json"
@@ -65,8 +66,18 @@ def read_safetensors_folder(folder: Path) -> Checkpoint:
             "file": folder.name,
             "name": folder.name,
             "license": "gemma",
-        },
+        }
+        | _base_model(raw_config),
     )
+
+
+def _base_model(raw_config: dict[str, Any]) -> dict[str, str]:
+    """What transformers loaded before it wrote the folder, if that is a published model: any other
+    name may be a path."""
+    loaded = raw_config.get("_name_or_path")
+    published = {release.repository for _, release in releases()}
+    known = isinstance(loaded, str) and loaded in published
+    return {"base_model": loaded} if known else {}
 
 
 @dataclasses.dataclass(frozen=True)

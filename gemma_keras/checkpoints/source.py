@@ -180,7 +180,10 @@ class Checkpoint:
         weights: canonical name to float32 array, read when asked for.
         tokenizer_model: the SentencePiece model, serialized; `None` if the checkpoint has none.
         instruction_tuned: whether it was tuned to follow Gemma's turn template.
-        provenance: where it came from, for people and for the bundle.
+        provenance: where it came from, for people and for the bundle: `format`, `name`, `license`,
+            and as far as it is known `file`; `repository`, the name on the Hugging Face Hub that it
+            was fetched by; `preset`, its name among KerasHub's; `base_model`, the repository that
+            it says it was made from; `through`, what held it since, and may have trained it.
         notices: licence files that came with the weights and must travel on: name to content.
     """
 

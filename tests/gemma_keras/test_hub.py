@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import huggingface_hub.constants
 import keras_hub
 import numpy as np
@@ -36,6 +38,18 @@ def test_a_name_of_the_hub_is_the_folder_in_its_cache(cache, name):
     assert found.config == expected.config
     for weight in found.weights:
         np.testing.assert_array_equal(found.weights[weight], expected.weights[weight])
+
+
+def test_where_it_was_fetched_from_is_kept_and_its_folders_name_is_a_commit(cache, tmp_path):
+    found = open_checkpoint("hf://garden/small-gemma").provenance
+    assert (found["repository"], found["name"]) == ("garden/small-gemma", "small-gemma")
+    assert "repository" not in open_checkpoint(cache).provenance
+    tuned = cache.parent / "tuned"
+    write_tiny_hf(tuned, "gemma3")
+    for named, base in (("google/gemma-3-1b-it", True), ("runs/checkpoint-3", False)):
+        config = json.loads((tuned / "config.json").read_text()) | {"_name_or_path": named}
+        (tuned / "config.json").write_text(json.dumps(config))
+        assert open_checkpoint(tuned).provenance.get("base_model") == (named if base else None)
 
 
 def test_a_name_that_cannot_be_fetched_is_told(cache):
