@@ -19,8 +19,8 @@ from edge_demo.rooms import free_memory, rooms
 from edge_demo.sizes import RECIPES, SIZES, PublishedSize, RecipeBytes, estimate, read_per_token
 from edge_demo.system_files import read_sizes, read_text
 from edge_demo.terminal import megabytes, show
+from edge_demo.unexpected import PACKAGES
 
-PACKAGES = ("onnxruntime", "numpy", "sentencepiece")
 # The share of "memory speed / bytes a token reads" that decoding reaches on two idle cores of a
 # server: 0.47 with int4 and 0.54 with int8 of Gemma 3 270M, 0.62 with int4 of 2B's shape; on a busy
 # one 0.2. See docs/lab-notes.md, and `benchmarks/edge.py`.

@@ -14,10 +14,12 @@ from gemma_keras.checkpoints.hub import (
     local_or_downloaded,
 )
 from gemma_keras.checkpoints.source import Checkpoint
+from gemma_keras.missing import said_what_is_missing
 
 __all__ = ["Checkpoint", "open_checkpoint"]
 
 
+@said_what_is_missing("opening this checkpoint", "keras")
 def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
     """Open a checkpoint without reading its weights yet.
 
@@ -56,17 +58,13 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
         checkpoint = read_safetensors_folder(path)
         if Path(source).exists():
             return checkpoint
-        repository = hf_name(source)  # the folder in the cache has a commit for its name
-        return _with(
-            checkpoint,
-            file=repository,
-            name=str(repository).split("/")[-1],
-            repository=repository,
-        )
+        repository = str(hf_name(source))  # the folder in the cache has a commit for its name
+        name = repository.split("/")[1]
+        return _with(checkpoint, file=repository, name=name, repository=repository)
     from gemma_keras.checkpoints.gguf import read_gguf
 
     return read_gguf(path)
 
 
-def _with(checkpoint: Checkpoint, **provenance: str | None) -> Checkpoint:
+def _with(checkpoint: Checkpoint, **provenance: str) -> Checkpoint:
     return dataclasses.replace(checkpoint, provenance=checkpoint.provenance | provenance)

@@ -373,7 +373,7 @@ def _text(file: GGUFFile, key: str, default: str) -> str:
     return value
 
 
-def _base_model(file: GGUFFile) -> dict[str, str]:
+def _base_model(file: GGUFFile) -> dict[str, Any]:
     """The repository on the Hugging Face Hub that the file says it was made from, if it is one."""
     count = file.metadata.get("general.base_model.count", 0)
     keys = ["general.source.repo_url", "general.source.url"]

@@ -71,7 +71,7 @@ def read_safetensors_folder(folder: Path) -> Checkpoint:
     )
 
 
-def _base_model(raw_config: dict[str, Any]) -> dict[str, str]:
+def _base_model(raw_config: dict[str, Any]) -> dict[str, Any]:
     """What transformers loaded before it wrote the folder, if that is a published model: any other
     name may be a path."""
     loaded = raw_config.get("_name_or_path")
