@@ -14,6 +14,7 @@ from export.base_model import base_model
 from export.ecosystem import CONFIG_FILE
 from export.quantize.formats import Format, rows_and_inputs
 from export.svg import bar_chart
+from export.terms import Terms, terms_of
 from gemma_keras.checkpoints.names import weight_specs
 from gemma_keras.config import GemmaConfig
 
@@ -64,7 +65,7 @@ def _quantized(manifest: Mapping[str, Any]) -> bool:
 
 
 def _front_matter(manifest: Mapping[str, Any], ecosystem: bool) -> str:
-    lines = ["---", "license: gemma"]
+    lines = ["---", *_terms(manifest).front_matter]
     if base := base_model(manifest["provenance"], _config(manifest), _tuned(manifest)):
         lines.append(f"base_model: {base.repository}")
         if base.same_weights and _quantized(manifest):
@@ -237,19 +238,26 @@ console.log(tokenizer.decode(output[0]));
 ```
 
 `edge-demo` runs `engine.onnx` and `candidates.onnx`, the others `model.onnx`; all stand over one
-`model.onnx_data`."""
+`model.onnx_data`.
+
+onnxruntime 1.29 and later, and onnxruntime-genai, send telemetry to Microsoft unless
+`ORT_DISABLE_TELEMETRY=1` is in the environment before they are loaded. `edge-demo` sets it."""
+
+
+def _terms(manifest: Mapping[str, Any]) -> Terms:
+    return terms_of(manifest["provenance"], _config(manifest), _tuned(manifest))
 
 
 def _licence(manifest: Mapping[str, Any]) -> str:
+    terms = _terms(manifest)
     return f"""\
 ## Licence
 
-Gemma is provided under and subject to the Gemma Terms of Use found at
-[ai.google.dev/gemma/terms](https://ai.google.dev/gemma/terms). These weights are a Model Derivative
-of Gemma: whoever passes them on has to pass on `{manifest["license"]["notice"]}` and the terms with
-them, and may use them only as the
-[Gemma Prohibited Use Policy](https://ai.google.dev/gemma/prohibited_use_policy) allows. The weights
-were modified: converted to ONNX and stored as {_plain(manifest["recipe"])}."""
+{terms.subject} is provided under and subject to the {terms.title} found at
+[{terms.url}](https://{terms.url}). These weights are a Model Derivative of {terms.subject}: whoever
+passes them on has to pass on `{manifest["license"]["notice"]}` and the terms with them, and may use
+them only as the [{terms.policy}](https://{terms.policy_url}) allows. The weights were modified:
+converted to ONNX and stored as {_plain(manifest["recipe"])}."""
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

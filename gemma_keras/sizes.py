@@ -39,6 +39,7 @@ class Size:
         hf: the keys of its ``config.json``; those that are absent have transformers' defaults.
         releases: the checkpoints that have it.
         alias_of: the name of the size whose architecture this is, if it has none of its own.
+        licence: what the Hugging Face Hub calls its terms.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Size:
     hf: Mapping[str, Any]
     releases: tuple[Release, ...]
     alias_of: str | None = None
+    licence: str = "gemma"
 
     @property
     def causal(self) -> bool:
@@ -203,9 +205,14 @@ _OWN = (
 )
 
 
-def _alias(name: str, title: str, of: str, *releases: Release) -> Size:
+_HEALTH = "health-ai-developer-foundations"
+
+
+def _alias(name: str, title: str, of: str, *releases: Release, licence: str = "gemma") -> Size:
     size = next(size for size in _OWN if size.name == of)
-    return dataclasses.replace(size, name=name, title=title, releases=releases, alias_of=of)
+    return dataclasses.replace(
+        size, name=name, title=title, releases=releases, alias_of=of, licence=licence
+    )
 
 
 _ALIASES = (
@@ -255,6 +262,7 @@ _ALIASES = (
         _base("medgemma-4b-pt", "medgemma_4b"),
         _tuned("medgemma-4b-it", "medgemma_instruct_4b"),
         _tuned("medgemma-1.5-4b-it", "medgemma_1.5_instruct_4b"),
+        licence=_HEALTH,
     ),
     _alias(
         "medgemma_27b",
@@ -262,6 +270,7 @@ _ALIASES = (
         "gemma3_27b",
         _tuned("medgemma-27b-it", "medgemma_instruct_27b"),
         _tuned("medgemma-27b-text-it", "medgemma_instruct_27b_text"),
+        licence=_HEALTH,
     ),
     _alias(
         "translategemma_4b",

@@ -60,8 +60,10 @@ def test_a_bundle_has_a_card_that_says_what_it_is(tiny_bundles):
     head = front_matter(card)
     assert {"license: gemma", "library_name: onnx", "pipeline_tag: text-generation"} <= set(head)
     assert "- onnx" in head and "- int8" in head and "- conversational" not in head
+    assert "base_model" not in card  # no published size, and a name of nobody's
     for word in ("tiny-gemma3, int8", "safetensors", "Not measured", "a base model", "edge-demo",
                  "onnxruntime-genai", "Optimum", "transformers.js", "Gemma Terms of Use",
+                 "ORT_DISABLE_TELEMETRY=1",
                  "Prohibited Use Policy", "GEMMA_NOTICE.txt"):  # fmt: skip
         assert word in card
     tuned = (tiny_bundles / "chat" / "README.md").read_text()
@@ -170,6 +172,23 @@ def test_the_base_model_is_what_the_source_says_or_nothing(
         [f"base_model: {line}"] * bool(line)
     )
     assert "license: mit" not in head
+
+
+def test_medgemma_has_terms_of_its_own(manifest, tmp_path):
+    """From the model cards of MedGemma: license other, its name and its link."""
+    terms = "developers.google.com/health-ai-developer-foundations/terms"
+    source = {"format": "gguf", "license": "other", "base_model": "google/medgemma-4b-it"}
+    head = card_of(manifest, tmp_path, "medgemma_4b", True, source)
+    assert head[:3] == [
+        "license: other",
+        "license_name: health-ai-developer-foundations",
+        f"license_link: https://{terms}",
+    ]
+    card = (tmp_path / "README.md").read_text()
+    assert f"Health AI Developer Foundations Terms of Use found at\n[{terms}]" in card
+    assert "Gemma Terms of Use" not in card
+    head = card_of(manifest, tmp_path, "gemma3_4b", True, source | {"base_model": "me/poet"})
+    assert head[0] == "license: gemma"
 
 
 def test_what_a_keras_model_held_may_have_been_trained(manifest, tmp_path):
