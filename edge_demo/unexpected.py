@@ -28,8 +28,8 @@ def unexpected(error: BaseException, packages: Iterable[str] = PACKAGES) -> str:
     versions += [f"Python {platform.python_version()}", f"{sys.platform} {platform.machine()}"]
     return (
         f"unexpected {kind}{': ' * bool(message)}{message} ({_place(error)}{', '.join(versions)}); "
-        "this is a fault of gemma-keras: please report this line; run it again with --debug for "
-        "the traceback"
+        "this should not happen: please report this line; run it again with --debug for the "
+        "traceback"
     )
 
 

@@ -156,8 +156,8 @@ def export_onnx(
         # Whatever went wrong, what was worked out until then is of use to the next run.
         if kept_work(out):
             error.add_note(
-                f"what was worked out is kept in {workspace}: the same command goes on from there; "
-                "remove that folder to begin anew"
+                f"what was worked out is kept in {workspace}, and the next export to {out} goes on "
+                "from there; remove that folder to begin anew"
             )
         raise
     shutil.rmtree(workspace, ignore_errors=True)

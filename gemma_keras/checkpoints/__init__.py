@@ -12,6 +12,7 @@ from gemma_keras.checkpoints.hub import (
     is_own_preset,
     load_keras_hub_preset,
     local_or_downloaded,
+    preset_name,
 )
 from gemma_keras.checkpoints.source import Checkpoint
 from gemma_keras.missing import said_what_is_missing
@@ -42,7 +43,10 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
         from gemma_keras.checkpoints.keras_hub import read_keras_hub
 
         checkpoint = read_keras_hub(load_keras_hub_preset(source))
-        return _with(checkpoint, name=Path(source).name, preset=str(source))
+        name = preset_name(source)
+        if Path(source).exists():
+            return _with(checkpoint, name=name, file=name)
+        return _with(checkpoint, name=name, preset=name)
     path = local_or_downloaded(
         source,
         "a .gguf file, a folder with config.json, the name of a model on the Hugging Face Hub or "

@@ -356,7 +356,7 @@ def test_a_budget_that_cannot_be_met_names_the_nearest_and_keeps_the_work(
     folder = workspace_path(tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == [folder]
     (note,) = refused.value.__notes__
-    assert f"kept in {folder}: the same command goes on from there" in note
+    assert f"kept in {folder}, and the next export to {tmp_path / 'bundle'} goes on from" in note
     stages = export(0.5)
     assert [share for stage, share in stages if stage == "calibration"] == [0, 1]
     assert "sensitivity" not in dict(stages)

@@ -14,7 +14,12 @@ from edge_demo.bundle import Bundle
 from edge_demo.engine import Engine
 from export import export_onnx
 from gemma_keras import GemmaCausalLM, open_checkpoint
-from gemma_keras.checkpoints.hub import hf_name, is_keras_hub_preset, opens_with_keras
+from gemma_keras.checkpoints.hub import (
+    hf_name,
+    is_keras_hub_preset,
+    opens_with_keras,
+    preset_name,
+)
 from gemma_keras.errors import CheckpointError
 from tests.models import tiny_tokenizer_model, write_tiny_hf
 
@@ -75,6 +80,15 @@ def test_names_of_keras_hubs_presets_are_known():
     assert opens_with_keras("gemma_2b_xx") and not opens_with_keras("google/gemma-2b")
 
 
+@pytest.mark.parametrize(
+    "source",
+    ["gemma3_1b", "kaggle://keras/gemma3/keras/gemma3_1b/3", "kaggle://keras/gemma3/keras/gemma3_1b",
+     "presets/gemma3_1b/"],
+)  # fmt: skip
+def test_the_name_of_a_preset(source):
+    assert preset_name(source) == "gemma3_1b"
+
+
 @pytest.fixture(scope="module")
 def theirs():
     """A small model of KerasHub's."""
@@ -109,6 +123,7 @@ def test_a_folder_that_keras_hub_wrote_is_read(theirs, tmp_path):
     live = GemmaCausalLM.from_keras_hub(theirs, dtype="float32")
     np.testing.assert_array_equal(ours.logits(ids), live.logits(ids))
     assert ours.preprocessor.tokenizer.proto == live.preprocessor.tokenizer.proto
+    assert ours.provenance["name"] == tmp_path.name and "preset" not in ours.provenance
 
 
 @pytest.mark.keras
