@@ -17,6 +17,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import edge_demo  # noqa: F401 - before onnxruntime, whose telemetry it turns off
+
+# isort: split
 import numpy as np
 import onnxruntime as ort
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from edge_demo import telemetry
+
 if TYPE_CHECKING:
     from edge_demo.bundle import Bundle
     from edge_demo.engine import Engine
     from edge_demo.generator import Generator
     from edge_demo.sampling import Sampler
+
+telemetry.turn_off()  # whatever of this package imports onnxruntime does so later
 
 __all__ = ["Bundle", "Engine", "Generator", "Sampler"]
 

@@ -10,6 +10,7 @@ import dataclasses
 import io
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -22,27 +23,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; exit status 0, 1 for a failure, 2 for a bad request, 130 for Ctrl-C."""
     _prepare_streams()
     arguments = _parser().parse_args(argv)
-    if argv is None and huge_pages.of_use() and _runs_well_in_huge_pages(arguments):
-        huge_pages.restart_with_huge_pages()
-    _heed_force(arguments)
-    run: Callable[[argparse.Namespace], int] = arguments.run
     try:
+        if argv is None and huge_pages.of_use() and _runs_well_in_huge_pages(arguments):
+            huge_pages.restart_with_huge_pages()
+        _heed_force(arguments)
+        run: Callable[[argparse.Namespace], int] = arguments.run
         status = run(arguments)
         sys.stdout.flush()
         return status
-    except EdgeError as error:
-        complain(error)
-        return 2 if isinstance(error, RequestError) else 1
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return commands.INTERRUPTED
     except BrokenPipeError:  # whoever read our output has gone
         _drop_unwritten()
         return 1
-    except (OSError, MemoryError) as error:
-        complain(error if str(error) else "out of memory")
-        _drop_unwritten()
-        return 1
+    except Exception as error:
+        if getattr(arguments, "debug", False):
+            traceback.print_exc()
+        complain(_sentence(error))
+        if not isinstance(error, EdgeError):
+            _drop_unwritten()
+        return 2 if isinstance(error, RequestError) else 1
+
+
+def _sentence(error: Exception) -> str:
+    """Why a command ends."""
+    if isinstance(error, MemoryError):
+        return str(error) or "out of memory"
+    if isinstance(error, (EdgeError, OSError)) and str(error):
+        return str(error)
+    from edge_demo.unexpected import PACKAGES, unexpected
+
+    if isinstance(error, ModuleNotFoundError) and error.name in PACKAGES:
+        return f"{error.name} is not installed; run: pip install gemma-keras"
+    return unexpected(error)
 
 
 def _runs_well_in_huge_pages(arguments: argparse.Namespace) -> bool:
@@ -97,6 +111,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="edge-demo", description="Run a Gemma bundle on this device, with onnxruntime."
     )
+
+    def debug_option(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--debug",
+            action="store_true",
+            default=argparse.SUPPRESS,  # may stand before the command or after it
+            help="show the traceback of an error",
+        )
+
+    debug_option(parser)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(
@@ -107,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument(argument, metavar=argument.upper(), help=what)
         sub.add_argument("bundle", metavar="BUNDLE", help="the folder that export-onnx wrote")
         sub.add_argument("--json", action="store_true", help="print one JSON object, for programs")
+        debug_option(sub)
         sub.set_defaults(run=run)
         return sub
 
@@ -277,6 +302,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = subparsers.add_parser("doctor", help=text, description=text)
     sub.add_argument("bundles", metavar="BUNDLE", nargs="*", help="bundles to judge too")
     sub.add_argument("--json", action="store_true", help="print one JSON object, for programs")
+    debug_option(sub)
     sub.set_defaults(run=_run_doctor)
     return parser
 

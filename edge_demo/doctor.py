@@ -16,41 +16,15 @@ from edge_demo import device, memory
 from edge_demo.bundle import Bundle
 from edge_demo.graph_weights import bytes_per_token
 from edge_demo.rooms import free_memory, rooms
+from edge_demo.sizes import RECIPES, SIZES, PublishedSize, RecipeBytes, estimate, read_per_token
 from edge_demo.system_files import read_sizes, read_text
 from edge_demo.terminal import megabytes, show
+from edge_demo.unexpected import PACKAGES
 
-PACKAGES = ("onnxruntime", "numpy", "sentencepiece")
-_MB = 10**6
 # The share of "memory speed / bytes a token reads" that decoding reaches on two idle cores of a
 # server: 0.47 with int4 and 0.54 with int8 of Gemma 3 270M, 0.62 with int4 of 2B's shape; on a busy
 # one 0.2. See docs/lab-notes.md, and `benchmarks/edge.py`.
 LIKELY_SHARE = (0.3, 0.6)
-
-# Parameters of the decoder blocks and of the table, in millions.
-_SIZES = {
-    "Gemma 3 270M": (100, 168),
-    "Gemma 3 1B": (698, 302),
-    "Gemma 2B": (1982, 524),
-    "Gemma 2 2B": (2024, 590),
-    "Gemma 3 4B": (3209, 671),
-    "Gemma 7B": (7751, 786),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Recipe:
-    """Bytes for each parameter: of blocks and of the table, read by a token and kept copied."""
-
-    block_read: float
-    block_kept: float
-    table_read: float
-    table_kept: float
-
-
-# int4: blocks of 128 with float32 scales, a quarter of the matrices in 8 bits; int8: blocks of 32.
-# Half of the table is read.
-_RECIPES = {"int4": _Recipe(0.66, 0.79, 0.53, 0.56), "int8": _Recipe(1.14, 1.28, 0.625, 0.75)}
-_BESIDE = 240 * _MB  # process, its files, tokenizer, cache and activations of a small model
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -145,20 +119,25 @@ def _disk(bundle: Bundle) -> dict[str, Any] | None:
 
 def _judge_sizes(free: int | None, speed: float | None) -> list[dict[str, Any]]:
     found = []
-    for name, (blocks, table) in _SIZES.items():
-        for recipe, per in _RECIPES.items():
-            needed = int((blocks * per.block_kept + table * per.table_kept) * _MB) + _BESIDE
-            read = int((blocks * per.block_read + table * per.table_read) * _MB)
+    for size in SIZES:
+        for name, recipe in RECIPES.items():
+            needed = _needed(size, recipe, free)
             found.append(
                 {
-                    "name": name,
-                    "recipe": recipe,
+                    "name": size.name,
+                    "recipe": name,
                     "needed": needed,
                     "fits": None if free is None else needed <= free,
-                    "tokens_per_s": _tokens_per_s(read, speed),
+                    "tokens_per_s": _tokens_per_s(read_per_token(size, recipe), speed),
                 }
             )
     return found
+
+
+def _needed(size: PublishedSize, recipe: RecipeBytes, free: int | None) -> int:
+    """Bytes it takes with the longest chunk of a prompt that fits, or with the shortest."""
+    needed = [estimate(size, recipe, chunk).resident for chunk in memory.CHUNKS]
+    return next((n for n in needed if free is None or n <= free), needed[-1])
 
 
 def _tokens_per_s(read: int, speed: float | None) -> dict[str, Any] | None:

@@ -175,6 +175,33 @@ def estimate(
     )
 
 
+def estimate_of(
+    *, weights: int, cache: int, widest: int, tokenizer: int, logits: int, context: int, chunk: int
+) -> Estimate:
+    """What a bundle would take of which no more is known than some sizes.
+
+    Args:
+        weights: bytes of the copies that products read.
+        cache: bytes of keys and values.
+        widest: numbers in the widest product of a token.
+        tokenizer: bytes of the SentencePiece file.
+        logits: bytes of logits.
+        context: tokens the cache is for.
+        chunk: tokens run at once.
+    """
+    return Estimate(
+        process=_PROCESS + _SESSION + _TOKENIZER * tokenizer,
+        weights=weights,
+        cache=cache,
+        activation=int(4 * widest * _ACTIVATIONS),
+        logits=logits,
+        lookups=0,
+        copied_from=0,
+        context=context,
+        chunk=chunk,
+    )
+
+
 def _once(weights: Iterable[StoredWeight]) -> int:
     """Bytes of weights, a place that two of them share counted once."""
     return sum({w.offset: w.num_bytes for w in weights}.values())

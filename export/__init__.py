@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from edge_demo import telemetry
+
 if TYPE_CHECKING:
     from export.pipeline import ExportResult, export_onnx
+
+telemetry.turn_off()  # before anything here imports onnxruntime
 
 __all__ = ["ExportResult", "export_onnx"]
 

@@ -25,6 +25,7 @@ from export.card import write_card
 from export.contract import WEIGHTS_FILE
 from export.errors import ExportError, ExportRequestError
 from export.quantize.formats import Plan, plan_to_json
+from export.terms import terms_of
 from gemma_keras.chat import turn_ids
 from gemma_keras.checkpoints import Checkpoint
 from gemma_keras.checkpoints.names import parameter_count
@@ -33,12 +34,12 @@ from gemma_keras.checkpoints.unfinished import whole_or_nothing
 TOKENIZER_FILE = "tokenizer.model"
 NOTICE_FILE = "GEMMA_NOTICE.txt"
 _NOTICE = """\
-Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms
+{terms.subject} is provided under and subject to the {terms.title} found at {terms.url}
 
-This folder holds a Model Derivative of Gemma: the weights of {name}, converted to ONNX and stored
-as {recipe} by gemma-keras. Whoever passes it on has to pass on this notice and the Terms of Use
-with it, and may use it only as the Gemma Prohibited Use Policy allows
-(ai.google.dev/gemma/prohibited_use_policy).
+This folder holds a Model Derivative of {terms.subject}: the weights of {name}, converted to ONNX
+and stored as {recipe} by gemma-keras. Whoever passes it on has to pass on this notice and the Terms
+of Use with it, and may use it only as the {terms.policy} allows
+({terms.policy_url}).
 """
 
 
@@ -46,10 +47,16 @@ with it, and may use it only as the Gemma Prohibited Use Policy allows
 def unfinished_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
     """A fresh folder beside `out` that becomes `out` when the block ends well, and else vanishes.
 
+    What lies in a bundle that is replaced and is not the bundle's own goes along into the new one.
+
     Raises:
         ExportRequestError: `out` exists and is not to be overwritten, or is not a bundle.
     """
-    with whole_or_nothing(out, "folder", lambda: check_out(out, overwrite=overwrite)) as folder:
+
+    def check() -> None:
+        check_out(out, overwrite=overwrite)
+
+    with whole_or_nothing(out, "folder", check, _not_the_bundles) as folder:
         yield folder
 
 
@@ -72,12 +79,25 @@ def check_out(out: Path, *, overwrite: bool) -> None:
 
 
 def _is_bundle(folder: Path) -> bool:
-    """Whether its manifest is ours: a file of that name may be anybody's."""
+    return _manifest_of(folder) is not None
+
+
+def _manifest_of(folder: Path) -> dict[str, Any] | None:
+    """Its manifest if it is ours: a file of that name may be anybody's."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
     except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
+        return None
+    ours = isinstance(manifest, dict) and manifest.get("format") == FORMAT
+    return manifest if ours else None
+
+
+def _not_the_bundles(folder: Path) -> list[str]:
+    """The names in a bundle's folder of which its manifest says nothing, such as notes of the
+    user's or `.git`."""
+    files = (_manifest_of(folder) or {}).get("files")
+    own = {MANIFEST, *(files if isinstance(files, dict) else ())}
+    return sorted(path.name for path in folder.iterdir() if path.name not in own)
 
 
 def open_tokenizer(checkpoint: Checkpoint) -> sentencepiece.SentencePieceProcessor:
@@ -131,7 +151,9 @@ def write_tokenizer(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
 def write_notices(folder: Path, checkpoint: Checkpoint, recipe: str) -> dict[str, Any]:
     """Write the Gemma notice and those that came with the weights; returns the manifest's entry."""
     name = checkpoint.provenance.get("name", "a Gemma model")
-    (folder / NOTICE_FILE).write_text(_NOTICE.format(name=name, recipe=recipe), encoding="utf-8")
+    terms = terms_of(checkpoint.provenance, checkpoint.config, checkpoint.instruction_tuned)
+    text = _NOTICE.format(terms=terms, name=name, recipe=recipe)
+    (folder / NOTICE_FILE).write_text(text, encoding="utf-8")
     for file, content in checkpoint.notices.items():
         (folder / file).write_bytes(content)
     return {"name": checkpoint.provenance.get("license", "gemma"), "notice": NOTICE_FILE}

@@ -10,19 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from export.base_model import base_model
 from export.ecosystem import CONFIG_FILE
 from export.quantize.formats import Format, rows_and_inputs
 from export.svg import bar_chart
+from export.terms import Terms, terms_of
 from gemma_keras.checkpoints.names import weight_specs
-from gemma_keras.config import NAMED_SIZES, GemmaConfig
+from gemma_keras.config import GemmaConfig
 
 CARD_FILE = "README.md"
 CHART_FILE = "kl_by_group.svg"
-_HUB_NAMES = {
-    "gemma_2b": "google/gemma-2b",
-    "gemma_7b": "google/gemma-7b",
-    "gemma3_270m": "google/gemma-3-270m",
-}
 
 
 def write_card(
@@ -68,26 +65,16 @@ def _quantized(manifest: Mapping[str, Any]) -> bool:
 
 
 def _front_matter(manifest: Mapping[str, Any], ecosystem: bool) -> str:
-    lines = ["---", "license: gemma"]
-    if base := _base_model(manifest):
-        lines.append(f"base_model: {base}")
-        if _quantized(manifest):
+    lines = ["---", *_terms(manifest).front_matter]
+    if base := base_model(manifest["provenance"], _config(manifest), _tuned(manifest)):
+        lines.append(f"base_model: {base.repository}")
+        if base.same_weights and _quantized(manifest):
             lines.append("base_model_relation: quantized")
     tags = ["onnx", "onnxruntime", "gemma", "gemma-keras"]
     tags += ["onnxruntime-genai", "transformers.js"] * ecosystem
     tags += [str(manifest["recipe"])] + ["conversational"] * _tuned(manifest)
     lines += ["library_name: onnx", "pipeline_tag: text-generation", "tags:"]
     return "\n".join([*lines, *(f"- {tag}" for tag in tags), "---"])
-
-
-def _base_model(manifest: Mapping[str, Any]) -> str | None:
-    """The published model of the same architecture, if it is one whose name is known."""
-    ours = _config(manifest).to_dict()
-    for name in NAMED_SIZES:
-        published = GemmaConfig.named(name).to_dict()
-        if {**ours, "context_length": 0} == {**published, "context_length": 0}:
-            return _HUB_NAMES[name] + "-it" * _tuned(manifest)
-    return None
 
 
 def _introduction(manifest: Mapping[str, Any]) -> str:
@@ -108,7 +95,7 @@ def _making(manifest: Mapping[str, Any]) -> str:
     source = manifest["provenance"]
     origin = " ".join(_plain(source[key]) for key in ("format", "file") if key in source)
     made = f"Made by gemma-keras with the recipe `{manifest['recipe']}` from "
-    made += f"{origin or 'a Keras model'}."
+    made += f"{origin or 'a Keras model'}{', held by a Keras model' * bool(source.get('through'))}."
     counts: collections.Counter[str] = collections.Counter()
     sizes: collections.Counter[str] = collections.Counter()
     for spec in weight_specs(_config(manifest)).values():
@@ -251,19 +238,26 @@ console.log(tokenizer.decode(output[0]));
 ```
 
 `edge-demo` runs `engine.onnx` and `candidates.onnx`, the others `model.onnx`; all stand over one
-`model.onnx_data`."""
+`model.onnx_data`.
+
+onnxruntime 1.29 and later, and onnxruntime-genai, send telemetry to Microsoft unless
+`ORT_DISABLE_TELEMETRY=1` is in the environment before they are loaded. `edge-demo` sets it."""
+
+
+def _terms(manifest: Mapping[str, Any]) -> Terms:
+    return terms_of(manifest["provenance"], _config(manifest), _tuned(manifest))
 
 
 def _licence(manifest: Mapping[str, Any]) -> str:
+    terms = _terms(manifest)
     return f"""\
 ## Licence
 
-Gemma is provided under and subject to the Gemma Terms of Use found at
-[ai.google.dev/gemma/terms](https://ai.google.dev/gemma/terms). These weights are a Model Derivative
-of Gemma: whoever passes them on has to pass on `{manifest["license"]["notice"]}` and the terms with
-them, and may use them only as the
-[Gemma Prohibited Use Policy](https://ai.google.dev/gemma/prohibited_use_policy) allows. The weights
-were modified: converted to ONNX and stored as {_plain(manifest["recipe"])}."""
+{terms.subject} is provided under and subject to the {terms.title} found at
+[{terms.url}](https://{terms.url}). These weights are a Model Derivative of {terms.subject}: whoever
+passes them on has to pass on `{manifest["license"]["notice"]}` and the terms with them, and may use
+them only as the [{terms.policy}](https://{terms.policy_url}) allows. The weights were modified:
+converted to ONNX and stored as {_plain(manifest["recipe"])}."""
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -11,12 +11,14 @@ import json
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 INTERRUPTED = 130
 _MOST_PLAN_BYTES = 16 << 20
+_PACKAGES = ("keras", "keras-hub", "onnx", "onnx-ir", "onnxruntime", "numpy")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,13 +32,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"export-onnx: interrupted; {_what_was_kept(arguments)}", file=sys.stderr)
         return INTERRUPTED
+    except Exception as error:
+        if arguments is not None and arguments.debug:
+            traceback.print_exc()
+        status, sentence = _failure(error)
+        sentence = "; ".join([sentence, *getattr(error, "__notes__", ())])
+        print(f"export-onnx: {' '.join(sentence.split())}", file=sys.stderr)
+        return status
+
+
+def _failure(error: Exception) -> tuple[int, str]:
+    """The exit status, and why the export did not happen."""
+    from edge_demo.unexpected import unexpected
+    from export.errors import ExportError, ExportRequestError
+    from gemma_keras.errors import ModelError
+    from gemma_keras.missing import how_to_install, missing_package
+
+    if isinstance(error, (ExportRequestError, ModelError)):
+        return 2, str(error)
+    if isinstance(error, MemoryError):
+        return 1, str(error) or "out of memory"
+    if isinstance(error, (ExportError, OSError)) and str(error):
+        return 1, str(error)
+    if isinstance(error, ImportError) and (package := missing_package(error)):
+        return 1, f"{package} is not installed; run: {how_to_install(package, 'export')}"
+    return 1, unexpected(error, _PACKAGES)
 
 
 def _what_was_kept(arguments: argparse.Namespace | None) -> str:
     if arguments is not None:
-        from export.quantize.workspace import workspace_path
+        from export.quantize.workspace import kept_work
 
-        if workspace_path(Path(os.path.realpath(arguments.out))).exists():
+        if kept_work(Path(os.path.realpath(arguments.out))):
             return "the same command goes on where it stopped"
     return "nothing was kept"
 
@@ -124,50 +151,35 @@ def _parser() -> argparse.ArgumentParser:
         "perplexity, KL divergence and same top token over up to 24 windows of 512 tokens",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object, for programs")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from export.errors import ExportError, ExportRequestError
-    from gemma_keras.errors import ModelError
+    plan = None if arguments.plan is None else _read_plan(arguments.plan)
+    from export.progress import ShowProgress
 
-    try:
-        plan = None if arguments.plan is None else _read_plan(arguments.plan)
-        from export.progress import ShowProgress
+    with ShowProgress() as show:
+        show.stage("opening")
+        from export.pipeline import export_onnx
 
-        with ShowProgress() as show:
-            show.stage("opening")
-            from export.pipeline import export_onnx
-
-            result = export_onnx(
-                arguments.source,
-                arguments.out,
-                arguments.recipe,
-                base=arguments.base,
-                instruction_tuned=arguments.instruction_tuned,
-                kl_budget=arguments.kl_budget,
-                calibration=arguments.calibration,
-                plan=plan,
-                lowering=arguments.lowering,
-                kv_cache_dtype=arguments.kv_cache_dtype,
-                max_context=arguments.max_context,
-                overwrite=arguments.overwrite,
-                verify=arguments.verify,
-                report=arguments.report,
-                on_progress=show,
-            )
-    except (ExportRequestError, ModelError) as error:
-        print(f"export-onnx: {error}", file=sys.stderr)
-        return 2
-    except (ExportError, OSError, MemoryError) as error:
-        print(f"export-onnx: {error or 'out of memory'}", file=sys.stderr)
-        return 1
-    except ImportError as error:
-        print(
-            f"export-onnx: a package is missing ({error}); run: pip install gemma-keras[export]",
-            file=sys.stderr,
+        result = export_onnx(
+            arguments.source,
+            arguments.out,
+            arguments.recipe,
+            base=arguments.base,
+            instruction_tuned=arguments.instruction_tuned,
+            kl_budget=arguments.kl_budget,
+            calibration=arguments.calibration,
+            plan=plan,
+            lowering=arguments.lowering,
+            kv_cache_dtype=arguments.kv_cache_dtype,
+            max_context=arguments.max_context,
+            overwrite=arguments.overwrite,
+            verify=arguments.verify,
+            report=arguments.report,
+            on_progress=show,
         )
-        return 1
     for remark in result.remarks:
         print(f"export-onnx: note: {remark}", file=sys.stderr)
     _print_result(result, arguments.json)

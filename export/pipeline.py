@@ -18,7 +18,7 @@ from export.quantize.formats import Plan, plan_bytes
 from export.quantize.lattice import MOST_BITS_KEPT, KeptWeights, kept_weights
 from export.quantize.recipes import in_one_plane, plan_for_recipe, plan_from_json, recipe_named
 from export.quantize.text import Windows, read_windows
-from export.quantize.workspace import workspace_path
+from export.quantize.workspace import kept_work, workspace_path
 from export.start_keras import start_keras
 from gemma_keras.checkpoints import Checkpoint, open_checkpoint
 from gemma_keras.checkpoints.hub import opens_with_keras
@@ -161,8 +161,13 @@ def export_onnx(
                     draft.bundle, checkpoint, windows, lambda share: on_progress("report", share)
                 )
             num_bytes = draft.describe(told).num_bytes
-    except Exception:  # not for Ctrl-C: what was worked out until then is of use to the next run
-        shutil.rmtree(workspace, ignore_errors=True)
+    except BaseException as error:
+        # Whatever went wrong, what was worked out until then is of use to the next run.
+        if kept_work(out):
+            error.add_note(
+                f"what was worked out is kept in {workspace}, and the next export to {out} goes on "
+                "from there; remove that folder to begin anew"
+            )
         raise
     shutil.rmtree(workspace, ignore_errors=True)
     return ExportResult(out, recipe, num_bytes, quality, rounding, checkpoint.remarks)

@@ -47,12 +47,14 @@ class Rounding:
         rounded: a weight as integers, by name and format; `None` for what is rounded to nearest.
         text: what it was calibrated on, if it was.
         told: what was done, for people and for the bundle.
+        workspace: where what takes minutes is kept until the export is done.
     """
 
     weights: Mapping[str, np.ndarray]
     rounded: Callable[[str, Format], Quantized | None] = lambda name, fmt: None
     text: CalibrationText | None = None
     told: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    workspace: Workspace = dataclasses.field(default_factory=lambda: Workspace(None, ""))
 
 
 def round_weights(
@@ -100,7 +102,7 @@ def round_weights(
         found = kept.matrix(name, fmt)
         return calibrated.rounded(name, fmt) if found is None else found
 
-    return Rounding(calibrated.weights, rounded, chosen, told)
+    return Rounding(calibrated.weights, rounded, chosen, told, workspace)
 
 
 def round_within(
@@ -143,17 +145,20 @@ def round_within(
     groups = group_members(config, plan, keep)
     # Short rows: many texts matter more here than long ones.
     short = text.held_out[:, : min(_MEASURED_LENGTH, text.held_out.shape[1])]
-    on_progress("sensitivity", 0)
-    losses = sensitivities(
-        config,
-        rounding.weights,
-        plan,
-        rounded,
-        groups,
-        short,
-        np.arange(short.shape[1] // 2, short.shape[1], 4),
-        lambda done, total: on_progress("sensitivity", done / total),
-    )
+    losses = _kept_losses(rounding.workspace, groups)
+    if losses is None:
+        on_progress("sensitivity", 0)
+        losses = sensitivities(
+            config,
+            rounding.weights,
+            plan,
+            rounded,
+            groups,
+            short,
+            np.arange(short.shape[1] // 2, short.shape[1], 4),
+            lambda done, total: on_progress("sensitivity", done / total),
+        )
+        _keep_losses(rounding.workspace, losses)
     on_progress("reference", 0)
     reference = reference_logits(
         config,
@@ -200,6 +205,20 @@ def round_within(
         "tried": [{"predicted": t.predicted, "mean_kl": t.quality.mean_kl} for t in tried],
     }
     return dataclasses.replace(rounding, told=told)
+
+
+def _keep_losses(workspace: Workspace, losses: Mapping[str, float]) -> None:
+    arrays = {"groups": np.array(list(losses)), "losses": np.array(list(losses.values()))}
+    workspace.save("losses", arrays)
+
+
+def _kept_losses(workspace: Workspace, groups: Collection[str]) -> dict[str, float] | None:
+    """What an export that did not end has found each group to lose, if it got that far."""
+    kept = workspace.load("losses")
+    if kept is None:
+        return None
+    losses = dict(zip(kept["groups"].tolist(), kept["losses"].tolist(), strict=True))
+    return losses if set(losses) == set(groups) else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -302,5 +302,5 @@ def _reason(done: subprocess.CompletedProcess[str]) -> str:
     said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     reason = said[-1] if said else f"exit status {done.returncode}"
     if reason.startswith("ModuleNotFoundError"):
-        reason += "; run: pip install gemma-keras[export]"
+        reason += "; run: pip install 'gemma-keras[export]'"
     return f"{what}: {reason}"

@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from gemma_keras.missing import said_what_is_missing
+
 if TYPE_CHECKING:
     from gemma_keras.backbone import GemmaBackbone
     from gemma_keras.causal_lm import GemmaCausalLM
@@ -43,7 +45,8 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'gemma_keras' has no attribute {name!r}")
-    return getattr(import_module(f"gemma_keras.{_HOMES[name]}"), name)
+    with said_what_is_missing(f"gemma_keras.{name}", "keras"):
+        return getattr(import_module(f"gemma_keras.{_HOMES[name]}"), name)
 
 
 def __dir__() -> list[str]:

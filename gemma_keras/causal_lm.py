@@ -24,6 +24,7 @@ from gemma_keras.checkpoints.keras_hub import read_keras_hub, write_keras_hub
 from gemma_keras.compiled import train_options
 from gemma_keras.generation import Generation
 from gemma_keras.loading import FromWeights
+from gemma_keras.missing import check_export_is_ours, said_what_is_missing
 from gemma_keras.quantizing import Quantizes
 from gemma_keras.text_pieces import decode_stream
 from gemma_keras.tokenizer import GemmaCausalLMPreprocessor, GemmaTokenizer
@@ -275,7 +276,7 @@ class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
             weights=self.backbone.weight_source(),
             tokenizer_model=tokenizer.proto if tokenizer else None,
             instruction_tuned=self.instruction_tuned,
-            provenance=dict(self.provenance),
+            provenance=self.provenance | {"through": "keras"},
             stop=self.stop_token_ids,
             turns=self.turns,
             chat_template=self.chat_template,
@@ -467,10 +468,7 @@ class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
             return write_gguf(self.as_checkpoint(), filepath, **kwargs)
         if format != "onnx":
             return super().export(filepath, format=format, **kwargs)
-        try:
+        check_export_is_ours()
+        with said_what_is_missing("exporting to ONNX", "export"):
             from export import export_onnx
-        except ImportError as error:
-            raise ImportError(
-                "exporting to ONNX needs more packages; run: pip install gemma-keras[export]"
-            ) from error
         return export_onnx(self, filepath, **kwargs)

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gemma_keras.errors import ConfigError
+from gemma_keras.sizes import SIZES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,15 +167,15 @@ class GemmaConfig:
     def named(cls, name: str) -> GemmaConfig:
         """The configuration of a published size, such as `gemma_2b`.
 
+        All are in `gemma_keras/sizes.py`.
+
         Raises:
             ConfigError: no size has that name; the message lists those that are known.
         """
-        try:
-            hf = NAMED_SIZES[name]
-        except KeyError:
-            known = ", ".join(sorted(NAMED_SIZES))
-            raise ConfigError(f"no Gemma size is called {name!r}; known: {known}") from None
-        return cls.from_hf(hf)
+        if name not in SIZES:
+            known = ", ".join(sorted(SIZES))
+            raise ConfigError(f"no Gemma size is called {name!r}; known: {known}")
+        return cls.from_hf(SIZES[name].hf)
 
     @classmethod
     def from_hf(cls, data: Mapping[str, Any]) -> GemmaConfig:
@@ -219,73 +220,6 @@ class GemmaConfig:
         from gemma_keras.checkpoints.gguf_config import config_from_gguf
 
         return config_from_gguf(metadata, tied_head=tied_head)
-
-
-# --- published sizes, as the keys of their config.json ------------------------------------------
-
-
-def _size(
-    kind: str, hidden: int, ffw: int, layers: int, heads: int, kv_heads: int, **others: Any
-) -> dict[str, Any]:
-    return {
-        "model_type": kind,
-        "hidden_size": hidden,
-        "intermediate_size": ffw,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-    } | others
-
-
-_GEMMA3_SHORT = {"vocab_size": 262_144, "sliding_window": 512, "max_position_embeddings": 32_768}
-_GEMMA3_LONG = {
-    "sliding_window": 1024,
-    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
-}
-
-# Instruction-tuned checkpoints have the architecture of the pretrained ones.
-NAMED_SIZES: dict[str, dict[str, Any]] = {
-    "gemma_2b": _size("gemma", 2048, 16_384, 18, 8, 1),
-    "gemma_7b": _size("gemma", 3072, 24_576, 28, 16, 16),
-    "gemma2_2b": _size("gemma2", 2304, 9216, 26, 8, 4),
-    "gemma2_9b": _size("gemma2", 3584, 14_336, 42, 16, 8),
-    "gemma2_27b": _size(
-        "gemma2", 4608, 36_864, 46, 32, 16, head_dim=128, query_pre_attn_scalar=144
-    ),
-    "gemma3_270m": _size("gemma3_text", 640, 2048, 18, 4, 1, **_GEMMA3_SHORT),
-    "gemma3_1b": _size("gemma3_text", 1152, 6912, 26, 4, 1, **_GEMMA3_SHORT),
-    "gemma3_4b": _size("gemma3_text", 2560, 10_240, 34, 8, 4, **_GEMMA3_LONG),
-    "gemma3_12b": _size("gemma3_text", 3840, 15_360, 48, 16, 8, **_GEMMA3_LONG),
-    "gemma3_27b": _size(
-        "gemma3_text",
-        5376,
-        21_504,
-        62,
-        32,
-        16,
-        head_dim=128,
-        query_pre_attn_scalar=168,
-        **_GEMMA3_LONG,
-    ),
-    # EmbeddingGemma's transformer; what makes one vector of a text is not part of it.
-    "embeddinggemma_300m": _size(
-        "gemma3_text",
-        768,
-        1152,
-        24,
-        3,
-        1,
-        use_bidirectional_attention=True,
-        **_GEMMA3_SHORT | {"max_position_embeddings": 2048},
-    ),
-}
-NAMED_SIZES |= {
-    "codegemma_2b": NAMED_SIZES["gemma_2b"],
-    "codegemma_7b": NAMED_SIZES["gemma_7b"],
-    "shieldgemma_2b": NAMED_SIZES["gemma2_2b"],
-    "shieldgemma_9b": NAMED_SIZES["gemma2_9b"],
-    "shieldgemma_27b": NAMED_SIZES["gemma2_27b"],
-}
 
 
 def layer_kinds(num_layers: int, global_every: Any) -> list[str]:

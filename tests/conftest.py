@@ -15,9 +15,11 @@ from collections import Counter, defaultdict
 
 import pytest
 
+from edge_demo import telemetry
 from tests.models import GENERATIONS
 
 BACKENDS = ("jax", "tensorflow", "torch")
+telemetry.turn_off()  # tests import onnxruntime themselves
 PART = os.environ.get("GEMMA_TEST_PART")
 if PART:  # the parts share the processor
     for variable in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS"):
@@ -37,6 +39,8 @@ def pytest_collection_modifyitems(config, items):
     those marked `spread` its generation's."""
     backend = _running_backend()
     wanted = [item for item in items if _has_a_meaning(item, backend)]
+    if "walk" not in config.option.markexpr:  # takes minutes, and differs little from its like
+        wanted = [item for item in wanted if "walk" not in item.keywords]
     if PART:
         wanted = [item for item in wanted if ("keras" in item.keywords) == (PART == "keras")]
     if PART == "keras":

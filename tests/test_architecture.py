@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import json
+import os
 import re
 import subprocess
 import sys
@@ -27,7 +28,17 @@ PACKAGES = ("gemma_keras", "export", "edge_demo")
 TESTS_OF_THE_DEVICE = sorted((ROOT / "tests" / "edge_demo").glob("*.py"))
 
 # What a package may import of the others: a package, or one module of it.
-MAY_IMPORT = {"gemma_keras": (), "edge_demo": (), "export": ("gemma_keras", "edge_demo.manifest")}
+MAY_IMPORT = {
+    "gemma_keras": (),
+    "edge_demo": (),
+    # the schema of a bundle; what both commands do alike before anything heavy is imported
+    "export": (
+        "gemma_keras",
+        "edge_demo.manifest",
+        "edge_demo.telemetry",
+        "edge_demo.unexpected",
+    ),
+}
 # What one place may import beyond that.
 EXCEPTIONS = {
     # runs the bundle it has written, as the device will
@@ -164,7 +175,12 @@ def test_packages_import_each_other_only_as_the_architecture_says():
 
 
 def test_export_reads_of_edge_demo_only_the_schema_but_for_verification():
-    users = {i.by for i in IMPORTS if top(i.by) == "export" and top(i.module) == "edge_demo"}
+    light = ("edge_demo.telemetry", "edge_demo.unexpected")
+    users = {
+        i.by
+        for i in IMPORTS
+        if top(i.by) == "export" and top(i.module) == "edge_demo" and i.module not in light
+    }
     of_schema = {
         i.by for i in IMPORTS if i.module == "edge_demo.manifest" and top(i.by) == "export"
     }
@@ -292,6 +308,32 @@ assert checkpoint.weights["layers.1.mlp.up"].shape == (96, 160)
     loaded = loaded_after(code, str(path))
     assert "gguf" in loaded
     assert not loaded & set(KERAS)
+
+
+@pytest.mark.parametrize("module", ["edge_demo", "export", "edge_demo.cli", "export.cli"])
+def test_onnxruntimes_telemetry_is_off_before_it_can_be_imported(module):
+    """onnxruntime reads the variable once, when it is imported; who has set it keeps his value."""
+    code = f"import sys, os, {module}; print(os.environ['ORT_DISABLE_TELEMETRY'], *sys.modules)"
+    bare = {name: value for name, value in os.environ.items() if not name.startswith("ORT_")}
+    for extra, value in (({}, "1"), ({"ORT_DISABLE_TELEMETRY": "0"}, "0")):
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=bare | extra
+        )
+        found, *loaded = done.stdout.split()
+        assert found == value and "onnxruntime" not in loaded
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for folder in ("benchmarks", "tools") for p in sorted((ROOT / folder).rglob("*.py"))],
+    ids=lambda path: path.stem,
+)
+def test_what_imports_onnxruntime_itself_imports_edge_demo_or_export_first(path):
+    order = [i.module for i in imports_of("", ast.parse(path.read_text()), False) if not i.function]
+    tops = [top(module) for module in order]
+    for name in ("onnxruntime", "onnxruntime_genai"):
+        if name in tops:
+            assert {"edge_demo", "export"} & set(tops[: tops.index(name)])
 
 
 EDGE_COMMANDS = [

@@ -27,6 +27,16 @@ def workspace_path(out: Path) -> Path:
     return out.parent / f".{out.name}.work"
 
 
+def kept_work(out: Path) -> bool:
+    """Whether an export to `out` that did not end has left something of use; a workspace that holds
+    nothing is removed."""
+    folder = workspace_path(out)
+    if any(folder.glob("*.npz")):
+        return True
+    shutil.rmtree(folder, ignore_errors=True)
+    return False
+
+
 class Workspace:
     """Named groups of arrays.
 

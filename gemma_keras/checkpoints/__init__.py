@@ -9,14 +9,17 @@ from pathlib import Path
 from gemma_keras.checkpoints.adapters import find_adapter
 from gemma_keras.checkpoints.first_bytes import begins_as_gguf
 from gemma_keras.checkpoints.hub import (
+    hf_name,
     is_keras_hub_preset,
     is_own_preset,
     load_keras_hub_preset,
     local_or_downloaded,
+    preset_name,
 )
 from gemma_keras.checkpoints.misplaced import told_of_file, told_of_folder
 from gemma_keras.checkpoints.source import Checkpoint
 from gemma_keras.errors import CheckpointError
+from gemma_keras.missing import said_what_is_missing
 
 __all__ = ["Checkpoint", "open_checkpoint"]
 
@@ -26,6 +29,7 @@ _SOURCES = (
 )
 
 
+@said_what_is_missing("opening this checkpoint", "keras")
 def open_checkpoint(
     source: str | os.PathLike[str],
     *,
@@ -88,7 +92,11 @@ def _open_model(source: str | os.PathLike[str], path: Path | None) -> Checkpoint
             return open_sample()
         from gemma_keras.checkpoints.keras_hub import read_keras_hub
 
-        return read_keras_hub(load_keras_hub_preset(source))
+        checkpoint = read_keras_hub(load_keras_hub_preset(source))
+        name = preset_name(source)
+        if Path(source).exists():
+            return _with(checkpoint, name=name, file=name)
+        return _with(checkpoint, name=name, preset=name)
     if is_own_preset(path):
         from gemma_keras.causal_lm import GemmaCausalLM
 
@@ -101,7 +109,16 @@ def _open_model(source: str | os.PathLike[str], path: Path | None) -> Checkpoint
     if path.is_dir():
         from gemma_keras.checkpoints.safetensors import read_safetensors_folder
 
-        return read_safetensors_folder(path)
+        checkpoint = read_safetensors_folder(path)
+        if Path(source).exists():
+            return checkpoint
+        repository = str(hf_name(source))  # the folder in the cache has a commit for its name
+        name = repository.split("/")[1]
+        return _with(checkpoint, file=repository, name=name, repository=repository)
     from gemma_keras.checkpoints.gguf import read_gguf
 
     return read_gguf(path)
+
+
+def _with(checkpoint: Checkpoint, **provenance: str) -> Checkpoint:
+    return dataclasses.replace(checkpoint, provenance=checkpoint.provenance | provenance)

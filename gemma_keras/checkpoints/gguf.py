@@ -6,6 +6,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import os
+import re
 import reprlib
 
 from gemma_keras.checkpoints.chat_templates import turns_of
@@ -17,6 +18,7 @@ from gemma_keras.errors import CheckpointError
 
 _ROPE_FACTORS = "rope_freqs.weight"
 _IMAGES = ("v.", "mm.")
+_HUB_URL = re.compile(r"https://huggingface\.co/([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)/?")
 _NUMBERS = (
     "attention.key_length",
     "attention.layer_norm_rms_epsilon",
@@ -69,7 +71,8 @@ def read_gguf(path: str | os.PathLike[str]) -> Checkpoint:
             "name": _text(file, "general.name", file.path.stem),
             "license": _text(file, "general.license", "gemma"),
             "tensor_types": _count_types(file),
-        },
+        }
+        | _base_model(file),
         stop=gguf_stops(file.metadata),
         turns=turns,
         chat_template=template,
@@ -126,6 +129,18 @@ def _text(file: GGUFParts, key: str, default: str) -> str:
     if not isinstance(value, str):
         raise CheckpointError(f"{file.path} has {key} = {reprlib.repr(value)}; it must be text")
     return value
+
+
+def _base_model(file: GGUFParts) -> dict[str, str]:
+    """The repository on the Hugging Face Hub that the file says it was made from, if it is one."""
+    count = file.metadata.get("general.base_model.count", 0)
+    keys = ["general.source.repo_url", "general.source.url"]
+    keys += ["general.base_model.0.repo_url"] * (count == 1)  # of several none is the base
+    for key in keys:
+        match = _HUB_URL.fullmatch(str(file.metadata.get(key, "")))
+        if match:
+            return {"base_model": match[1]}
+    return {}
 
 
 def _count_types(file: GGUFParts) -> dict[str, int]:

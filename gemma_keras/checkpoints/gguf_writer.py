@@ -115,6 +115,12 @@ def _metadata(checkpoint: Checkpoint, kind: _TensorType) -> dict[str, Any]:
         "general.file_type": int(kind.file),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
     }
+    made_from = checkpoint.provenance.get("repository") or checkpoint.provenance.get("base_model")
+    if made_from:
+        metadata |= {
+            "general.base_model.count": 1,
+            "general.base_model.0.repo_url": f"https://huggingface.co/{made_from}",
+        }
     metadata |= tokenizer_metadata(checkpoint.tokenizer_model, config.vocabulary_size)
     if template := chat_template(checkpoint):
         metadata["tokenizer.chat_template"] = template

@@ -102,6 +102,12 @@ def is_keras_hub_preset(source: str | os.PathLike[str]) -> bool:
     return any(source in getattr(keras_hub.models, name).presets for name in _KERAS_HUB_CLASSES)
 
 
+def preset_name(source: str | os.PathLike[str]) -> str:
+    """The name of a preset, without the path or the `kaggle://` address and version around it."""
+    *before, last = os.fspath(source).rstrip("/").split("/")
+    return before[-1] if before and last.isdigit() else last
+
+
 def load_keras_hub_preset(source: str | os.PathLike[str]):
     """KerasHub's model of one of its presets.
 

@@ -22,6 +22,7 @@ from gemma_keras.checkpoints.quantized_folder import told_if_quantized
 from gemma_keras.checkpoints.source import Checkpoint, WeightSource
 from gemma_keras.config import GemmaConfig
 from gemma_keras.errors import CheckpointError
+from gemma_keras.sizes import releases
 
 _INDEX = "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -77,7 +78,8 @@ def read_safetensors_folder(folder: Path, *, adapter_is_read: bool = False) -> C
             "file": folder.name,
             "name": folder.name,
             "license": "gemma",
-        },
+        }
+        | _base_model(raw_config),
         stop=tokenizer.stop,
         turns=turns,
         chat_template=template,
@@ -104,6 +106,15 @@ def text_side(folder: Path, base: Checkpoint) -> dict[str, Any]:
         found |= {"turns": turns, "instruction_tuned": tuned, "chat_template": template}
         found |= {"remarks": (*base.remarks, *remarks)}
     return found
+
+
+def _base_model(raw_config: dict[str, Any]) -> dict[str, Any]:
+    """What transformers loaded before it wrote the folder, if that is a published model: any other
+    name may be a path."""
+    loaded = raw_config.get("_name_or_path")
+    published = {release.repository for _, release in releases()}
+    known = isinstance(loaded, str) and loaded in published
+    return {"base_model": loaded} if known else {}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gemma_keras.checkpoints.hf_files import CONFIG_FILE, hf_files, json_text, token_ids
+from gemma_keras.checkpoints.hf_files import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    hf_files,
+    json_text,
+    token_ids,
+)
 from gemma_keras.checkpoints.names import WeightSpec, weight_specs
 from gemma_keras.checkpoints.source import Checkpoint, check_range, file_pieces
 from gemma_keras.checkpoints.unfinished import unfinished
@@ -48,6 +56,19 @@ _DTYPES = {
 }
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+# What a checkpoint's folder has beside its weights: by this writer, and by transformers.
+_SMALL_FILES = {
+    CONFIG_FILE,
+    GENERATION_FILE,
+    TOKENIZER_CONFIG_FILE,
+    TOKENIZER_FILE,
+    _INDEX,
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "special_tokens_map.json",
+    "tokenizer.model",
+}
 
 
 def write_safetensors_folder(
@@ -91,7 +112,12 @@ def write_safetensors_folder(
         index = {"metadata": {"total_size": total}, "weight_map": owner}
         texts[_INDEX] = json_text(_INDEX, index)
     with unfinished(
-        Path(folder), "folder", total + others, overwrite=overwrite, is_replaceable=_is_checkpoint
+        Path(folder),
+        "folder",
+        total + others,
+        overwrite=overwrite,
+        is_replaceable=_is_checkpoint,
+        kept=lambda old: [name for name in _others(old) if name not in checkpoint.notices],
     ) as partial:
         if checkpoint.tokenizer_model is not None:
             (partial / "tokenizer.model").write_bytes(checkpoint.tokenizer_model)
@@ -161,6 +187,12 @@ def _is_checkpoint(path: Path) -> bool:
         and ((path / _SINGLE).is_file() or (path / _INDEX).is_file())
         and all(entry.is_file() for entry in path.iterdir())
     )
+
+
+def _others(folder: Path) -> list[str]:
+    """The names in such a folder that no checkpoint has."""
+    names = (path.name for path in folder.iterdir())
+    return sorted(n for n in names if n not in _SMALL_FILES and not n.endswith(".safetensors"))
 
 
 def _write_texts(folder: Path, texts: Mapping[str, str], notices: Mapping[str, bytes]) -> None:

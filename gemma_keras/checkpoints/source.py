@@ -203,7 +203,10 @@ class Checkpoint:
         tokenizer_model: the SentencePiece model, serialized; `None` if the checkpoint has none.
             Text does not produce its control pieces; see `special_pieces`.
         instruction_tuned: whether it was tuned to follow `turns`.
-        provenance: where it came from, for people and for the bundle.
+        provenance: where it came from, for people and for the bundle: `format`, `name`, `license`,
+            and as far as it is known `file`; `repository`, the name on the Hugging Face Hub that it
+            was fetched by; `preset`, its name among KerasHub's; `base_model`, the repository that
+            it says it was made from; `through`, what held it since, and may have trained it.
         notices: licence files that came with the weights and must travel on: name to content.
         stop: ids that end a text, as far as its files name them; `stop_ids` are all.
         turns: the turn template that it follows, or that its tokenizer has tokens for.

@@ -198,11 +198,33 @@ def test_an_output_folder_that_is_there_is_left_alone(good, standing):
 
 
 def test_overwrite_replaces_a_bundle(good, standing):
-    (standing / "left-over").touch()
     assert run(good, standing, *QUICK, "--overwrite", "--max-context", 64).returncode == 0
     assert Bundle.open(standing).context_length == 64
     assert [path.name for path in standing.parent.iterdir()] == ["out"]
-    assert not (standing / "left-over").exists()
+
+
+def test_overwrite_keeps_what_is_not_the_bundles_own(good, standing):
+    """Notes, a prompt cache, a repository; and a file that has a name of the new bundle's."""
+    kept = {
+        "prompts.jsonl": b"mine",
+        ".git/HEAD": b"ref",
+        "cache/a/b": b"kept",
+        "config.json": b"?",
+    }
+    manifest = json.loads((standing / "bundle.json").read_text())
+    del manifest["files"]["config.json"]  # as where the old model had no form in that file
+    (standing / "bundle.json").write_text(json.dumps(manifest))
+    for name, data in kept.items():
+        (standing / name).parent.mkdir(parents=True, exist_ok=True)
+        (standing / name).write_bytes(data)
+    before = {path.name for path in standing.iterdir()}
+    assert run(good, standing, *QUICK, "--overwrite", "--max-context", 64).returncode == 0
+    Bundle.open(standing).verify()
+    assert Bundle.open(standing).context_length == 64
+    assert {path.name for path in standing.iterdir()} == before | {"config.json.kept1"}
+    assert json.loads((standing / "config.json").read_bytes())["max_position_embeddings"] == 64
+    kept["config.json.kept1"] = kept.pop("config.json")
+    assert {name: (standing / name).read_bytes() for name in kept} == kept
 
 
 def test_overwrite_that_fails_keeps_the_bundle(standing, tmp_path):
@@ -401,13 +423,11 @@ def test_what_a_killed_export_leaves_is_cleared_by_the_next(good, target):
     Bundle.open(target / "out").verify()
 
 
-def test_what_others_are_writing_is_not_cleared(good, target):
-    ours = target / f".out.{os.getpid()}.partial"  # this very process runs
+def test_a_folder_of_another_name_is_not_cleared(good, target):
     other = target / ".out.notes.partial"
-    for folder in (ours, other):
-        folder.mkdir(parents=True)
+    other.mkdir(parents=True)
     assert run(good, target / "out", *QUICK).returncode == 0
-    assert set(target.iterdir()) == {ours, other, target / "out"}
+    assert set(target.iterdir()) == {other, target / "out"}
 
 
 # --- GGUF ----------------------------------------------------------------------------------------

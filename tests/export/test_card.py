@@ -12,6 +12,7 @@ import pytest
 from export.card import write_card
 from export.svg import bar_chart
 from gemma_keras.config import GemmaConfig
+from gemma_keras.sizes import releases
 from tests.edge_demo.bundle_files import read_manifest
 
 ESTIMATE = {"value": 0.5, "error": 0.25}
@@ -59,8 +60,10 @@ def test_a_bundle_has_a_card_that_says_what_it_is(tiny_bundles):
     head = front_matter(card)
     assert {"license: gemma", "library_name: onnx", "pipeline_tag: text-generation"} <= set(head)
     assert "- onnx" in head and "- int8" in head and "- conversational" not in head
+    assert "base_model" not in card  # no published size, and a name of nobody's
     for word in ("tiny-gemma3, int8", "safetensors", "Not measured", "a base model", "edge-demo",
                  "onnxruntime-genai", "Optimum", "transformers.js", "Gemma Terms of Use",
+                 "ORT_DISABLE_TELEMETRY=1",
                  "Prohibited Use Policy", "GEMMA_NOTICE.txt"):  # fmt: skip
         assert word in card
     tuned = (tiny_bundles / "chat" / "README.md").read_text()
@@ -105,23 +108,94 @@ def test_a_report_adds_the_comparison_and_the_chart(manifest, tmp_path):
     assert "layers.0" in (tmp_path / "kl_by_group.svg").read_text()
 
 
-@pytest.mark.parametrize(
-    ("size", "base"), [("gemma_2b", "google/gemma-2b"), ("gemma3_270m", "google/gemma-3-270m")]
-)
-def test_the_base_model_is_the_published_one_of_that_architecture(manifest, tmp_path, size, base):
+def card_of(manifest, folder, size, tuned, provenance, bits=8):
+    """The front matter of a bundle of a published size."""
     config = GemmaConfig.named(size).to_dict()
-    plan = {"token_embedding": {"bits": 8, "block_size": 32}}
-    changed = {**manifest, "model": {**manifest["model"], "config": config}, "plan": plan}
-    write_card(tmp_path, changed)
-    head = front_matter((tmp_path / "README.md").read_text())
-    assert f"base_model: {base}" in head and "base_model_relation: quantized" in head
-    chat = {**manifest["tokenizer"], "chat": {}}
-    plan = {"token_embedding": {"bits": 32, "block_size": 0}}
-    write_card(tmp_path, {**changed, "tokenizer": chat, "plan": plan})
-    head = front_matter((tmp_path / "README.md").read_text())
-    assert f"base_model: {base}-it" in head and "base_model_relation: quantized" not in head
-    write_card(tmp_path, manifest)
-    assert "base_model" not in (tmp_path / "README.md").read_text()
+    plan = {"token_embedding": {"bits": bits, "block_size": 32 if bits == 8 else 0}}
+    chat = {**manifest["tokenizer"], "chat": {} if tuned else None}
+    model = {**manifest["model"], "config": config}
+    changed = {"model": model, "plan": plan, "tokenizer": chat, "provenance": provenance}
+    write_card(folder, manifest | changed)
+    return front_matter((folder / "README.md").read_text())
+
+
+CAUSAL = [pytest.param(s, r, id=r.repository) for s, r in releases() if s.causal]
+
+
+@pytest.mark.parametrize(("size", "release"), CAUSAL)
+def test_the_base_model_of_every_published_checkpoint_is_it(manifest, tmp_path, size, release):
+    fetched = {"format": "safetensors", "repository": release.repository}
+    head = card_of(manifest, tmp_path, size.name, release.tuned, fetched)
+    assert f"base_model: {release.repository}" in head
+    assert "base_model_relation: quantized" in head
+    assert ("- conversational" in head) == release.tuned
+    head = card_of(manifest, tmp_path, size.name, release.tuned, fetched, bits=32)
+    assert f"base_model: {release.repository}" in head and not any("relation" in h for h in head)
+    if release.preset:
+        preset = {"format": "keras_hub", "preset": release.preset}
+        head = card_of(manifest, tmp_path, size.name, release.tuned, preset)
+        assert f"base_model: {release.repository}" in head
+    named = {"format": "safetensors", "name": release.repository.split("/")[1]}
+    head = card_of(manifest, tmp_path, size.name, release.tuned, named)
+    assert f"base_model: {release.repository}" in head and not any("relation" in h for h in head)
+
+
+@pytest.mark.parametrize(
+    ("size", "tuned", "provenance", "line"),
+    [
+        # nothing but the architecture: CodeGemma, ShieldGemma and every tune have that too
+        ("gemma_2b", False, {"format": "safetensors", "name": "checkpoint-500"}, None),
+        ("gemma3_1b", True, {"format": "keras", "name": "gemma_causal_lm"}, None),
+        # a name that the weights cannot bear
+        ("gemma_2b", True, {"format": "safetensors", "name": "gemma-2b"}, None),
+        ("gemma_7b", False, {"format": "safetensors", "name": "gemma-2b"}, None),
+        # what a GGUF file says
+        ("gemma3_1b", True, {"format": "gguf", "name": "Gemma 3 1b It"}, "google/gemma-3-1b-it"),
+        (
+            "gemma3_1b",
+            True,
+            {"format": "gguf", "name": "Poet", "base_model": "google/gemma-3-1b-pt"},
+            "google/gemma-3-1b-pt",
+        ),
+        # somebody's tune, from the Hub
+        ("gemma_2b", True, {"format": "safetensors", "repository": "me/poet"}, "me/poet"),
+        # a name that is no name
+        ("gemma_2b", True, {"format": "safetensors", "repository": "a/b\nlicense: mit"}, None),
+        ("gemma_2b", True, {"format": "safetensors", "base_model": ["a/b"]}, None),
+    ],
+)
+def test_the_base_model_is_what_the_source_says_or_nothing(
+    manifest, tmp_path, size, tuned, provenance, line
+):
+    head = card_of(manifest, tmp_path, size, tuned, provenance)
+    assert [h for h in head if h.startswith("base_model:")] == (
+        [f"base_model: {line}"] * bool(line)
+    )
+    assert "license: mit" not in head
+
+
+def test_medgemma_has_terms_of_its_own(manifest, tmp_path):
+    """From the model cards of MedGemma: license other, its name and its link."""
+    terms = "developers.google.com/health-ai-developer-foundations/terms"
+    source = {"format": "gguf", "license": "other", "base_model": "google/medgemma-4b-it"}
+    head = card_of(manifest, tmp_path, "medgemma_4b", True, source)
+    assert head[:3] == [
+        "license: other",
+        "license_name: health-ai-developer-foundations",
+        f"license_link: https://{terms}",
+    ]
+    card = (tmp_path / "README.md").read_text()
+    assert f"Health AI Developer Foundations Terms of Use found at\n[{terms}]" in card
+    assert "Gemma Terms of Use" not in card
+    head = card_of(manifest, tmp_path, "gemma3_4b", True, source | {"base_model": "me/poet"})
+    assert head[0] == "license: gemma"
+
+
+def test_what_a_keras_model_held_may_have_been_trained(manifest, tmp_path):
+    source = {"format": "safetensors", "repository": "google/gemma-2b", "through": "keras"}
+    head = card_of(manifest, tmp_path, "gemma_2b", False, source)
+    assert "base_model: google/gemma-2b" in head and not any("relation" in h for h in head)
+    assert "held by a Keras model" in (tmp_path / "README.md").read_text()
 
 
 def test_a_bundle_without_the_files_of_others_says_so(manifest, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -333,16 +334,38 @@ def test_int4_keeps_its_budget_and_says_what_it_chose(tiny, generation, calibrat
     assert not workspace_path(tmp_path / "bundle").exists()
 
 
-def test_a_budget_that_cannot_be_met_names_the_nearest(tiny, calibration_text, tmp_path):
-    with pytest.raises(ExportRequestError, match=r"1e-07 cannot be met: 8 bits .* lose (0\.\d+)"):
+def test_a_budget_that_cannot_be_met_names_the_nearest_and_keeps_the_work(
+    tiny, calibration_text, tmp_path
+):
+    def export(budget):
+        stages = []
         export_onnx(
             tiny("gemma3").folder,
             tmp_path / "bundle",
             "int4",
-            kl_budget=1e-7,
+            kl_budget=budget,
             calibration=calibration_text,
+            on_progress=lambda stage, share: stages.append((stage, share)),
         )
-    assert list(tmp_path.iterdir()) == []
+        return stages
+
+    with pytest.raises(
+        ExportRequestError, match=r"1e-07 cannot be met: 8 bits .* lose (0\.\d+)"
+    ) as refused:
+        export(1e-7)
+    folder = workspace_path(tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == [folder]
+    (note,) = refused.value.__notes__
+    assert f"kept in {folder}, and the next export to {tmp_path / 'bundle'} goes on from" in note
+    stages = export(0.5)
+    assert [share for stage, share in stages if stage == "calibration"] == [0, 1]
+    assert "sensitivity" not in dict(stages)
+    assert list(tmp_path.iterdir()) == [tmp_path / "bundle"]
+    again = json.loads((tmp_path / "bundle" / "bundle.json").read_text())["rounding"]
+    shutil.rmtree(tmp_path / "bundle")
+    assert "sensitivity" in dict(export(0.5))
+    anew = json.loads((tmp_path / "bundle" / "bundle.json").read_text())["rounding"]
+    assert again == anew
 
 
 def test_a_plan_of_ones_own_is_followed(tiny, tmp_path):

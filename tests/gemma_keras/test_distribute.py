@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from gemma_keras import GemmaBackbone, GemmaConfig, distribute
-from gemma_keras.config import NAMED_SIZES
 from gemma_keras.errors import ConfigError
+from gemma_keras.sizes import SIZES
 from tests.models import write_tiny_hf
 
 pytestmark = pytest.mark.keras
@@ -285,7 +285,7 @@ def distribution(**kwargs):
 
 
 def config(**changes) -> GemmaConfig:
-    return GemmaConfig.from_hf(NAMED_SIZES["gemma3_270m"] | changes)
+    return GemmaConfig.from_hf({**SIZES["gemma3_270m"].hf, **changes})
 
 
 @on_jax
@@ -332,7 +332,7 @@ def test_batches_take_the_devices_that_are_left():
 
 
 @on_jax
-@pytest.mark.parametrize("size", NAMED_SIZES)
+@pytest.mark.parametrize("size", [s.name for s in SIZES.values() if not s.alias_of])
 @pytest.mark.parametrize("model", [2, 4, 8])
 def test_every_published_size_fits_on_eight_devices(size, model):
     for over_data in (False, True):

@@ -233,6 +233,29 @@ def test_a_turn_template_tells_an_instruction_tuned_model(tmp_path):
     assert open_checkpoint(path, instruction_tuned=True).instruction_tuned
 
 
+HUB = "https://huggingface.co/"
+
+
+@pytest.mark.parametrize(
+    ("keys", "base"),
+    [
+        ({"general.source.repo_url": HUB + "google/gemma-2b-it/"}, "google/gemma-2b-it"),
+        (
+            {"general.base_model.count": 1, "general.base_model.0.repo_url": HUB + "me/poet"},
+            "me/poet",
+        ),
+        ({"general.base_model.count": 2, "general.base_model.0.repo_url": HUB + "me/poet"}, None),
+        ({"general.source.url": "https://example.org/a/b"}, None),
+        ({"general.source.url": HUB + "a/b\nc"}, None),
+        ({}, None),
+    ],
+)
+def test_what_a_file_says_it_was_made_from_is_kept(keys, base, tmp_path):
+    meta = gguf_files.metadata("gemma", 1) | keys
+    path = gguf_files.write_gguf(tmp_path / "m.gguf", meta, gguf_files.tensors(meta))
+    assert open_checkpoint(path).provenance.get("base_model") == base
+
+
 def test_a_vocabulary_with_byte_pieces_encodes_any_text(tmp_path):
     import sentencepiece
 

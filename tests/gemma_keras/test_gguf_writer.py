@@ -24,8 +24,8 @@ from gemma_keras.checkpoints.sentencepiece_model import (
     tokenizer_metadata,
 )
 from gemma_keras.checkpoints.source import row_pieces, table_pieces
-from gemma_keras.config import NAMED_SIZES
 from gemma_keras.errors import CheckpointError, ConfigError
+from gemma_keras.sizes import SIZES
 from tests.gemma_keras.llama_cpp import llama, needs_llama_cpp
 from tests.gemma_keras.writers import IDS, TYPES, WRITERS, for_gguf, load, logits
 from tests.models import GENERATIONS, TEXT, tiny_tokenizer_model
@@ -48,6 +48,14 @@ def test_a_gguf_of_float32_comes_back(sources, tmp_path, generation, dtype):
         np.testing.assert_array_equal(again.weights[name], array, err_msg=name)
     assert rounded == 0 or dtype == "float32"
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
+
+
+@pytest.mark.parametrize("key", ["repository", "base_model"])
+def test_where_it_came_from_comes_back(sources, tmp_path, key):
+    checkpoint = for_gguf(open_checkpoint(sources("gemma3", "float32")))
+    named = checkpoint.provenance | {key: "google/gemma-3-1b-it"}
+    write_gguf(dataclasses.replace(checkpoint, provenance=named), tmp_path / "m.gguf", "f32")
+    assert open_checkpoint(tmp_path / "m.gguf").provenance["base_model"] == "google/gemma-3-1b-it"
 
 
 @pytest.mark.parametrize(
@@ -79,7 +87,7 @@ def test_matrices_are_rounded_as_the_gguf_package_rounds(
         assert np.abs(values - array).max() <= ulp * np.abs(array).max()
 
 
-@pytest.mark.parametrize("name", [n for n in NAMED_SIZES if not n.startswith("embedding")])
+@pytest.mark.parametrize("name", [s.name for s in SIZES.values() if s.causal and not s.alias_of])
 def test_every_published_size_is_said_by_gguf(name):
     config = GemmaConfig.named(name)
     metadata = config_to_gguf(config)

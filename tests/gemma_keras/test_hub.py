@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import huggingface_hub.constants
 import keras_hub
 import numpy as np
@@ -12,7 +14,12 @@ from edge_demo.bundle import Bundle
 from edge_demo.engine import Engine
 from export import export_onnx
 from gemma_keras import GemmaCausalLM, open_checkpoint
-from gemma_keras.checkpoints.hub import hf_name, is_keras_hub_preset, opens_with_keras
+from gemma_keras.checkpoints.hub import (
+    hf_name,
+    is_keras_hub_preset,
+    opens_with_keras,
+    preset_name,
+)
 from gemma_keras.errors import CheckpointError
 from tests.models import tiny_tokenizer_model, write_tiny_hf
 
@@ -38,6 +45,18 @@ def test_a_name_of_the_hub_is_the_folder_in_its_cache(cache, name):
         np.testing.assert_array_equal(found.weights[weight], expected.weights[weight])
 
 
+def test_where_it_was_fetched_from_is_kept_and_its_folders_name_is_a_commit(cache, tmp_path):
+    found = open_checkpoint("hf://garden/small-gemma").provenance
+    assert (found["repository"], found["name"]) == ("garden/small-gemma", "small-gemma")
+    assert "repository" not in open_checkpoint(cache).provenance
+    tuned = cache.parent / "tuned"
+    write_tiny_hf(tuned, "gemma3")
+    for named, base in (("google/gemma-3-1b-it", True), ("runs/checkpoint-3", False)):
+        config = json.loads((tuned / "config.json").read_text()) | {"_name_or_path": named}
+        (tuned / "config.json").write_text(json.dumps(config))
+        assert open_checkpoint(tuned).provenance.get("base_model") == (named if base else None)
+
+
 def test_a_name_that_cannot_be_fetched_is_told(cache):
     with pytest.raises(CheckpointError, match="garden/unknown"):
         open_checkpoint("garden/unknown")
@@ -59,6 +78,15 @@ def test_names_of_keras_hubs_presets_are_known():
     assert not is_keras_hub_preset("gemma_2b_xx")
     assert not is_keras_hub_preset("sample")
     assert opens_with_keras("gemma_2b_xx") and not opens_with_keras("google/gemma-2b")
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["gemma3_1b", "kaggle://keras/gemma3/keras/gemma3_1b/3", "kaggle://keras/gemma3/keras/gemma3_1b",
+     "presets/gemma3_1b/"],
+)  # fmt: skip
+def test_the_name_of_a_preset(source):
+    assert preset_name(source) == "gemma3_1b"
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +123,7 @@ def test_a_folder_that_keras_hub_wrote_is_read(theirs, tmp_path):
     live = GemmaCausalLM.from_keras_hub(theirs, dtype="float32")
     np.testing.assert_array_equal(ours.logits(ids), live.logits(ids))
     assert ours.preprocessor.tokenizer.proto == live.preprocessor.tokenizer.proto
+    assert ours.provenance["name"] == tmp_path.name and "preset" not in ours.provenance
 
 
 @pytest.mark.keras

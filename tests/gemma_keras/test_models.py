@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+import types
 
 import keras
 import keras_hub
@@ -253,3 +255,13 @@ def test_embedding_scale_is_rounded_to_the_dtype_of_the_model(tiny):
         ones = np.ones((1, 1), "int32")
         embedded = embed({"token_ids": ones, "padding_mask": ones})
         np.testing.assert_array_equal(ops.convert_to_numpy(ops.cast(embedded, "float32")), product)
+
+
+def test_exporting_names_the_module_that_hides_the_projects_own(tiny, tmp_path, monkeypatch):
+    """A notebook with an export.py beside it, which says nothing about missing packages."""
+    other = types.ModuleType("export")
+    other.__file__ = str(tmp_path / "export.py")
+    monkeypatch.setitem(sys.modules, "export", other)
+    with pytest.raises(ImportError, match=rf"hidden by {tmp_path}/export\.py; give that file"):
+        tiny("gemma3")[0].export(tmp_path / "out", format="onnx")
+    assert list(tmp_path.iterdir()) == []

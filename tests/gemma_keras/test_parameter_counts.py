@@ -5,31 +5,11 @@ from __future__ import annotations
 import pytest
 
 from gemma_keras.checkpoints.names import parameter_count
-from gemma_keras.config import NAMED_SIZES, GemmaConfig
+from gemma_keras.config import GemmaConfig
+from gemma_keras.sizes import SIZES, releases
 
-# Each size: its parameters, the KerasHub preset whose metadata state them (`params` in keras_hub/src/
-# models/gemma/gemma_presets.py and gemma3/gemma3_presets.py), and how many rows its table has beyond
-# that preset's.
-PUBLISHED = {
-    "gemma_2b": (2_506_172_416, "gemma_2b_en", 0),
-    "gemma_7b": (8_537_680_896, "gemma_7b_en", 0),
-    "codegemma_2b": (2_506_172_416, "code_gemma_2b_en", 0),
-    "codegemma_7b": (8_537_680_896, "code_gemma_7b_en", 0),
-    "gemma2_2b": (2_614_341_888, "gemma2_2b_en", 0),
-    "gemma2_9b": (9_241_705_984, "gemma2_9b_en", 0),
-    "gemma2_27b": (27_227_128_320, "gemma2_27b_en", 0),
-    "shieldgemma_2b": (2_614_341_888, "shieldgemma_2b_en", 0),
-    "shieldgemma_9b": (9_241_705_984, "shieldgemma_9b_en", 0),
-    "shieldgemma_27b": (27_227_128_320, "shieldgemma_27b_en", 0),
-    "gemma3_270m": (268_098_176, "gemma3_270m", 0),
-    "gemma3_1b": (999_885_952, "gemma3_1b", 0),
-    # Hugging Face's files of the larger have 262,208 rows, KerasHub's 262,144: see below.
-    "gemma3_4b": (3_880_263_168, "gemma3_4b_text", 64),
-    "gemma3_12b": (11_766_034_176, "gemma3_12b_text", 64),
-    "gemma3_27b": (27_009_346_304, "gemma3_27b_text", 64),
-    # of the Hugging Face Hub's model.safetensors; KerasHub's preset counts two projections too
-    "embeddinggemma_300m": (302_863_104, None, 0),
-}
+# Rows that a table of Hugging Face's has beyond that of KerasHub's preset: see below.
+MORE_ROWS = {"gemma3_4b": 64, "gemma3_12b": 64, "gemma3_27b": 64}
 EMBEDDINGGEMMA_PROJECTED = 307_581_696  # "308M" in the model card
 
 
@@ -41,9 +21,9 @@ def preset_parameters(preset):
     return presets[preset]["metadata"]["params"]
 
 
-@pytest.mark.parametrize("name", NAMED_SIZES)
+@pytest.mark.parametrize("name", SIZES)
 def test_published_parameter_counts(name):
-    assert parameter_count(GemmaConfig.named(name)) == PUBLISHED[name][0]
+    assert parameter_count(GemmaConfig.named(name)) == SIZES[name].parameters
 
 
 @pytest.mark.parametrize(
@@ -65,10 +45,27 @@ def test_parameters_beside_the_embedding_are_those_of_the_reports(name, without_
 
 @pytest.mark.keras
 @pytest.mark.peer
-@pytest.mark.parametrize("name", [name for name, (_, preset, _) in PUBLISHED.items() if preset])
-def test_the_published_counts_are_those_of_keras_hubs_presets(name):
-    count, preset, more_rows = PUBLISHED[name]
-    assert count == preset_parameters(preset) + more_rows * GemmaConfig.named(name).hidden_dim
+@pytest.mark.parametrize(
+    ("size", "release"),
+    [pytest.param(s, r, id=r.preset) for s, r in releases() if r.preset],
+)
+def test_keras_hubs_presets_count_as_many_parameters(size, release):
+    """Those of multimodal models count their vision encoder too."""
+    rows = MORE_ROWS.get(size.alias_of or size.name, 0)
+    text = size.parameters - rows * size.hf["hidden_size"]
+    found = preset_parameters(release.preset)
+    if found > size.parameters:
+        found -= vision_parameters(size, found, rows)
+    assert found == text
+
+
+def vision_parameters(size, found, rows):
+    """What Gemma 3's vision encoder has: the multimodal preset less the text one of its size."""
+    encoder = 4_299_915_632 - 3_880_099_328  # gemma3_4b and gemma3_4b_text
+    width = size.hf["hidden_size"]
+    encoder += 1152 * (width - 2560)  # its projection to the model's width
+    medgemma = size.name.startswith("medgemma")  # made of Hugging Face's files, with their rows
+    return encoder + (rows * width if medgemma else 0)
 
 
 @pytest.mark.keras
@@ -88,7 +85,7 @@ def test_the_larger_tables_of_gemma3_are_64_rows_longer_elsewhere(size, with_row
 def test_embeddinggemma_with_its_projections_counts_as_keras_hubs_preset():
     width = GemmaConfig.named("embeddinggemma_300m").hidden_dim
     projections = 2 * width * 4 * width  # 768 to 3072 and back
-    assert PUBLISHED["embeddinggemma_300m"][0] + projections == EMBEDDINGGEMMA_PROJECTED
+    assert SIZES["embeddinggemma_300m"].parameters + projections == EMBEDDINGGEMMA_PROJECTED
     assert preset_parameters("embedding_gemma3_300m") == EMBEDDINGGEMMA_PROJECTED
 
 
@@ -101,7 +98,7 @@ def test_the_keras_model_of_every_size_has_as_many_parameters(record_property):
     from gemma_keras import GemmaBackbone
 
     before = peak_megabytes()
-    sizes = {GemmaConfig.named(name): PUBLISHED[name][0] for name in NAMED_SIZES}
+    sizes = {GemmaConfig.named(name): size.parameters for name, size in SIZES.items()}
     for config, count in sizes.items():
         with keras.StatelessScope():  # which leaves variables without values until it ends
             backbone = GemmaBackbone(config, kernel_initializer="zeros")

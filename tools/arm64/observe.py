@@ -14,6 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import edge_demo  # noqa: F401 - before onnxruntime, whose telemetry it turns off
+
+# isort: split
 import numpy as np
 import onnxruntime
 
