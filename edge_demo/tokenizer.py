@@ -47,6 +47,11 @@ class Tokenizer:
         if self._model.vocab_size() > bundle.vocabulary_size:
             raise BundleError(f"{path} has more pieces than the model's vocabulary")
 
+    @property
+    def num_pieces(self) -> int:
+        """How many ids have a piece; the model's table may have more rows."""
+        return self._model.vocab_size()
+
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
         """The ids of a text, after the beginning-of-sequence token if `bos`.
 

@@ -1,0 +1,75 @@
+"""Messages for `chat`: typed at a terminal, or piped."""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+from collections.abc import Iterator
+
+_CHUNK = 1 << 16
+_PROMPT = "> "
+
+
+def piped_messages() -> Iterator[str]:
+    """What stands on stdin, all of it one message, or several with a NUL character between them.
+
+    The last line break is no part of a message; one without a word is passed over.
+    """
+    handle, held = sys.stdin.buffer, b""
+    while True:
+        chunk = handle.read1(_CHUNK)
+        *ended, held = (held + chunk).split(b"\0")
+        if not chunk:
+            ended.append(held)
+        for data in ended:
+            text = data.decode("utf-8", "replace")
+            if text.strip():
+                yield text.removesuffix("\n").removesuffix("\r")
+        if not chunk:
+            return
+
+
+def typed_message() -> str | None:
+    """Ask for a message at the terminal that stdin is.
+
+    A pasted text of several lines is one message.
+
+    Returns:
+        `""` after Ctrl-C, which throws away what was typed; `None` after Ctrl-D, which ends.
+    """
+    try:
+        if sys.stdout.isatty():
+            message, whole = _edited_line()
+        else:  # stdout is for a program
+            print(_PROMPT, end="", file=sys.stderr, flush=True)
+            message, whole = _plain_line(), False
+        while not whole and select.select([sys.stdin], [], [], 0)[0]:
+            message += "\n" + _plain_line()  # it was there already: pasted
+    except EOFError:
+        print(file=sys.stderr)
+        return None
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return ""
+    return message
+
+
+def _plain_line() -> str:
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line.rstrip("\n")
+
+
+def _edited_line() -> tuple[str, bool]:
+    """A line, or several that were pasted, and whether the terminal says what was pasted."""
+    import readline
+
+    # Python turns it off, though `input` takes several lines well. libedit has no such thing, and
+    # neither has a terminal that cannot move its cursor.
+    gnu = "libedit" not in (readline.__doc__ or "")
+    brackets = gnu and os.environ.get("TERM", "dumb") != "dumb"
+    if brackets:
+        readline.parse_and_bind("set enable-bracketed-paste on")
+    return input(_PROMPT), brackets
