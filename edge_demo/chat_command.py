@@ -122,8 +122,8 @@ def _ahead(messages: Iterator[str]) -> Iterator[str]:
 
 def _command(message: str) -> str | None:
     """The name of a command that was typed in place of a message; `None` if it is a message."""
-    if message in ("exit", "quit"):
-        return message
+    if message.rstrip() in ("exit", "quit"):
+        return message.rstrip()
     match = re.match(r"/([A-Za-z?]+)(\s|$)", message)
     return match[1] if match and "\n" not in message.strip() else None
 

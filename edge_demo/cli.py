@@ -8,9 +8,10 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import platform
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from edge_demo import bench_command, chat_command, commands, generate_command, huge_pages, options
 from edge_demo.errors import EdgeError, RequestError, brief
@@ -92,9 +93,28 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {brief(message)}; see {self.prog} --help\n")
 
 
+class _Version(argparse.Action):
+    """Looks the versions up when they are asked for, and not before."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from importlib.metadata import PackageNotFoundError, version
+
+        found = []
+        for name in ("gemma-keras", "onnxruntime"):
+            try:
+                found.append(version(name))
+            except PackageNotFoundError:
+                found.append("of unknown version")
+        print(f"edge-demo {found[0]} (onnxruntime {found[1]}, Python {platform.python_version()})")
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="edge-demo", description="Run a Gemma bundle on this device, with onnxruntime."
+    )
+    parser.add_argument(
+        "--version", action=_Version, nargs=0, help="show the version and what it runs on"
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 

@@ -1,7 +1,7 @@
 """What can go wrong on the device, as one sentence each."""
 
 _LONGEST_VALUE = 200
-_LONGEST_MESSAGE = 1000
+LONGEST_MESSAGE = 1000
 
 
 def brief(value: object, most: int = _LONGEST_VALUE) -> str:
@@ -22,7 +22,7 @@ class EdgeError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(brief(message, _LONGEST_MESSAGE))
+        super().__init__(brief(message, LONGEST_MESSAGE))
 
 
 class NotFiniteError(EdgeError):
