@@ -117,7 +117,7 @@ def read_items(path: str | Path, defaults: Item, tuned: bool = False) -> list[It
                     except RequestError as error:
                         raise RequestError(f"line {number:,} of {path}: {error}") from None
     except OSError as error:
-        raise RequestError(f"the batch {path} cannot be read: {error.strerror}") from error
+        raise RequestError(f"the batch {brief(path)} cannot be read: {error.strerror}") from error
     if not items:
         raise RequestError(f"the batch {path} has no prompts")
     return items
@@ -154,7 +154,7 @@ def _object(line: bytes, index: int) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise RequestError(f"it is not JSON: {brief(error)}") from None
     if not isinstance(data, dict) or ("prompt" in data) == ("messages" in data):
-        raise RequestError('it must be an object with a "prompt" or with "messages"')
+        raise RequestError('it must be an object with either "prompt" or "messages"')
     for key, value in data.items():
         if key not in _KEYS:
             raise RequestError(f"it has {brief(key, 40)!r}; there can be {', '.join(_KEYS)}")

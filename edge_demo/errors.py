@@ -1,7 +1,7 @@
 """What can go wrong on the device, as one sentence each."""
 
 _LONGEST_VALUE = 200
-LONGEST_MESSAGE = 1000
+LONGEST_MESSAGE = 600
 
 
 def brief(value: object, most: int = _LONGEST_VALUE) -> str:

@@ -8,6 +8,7 @@ import dataclasses
 from edge_demo.errors import brief
 
 WINDOW = 512
+TOO_MANY = 10**18  # of anything
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +27,9 @@ def positive(text: str) -> int:
         value = int(text)
     except ValueError:
         value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{brief(text)!r} is not a positive number")
+    if not 1 <= value < TOO_MANY:
+        below = f" below {TOO_MANY:,}" if value else ""
+        raise argparse.ArgumentTypeError(f"{brief(text, 80)!r} is not a positive number{below}")
     return value
 
 

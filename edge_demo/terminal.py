@@ -35,7 +35,10 @@ def note(text: str) -> None:
 
 def complain(error: object) -> None:
     """Write why a command ends to stderr, on one line."""
-    text = _visible(brief(error, LONGEST_MESSAGE), sys.stderr)
+    text = str(error)
+    if isinstance(error, OSError) and isinstance(error.filename, str | bytes):
+        text = f"{brief(os.fsdecode(error.filename))}: {error.strerror}"
+    text = _visible(brief(text, LONGEST_MESSAGE), sys.stderr)
     print(f"edge-demo: {text}", file=sys.stderr, flush=True)
 
 
