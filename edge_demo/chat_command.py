@@ -69,8 +69,9 @@ def run(arguments: argparse.Namespace) -> int:
         generator.tokenizer, bundle.context_length, arguments.max_tokens, arguments.system
     )
     talk = _Talk(arguments, answering, generator, drafter, conversation)
-    for message in messages:
-        if sys.stdin.isatty() and (command := _command(message)):
+    for number, message in enumerate(messages):
+        typed = sys.stdin.isatty() and (number > 0 or arguments.prompt is None)
+        if typed and (command := _command(message)):
             if command in ("bye", "exit", "quit"):
                 break
             talk.obey(command)

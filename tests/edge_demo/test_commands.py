@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -357,6 +359,22 @@ def test_help_names_every_option(run, command):
     assert (status, err) == (0, "")
     assert "BUNDLE" in out and all(option in out for option in OPTIONS[command].split())
     assert f"    {command}" in run("--help")[1]
+
+
+def test_the_version_is_that_of_the_distribution(run):
+    status, out, err = run("--version")
+    version, runtime = (importlib.metadata.version(n) for n in ("gemma-keras", "onnxruntime"))
+    assert (status, err) == (0, "")
+    assert out == (
+        f"edge-demo {version} (onnxruntime {runtime}, Python {platform.python_version()})\n"
+    )
+
+
+def test_the_package_is_the_command():
+    command = [sys.executable, "-W", "error", "-m", "edge_demo", "inspect", "nowhere"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "edge-demo: the bundle nowhere does not exist\n"
 
 
 def test_help_does_not_load_what_runs_models():
