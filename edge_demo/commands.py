@@ -29,7 +29,7 @@ def run_score(arguments: argparse.Namespace) -> int:
     _refuse_options({"tasks": arguments.tasks}, "--hellaswag")
 
     from edge_demo.score import score
-    from edge_demo.terminal import Progress
+    from edge_demo.terminal import Progress, as_json
 
     text = _read_text(arguments.text)
     engine, tokenizer = _load_for_scoring(arguments)
@@ -44,7 +44,7 @@ def run_score(arguments: argparse.Namespace) -> int:
         Progress("window"),
     )
     if arguments.json:
-        print(json.dumps({"perplexity": result.perplexity} | dataclasses.asdict(result)))
+        print(as_json({"perplexity": result.perplexity} | dataclasses.asdict(result)))
         return 0
     print(
         f"perplexity {result.perplexity:.4f}  (nll {result.nll:.5f} nats a token, "
@@ -103,7 +103,7 @@ def run_compare(arguments: argparse.Namespace) -> int:
     from edge_demo.bundle import Bundle
     from edge_demo.compare import as_table, check_comparable, compare
     from edge_demo.engine import Engine
-    from edge_demo.terminal import Progress, show
+    from edge_demo.terminal import Progress, as_json, show
     from edge_demo.tokenizer import Tokenizer
 
     text = _read_text(arguments.text)
@@ -123,7 +123,7 @@ def run_compare(arguments: argparse.Namespace) -> int:
     if arguments.json:
         names = ("reference", "bundle")
         who = {n: {"name": b.name, "recipe": b.recipe} for n, b in zip(names, bundles, strict=True)}
-        print(json.dumps(who | dataclasses.asdict(result)))
+        print(as_json(who | dataclasses.asdict(result)))
         return 0
     kinds = " against ".join(f"{b.name} {b.recipe}" for b in reversed(bundles))
     show(f"{kinds}, {result.windows:,} windows of {result.length:,} tokens\n")

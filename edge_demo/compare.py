@@ -248,7 +248,8 @@ def _mean(values: np.ndarray) -> Estimate:
 
 def _exponential(estimate: Estimate) -> Estimate:
     """Of an estimate, with the error carried along to first order."""
-    value = float(np.exp(estimate.value))
+    with np.errstate(over="ignore"):
+        value = float(np.exp(estimate.value))
     return Estimate(value, value * estimate.error)
 
 

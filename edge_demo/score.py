@@ -28,8 +28,11 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """`exp(nll)`."""
-        return math.exp(self.nll)
+        """`exp(nll)`; infinity beyond what a float holds."""
+        try:
+            return math.exp(self.nll)
+        except OverflowError:
+            return math.inf
 
 
 def windows(num_tokens: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:

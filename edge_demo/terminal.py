@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import sys
 import time
-from typing import TextIO
+from typing import Any, TextIO
 
 from edge_demo.errors import LONGEST_MESSAGE, brief
 
@@ -44,6 +46,19 @@ def complain(error: object) -> None:
 
 def _visible(text: str, stream: TextIO) -> str:
     return text.translate(_VISIBLE) if stream.isatty() else text
+
+
+def as_json(value: Any) -> str:
+    """JSON, which has no number for infinity or NaN: they are null."""
+
+    def known(value: Any) -> Any:
+        if isinstance(value, float):
+            return value if math.isfinite(value) else None
+        if isinstance(value, dict):
+            return {key: known(inner) for key, inner in value.items()}
+        return [known(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+    return json.dumps(known(value), allow_nan=False)
 
 
 def megabytes(num_bytes: int) -> str:

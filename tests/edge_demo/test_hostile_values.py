@@ -162,8 +162,9 @@ def paths(value, path=()):
 def test_whatever_a_manifest_says_it_is_refused_in_a_line(said, tiny_bundles, tmp_path):
     bundle = copy_bundle(tiny_bundles / "gemma3-int8", tmp_path / "bundle")
     good = read_manifest(bundle)
-    places = list(paths(good))
-    assert len(places) > 100
+    # a plan has an entry for every weight, and they are all alike
+    places = [path for path in paths(good) if path[0] != "plan" or len(path) < 3]
+    assert len(places) > 150
     for place in places:
         for wrong in (VALUES["lines"], [VALUES["long"]], int(VALUES["digits"])):
             manifest = copy.deepcopy(good)
@@ -173,8 +174,8 @@ def test_whatever_a_manifest_says_it_is_refused_in_a_line(said, tiny_bundles, tm
             inner[place[-1]] = wrong
             (bundle / "bundle.json").write_text(json.dumps(manifest))
             said("inspect", bundle)
-            if place[0] not in ("files", "plan", "provenance", "quality"):
-                said("generate", bundle, *PROMPT)
+        if place[0] not in ("files", "plan", "provenance", "license"):
+            said("generate", bundle, *PROMPT)
 
 
 def test_a_value_is_cut_in_its_middle():

@@ -96,3 +96,18 @@ def test_a_token_that_never_comes_is_no_mistake_unless_it_is_wanted():
         token_log_probabilities(logits[None], [0])
     with pytest.raises(NotFiniteError):
         Sampler().pick(np.full(4, -np.inf, np.float32))
+
+
+def test_a_perplexity_beyond_all_numbers_is_infinite_and_null_for_programs(
+    tiny_bundles, run, run_json, tmp_path
+):
+    bundle = copy_bundle(tiny_bundles / "gemma3-int8", tmp_path / "bundle")
+    fill_weight(bundle, "final_norm", 1e6)  # finite, and far from any text
+    (tmp_path / "text").write_text(WORDS)
+    text = ("--text", tmp_path / "text", "--length", 16)
+    found = run_json("score", bundle, *text)
+    assert found["perplexity"] is None and 1e3 < found["nll"] < 1e9
+    assert run("score", bundle, *text)[1].startswith("perplexity inf ")
+    found = run_json("compare", tiny_bundles / "gemma3-fp32", bundle, *text)
+    assert found["all_positions"]["perplexity"]["value"] is None
+    assert 1e3 < found["all_positions"]["log_ratio"]["value"] < 1e9
