@@ -15,7 +15,7 @@ from edge_demo.rooms import peak_rss_bytes
 from edge_demo.sampling import Sampler
 from edge_demo.speculate import Drafter, DraftModel, PromptLookup, check_draft
 from edge_demo.stop_texts import check_stop_texts
-from edge_demo.terminal import megabytes
+from edge_demo.terminal import megabytes, note
 from edge_demo.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -29,7 +29,10 @@ def sampler_settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def stop_texts(arguments: argparse.Namespace) -> tuple[str, ...]:
     """Those of `--stop`; errors as `check_stop_texts`."""
-    return check_stop_texts(arguments.stop)
+    texts = check_stop_texts(arguments.stop)
+    if any("\\n" in text for text in texts):
+        note("--stop has a backslash and an n, not a line break, which is $'\\n' in bash")
+    return texts
 
 
 def open_tokenizer(bundle: Bundle) -> Tokenizer:

@@ -31,6 +31,7 @@ A text that begins with / is sent where a space stands before it."""
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options that only this command has."""
     parser.add_argument(
+        "-p",
         "--prompt",
         metavar="TEXT",
         help="the first message; where stdin is no terminal the only one, and stdin is not read. "

@@ -130,7 +130,9 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     sub = command("generate", generate_command.run, "Continue a prompt.")
-    sub.add_argument("--prompt", metavar="TEXT", help="what to continue (default: read stdin)")
+    sub.add_argument(
+        "-p", "--prompt", metavar="TEXT", help="what to continue (default: read stdin)"
+    )
     options.add_engine(sub)
     options.add_sampling(sub, options.Sampling(128, 0.0, 0, 1.0))
     options.add_prompt_cache(sub, "the prompt")

@@ -44,7 +44,7 @@ class Conversation:
         """
         turns = [*self._turns, ("user", message)]
         ids = self._encode(turns)
-        if len(ids) > self._limit:
+        if len(ids) > self._limit and len(turns) > 1:
             alone = len(self._encode(turns[-1:]))
             room = (alone + max(alone, self._limit)) // 2
             while len(ids) > room and len(turns) > 1:

@@ -1,5 +1,9 @@
 """What can go wrong on the device, as one sentence each."""
 
+from __future__ import annotations
+
+import os
+
 _LONGEST_VALUE = 200
 LONGEST_MESSAGE = 600
 
@@ -11,6 +15,13 @@ def brief(value: object, most: int = _LONGEST_VALUE) -> str:
         return text
     end = most // 3
     return f"{text[: most - end]}…{text[-end:]}"
+
+
+def sentence(error: object) -> str:
+    """What an error says, without the number that Python gives the system's errors."""
+    if isinstance(error, OSError) and isinstance(error.filename, str | bytes):
+        return f"{brief(os.fsdecode(error.filename))}: {error.strerror}"
+    return str(error)
 
 
 class EdgeError(Exception):

@@ -9,7 +9,7 @@ import sys
 import time
 from typing import Any, TextIO
 
-from edge_demo.errors import LONGEST_MESSAGE, brief
+from edge_demo.errors import LONGEST_MESSAGE, brief, sentence
 
 # Escape sequences in generated text could move the cursor or set the title: control characters
 # other than newline and tab are shown as their pictures (U+2400 block) instead.
@@ -37,10 +37,7 @@ def note(text: str) -> None:
 
 def complain(error: object) -> None:
     """Write why a command ends to stderr, on one line."""
-    text = str(error)
-    if isinstance(error, OSError) and isinstance(error.filename, str | bytes):
-        text = f"{brief(os.fsdecode(error.filename))}: {error.strerror}"
-    text = _visible(brief(text, LONGEST_MESSAGE), sys.stderr)
+    text = _visible(brief(sentence(error), LONGEST_MESSAGE), sys.stderr)
     print(f"edge-demo: {text}", file=sys.stderr, flush=True)
 
 

@@ -24,9 +24,9 @@ def piped_messages() -> Iterator[str]:
         if not chunk:
             ended.append(held)
         for data in ended:
-            text = data.decode("utf-8", "replace")
+            text = data.decode("utf-8", "replace").replace("\r\n", "\n")
             if text.strip():
-                yield text.removesuffix("\n").removesuffix("\r")
+                yield text.removesuffix("\n")
         if not chunk:
             return
 

@@ -127,3 +127,10 @@ def test_commands_and_batches_stop_alike(tiny_bundles, run_json, run, tmp_path):
     assert run("generate", bundle, *arguments, "--stop", second)[0] == 0
     texts = [json.loads(line)["text"] for line in (tmp_path / "out").read_text().splitlines()]
     assert texts == [expected, cut(whole, [first])[0], cut(whole, [second])[0], whole]
+
+
+def test_what_a_shell_has_left_of_a_line_break_is_told(tiny_bundles, run):
+    options = ("--prompt", "The", "--max-tokens", 1, "--json")
+    for stop, told in (("\\n", True), ("\n", False)):
+        status, _, err = run("generate", tiny_bundles / "gemma3-fp32", *options, "--stop", stop)
+        assert status == 0 and ("$'\\n' in bash" in err) == told
