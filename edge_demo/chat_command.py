@@ -56,8 +56,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise RequestError("--prompt is empty; give a message, or leave it out")
     answering = Answering(arguments)
     messages = _messages(arguments.prompt)
-    if not sys.stdin.isatty():  # what is wrong with it is known before anything is loaded
-        messages = _ahead(messages)
+    only_keeps = arguments.system and arguments.prompt_cache  # which needs no message
+    if not sys.stdin.isatty() and not only_keeps:
+        messages = _ahead(messages)  # before anything is loaded
     bundle, generator, drafter = answering.load()
     tuned = bundle.tokenizer.chat is not None
     if arguments.system and not tuned:
