@@ -77,7 +77,13 @@ def run(arguments: argparse.Namespace) -> int:
             if command in ("bye", "exit", "quit"):
                 break
             talk.obey(command)
-        elif not talk.answer(message):
+            continue
+        try:
+            goes_on = talk.answer(message)
+        except KeyboardInterrupt:  # another one, while the first was told
+            goes_on = sys.stdin.isatty()
+            print(file=sys.stderr)
+        if not goes_on:
             return _INTERRUPTED
     return 0
 
@@ -124,11 +130,14 @@ def _ahead(messages: Iterator[str]) -> Iterator[str]:
 
 
 def _command(message: str) -> str | None:
-    """The name of a command that was typed in place of a message; `None` if it is a message."""
+    """The name of a command that was typed in place of a message; `None` if it is a message.
+
+    A path, such as `/home/pi`, is one.
+    """
     if message.rstrip() in ("exit", "quit"):
         return message.rstrip()
     match = re.match(r"/([A-Za-z?]+)(\s|$)", message)
-    return match[1] if match and "\n" not in message.strip() else None
+    return match[1].lower() if match and "\n" not in message.strip() else None
 
 
 def _run_system(answering: Answering, generator: Generator, system: str) -> None:
@@ -193,6 +202,8 @@ class _Talk:
         except KeyboardInterrupt:
             stopped = True
         except RequestError as error:
+            if generation is not None:
+                self._conversation.take_back()
             if not sys.stdin.isatty():
                 raise
             note(f"{error}. The message was left out")
@@ -232,6 +243,10 @@ class _Talk:
         from edge_demo.terminal import note, show
 
         left_out = generation.finish_reason == "interrupted" and not generation.ids
+        if left_out:
+            self._conversation.take_back()
+        else:
+            self._conversation.answer(generation.text)
         if self._json:
             print(json.dumps(self._answering.report(generation)), flush=True)
         else:
@@ -241,10 +256,6 @@ class _Talk:
                 + ("the message was left out" if left_out else f"{len(generation.ids):,} tokens")
             )
         self._answering.cache.tell()
-        if left_out:
-            self._conversation.take_back()
-        else:
-            self._conversation.answer(generation.text)
 
 
 def _dropped(count: int, context: int) -> str:

@@ -19,9 +19,11 @@ def brief(value: object, most: int = _LONGEST_VALUE) -> str:
 
 def sentence(error: object) -> str:
     """What an error says, without the number that Python gives the system's errors."""
-    if isinstance(error, OSError) and isinstance(error.filename, str | bytes):
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    if isinstance(error.filename, str | bytes):
         return f"{brief(os.fsdecode(error.filename))}: {error.strerror}"
-    return str(error)
+    return error.strerror
 
 
 class EdgeError(Exception):
