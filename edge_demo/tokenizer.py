@@ -46,11 +46,15 @@ class Tokenizer:
             raise BundleError(f"{path} is not a SentencePiece model: {error}") from error
         if self._model.vocab_size() > bundle.vocabulary_size:
             raise BundleError(f"{path} has more pieces than the model's vocabulary")
+        self._num_pieces = self._model.vocab_size()
+        while self._num_pieces > 1 and self._model.is_unused(self._num_pieces - 1):
+            self._num_pieces -= 1
 
     @property
     def num_pieces(self) -> int:
-        """How many ids have a piece; the model's table may have more rows."""
-        return self._model.vocab_size()
+        """How many ids have a piece that a model may say; its table may have more rows, which
+        stand for nothing."""
+        return self._num_pieces
 
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
         """The ids of a text, after the beginning-of-sequence token if `bos`.
