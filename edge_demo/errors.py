@@ -10,7 +10,7 @@ LONGEST_MESSAGE = 600
 
 def brief(value: object, most: int = _LONGEST_VALUE) -> str:
     """A value that somebody gave, on one line and cut in its middle, to be part of a message."""
-    text = " ".join(str(value).split())
+    text = " ".join(line.strip() for line in str(value).splitlines())
     if len(text) <= most:
         return text
     end = most // 3

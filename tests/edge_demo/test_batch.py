@@ -36,6 +36,13 @@ PROMPTS = [
     {"prompt": "The boat", "temperature": 1.0},
     {"prompt": "The boat", "temperature": 1.0},
     {"prompt": "Seven small stones", "max_tokens": 60},
+    {"prompt": "The boat", "repeat_penalty": 1.5, "min_p": 0.02, "temperature": 1.5},
+    {
+        "prompt": "The boat",
+        "frequency_penalty": 0.5,
+        "stop": ["J", "\ufffd\ufffd"],
+        "max_tokens": 30,
+    },
 ]
 
 
@@ -80,8 +87,10 @@ def test_every_prompt_gets_the_answer_that_it_gets_alone(tiny, batch, tmp_path, 
         ]  # fmt: skip
         assert record["index"] == number and record["id"] == prompt.get("id")
         ids = alone.tokenizer.encode(prompt["prompt"])
-        sampler = Sampler(item.temperature, item.top_k, item.top_p, item.seed)
-        expected = alone.generate(ids, sampler, prompt.get("max_tokens", 12))
+        asked = {k: v for k, v in prompt.items() if k not in ("prompt", "id", "max_tokens", "stop")}
+        sampler = Sampler(**asked | {"seed": item.seed})
+        limit, stop = prompt.get("max_tokens", 12), prompt.get("stop", ())
+        expected = alone.generate(ids, sampler, limit, stop=stop)
         assert record["text"] == expected.text
         assert record["finish_reason"] == expected.finish_reason
         assert (record["prompt_tokens"], record["tokens"]) == (len(ids), len(expected.ids))
