@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from sentencepiece import sentencepiece_model_pb2 as proto
 
 from edge_demo.bundle import Bundle
 from edge_demo.engine import CandidateEngine, Engine
@@ -14,7 +15,7 @@ from edge_demo.generator import Generator, candidates_suffice, engine_for
 from edge_demo.sampling import Candidates, Sampler, below
 from edge_demo.tokenizer import Tokenizer
 from tests.edge_demo.bundle_files import copy_bundle, rewrite
-from tests.models import VOCABULARY_SIZE, tiny_tokenizer_model
+from tests.models import VOCABULARY_SIZE
 
 PIECES = 262  # the bytes, and little more
 SETTINGS = {
@@ -28,12 +29,10 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def padded(tiny_bundles, tmp_path_factory):
     """The small model with a tokenizer that lacks the last pieces."""
-    from sentencepiece import sentencepiece_model_pb2 as proto
-
-    model = proto.ModelProto.FromString(tiny_tokenizer_model())
-    del model.pieces[PIECES:]
     folder = tmp_path_factory.mktemp("padded") / "bundle"
     bundle = copy_bundle(tiny_bundles / "gemma3-fp32", folder)
+    model = proto.ModelProto.FromString((bundle / "tokenizer.model").read_bytes())
+    del model.pieces[PIECES:]
     rewrite(bundle, "tokenizer.model", model.SerializeToString())
     return bundle
 
