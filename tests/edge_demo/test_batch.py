@@ -36,6 +36,13 @@ PROMPTS = [
     {"prompt": "The boat", "temperature": 1.0},
     {"prompt": "The boat", "temperature": 1.0},
     {"prompt": "Seven small stones", "max_tokens": 60},
+    {"prompt": "The boat", "repeat_penalty": 1.5, "min_p": 0.02, "temperature": 1.5},
+    {
+        "prompt": "The boat",
+        "frequency_penalty": 0.5,
+        "stop": ["J", "\ufffd\ufffd"],
+        "max_tokens": 30,
+    },
 ]
 
 
@@ -80,8 +87,10 @@ def test_every_prompt_gets_the_answer_that_it_gets_alone(tiny, batch, tmp_path, 
         ]  # fmt: skip
         assert record["index"] == number and record["id"] == prompt.get("id")
         ids = alone.tokenizer.encode(prompt["prompt"])
-        sampler = Sampler(item.temperature, item.top_k, item.top_p, item.seed)
-        expected = alone.generate(ids, sampler, prompt.get("max_tokens", 12))
+        asked = {k: v for k, v in prompt.items() if k not in ("prompt", "id", "max_tokens", "stop")}
+        sampler = Sampler(**asked | {"seed": item.seed})
+        limit, stop = prompt.get("max_tokens", 12), prompt.get("stop", ())
+        expected = alone.generate(ids, sampler, limit, stop=stop)
         assert record["text"] == expected.text
         assert record["finish_reason"] == expected.finish_reason
         assert (record["prompt_tokens"], record["tokens"]) == (len(ids), len(expected.ids))
@@ -354,10 +363,24 @@ def test_seeds_are_of_the_files_seed_and_the_place(tmp_path):
         (b'{"prompt": "a", "top_k": ' + b"9" * 5000 + b"}", "not JSON"),
         (b"[]", "object"),
         (b'"a"', "object"),
-        (b'{"id": 1}', 'with a "prompt"'),
+        (b'{"id": 1}', 'with either "prompt" or "messages"'),
         (b'{"prompt": 1}', '"prompt" must be text, not 1'),
         (b'{"prompt": null}', '"prompt" must be text'),
         (b'{"prompt": "a", "max_token": 1}', "'max_token'"),
+        (b'{"prompt": "a", "messages": [{"role": "user", "content": "a"}]}', "either"),
+        (b'{"messages": [{"role": "user", "content": "a"}]}', "without a chat template"),
+        (b'{"messages": "a"}', '"messages" must be a list of messages, not a'),
+        (b'{"prompt": "a", "stop": ""}', "stop text must not be empty"),
+        (b'{"prompt": "a", "stop": [""]}', "stop text must not be empty"),
+        (b'{"prompt": "a", "stop": ["a", 1]}', '"stop" must be text, or a list of texts'),
+        (b'{"prompt": "a", "stop": null}', '"stop" must be text, or a list of texts, not None'),
+        (b'{"prompt": "a", "stop": "\\ud800"}', "must be UTF-8"),
+        (b'{"prompt": "a", "min_p": 2}', "min-p must be between 0 and 1, not 2"),
+        (b'{"prompt": "a", "repeat_penalty": 0}', "repeat-penalty must be between 0.1 and 10"),
+        (b'{"prompt": "a", "presence_penalty": 3}', "presence-penalty must be between -2 and 2"),
+        (b'{"prompt": "a", "frequency_penalty": true}', '"frequency_penalty" must be a number'),
+        (b'{"prompt": "a", "repeat_last_n": 1.5}', '"repeat_last_n" must be a whole number'),
+        (b'{"prompt": "a", "repeat_last_n": -2}', "repeat-last-n must be"),
         (b'{"prompt": "a", "max_tokens": 0}', '"max_tokens" must be positive, not 0'),
         (b'{"prompt": "a", "max_tokens": 1.5}', '"max_tokens" must be a whole number, not 1.5'),
         (b'{"prompt": "a", "max_tokens": true}', '"max_tokens" must be a whole number, not True'),
