@@ -71,6 +71,20 @@ def all_logits(bundle: Bundle) -> TensorSpec:
     return TensorSpec("logits", "float32", ("batch", "num_logits", bundle.vocabulary_size))
 
 
+def candidates(bundle: Bundle) -> list[TensorSpec]:
+    """What the graph of candidates returns beside the keys and values."""
+    shape = ("batch", "num_logits", bundle.num_candidates)
+    ids = TensorSpec("candidate_ids", "int64", shape)
+    if not bundle.low_plane_apart:
+        return [ids, TensorSpec("candidate_logits", "float32", shape)]
+    hidden = ("batch", "num_logits", bundle.embedding.width)
+    return [
+        ids,
+        TensorSpec("candidate_high", "float32", shape),
+        TensorSpec("candidate_hidden", "float32", hidden),
+    ]
+
+
 def _load(
     bundle: Bundle,
     graph: GraphSpec,
