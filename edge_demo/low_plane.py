@@ -19,6 +19,7 @@ from edge_demo.errors import BundleError
 from edge_demo.manifest import EmbeddingSpec
 
 KEPT_BYTES = 6 << 20  # of rows; of Gemma 3 270M some 8,700
+_FEWEST = 1024  # rows that are kept, whatever their size: more than there are candidates
 
 
 class LowPlane:
@@ -103,4 +104,4 @@ def memory_needed(spec: EmbeddingSpec) -> int:
 
 
 def _num_kept(spec: EmbeddingSpec) -> int:
-    return min(spec.rows, max(1024, KEPT_BYTES // (spec.blocks * (spec.block_size + 4))))
+    return min(spec.rows, max(_FEWEST, KEPT_BYTES // (spec.blocks * (spec.block_size + 4))))

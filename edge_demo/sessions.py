@@ -13,6 +13,7 @@ from edge_demo.bundle import Bundle
 from edge_demo.errors import BundleError, EdgeError
 from edge_demo.float_prompts import graph_in_float
 from edge_demo.manifest import GraphSpec, TensorSpec
+from edge_demo.mapped_files import forget_pages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,9 @@ def open_session(
         BundleError: onnxruntime cannot load it.
         EdgeError: memory ran out.
     """
-    return Session(_load(bundle, graph, bundle.path / graph.file, threads), tuple(outputs))
+    session = _load(bundle, graph, bundle.path / graph.file, threads)
+    forget_pages(bundle.path / bundle.weights)
+    return Session(session, tuple(outputs))
 
 
 def open_for_prompts(bundle: Bundle, threads: int | None) -> Session:

@@ -31,7 +31,7 @@ _INT8_ACTIVATIONS = 4
 _LOW_PLANE_STEPS = 16  # of the low plane in one of the high
 _PER_CHANNEL = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
 _GROUP = 64  # logits whose maximum stands for them while candidates are sought
-_MOST_PACKED = 64 << 20  # bytes of the head that the candidates graph has packed at once
+_MOST_PACKED = 24 << 20  # bytes of the head that the candidates graph has packed at once
 
 
 def build_graph(
