@@ -160,13 +160,14 @@ def transformers_model():
 
     config = transformers.Gemma3TextConfig(**GemmaConfig.named(_SIZE).to_hf())
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    # No end: to forbid it by `min_new_tokens` would cost a pass over the logits for each token.
+    model.generation_config.eos_token_id = None
 
     def generate(ids):
         tokens = torch.tensor(ids, dtype=torch.int64)
         return model.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
-            min_new_tokens=NEW,
             max_new_tokens=NEW,
             do_sample=False,
         )[0]

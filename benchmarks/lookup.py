@@ -6,18 +6,17 @@
 Summarizing 1,600 characters of the text, editing two functions of code, and free text. All take
 turns; prints medians of the decode speeds, their ratio, and how many of the 128 tokens are the
 same from the first on: several rows round otherwise than one, so near-ties part. With `--genai`, a
-folder that `edge.py` makes, onnxruntime-genai answers the prompts too, from its own weights.
+folder that `edge.py` makes, onnxruntime-genai answers the prompts too, from its own weights, alone
+in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Sequence
 from pathlib import Path
 
-from peers import GenaiModel
+from peers import alone
 
 from edge_demo import huge_pages
 from edge_demo.bundle import Bundle
@@ -48,16 +47,6 @@ def load(path):
 """
 
 
-def genai_speed(model: GenaiModel, ids: Sequence[int]) -> float:
-    """Tokens a second after the first."""
-    model.prefill(ids, _TOKENS)
-    start, count = time.perf_counter(), 0
-    while count < _TOKENS - 1 and not model.done:
-        model.decode()
-        count += 1
-    return count / (time.perf_counter() - start)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="What prompt lookup gains.")
     parser.add_argument("bundle", type=Path)
@@ -71,7 +60,6 @@ def main() -> None:
         huge_pages.restart_with_huge_pages()
     bundle = Bundle.open(arguments.bundle)
     generator = Generator(CandidateEngine(bundle, arguments.threads), Tokenizer(bundle))
-    peer = GenaiModel(arguments.genai, arguments.threads) if arguments.genai else None
     article = arguments.text.read_text(encoding="utf-8")[300:1900]
     prompts = {
         "summary": f"{article}\n\nSummary of the article above, in its own words:\n",
@@ -79,7 +67,7 @@ def main() -> None:
         "free text": "Once upon a time, in a small house by the sea,",
     }
     heads = ["", "prompt, tokens", "plain, tokens/s", "lookup, tokens/s", "ratio", "same tokens"]
-    heads += ["onnxruntime-genai, tokens/s", "lookup to it"] if peer else []
+    heads += ["onnxruntime-genai, tokens/s", "lookup to it"] if arguments.genai else []
     print("| " + " | ".join(heads) + " |", "|---" * len(heads) + "|", sep="\n")
     ratios, leads = [], []
     for name, prompt in prompts.items():
@@ -95,20 +83,22 @@ def main() -> None:
                 answers[lookup] = found.ids
                 if number:  # the first one warms up
                     speeds[lookup].append(found.decode_tokens_per_s or 0)
-            if peer:
-                peer_speeds.append(genai_speed(peer, ids))
+            if arguments.genai and number:
+                options = {"threads": arguments.threads, "repeats": 1, "ids": ids}
+                found = alone("onnxruntime-genai", arguments.genai, new=_TOKENS - 1, **options)
+                peer_speeds.append(found["decode"])
         plain, guessed = (statistics.median(speeds[lookup]) for lookup in (False, True))
         ratios.append(guessed / plain)
         same = common_prefix(answers[False], answers[True])
         cells = [name, f"{len(ids)}", f"{plain:.1f}", f"{guessed:.1f}", f"{ratios[-1]:.2f}"]
         cells.append(f"{same} of {len(answers[False])}")
-        if peer:
-            theirs = statistics.median(peer_speeds[1:])
+        if peer_speeds:
+            theirs = statistics.median(peer_speeds)
             leads.append(guessed / theirs)
             cells += [f"{theirs:.1f}", f"{leads[-1]:.2f}"]
         print("| " + " | ".join(cells) + " |", flush=True)
     means = ["mean", "", "", "", f"{statistics.mean(ratios):.2f}", ""]
-    means += ["", f"{statistics.mean(leads):.2f}"] if peer else []
+    means += ["", f"{statistics.mean(leads):.2f}"] if leads else []
     print("| " + " | ".join(means) + " |")
 
 

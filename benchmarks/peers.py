@@ -1,4 +1,4 @@
-"""Other engines on the same weights: made, run for their logits, and timed.
+"""Other engines on the same weights: made, run for their logits, and timed by `alone.py`.
 
 They need packages that nothing else here does: `pip install -e .[benchmarks]`.
 """
@@ -10,12 +10,11 @@ import dataclasses
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import edge_demo  # noqa: F401 - before onnxruntime, whose telemetry it turns off
 
@@ -23,11 +22,9 @@ import edge_demo  # noqa: F401 - before onnxruntime, whose telemetry it turns of
 import numpy as np
 import onnxruntime as ort
 
-from edge_demo.bench import Test, run_tests
 from edge_demo.bundle import Bundle
 from edge_demo.engine import Engine
 from edge_demo.graph_weights import bytes_per_token
-from edge_demo.rooms import peak_rss_bytes
 from gemma_keras import open_checkpoint
 from gemma_keras.checkpoints.names import weight_specs
 
@@ -67,32 +64,28 @@ class Contender:
         return KINDS[self.kind].engine(self.quality_path or self.path, threads)
 
     def speed(self, threads: int, prompt: int, new: int, repeats: int) -> dict[str, float]:
-        """Tokens a second of prefill and of decode, and the peak memory, of a fresh process."""
-        done = subprocess.run(
-            [sys.executable, __file__, self.kind, str(self.path)]
-            + [str(n) for n in (threads, prompt, new, repeats)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            check=True,
-        )
-        return json.loads(done.stdout.splitlines()[-1])
+        """Speeds and peak memory of a fresh process, as `alone`."""
+        return alone(self.kind, self.path, threads=threads, prompt=prompt, new=new, repeats=repeats)
+
+
+def alone(kind: str, path: Path, **options: Any) -> dict[str, float]:
+    """What `alone.py` measures in a fresh process.
+
+    Args:
+        kind: one of `KINDS`.
+        path: of the model.
+        options: those of `alone.py`.
+    """
+    command = [sys.executable, str(Path(__file__).with_name("alone.py")), kind, str(path)]
+    command += [f"--{name}={json.dumps(value)}" for name, value in options.items()]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @dataclasses.dataclass(frozen=True)
 class _Kind:
     engine: Callable
-    speed: Callable[[Path, int, int, int, int], tuple[float, float]]
     num_bytes: Callable[[Path], int]
-
-
-# --- our bundles ---
-
-
-def _bundle_speed(path: Path, threads: int, prompt: int, new: int, repeats: int):
-    tests = [Test("pp", prompt), Test("tg", new, prompt)]
-    found = run_tests(Bundle.open(path), tests, [threads], repeats)
-    prefill, decode = (statistics.median(timing.speeds) for timing in found.timings)
-    return prefill, decode
 
 
 # --- llama.cpp ---
@@ -102,7 +95,17 @@ class _LlamaEngine:
     context_length = _CONTEXT
 
     def __init__(self, path: Path, threads: int) -> None:
-        self._llama = _llama(path, threads, logits_all=True)
+        from llama_cpp import Llama
+
+        self._llama = Llama(
+            str(path),
+            n_ctx=_CONTEXT,
+            n_threads=threads,
+            n_threads_batch=threads,
+            flash_attn=True,
+            logits_all=True,
+            verbose=False,
+        )
 
     def rewind(self, length: int) -> None:
         assert length == 0
@@ -112,37 +115,6 @@ class _LlamaEngine:
         self._llama.eval(ids)
         for first in range(0, len(ids), _CHUNK):
             yield self._llama.scores[first : min(first + _CHUNK, len(ids))]
-
-
-def _llama(path: Path, threads: int, logits_all: bool):
-    from llama_cpp import Llama
-
-    return Llama(
-        str(path),
-        n_ctx=_CONTEXT,
-        n_batch=512,
-        n_threads=threads,
-        n_threads_batch=threads,
-        flash_attn=True,
-        logits_all=logits_all,
-        verbose=False,
-    )
-
-
-def _llama_speed(path: Path, threads: int, prompt: int, new: int, repeats: int):
-    llama = _llama(path, threads, logits_all=False)
-    ids = np.random.default_rng(0).integers(0, llama.n_vocab(), prompt).tolist()
-
-    def prefill():
-        llama.reset()
-        llama.eval(ids)
-        return llama.sample(temp=0.0)
-
-    def decode(token):
-        llama.eval([token])
-        return llama.sample(temp=0.0)
-
-    return _timed(prefill, decode, prompt, new, repeats)
 
 
 def _gguf_bytes(path: Path) -> int:
@@ -207,65 +179,6 @@ class _GraphEngine:
             yield logits[first : first + _CHUNK]
 
 
-class GenaiModel:
-    """onnxruntime-genai's own export in its own generator, which takes the likeliest token."""
-
-    def __init__(self, path: Path, threads: int) -> None:
-        import onnxruntime_genai as og
-
-        config = og.Config(str(path))
-        options = {"session_options": {"intra_op_num_threads": threads}}
-        config.overlay(json.dumps({"model": {"decoder": options}}))
-        self._og = og
-        self._model = og.Model(config)
-        decoder = json.loads((path / "genai_config.json").read_text())["model"]["decoder"]
-        self._least = decoder.get("sliding_window", {}).get("window_size", 0)
-        self._generator = None
-
-    def prefill(self, ids: Sequence[int] | np.ndarray, new: int) -> None:
-        """Run a prompt and choose the first of `new` tokens."""
-        self._generator = None  # its keys and values are let go first
-        parameters = self._og.GeneratorParams(self._model)
-        length = max(len(ids) + new, self._least)  # it cannot hold less than a window
-        parameters.set_search_options(max_length=length, do_sample=False)
-        self._generator = self._og.Generator(self._model, parameters)
-        self._generator.append_tokens(np.asarray(ids))
-        self._generator.generate_next_token()
-
-    def decode(self) -> None:
-        """Run the last token and choose the next."""
-        self._generator.generate_next_token()
-
-    @property
-    def done(self) -> bool:
-        """Whether the text has ended."""
-        return self._generator.is_done()
-
-
-def _genai_speed(path: Path, threads: int, prompt: int, new: int, repeats: int):
-    model = GenaiModel(path, threads)
-    vocabulary = json.loads((path / "genai_config.json").read_text())["model"]["vocab_size"]
-    ids = np.random.default_rng(0).integers(0, vocabulary, prompt)
-    return _timed(
-        lambda: model.prefill(ids, new + 1), lambda _: model.decode(), prompt, new, repeats
-    )
-
-
-def _timed(prefill: Callable, decode: Callable, prompt: int, new: int, repeats: int):
-    """Medians of tokens a second, as of a bundle."""
-    prefill()
-    prefills, decodes = [], []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        token = prefill()
-        first = time.perf_counter()
-        for _ in range(new):
-            token = decode(token)
-        prefills.append(first - start)
-        decodes.append(time.perf_counter() - first)
-    return prompt / statistics.median(prefills), new / statistics.median(decodes)
-
-
 def genai_export(source: str, reference: Path, out: Path, pruned: bool) -> Path:
     """onnxruntime-genai's own int4 export of the same weights, by its defaults.
 
@@ -323,20 +236,8 @@ def _write_huggingface(source: str, reference: Path, folder: Path) -> None:
 KINDS = {
     "bundle": _Kind(
         lambda path, threads: Engine(Bundle.open(path), threads),
-        _bundle_speed,
         lambda path: bytes_per_token(path / "candidates.onnx"),
     ),
-    "llama.cpp": _Kind(_LlamaEngine, _llama_speed, _gguf_bytes),
-    "onnxruntime-genai": _Kind(
-        _GraphEngine, _genai_speed, lambda path: bytes_per_token(path / "model.onnx")
-    ),
+    "llama.cpp": _Kind(_LlamaEngine, _gguf_bytes),
+    "onnxruntime-genai": _Kind(_GraphEngine, lambda path: bytes_per_token(path / "model.onnx")),
 }
-
-
-def _speed_of(kind: str, path: str, *counts: str) -> None:
-    prefill, decode = KINDS[kind].speed(Path(path), *map(int, counts))
-    print(json.dumps({"prefill": prefill, "decode": decode, "peak": peak_rss_bytes()}))
-
-
-if __name__ == "__main__":
-    _speed_of(*sys.argv[1:])

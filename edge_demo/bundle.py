@@ -31,6 +31,7 @@ from edge_demo.manifest import (
     read_graph,
     read_manifest,
     read_tokenizer,
+    soft_cap,
     window_length,
 )
 from edge_demo.verified_files import VerifiedFiles
@@ -51,6 +52,7 @@ class Bundle:
             bundles that have none.
         weights: the file that the graphs point into.
         embedding: the table of it whose rows the graphs are fed.
+        final_soft_cap: logits end as `cap * tanh(logits / cap)`; `None` for no cap.
         ropes: the rotary tables it needs.
         windows: the sliding windows of layers that keep no more than theirs.
         tokenizer: file and ids.
@@ -67,6 +69,7 @@ class Bundle:
     candidates: GraphSpec | None
     weights: str
     embedding: EmbeddingSpec
+    final_soft_cap: float | None
     ropes: tuple[RopeSpec, ...]
     windows: tuple[WindowSpec, ...]
     tokenizer: TokenizerSpec
@@ -108,6 +111,8 @@ class Bundle:
             for spec in graph.inputs:
                 if spec.name == "inputs_embeds" and spec.shape[-1:] != (table.width,):
                     wrong = f"rows of {table.width:,} numbers, which {graph.file} does not take"
+        if self.low_plane_apart and table.planes != 2:
+            wrong = "one plane, where the candidates graph leaves a second one to the device"
         for name, (_, row_bytes) in table.layout.items():
             end = table.parts[name].offset + table.rows * row_bytes
             if end > size:
@@ -144,9 +149,15 @@ class Bundle:
     def num_candidates(self) -> int:
         """How many tokens its candidates graph returns at each position; 0 without one."""
         for spec in self.candidates.outputs if self.candidates else ():
-            if spec.name == "candidate_logits" and isinstance(spec.shape[-1], int):
+            if spec.name == "candidate_ids" and isinstance(spec.shape[-1], int):
                 return spec.shape[-1]
         return 0
+
+    @property
+    def low_plane_apart(self) -> bool:
+        """Whether its candidates graph leaves the low plane of the head to the device."""
+        outputs = self.candidates.outputs if self.candidates else ()
+        return any(spec.name == "candidate_hidden" for spec in outputs)
 
     @property
     def fingerprint(self) -> str:
@@ -163,6 +174,7 @@ class Bundle:
             [dataclasses.astuple(window) for window in self.windows],
             dataclasses.astuple(self.tokenizer),
             dataclasses.asdict(self.embedding),
+            self.final_soft_cap,
         ]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
@@ -204,6 +216,7 @@ def _parse(folder: Path, manifest: dict[str, Any]) -> Bundle:
         candidates=None if candidates is None else read_graph(candidates),
         weights=plain_name(manifest["weights"]),
         embedding=read_embedding(manifest["embedding"]),
+        final_soft_cap=soft_cap(model["config"]["final_soft_cap"]),
         ropes=tuple(
             RopeSpec(str(r["name"]), factor(r["theta"]), factor(r["scale"]), count(r["dims"]))
             for r in manifest["ropes"]

@@ -64,11 +64,7 @@ class EmbeddingTable:
             BundleError: the file has become shorter.
             EdgeError: it cannot be read.
         """
-        for token in ids:
-            if not 0 <= token < self._spec.rows:
-                raise RequestError(
-                    f"token id {token} is outside the vocabulary of {self._spec.rows:,}"
-                )
+        self._check(ids)
         distinct = ids if len(ids) == 1 else sorted(set(ids))
         with np.errstate(over="ignore", invalid="ignore"):  # as onnxruntime
             found = self._dequantized(distinct)[:, : self._spec.width]
@@ -77,6 +73,32 @@ class EmbeddingTable:
             return found
         place = {token: i for i, token in enumerate(distinct)}
         return found[[place[token] for token in ids]]
+
+    def low_plane(self, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """The low plane of some rows of a table in two planes, as integers and their scales.
+
+        Args:
+            ids: of the tokens.
+
+        Returns:
+            int8 `(len(ids), blocks * block_size)`, zero points subtracted, and float32
+            `(len(ids), blocks)`.
+
+        Raises:
+            RequestError, BundleError, EdgeError: as `rows`.
+        """
+        self._check(ids)
+        zero_points = self._levels(self._read("zero_points", ids))[:, : self._spec.blocks, None]
+        levels = self._levels(self._read("low", ids))
+        numbers = levels.reshape(len(ids), -1, self._spec.block_size) - zero_points
+        return numbers.reshape(levels.shape).astype(np.int8), self._read("scales", ids)
+
+    def _check(self, ids: Sequence[int]) -> None:
+        for token in ids:
+            if not 0 <= token < self._spec.rows:
+                raise RequestError(
+                    f"token id {token} is outside the vocabulary of {self._spec.rows:,}"
+                )
 
     def _dequantized(self, ids: Sequence[int]) -> np.ndarray:
         """Before the embedding scale: float32 `(len(ids), width or more)`."""

@@ -14,6 +14,7 @@ from edge_demo.bundle import Bundle
 from edge_demo.embedding import EmbeddingTable
 from edge_demo.errors import BundleError, EdgeError, RequestError, brief
 from edge_demo.kv_cache import KVCache, Snapshot
+from edge_demo.low_plane import LowPlane
 from edge_demo.manifest import GraphSpec, TensorSpec
 from edge_demo.sampling import Candidates
 
@@ -272,6 +273,9 @@ class Engine(TokenRunner):
 class CandidateEngine(TokenRunner):
     """Runs the graph that returns the most likely tokens: less work, and nothing else to copy.
 
+    Where the head's table is in two planes, the graph multiplies by the high one, and what the low
+    one adds is computed here for the tokens that it returns: see `edge_demo.low_plane`.
+
     Raises:
         BundleError: as `Engine`, or the bundle has no such graph.
         RequestError: `threads` is out of range.
@@ -281,12 +285,8 @@ class CandidateEngine(TokenRunner):
         graph = bundle.candidates
         if graph is None:
             raise BundleError(f"the bundle {bundle.path} has no graph that returns candidates")
-        shape = ("batch", "num_logits", bundle.num_candidates)
-        outputs = [
-            TensorSpec("candidate_ids", "int64", shape),
-            TensorSpec("candidate_logits", "float32", shape),
-        ]
-        super().__init__(bundle, graph, outputs, threads, texts)
+        super().__init__(bundle, graph, sessions.candidates(bundle), threads, texts)
+        self._low_plane = LowPlane.of(bundle)
 
     def prefill(self, ids: Sequence[int], on_progress: OnProgress | None = None) -> Candidates:
         """Add tokens after those it holds; the candidates after the last of them.
@@ -296,8 +296,7 @@ class CandidateEngine(TokenRunner):
         Raises:
             RequestError: they do not fit the context, or an id is outside the vocabulary.
         """
-        found, logits = self._prefill(ids, on_progress)
-        return Candidates(found[0], logits[0])
+        return self.candidates(self._prefill(ids, on_progress), 0)
 
     def decode(self, token: int) -> Candidates:
         """Add one token; the arrays returned are used again by the next call.
@@ -309,7 +308,15 @@ class CandidateEngine(TokenRunner):
 
     def extend(self, tokens: Sequence[int]) -> list[Candidates]:
         """Add a few tokens at once; the candidates after each, as `decode` returns them."""
-        return [Candidates(*row) for row in zip(*self._extend(tokens), strict=True)]
+        outputs = self._extend(tokens)
+        return [self.candidates(outputs, row) for row in range(len(tokens))]
+
+    def candidates(self, outputs: Sequence[np.ndarray], row: int) -> Candidates:
+        """The candidates in one row of what the graph returned."""
+        ids, logits, *hidden = (array[row] for array in outputs)
+        if self._low_plane is not None:
+            logits = self._low_plane.logits(ids, logits, *hidden)
+        return Candidates(ids, logits)
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

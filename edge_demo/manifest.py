@@ -311,6 +311,11 @@ def window_length(value: Any, context_length: int) -> int:
     return value
 
 
+def soft_cap(value: Any) -> float | None:
+    """A cap of logits, or none. Raises `ValueError` if it is neither."""
+    return None if value is None else factor(value)
+
+
 def factor(value: Any) -> float:
     """A positive number of a size that can occur. Raises `ValueError` if it is none."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not 1e-6 < value < 1e12:

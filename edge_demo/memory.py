@@ -19,7 +19,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from edge_demo import float_prompts
+from edge_demo import float_prompts, low_plane
 from edge_demo.bundle import Bundle
 from edge_demo.cache_size import cache_bytes
 from edge_demo.errors import BundleError, EdgeError
@@ -65,6 +65,7 @@ class Estimate:
         copied_from: the largest weight that is copied, mapped until it is.
         context: tokens the cache is for.
         chunk: tokens run at once.
+        low_plane: rows of the head's low plane that the device keeps.
         read_again: weights of the blocks, mapped for prompts in float32 too; 0 without those.
         mapped_again: all that is mapped for them, what they do not read included.
         multiplied_out: the most that the largest of them takes in float32.
@@ -79,6 +80,7 @@ class Estimate:
     copied_from: int
     context: int
     chunk: int
+    low_plane: int = 0
     read_again: int = 0
     mapped_again: int = 0
     multiplied_out: int = 0
@@ -96,7 +98,8 @@ class Estimate:
     @property
     def anonymous(self) -> int:
         """What cannot be given back while it runs."""
-        return self.process + self.weights + self.cache + self.activations + self.multiplied_out
+        own = self.process + self.weights + self.cache + self.low_plane
+        return own + self.activations + self.multiplied_out
 
     @property
     def peak(self) -> int:
@@ -157,6 +160,7 @@ def estimate(
     tokenizer = bundle.files[bundle.tokenizer.file][0]
     again = stored_weights(bundle.path / bundle.engine.file) if in_float else []
     blocks = [w for w in again if w.name.startswith("layers.")]
+    apart = graph is bundle.candidates and bundle.low_plane_apart
     return Estimate(
         process=_PROCESS + _SESSION + _TOKENIZER * tokenizer,
         weights=sum(map(_copied, read)),
@@ -168,6 +172,7 @@ def estimate(
         copied_from=max((w.num_bytes for w in read), default=0),
         context=context,
         chunk=chunk,
+        low_plane=low_plane.memory_needed(bundle.embedding) if apart else 0,
         read_again=_once(blocks),
         mapped_again=_once(again),
         # two weights of 4 bits are a byte, and 8 of float32; of 8 bits it is half as much

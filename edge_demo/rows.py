@@ -71,7 +71,7 @@ class Rows:
         for row in tokens:
             self.lengths[row] += 1
         if isinstance(self._engine, CandidateEngine):
-            return {row: Candidates(found[0][row], found[1][row]) for row in tokens}
+            return {row: self._engine.candidates(found, row) for row in tokens}
         return {row: found[0][row] for row in tokens}
 
     def _reserve(self, tokens: int) -> None:

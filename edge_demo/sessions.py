@@ -13,6 +13,7 @@ from edge_demo.bundle import Bundle
 from edge_demo.errors import BundleError, EdgeError
 from edge_demo.float_prompts import graph_in_float
 from edge_demo.manifest import GraphSpec, TensorSpec
+from edge_demo.mapped_files import forget_pages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,9 @@ def open_session(
         BundleError: onnxruntime cannot load it.
         EdgeError: memory ran out.
     """
-    return Session(_load(bundle, graph, bundle.path / graph.file, threads), tuple(outputs))
+    session = _load(bundle, graph, bundle.path / graph.file, threads)
+    forget_pages(bundle.path / bundle.weights)
+    return Session(session, tuple(outputs))
 
 
 def open_for_prompts(bundle: Bundle, threads: int | None) -> Session:
@@ -69,6 +72,20 @@ def open_for_prompts(bundle: Bundle, threads: int | None) -> Session:
 def all_logits(bundle: Bundle) -> TensorSpec:
     """What the graph of all logits returns beside the keys and values."""
     return TensorSpec("logits", "float32", ("batch", "num_logits", bundle.vocabulary_size))
+
+
+def candidates(bundle: Bundle) -> list[TensorSpec]:
+    """What the graph of candidates returns beside the keys and values."""
+    shape = ("batch", "num_logits", bundle.num_candidates)
+    ids = TensorSpec("candidate_ids", "int64", shape)
+    if not bundle.low_plane_apart:
+        return [ids, TensorSpec("candidate_logits", "float32", shape)]
+    hidden = ("batch", "num_logits", bundle.embedding.width)
+    return [
+        ids,
+        TensorSpec("candidate_high", "float32", shape),
+        TensorSpec("candidate_hidden", "float32", hidden),
+    ]
 
 
 def _load(

@@ -12,7 +12,8 @@ Three graphs stand over the same weights:
   A layer that sees a sliding window keeps no more than the window. In place of token ids it takes
   their embeddings, scaled: the device reads these rows itself, so that the table is not mapped.
 * `candidates.onnx` is the same for generation: in place of all logits it returns the ids and logits
-  of the few hundred most likely tokens, found inside the graph.
+  of the few hundred most likely tokens, found inside the graph. Of a head in two planes it
+  multiplies by the high one; what the low one adds to these tokens the device may compute itself.
 """
 
 from __future__ import annotations
@@ -123,18 +124,29 @@ def engine_contract(
 
 
 def candidates_contract(
-    config: GemmaConfig, windows: Windows = NO_WINDOWS, int8_layers: Collection[int] = ()
+    config: GemmaConfig,
+    windows: Windows = NO_WINDOWS,
+    int8_layers: Collection[int] = (),
+    low_plane_apart: bool = False,
 ) -> GraphSpec:
-    """The contract of `candidates.onnx`: inputs as the engine's, the best tokens in no order."""
+    """The contract of `candidates.onnx`: inputs as the engine's, the best tokens in no order.
+
+    Args:
+        config: the model's.
+        windows: as for `engine_contract`.
+        int8_layers: as for `engine_contract`.
+        low_plane_apart: whether the device adds what the low plane of the head says: then the graph
+            returns the products with the high plane and the state that it multiplied.
+    """
     shape = ("batch", "num_logits", num_candidates(config))
-    return _in_place(
-        config,
-        windows,
-        int8_layers,
-        CANDIDATES_FILE,
-        TensorSpec("candidate_ids", "int64", shape),
-        TensorSpec("candidate_logits", "float32", shape),
-    )
+    hidden = ("batch", "num_logits", config.hidden_dim)
+    outputs = [TensorSpec("candidate_ids", "int64", shape)]
+    if low_plane_apart:
+        outputs.append(TensorSpec("candidate_high", "float32", shape))
+        outputs.append(TensorSpec("candidate_hidden", "float32", hidden))
+    else:
+        outputs.append(TensorSpec("candidate_logits", "float32", shape))
+    return _in_place(config, windows, int8_layers, CANDIDATES_FILE, *outputs)
 
 
 def num_candidates(config: GemmaConfig) -> int:

@@ -34,6 +34,8 @@ from export.store import embedding_spec, store_weights
 from export.traced import build_traced_graph
 from export.weights_file import WeightsFile
 from gemma_keras.checkpoints import Checkpoint
+from gemma_keras.checkpoints.names import head_table
+from gemma_keras.config import GemmaConfig
 
 Progress = Callable[[str, float], None]
 
@@ -54,6 +56,12 @@ def lowering_named(name: str):
             f"no lowering is called {name!r}; choose one of {', '.join(LOWERINGS)}"
         )
     return LOWERINGS[name]
+
+
+def _low_plane_apart(config: GemmaConfig, plan: Plan) -> bool:
+    """Whether the device adds the low plane of the head, which it can where that is the embedding
+    table, whose rows it reads."""
+    return config.tied_head and plan[head_table(config)].planes == 2
 
 
 class BundleDraft:
@@ -94,7 +102,6 @@ class BundleDraft:
         self._graphs = {
             "interchange": interchange_contract(config),
             "engine": engine_contract(config, self._windows, self._int8_layers),
-            "candidates": candidates_contract(config, self._windows, self._int8_layers),
         }
         self._tokenizer = writer.write_tokenizer(folder, checkpoint)
         self._licence = writer.write_notices(folder, checkpoint, recipe)
@@ -140,6 +147,9 @@ class BundleDraft:
                 rounded,
             )
         self._embedding = embedding_spec(config, plan, file)
+        self._graphs["candidates"] = candidates_contract(
+            config, self._windows, self._int8_layers, _low_plane_apart(config, plan)
+        )
         for number, contract in enumerate(self._graphs.values()):
             self._on_progress("graphs", number / len(self._graphs))
             graph = build(config, plan, file, contract, self.max_context, self._kv_scales)

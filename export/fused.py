@@ -32,7 +32,7 @@ _INT8_ACTIVATIONS = 4
 _LOW_PLANE_STEPS = 16  # of the low plane in one of the high
 _PER_CHANNEL = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
 _GROUP = 64  # logits whose maximum stands for them while candidates are sought
-_MOST_PACKED = 64 << 20  # bytes of the head that the candidates graph has packed at once
+_MOST_PACKED = 24 << 20  # bytes of the head that the candidates graph has packed at once
 
 
 def build_graph(
@@ -311,17 +311,21 @@ class _FusedGraph(NamedNodes):
         weight = self._as_float32(table, fmt)
         return self.op("FusedMatMul", [x, weight], out, domain=_MICROSOFT, transB=1)
 
-    def _candidates(self, hidden: ir.Value) -> tuple[ir.Value, ir.Value]:
+    def _candidates(self, hidden: ir.Value) -> Sequence[ir.Value]:
         """Ids and logits of the most likely tokens.
 
         Of a head in two planes, the high one proposes them, and what the low one adds is computed
-        for them alone: the product of `hidden` with a few hundred rows costs next to nothing.
+        for them alone: the product of `hidden` with a few hundred rows costs next to nothing. Where
+        the contract leaves that to the device, the graph ends before it.
         """
         if self.plan[self.head].planes == 1:
             values, ids = self._greatest(self._logits(hidden))
             return self.rename(ids, "candidate_ids"), self._cap(values, "candidate_logits")
         high, ids = self._greatest(self._proposals(hidden))
         ids = self.rename(ids, "candidate_ids")
+        if any(spec.name == "candidate_hidden" for spec in self.contract.outputs):
+            state = self.op("Identity", [hidden], "candidate_hidden")
+            return ids, self.rename(high, "candidate_high"), state
         plane = self.plan[self.head].low_plane
         # rows of the low plane: (batch, num_logits, k, hidden_dim)
         rows = self._gather_quantized(self.head, ids, "candidate_rows", plane, "low.rows")

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from edge_demo import float_prompts, memory
+from edge_demo import float_prompts, low_plane, memory
 from edge_demo.bundle import Bundle
 from edge_demo.cache_size import cache_bytes
 from edge_demo.graph_weights import stored_weights
@@ -58,14 +58,17 @@ def test_longer_contexts_and_chunks_take_more(tiny_bundles):
 
 
 @pytest.mark.parametrize("name", ["gemma-int8", "gemma2-fp32", "gemma3-int8"])
-def test_the_low_plane_alone_is_looked_up_and_the_peak_may_be_that_of_loading(tiny_bundles, name):
+def test_no_table_is_looked_up_and_the_peak_may_be_that_of_loading(tiny_bundles, name):
     bundle = Bundle.open(tiny_bundles / name)
     for graph in (bundle.engine, bundle.candidates):
         needed = memory.estimate(bundle, graph)
         weights = stored_weights(bundle.path / graph.file)
+        assert needed.lookups == sum(w.num_bytes for w in weights if w.looked_up) == 0
         in_planes = "int8" in name and graph is bundle.candidates
-        assert needed.lookups == sum(w.num_bytes for w in weights if w.looked_up)
-        assert (needed.lookups > 0) == in_planes
+        kept = low_plane.memory_needed(bundle.embedding) if in_planes else 0
+        assert needed.low_plane == kept and (kept > 0) == in_planes
+        without = dataclasses.replace(needed, low_plane=0)
+        assert needed.anonymous == without.anonymous + kept
         sizes = [w.num_bytes for w in weights if w.multiplied]
         assert needed.copied_from == max(sizes) < needed.weights
         larger = dataclasses.replace(needed, copied_from=needed.peak)

@@ -8,7 +8,9 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
+from edge_demo import low_plane
 from edge_demo.embedding import EmbeddingTable
+from edge_demo.low_plane import LowPlane
 from export import fused
 from export.contract import WEIGHTS_FILE, candidates_contract, engine_contract, ropes
 from export.fused import build_graph
@@ -81,12 +83,20 @@ def outputs_of(fmt, folder):
     }
     with WeightsFile(folder / WEIGHTS_FILE) as file:
         store_weights(CONFIG, weights(), plan, file, lambda done, total: None)
-    table, found = EmbeddingTable(file.path, embedding_spec(CONFIG, plan, file)), {}
-    for contract in (engine_contract(CONFIG), candidates_contract(CONFIG)):
+    spec = embedding_spec(CONFIG, plan, file)
+    table, found = EmbeddingTable(file.path, spec), {"low plane": None}
+    contracts = [engine_contract(CONFIG), candidates_contract(CONFIG)]
+    if fmt.planes == 2:
+        contracts.insert(0, candidates_contract(CONFIG, low_plane_apart=True))
+        found["low plane"] = LowPlane(file.path, spec, CONFIG.final_soft_cap)
+    for contract in contracts:
         path = folder / contract.file
         ir.save(build_graph(CONFIG, plan, file, contract, LENGTH), path)
         onnx.checker.check_model(path)
-        found |= run(path, contract, table)
+        outputs = run(path, contract, table)
+        if "candidate_hidden" in outputs:
+            outputs["ids apart"] = outputs.pop("candidate_ids")
+        found |= outputs
     return found
 
 
@@ -123,6 +133,40 @@ def test_the_high_plane_proposes_the_best_and_both_score_them(outputs):
     assert 0 < difference.max() < 0.01 * found["logits"].std()
 
 
+@pytest.mark.parametrize("outputs", ["two planes"], indirect=True)
+def test_the_device_adds_the_low_plane_as_the_graph_does(outputs):
+    _, found = outputs
+    plane, num_ids = found["low plane"], 256
+    np.testing.assert_array_equal(found["ids apart"], found["candidate_ids"])
+    rows = list(np.ndindex(found["ids apart"].shape[:2]))
+    # More rows than are kept at once (1,024 of 64 numbers each): some are read again.
+    for row in rows * 2:
+        ids, high = found["ids apart"][row], found["candidate_high"][row]
+        logits = plane.logits(ids, high, found["candidate_hidden"][row])
+        assert logits.dtype == np.float32
+        np.testing.assert_allclose(logits, found["candidate_logits"][row], rtol=2e-6, atol=2e-6)
+        assert np.abs(logits - high).max() > 0.05  # the low plane says something
+        again = plane.logits(ids, high, found["candidate_hidden"][row])
+        np.testing.assert_array_equal(again, logits)
+    assert len(rows) * num_ids > 1024
+
+
+def test_rows_that_were_forgotten_are_read_again(tmp_path, monkeypatch):
+    """Whatever was asked before, a row gives the same bits."""
+    monkeypatch.setattr(low_plane, "KEPT_BYTES", 0)
+    plane = outputs_of(TABLES["two planes"], tmp_path)["low plane"]
+    rng = np.random.default_rng(2)
+    hidden = rng.normal(size=CONFIG.hidden_dim).astype(np.float32)
+    first = rng.choice(VOCABULARY, 256, replace=False)
+    expected = plane.logits(first, np.zeros(256, np.float32), hidden)
+    for number in range(12):
+        # partly the first ones, so that rows are kept, missing and forgotten in one call
+        others = rng.choice(VOCABULARY, 256, replace=False)
+        ids = np.concatenate([first[: 20 * number], others[20 * number :]])
+        found = plane.logits(ids, np.zeros(256, np.float32), hidden)
+        np.testing.assert_array_equal(found[: 20 * number], expected[: 20 * number])
+
+
 @pytest.mark.parametrize(
     "fmt", [*TABLES.values(), Format(16), Format(4, 32, symmetric=False)], ids=str
 )
@@ -135,6 +179,8 @@ def test_a_large_table_is_several_matrices_in_this_graph_alone(fmt, tmp_path, mo
     (tmp_path / "parts").mkdir()
     parts = outputs_of(fmt, tmp_path / "parts")
     for name, expected in whole.items():
+        if name == "low plane":
+            continue
         np.testing.assert_array_equal(parts[name], expected)
     heads = {}
     for file in ("engine.onnx", "candidates.onnx"):

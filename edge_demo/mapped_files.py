@@ -1,0 +1,40 @@
+"""Pages of mapped files that a process need not hold."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import re
+from pathlib import Path
+
+_MAPS = Path("/proc/self/maps")
+# start-end permissions offset device inode path; private, so that nobody else's pages are meant
+_LINE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ...p \S+ \S+ [1-9]\d* +(.*)")
+
+
+def forget_pages(path: Path) -> None:
+    """Let go of the pages of a file that this process has mapped; they come back when read.
+
+    onnxruntime maps a weight, copies it rearranged for its products, and never reads what it
+    mapped again; the pages count as the process's memory for as long as it runs. Nothing is done
+    where the system does not tell what is mapped.
+
+    Args:
+        path: of a file whose mappings nobody writes to.
+    """
+    advice = getattr(mmap, "MADV_DONTNEED", None)
+    try:
+        lines = _MAPS.read_text(errors="surrogateescape").splitlines()
+        advise = ctypes.CDLL(None).madvise
+    except (OSError, AttributeError):
+        return
+    if advice is None:
+        return
+    advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    name = os.path.realpath(path)
+    for line in lines:
+        found = _LINE.fullmatch(line)
+        if found is not None and found[3] == name:
+            start, end = int(found[1], 16), int(found[2], 16)
+            advise(start, end - start, advice)
