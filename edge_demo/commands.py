@@ -101,16 +101,15 @@ def run_generate(arguments: argparse.Namespace) -> int:
         generation,
         drafter,
         Progress("prompt token", vanishes=True),
+        on_held=lambda held: cache.save_prompt(generator.engine, held),
     )
     status = 0
-    generator.engine.admit(generation.prompt_ids)
+    generator.engine.check(generation.prompt_ids)
     cache.load(generator.engine)
     try:
         for number, piece in enumerate(pieces):
             if not arguments.json:
                 show(piece if number else prompt + piece)
-            if number == 0:  # the engine holds the prompt and nothing more
-                cache.save_prompt(generator.engine, generation)
     except KeyboardInterrupt:
         status = INTERRUPTED
     if arguments.json:
@@ -177,7 +176,7 @@ def run_chat(arguments: argparse.Namespace) -> int:
         )
     system_ids = generator.tokenizer.encode_system(arguments.system) if arguments.system else []
     if system_ids:
-        generator.engine.admit(system_ids)
+        generator.engine.check(system_ids)
     cache.load(generator.engine)
     if system_ids and generator.prepare(system_ids) < len(system_ids):
         cache.save(generator.engine)
@@ -206,13 +205,21 @@ def run_chat(arguments: argparse.Namespace) -> int:
             ids = generator.tokenizer.encode("".join(text for _, text in turns))
         generation = Generation(ids)
         told = Progress("prompt token", vanishes=True)
-        pieces = generator.stream(ids, sampler, arguments.max_tokens, generation, drafter, told)
+        keeps = len(turns) == 1 and not system_ids
+        pieces = generator.stream(
+            ids,
+            sampler,
+            arguments.max_tokens,
+            generation,
+            drafter,
+            told,
+            on_held=(lambda held: cache.save_prompt(generator.engine, held)) if keeps else None,
+            goes_on=True,
+        )
         try:
-            for number, piece in enumerate(pieces):
+            for piece in pieces:
                 if not arguments.json:
                     show(piece)
-                if number == 0 and len(turns) == 1 and not system_ids:
-                    cache.save_prompt(generator.engine, generation)
         except KeyboardInterrupt:
             pass
         except RequestError as error:
