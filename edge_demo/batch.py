@@ -126,7 +126,7 @@ class BatchRunner:
         self._engine.rewind(0)
         self._engine.admit(ids)
         if self._beginning is None and self.shared:
-            self._engine.prefill(self.shared)
+            self._engine.add(self.shared)
             self._beginning = self._engine.snapshot().copy()
         if self._beginning is not None:
             self._engine.restore(self._beginning)

@@ -6,7 +6,9 @@ from edge_demo.errors import BundleError
 from edge_demo.manifest import GraphSpec, RopeSpec, WindowSpec
 
 STEP = 256
-SLACK = 256  # places beyond a window: its tokens are moved to the front once in as many steps
+# Places beyond a window: its tokens are moved to the front, by one place more than these. That is a
+# multiple of `courses.UNIT`, so that sums over keys are cut alike wherever the tokens lie.
+SLACK = 255
 
 
 def capacity_for(tokens: int, limit: int) -> int:

@@ -65,12 +65,12 @@ def run(arguments: argparse.Namespace) -> int:
         raise RequestError(
             f"{bundle.name} is a base model: it has no place for --system; leave it out"
         )
-    _run_system(answering, generator, arguments.system)
+    system_ids = _run_system(answering, generator, arguments.system)
     note(_greeting(bundle))
     conversation = Conversation(
         generator.tokenizer, bundle.context_length, arguments.max_tokens, arguments.system
     )
-    talk = _Talk(arguments, answering, generator, drafter, conversation)
+    talk = _Talk(arguments, answering, generator, drafter, conversation, system_ids)
     for number, message in enumerate(messages):
         typed = sys.stdin.isatty() and (number > 0 or arguments.prompt is None)
         if typed and (command := _command(message)):
@@ -140,16 +140,17 @@ def _command(message: str) -> str | None:
     return match[1].lower() if match and "\n" not in message.strip() else None
 
 
-def _run_system(answering: Answering, generator: Generator, system: str) -> None:
-    """Have the engine hold what every conversation begins with."""
+def _run_system(answering: Answering, generator: Generator, system: str) -> list[int]:
+    """Have the engine hold what every conversation begins with; its tokens."""
     cache, engine = answering.cache, generator.engine
     ids = generator.tokenizer.encode_system(system) if system else []
     if ids:
-        engine.admit(ids)
+        engine.check(ids)
     cache.load(engine)
     if ids and generator.prepare(ids) < len(ids):
         cache.save(engine)
         cache.tell()
+    return ids
 
 
 class _Talk:
@@ -162,6 +163,7 @@ class _Talk:
         generator: Generator,
         drafter: Drafter | None,
         conversation: Conversation,
+        system_ids: list[int],
     ) -> None:
         self._json = arguments.json
         self._max_tokens = arguments.max_tokens
@@ -169,6 +171,7 @@ class _Talk:
         self._generator = generator
         self._drafter = drafter
         self._conversation = conversation
+        self._system_ids = system_ids
         self._keeps_first = not arguments.system  # in the prompt cache
 
     def obey(self, command: str) -> None:
@@ -177,6 +180,7 @@ class _Talk:
 
         if command in ("clear", "reset"):
             self._conversation.clear()
+            self._generator.prepare(self._system_ids)  # as if it had just been started
             note("a new conversation begins")
         elif command in ("help", "?"):
             note(_HELP)
@@ -222,6 +226,7 @@ class _Talk:
         engine = self._generator.engine
         if self._conversation.dropped:
             note(_dropped(self._conversation.dropped, engine.context_length))
+            self._generator.prepare(self._system_ids)
         pieces = self._generator.stream(
             generation.prompt_ids,
             self._answering.sampler,
@@ -230,13 +235,16 @@ class _Talk:
             self._drafter,
             Progress("prompt token", vanishes=True),
             self._answering.stop,
+            on_held=self._save_first if self._keeps_first else None,
+            goes_on=True,
         )
-        for number, piece in enumerate(pieces):
+        for piece in pieces:
             if not self._json:
                 show(piece)
-            if number == 0 and self._keeps_first:
-                self._keeps_first = False
-                self._answering.cache.save_prompt(engine, generation)
+
+    def _save_first(self, held: Generation) -> None:
+        self._keeps_first = False
+        self._answering.cache.save_prompt(self._generator.engine, held)
 
     def _keep(self, generation: Generation) -> None:
         """Make the answer a turn, or, where it was stopped before its first token, forget both."""

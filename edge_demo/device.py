@@ -101,6 +101,13 @@ def look(root: Path = _ROOT) -> Device:
     )
 
 
+def kind(root: Path = _ROOT) -> str:
+    """The processor and its instructions in a line: what decides how kernels round."""
+    cpuinfo = read_text(root / "proc/cpuinfo")
+    name = processor(cpuinfo) or _sysctl("machdep.cpu.brand_string") or ""
+    return " ".join(filter(None, (platform.machine(), name, *instructions(cpuinfo)[0])))
+
+
 def processor(cpuinfo: str) -> str | None:
     """The model's name in the text of `/proc/cpuinfo`; several with `+` where cores differ."""
     names = re.findall(r"^model name\s*:\s*(.+?)\s*$", cpuinfo, re.MULTILINE)

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from edge_demo import float_prompts, memory, sessions
+from edge_demo import courses, float_prompts, memory, sessions
 from edge_demo.bundle import Bundle
+from edge_demo.courses import Course
 from edge_demo.embedding import EmbeddingTable
 from edge_demo.errors import BundleError, EdgeError, RequestError, brief
 from edge_demo.kv_cache import KVCache, Snapshot
@@ -72,6 +73,7 @@ class TokenRunner:
             self._prompts = sessions.open_for_prompts(bundle, threads)
             self._check_contract(self._prompts, bundle.engine)
         self._cache = KVCache(graph, bundle.ropes, bundle.windows, bundle.context_length)
+        self._course = Course()
         self._calls: dict[int, Call] = {}
 
     def _check_contract(self, session: sessions.Session, graph: GraphSpec) -> None:
@@ -93,24 +95,69 @@ class TokenRunner:
         """The most tokens it can hold."""
         return self.bundle.context_length
 
+    def hold(self, ids: Sequence[int], on_progress: OnProgress | None = None) -> int:
+        """Hold tokens and nothing else: to the bit what a fresh engine holds of a prompt.
+
+        Args:
+            ids: a prompt without its last token, which is run alone.
+            on_progress: told, after each piece of it, the tokens run and those to be run.
+
+        Returns:
+            How many of them it held already and did not run again.
+
+        Raises:
+            RequestError: they do not fit the context, or an id is outside the vocabulary; what
+                was held is held still.
+        """
+        self._refuse(ids, 0)
+        wanted = self._course_of(len(ids))
+        held = self._course.shared(wanted, common_prefix(self.tokens, ids))
+        self.rewind(self.reusable(held))
+        held = len(self.tokens)
+        self._run_pieces(ids[held:], wanted, on_progress)
+        return held
+
+    def add(self, ids: Sequence[int], on_progress: OnProgress | None = None) -> None:
+        """Add tokens after those it holds, in pieces: Ctrl-C stops between two of them.
+
+        Arguments and errors as `hold`.
+        """
+        self._refuse(ids, len(self.tokens))
+        self._run_pieces(ids, self._course_of(len(ids)), on_progress)
+
+    def _course_of(self, length: int) -> Course:
+        in_float = self._prompts is not None and length > float_prompts.FEWEST
+        return Course(length, in_float)
+
+    def _run_pieces(
+        self, ids: Sequence[int], course: Course, on_progress: OnProgress | None = None
+    ) -> None:
+        """Run the last of some tokens as a course has it; no outputs are wanted."""
+        first, end = len(self.tokens), len(self.tokens) + len(ids)
+        while (held := len(self.tokens)) < end:
+            piece = ids[held - first : courses.end_of_piece(held, end, self._prefill_chunk) - first]
+            if course.in_float and len(piece) > 1:  # one alone is decoded, which is much faster
+                self._reserve(len(piece))
+                Call(self, len(piece), 0, session=self._prompts).run(piece, range(0))
+            else:  # the graph of candidates takes no piece of which no row is wanted
+                self._run(piece, range(len(piece) - 1, len(piece)))
+            if end == course.length:
+                self._course = dataclasses.replace(course, left=len(self.tokens))
+            if on_progress is not None:
+                on_progress(len(self.tokens) - first, len(ids))
+
     def _prefill(
         self, ids: Sequence[int], on_progress: OnProgress | None = None
     ) -> list[np.ndarray]:
         self.admit(ids)
-        outputs: list[np.ndarray] = []
-        done = 0
-        while done < len(ids):
-            chunk = ids[done : done + self._prefill_chunk]
-            if self._prompts is not None and len(chunk) > float_prompts.FEWEST:
-                if done + len(chunk) == len(ids):
-                    chunk = chunk[:-1]  # what follows the last token is wanted
-                self._reserve(len(chunk))
-                Call(self, len(chunk), 0, session=self._prompts).run(chunk, range(0))
-            else:
-                outputs = self._run(chunk, range(len(chunk) - 1, len(chunk)))
-            done += len(chunk)
+
+        def told(done: int, total: int) -> None:
             if on_progress is not None:
-                on_progress(done, len(ids))
+                on_progress(done, total + 1)
+
+        self.add(ids[:-1], told)
+        outputs = [array.copy() for array in self._extend(ids[-1:])]
+        told(len(ids), len(ids) - 1)
         return outputs
 
     def _extend(self, ids: Sequence[int]) -> list[np.ndarray]:
@@ -132,15 +179,18 @@ class TokenRunner:
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens.
 
-        Where a sliding window has moved on too far, they are run again: see `reusable`.
+        Where a sliding window has moved on too far, they are run again, as a prompt is: see
+        `reusable`.
         """
         if not 0 <= length <= len(self.tokens):
             raise ValueError(f"cannot rewind {len(self.tokens)} tokens to {length}")
         kept = self.tokens[:length]
         del self.tokens[self.reusable(length) :]
         self._cache.reached = len(self.tokens)
+        self._course = self._course.cut(len(self.tokens))
         if len(self.tokens) < length:
-            self._prefill(kept)
+            self._run_pieces(kept[:-1], self._course_of(length - 1))
+            self._run(kept[-1:], range(1))
 
     def reusable(self, length: int) -> int:
         """How many of the first `length` tokens it holds need not be run again: all, or none."""
@@ -149,7 +199,7 @@ class TokenRunner:
     def snapshot(self) -> Snapshot:
         """What it holds, to be given to `restore`: views, which the next run changes."""
         self._recover()
-        return Snapshot(list(self.tokens), self._cache.filled())
+        return Snapshot(list(self.tokens), self._cache.filled(), self._course)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Hold what an engine of the same bundle held, and nothing else.
@@ -159,11 +209,13 @@ class TokenRunner:
         """
         self.tokens.clear()
         self._cache.reached = 0
+        self._course = Course()
         self.admit(snapshot.tokens)
         self._reserve(len(snapshot.tokens))
         self._cache.fill(snapshot.filled)
         self._cache.reached = len(snapshot.tokens)
         self.tokens.extend(snapshot.tokens)
+        self._course = snapshot.course
 
     def layout(self, length: int) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
         """Data type and shape of each array that a snapshot of `length` tokens has."""
@@ -181,9 +233,16 @@ class TokenRunner:
             RequestError: there are none, they do not fit the context, or an id is outside the
                 vocabulary.
         """
-        total = len(self.tokens) + len(ids)
+        self.check(ids, len(self.tokens))
+
+    def check(self, ids: Sequence[int], held: int = 0) -> None:
+        """Refuse tokens that cannot be run after so many; errors as `admit`."""
         if not ids:
             raise RequestError("there are no tokens to run; the prompt is empty")
+        self._refuse(ids, held)
+
+    def _refuse(self, ids: Sequence[int], held: int) -> None:
+        total = held + len(ids)
         if total > self.context_length:
             raise RequestError(
                 f"the text has {total:,} tokens, the bundle's context holds "
@@ -229,11 +288,11 @@ class Engine(TokenRunner):
         super().__init__(bundle, bundle.engine, [sessions.all_logits(bundle)], threads, texts)
 
     def prefill(self, ids: Sequence[int], on_progress: OnProgress | None = None) -> np.ndarray:
-        """Add tokens after those it holds, in chunks: Ctrl-C stops between two of them.
+        """Add tokens after those it holds, the last one alone; see `edge_demo.courses`.
 
         Args:
             ids: at least one.
-            on_progress: told, after each chunk, the tokens run and those in all.
+            on_progress: told, after each piece, the tokens run and those in all.
 
         Returns:
             Logits after the last of them, float32 `(vocabulary_size,)`.

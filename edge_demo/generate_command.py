@@ -39,6 +39,7 @@ def _continue_prompt(arguments: argparse.Namespace) -> int:
     answering = Answering(arguments)
     prompt = _prompt_on_stdin() if arguments.prompt is None else arguments.prompt
     _, generator, drafter = answering.load()
+    cache = answering.cache
     if mark := generator.tokenizer.mark_in(prompt):
         note(f"The prompt holds {mark}, which is read as text, not as the token; see chat.")
     generation = Generation(generator.tokenizer.encode(prompt))
@@ -50,17 +51,15 @@ def _continue_prompt(arguments: argparse.Namespace) -> int:
         drafter,
         Progress("prompt token", vanishes=True),
         answering.stop,
+        on_held=lambda held: cache.save_prompt(generator.engine, held),
     )
     status = 0
-    generator.engine.admit(generation.prompt_ids)
-    cache = answering.cache
+    generator.engine.check(generation.prompt_ids)
     cache.load(generator.engine)
     try:
         for number, piece in enumerate(pieces):
             if not arguments.json:
                 show(piece if number else prompt + piece)
-            if number == 0:  # the engine holds the prompt and nothing more
-                cache.save_prompt(generator.engine, generation)
     except KeyboardInterrupt:
         status = _INTERRUPTED
     except EdgeError:

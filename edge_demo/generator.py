@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from edge_demo.answer import Generation, Writer
 from edge_demo.bundle import Bundle
@@ -45,33 +45,47 @@ def candidates_suffice(
 class Generator:
     """Continues prompts on one engine.
 
+    An answer is to the bit what a fresh engine would give: of what earlier prompts left, only that
+    is used again which would come out the same (`edge_demo.courses`).
+
     Args:
-        engine: whose tokens are kept between calls: a prompt that begins as the last one did
-            costs only what is new.
+        engine: whose tokens are kept between calls.
         tokenizer: of the same bundle.
     """
 
     def __init__(self, engine: Engine | CandidateEngine, tokenizer: Tokenizer) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
+        self._turn = (0, 0)  # tokens of a conversation's last prompt, and those with its answer
 
     def prepare(self, ids: Sequence[int]) -> int:
-        """Have the engine hold `ids` and nothing else; how many of them it held already.
+        """Hold the beginning of a conversation and nothing else; how much of it was held already.
 
         Raises:
-            RequestError: they do not fit the context.
+            RequestError: it does not fit the context.
         """
-        held = self._keep(ids, len(ids))
-        if held < len(ids):
-            self.engine.prefill(list(ids)[held:])
+        self._turn = (0, 0)
+        held = self.engine.hold(ids)
+        self._turn = (len(ids), len(ids))
         return held
 
-    def _keep(self, ids: Sequence[int], most: int) -> int:
-        """Rewind to what the engine has in common with `ids`, at most `most` tokens of it."""
-        common = min(common_prefix(self.engine.tokens, ids), most)
-        held = self.engine.reusable(common)
-        self.engine.rewind(held)
-        return held
+    def _run_before_last(
+        self, prompt_ids: Sequence[int], goes_on: bool, on_prefill: OnProgress | None
+    ) -> int:
+        """Hold all of a prompt but its last token; how many were there already."""
+
+        def told(done: int, total: int) -> None:
+            if on_prefill is not None:
+                on_prefill(done, total + 1)
+
+        before = prompt_ids[:-1]
+        (last_prompt, said), self._turn = self._turn, (0, 0)
+        same = min(said, common_prefix(self.engine.tokens, before))
+        if goes_on and 0 < last_prompt <= same and self.engine.reusable(same):
+            self.engine.rewind(same)
+            self.engine.add(before[same:], told)
+            return same
+        return self.engine.hold(before, told)
 
     def stream(
         self,
@@ -82,6 +96,8 @@ class Generator:
         drafter: Drafter | None = None,
         on_prefill: OnProgress | None = None,
         stop: Sequence[str] = (),
+        on_held: Callable[[Generation], None] | None = None,
+        goes_on: bool = False,
     ) -> Iterator[str]:
         """Yield the answer's text as it comes; pieces may be empty.
 
@@ -92,8 +108,13 @@ class Generator:
             generation: filled in while the text is yielded.
             drafter: guesses tokens ahead; the text is the same up to rounding, and comes faster
                 if it guesses well; see `edge_demo.speculate`.
-            on_prefill: told, after each chunk of the prompt, the tokens run and those in all.
+            on_prefill: told, after each piece of the prompt, the tokens run and those in all.
             stop: texts that end the answer and are not part of it.
+            on_held: called when the engine holds the prompt but its last token.
+            goes_on: whether this is the next turn of a conversation. If it begins with the last
+                prompt, or with what `prepare` was given, what that and its answer left is used as
+                it is: only what is new is run, and the text depends on how the turns were cut.
+                After an answer that was given up it is a prompt as any other.
 
         Raises:
             RequestError: the prompt is empty or does not fit the context, or `stop` is as
@@ -105,12 +126,16 @@ class Generator:
                 f"the number of tokens to generate must be positive, not {max_tokens}"
             )
         stop = check_stop_texts(stop)
+        self.engine.check(prompt_ids)
         out = generation or Generation(list(prompt_ids))
         start = time.perf_counter()
-        # the last token has to give its logits
-        reused = self._keep(prompt_ids, max(0, len(prompt_ids) - 1))
-        out.reused_tokens = reused
-        logits = self.engine.prefill(list(prompt_ids)[reused:], on_prefill)
+        out.reused_tokens = self._run_before_last(list(prompt_ids), goes_on, on_prefill)
+        if on_held is not None:
+            on_held(out)
+        logits = self.engine.decode(prompt_ids[-1])
+        if on_prefill is not None:
+            computed = len(prompt_ids) - out.reused_tokens
+            on_prefill(computed, computed)
         since = start
         context = self.engine.context_length
         writer = Writer(out, self.tokenizer, sampler, max_tokens, context, stop)
@@ -130,6 +155,8 @@ class Generator:
                 if out.finish_reason != "interrupted":
                     break
                 logits = ahead.decode(out.ids[-1])
+            # the last token may not have been run
+            self._turn = len(prompt_ids), len(prompt_ids) + max(0, len(out.ids) - 1)
         finally:
             ahead.settle()
         yield writer.finish()

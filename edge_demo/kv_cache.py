@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 
 from edge_demo import cache_size
+from edge_demo.courses import Course
 from edge_demo.manifest import GraphSpec, RopeSpec, TensorSpec, WindowSpec
 
 
@@ -18,14 +19,17 @@ class Snapshot:
         tokens: their ids.
         filled: input name to keys or values, `(batch, kv_heads, places, head_dim)`, as many places
             as `KVCache.layout` says.
+        course: how the first of them were run.
     """
 
     tokens: list[int]
     filled: dict[str, np.ndarray]
+    course: Course
 
     def copy(self) -> Snapshot:
         """One that lasts, whatever is run meanwhile."""
-        return Snapshot(list(self.tokens), {n: rows.copy() for n, rows in self.filled.items()})
+        filled = {name: rows.copy() for name, rows in self.filled.items()}
+        return dataclasses.replace(self, tokens=list(self.tokens), filled=filled)
 
 
 class KVCache:

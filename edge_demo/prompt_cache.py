@@ -4,16 +4,20 @@ The file has the layout of safetensors (8 bytes of header length, a JSON header,
 one after another): it can be looked into with common tools, it holds data and nothing else, and
 where every array lies is known before any of them is read. `np.savez` would hide that in a zip.
 
-It is believed only as far as it can be checked: it is of this bundle (hashes) and this onnxruntime,
-which decide what the numbers mean; its header is exactly the one that as many tokens would be given
-here; the checksum, the token ids and the numbers are good. The checksum, CRC-32, is there for
-damage; who may write the file may write any numbers.
+It is believed only as far as it can be checked: it is of this bundle (hashes), this onnxruntime and
+this kind of processor, which decide the numbers to the last bit; its header is exactly the one that
+as many tokens would be given here; the checksum, the token ids and the numbers are good. The
+checksum, CRC-32, is there for damage; who may write the file may write any numbers.
+
+How the tokens were run is written, too, so that only what would come out the same is used again
+(`edge_demo.courses`).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import reprlib
 import zlib
 from collections.abc import Iterator
@@ -23,16 +27,19 @@ from typing import Any, BinaryIO
 import numpy as np
 import onnxruntime as ort
 
+from edge_demo import device
+from edge_demo.courses import Course
 from edge_demo.durable import write_whole
 from edge_demo.engine import TokenRunner
 from edge_demo.errors import EdgeError, RequestError, brief
 from edge_demo.kv_cache import Snapshot
 
 FORMAT = "gemma-keras-prompt-cache"
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 _BEGINNING = b'{"__metadata__":{"format":"' + FORMAT.encode() + b'"'
 _MAX_HEADER = 1 << 20
 _LENGTH = 8
+_COURSE = re.compile(r"(\d{1,9}) of (\d{1,9}) tokens(, in float32)?")
 _DTYPES = {"float32": "F32", "float16": "F16", "int8": "I8", "uint8": "U8", "int32": "I32"}
 
 
@@ -109,7 +116,7 @@ class PromptCache:
         checksum = 0
         for array in arrays:
             checksum = zlib.crc32(_bytes(array), checksum)
-        header = _header(engine, len(snapshot.tokens), f"{checksum:08x}")
+        header = _header(engine, len(snapshot.tokens), snapshot.course, f"{checksum:08x}")
         encoded = json.dumps(header, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)
 
@@ -138,13 +145,16 @@ def _arrays(engine: TokenRunner, length: int) -> dict[str, tuple[np.dtype, tuple
     return {"tokens": (np.dtype(np.int32), (length,)), **engine.layout(length)}
 
 
-def _header(engine: TokenRunner, length: int, checksum: str) -> dict[str, Any]:
+def _header(engine: TokenRunner, length: int, course: Course, checksum: str) -> dict[str, Any]:
     header: dict[str, Any] = {
         "__metadata__": {
             "format": FORMAT,  # first: it is what the file is known by
             "format_version": FORMAT_VERSION,
             "bundle": engine.bundle.fingerprint,
             "onnxruntime": ort.__version__,
+            "processor": device.kind(),
+            "run_as_prompt": f"{course.left} of {course.length} tokens"
+            + (", in float32" if course.in_float else ""),
             "crc32": checksum,
         }
     }
@@ -160,7 +170,7 @@ def _header(engine: TokenRunner, length: int, checksum: str) -> dict[str, Any]:
 
 
 def _read(file: BinaryIO, engine: TokenRunner) -> Snapshot:
-    length, checksum = _checked_header(file, engine)
+    length, course, checksum = _checked_header(file, engine)
     found = 0
     arrays = {}
     for name, (dtype, shape) in _arrays(engine, length).items():
@@ -176,11 +186,11 @@ def _read(file: BinaryIO, engine: TokenRunner) -> Snapshot:
     for array in arrays.values():
         if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
             raise _Unusable("is damaged: it holds numbers that are not finite")
-    return Snapshot(tokens.tolist(), arrays)
+    return Snapshot(tokens.tolist(), arrays, course)
 
 
-def _checked_header(file: BinaryIO, engine: TokenRunner) -> tuple[int, str]:
-    """The number of tokens and the checksum; nothing large is allocated."""
+def _checked_header(file: BinaryIO, engine: TokenRunner) -> tuple[int, Course, str]:
+    """The number of tokens, how they were run, and the checksum; nothing large is allocated."""
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(_LENGTH), "little")
     if not 0 < length <= min(_MAX_HEADER, size - _LENGTH):
@@ -200,15 +210,24 @@ def _checked_header(file: BinaryIO, engine: TokenRunner) -> tuple[int, str]:
     if metadata.get("onnxruntime") != ort.__version__:
         version = reprlib.repr(metadata.get("onnxruntime"))
         raise _Unusable(f"was made with onnxruntime {version}, not {ort.__version__}")
+    if metadata.get("processor") != device.kind():
+        processor = reprlib.repr(metadata.get("processor"))
+        raise _Unusable(f"was made on another processor ({processor}), which rounds otherwise")
     if type(tokens) is not int or tokens < 1:
         raise _Unusable("is damaged: it holds no tokens")
     if tokens > engine.context_length:
         raise _Unusable(f"holds {tokens:,} tokens, the context {engine.context_length:,}")
-    if header != _header(engine, tokens, checksum):
+    found = _COURSE.fullmatch(str(metadata.get("run_as_prompt")))
+    if found is None:
+        raise _Unusable("is damaged: it does not tell how its tokens were run")
+    course = Course(int(found[2]), found[3] is not None, int(found[1]))
+    if course.left > min(course.length, tokens):
+        raise _Unusable("is damaged: it tells of more tokens than it holds")
+    if header != _header(engine, tokens, course, checksum):
         raise _Unusable("is damaged: its arrays are not those of this bundle")
     expected = (
         _LENGTH + length + max(a["data_offsets"][1] for n, a in header.items() if n[0] != "_")
     )
     if size != expected:
         raise _Unusable(f"is damaged: it has {size:,} bytes, not {expected:,}")
-    return tokens, checksum
+    return tokens, course, checksum

@@ -72,6 +72,6 @@ class PromptCacheOption:
             self._untold = None
 
     def save_prompt(self, engine: TokenRunner, generation: Generation) -> None:
-        """Write what the engine holds, which is the prompt, unless all of it was there already."""
-        if generation.reused_tokens < len(generation.prompt_ids) - 1:
+        """Write the prompt but its last token, which the engine holds, unless it was all there."""
+        if generation.reused_tokens < len(engine.tokens):
             self.save(engine)

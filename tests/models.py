@@ -77,13 +77,15 @@ def hf_config(generation: str, tied: bool = True):
     raise ValueError(f"generation must be one of {GENERATIONS}, not {generation!r}")
 
 
-def tiny_hf(generation: str, seed: int = 0, tied: bool = True):
+def tiny_hf(generation: str, seed: int = 0, tied: bool = True, **changes: Any):
     """A small random transformers model in float32, in evaluation mode."""
     import torch
     import transformers
 
+    config = hf_config(generation, tied)
+    config.update(changes)
     model = transformers.AutoModelForCausalLM.from_config(
-        hf_config(generation, tied), attn_implementation="eager", dtype=torch.float32
+        config, attn_implementation="eager", dtype=torch.float32
     ).eval()
     randomize(model, seed)
     return model
@@ -206,7 +208,7 @@ def chat_tokenizer_model(
     return model.SerializeToString()
 
 
-def write_tiny_hf(folder: Path, generation: str, seed: int = 0, tied: bool = True):
+def write_tiny_hf(folder: Path, generation: str, seed: int = 0, tied: bool = True, **changes: Any):
     """Write a small random model as a Hugging Face folder, tokenizer included.
 
     Args:
@@ -214,11 +216,12 @@ def write_tiny_hf(folder: Path, generation: str, seed: int = 0, tied: bool = Tru
         generation: one of `GENERATIONS`.
         seed: of the weights.
         tied: whether the head is the embedding table.
+        changes: to the configuration.
 
     Returns:
         The transformers model that was written.
     """
-    model = tiny_hf(generation, seed, tied)
+    model = tiny_hf(generation, seed, tied, **changes)
     model.save_pretrained(folder)
     (Path(folder) / "tokenizer.model").write_bytes(tiny_tokenizer_model())
     return model

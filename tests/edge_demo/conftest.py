@@ -18,7 +18,7 @@ from pathlib import Path
 import filelock
 import pytest
 
-from edge_demo import cache_size, memory
+from edge_demo import cache_size, courses, memory
 from edge_demo.bundle import Bundle
 from edge_demo.cli import main
 from edge_demo.engine import Call, Engine
@@ -96,6 +96,7 @@ def short_boundaries(step: int, slack: int, chunk: int) -> Iterator[None]:
         patch.setattr(cache_size, "STEP", step)
         patch.setattr(cache_size, "SLACK", slack)
         patch.setattr(memory, "CHUNKS", (chunk,))
+        patch.setattr(courses, "UNIT", chunk)
         yield
 
 

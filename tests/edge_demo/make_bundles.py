@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from tests.models import (
     CHATML_JINJA,
@@ -20,11 +21,18 @@ from tests.models import (
 
 SHORT_CONTEXT = 16
 CHATML = ("<|im_start|>", "<|im_end|>")
+# Sums over keys are cut as in real models: see `edge_demo.courses`.
+WIDE = {"head_dim": 128, "sliding_window": 64, "max_position_embeddings": 640}
+WIDE_RECIPES: dict[str, dict[str, Any]] = {
+    "int8": {"recipe": "int8"},
+    "int4": {"recipe": "int4", "kl_budget": 100.0},
+    "int8-cache": {"recipe": "int8", "kv_cache_dtype": "int8"},
+}
 
 
 def main(folder: Path) -> None:
     """Write `GENERATION-RECIPE` and `GENERATION-int8-cache` (fp32) for each, and `short` (fp32),
-    `chat` (int8) and `chatml` (fp32)."""
+    `chat` (int8), `chatml` (fp32) and `wide-RECIPE`."""
     from export import export_onnx
 
     folder.mkdir(parents=True)
@@ -44,6 +52,10 @@ def main(folder: Path) -> None:
         (tuned / "tokenizer.model").write_bytes(chat_tokenizer_model(*tokens, turn_type=4))
         (tuned / "chat_template.jinja").write_text(template)
         export_onnx(tuned, folder / name, recipe, verify=False)
+    write_tiny_hf(folder / "tiny-wide", "gemma3", **WIDE)
+    for name, options in WIDE_RECIPES.items():
+        out = folder / f"wide-{name}"
+        export_onnx(folder / "tiny-wide", out, calibration="none", verify=False, **options)
 
 
 if __name__ == "__main__":

@@ -236,7 +236,9 @@ def test_any_changed_bit_is_noticed(kept, place, bit):
     data[offset] ^= 1 << bit
     damaged = good.with_name("damaged")
     damaged.write_bytes(data)
-    refused(engine, damaged, "damaged|not a prompt cache|version|bundle|onnxruntime|context")
+    refused(
+        engine, damaged, "damaged|not a prompt cache|version|bundle|onnxruntime|processor|context"
+    )
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.01, 0.03, 0.5, 0.999])
@@ -253,9 +255,15 @@ CRAFTED = {
     "token outside": (lambda h: None, "outside the vocabulary"),
     "negative token": (lambda h: None, "outside the vocabulary"),
     "not a number": (lambda h: None, "not finite"),
-    "version": (lambda h: h["__metadata__"].update(format_version="2"), "format version '2'"),
+    "version": (lambda h: h["__metadata__"].update(format_version="1"), "format version '1'"),
     "bundle": (lambda h: h["__metadata__"].update(bundle="0" * 64), "another bundle"),
     "onnxruntime": (lambda h: h["__metadata__"].update(onnxruntime="1.0"), "onnxruntime '1.0'"),
+    "processor": (lambda h: h["__metadata__"].update(processor="x86_64 486"), "another processor"),
+    "no course": (lambda h: h["__metadata__"].pop("run_as_prompt"), "how its tokens were run"),
+    "long course": (
+        lambda h: h["__metadata__"].update(run_as_prompt="21 of 30 tokens"),
+        "tells of more tokens",
+    ),
     "no tokens": (lambda h: h["tokens"].update(shape=[0]), "no tokens"),
     "true tokens": (lambda h: h["tokens"].update(shape=[True]), "no tokens"),
     "half a token": (lambda h: h["tokens"].update(shape=[20.5]), "no tokens"),
