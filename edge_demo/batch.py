@@ -15,19 +15,24 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from edge_demo.answer import Generation, Writer
 from edge_demo.batch_items import Item
 from edge_demo.bundle import Bundle
 from edge_demo.engine import CandidateEngine, Engine, common_prefix
-from edge_demo.errors import RequestError
-from edge_demo.generator import Generation
+from edge_demo.errors import NotFiniteError, RequestError
+from edge_demo.generator import candidates_suffice
 from edge_demo.kv_cache import Snapshot
 from edge_demo.rows import Rows
-from edge_demo.sampling import Candidates, Sampler
-from edge_demo.tokenizer import TextStream, Tokenizer
+from edge_demo.sampling import Candidates
+from edge_demo.tokenizer import Tokenizer
 
 # Products of 4-bit weights take rows by fours, twos and ones, and round otherwise in each: of
 # other numbers of rows, the last ones would get other texts than the first.
 SIZES = (1, 2, 4, 8, 16, 32, 64)
+
+
+# what a prompt gets: a text, or why there is none
+Answer = Generation | RequestError | NotFiniteError
 
 
 @dataclasses.dataclass
@@ -35,9 +40,8 @@ class _Text:
     """A row's text as it grows."""
 
     item: Item
-    sampler: Sampler
     generation: Generation
-    stream: TextStream
+    writer: Writer
     start: float
 
 
@@ -73,13 +77,13 @@ class BatchRunner:
             raise RequestError(f"the batch size must be one of {sizes}; found {rows:,}")
         self._tokenizer = tokenizer
         rows = min(rows, next((size for size in SIZES if size >= len(items)), rows))
-        few = all(0 < item.sampler().reach <= bundle.num_candidates for item in items)
+        few = all(candidates_suffice(bundle, item.sampler(), tokenizer) for item in items)
         self._engine = (CandidateEngine if few else Engine)(bundle, threads, texts=1 + rows)
         self._rows = Rows(self._engine, rows)
         self.shared = _beginning_of_all(tokenizer, items, bundle.context_length)
         self._beginning: Snapshot | None = None
 
-    def run(self, items: Sequence[Item]) -> Iterator[tuple[Item, Generation | RequestError]]:
+    def run(self, items: Sequence[Item]) -> Iterator[tuple[Item, Answer]]:
         """Answer some of the prompts.
 
         Args:
@@ -103,22 +107,22 @@ class BatchRunner:
                 except RequestError as error:
                     yield item, error
                     continue
-                if self._goes_on(text, logits):
+                if (answer := self._go_on(text, logits)) is None:
                     texts[free[-1]] = text
                     self._rows.put(free.pop(), self._engine.snapshot())
                 else:
-                    yield item, text.generation
+                    yield item, answer
             if texts:
                 found = self._rows.decode({r: t.generation.ids[-1] for r, t in texts.items()})
                 for row, logits in found.items():
-                    if not self._goes_on(texts[row], logits):
-                        yield texts[row].item, texts.pop(row).generation
+                    if (answer := self._go_on(texts[row], logits)) is not None:
+                        yield texts.pop(row).item, answer
                         free.append(row)
 
     def _begin(self, item: Item) -> tuple[_Text, np.ndarray | Candidates]:
         """Run a prompt on the engine alone."""
         start = time.perf_counter()
-        ids = self._tokenizer.encode(item.prompt)
+        ids = item.encode(self._tokenizer)
         self._engine.rewind(0)
         self._engine.admit(ids)
         if self._beginning is None and self.shared:
@@ -128,28 +132,33 @@ class BatchRunner:
             self._engine.restore(self._beginning)
         generation = Generation(ids, reused_tokens=len(self.shared))
         logits = self._engine.prefill(ids[len(self.shared) :])
-        stream = TextStream(self._tokenizer)
-        return _Text(item, item.sampler(), generation, stream, start), logits
+        context = self._engine.context_length
+        writer = Writer(
+            generation, self._tokenizer, item.sampler(), item.max_tokens, context, item.stop
+        )
+        return _Text(item, generation, writer, start), logits
 
-    def _goes_on(self, text: _Text, logits: np.ndarray | Candidates) -> bool:
-        """Choose the next token; whether there is one more to come."""
+    def _go_on(self, text: _Text, logits: np.ndarray | Candidates) -> Answer | None:
+        """Choose the next token; what the prompt gets, or `None` while there is more to come."""
         out = text.generation
-        token = text.sampler.pick(logits)
+        try:
+            text.writer.add(logits)
+        except NotFiniteError as error:
+            return error
         now = time.perf_counter() - text.start
         out.prefill_s = out.prefill_s or now
         out.decode_s = now - out.prefill_s
-        out.take(token, text.stream, text.item.max_tokens, self._engine.context_length)
         if out.finish_reason == "interrupted":
-            return True
-        out.text += text.stream.flush()
-        return False
+            return None
+        text.writer.finish()
+        return out
 
 
 def _beginning_of_all(tokenizer: Tokenizer, items: Sequence[Item], longest: int) -> list[int]:
     """The tokens that all prompts begin with, of those that fit; each has at least one more."""
     shared: list[int] | None = None
     for item in items:
-        ids = tokenizer.encode(item.prompt)
+        ids = item.encode(tokenizer)
         if len(ids) <= longest:
             shared = ids if shared is None else shared[: common_prefix(shared, ids)]
             shared = shared[: len(ids) - 1]

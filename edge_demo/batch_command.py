@@ -8,21 +8,21 @@ import os
 import time
 from typing import Any
 
-from edge_demo.batch import BatchRunner
+from edge_demo.answer import Generation
+from edge_demo.answering import open_tokenizer, sampler_settings, stop_texts
+from edge_demo.batch import Answer, BatchRunner
 from edge_demo.batch_items import Item, read_items
 from edge_demo.batch_results import Results
 from edge_demo.bundle import Bundle
 from edge_demo.errors import RequestError
-from edge_demo.generator import Generation
 from edge_demo.rooms import peak_rss_bytes
 from edge_demo.terminal import Progress, megabytes, note
-from edge_demo.tokenizer import Tokenizer
 
 _ROWS = 4
 
 
-def _result(item: Item, answer: Generation | RequestError) -> dict[str, Any]:
-    if isinstance(answer, RequestError):
+def _result(item: Item, answer: Answer) -> dict[str, Any]:
+    if not isinstance(answer, Generation):
         return {"id": item.id, "error": str(answer)}
     return {
         "id": item.id,
@@ -37,19 +37,25 @@ def run_batch(arguments: argparse.Namespace) -> int:
     """Continue all prompts of a file; exit status 1 if some of them could not be."""
     if arguments.out is None:
         raise RequestError("--batch needs --out FILE for its results")
+    settings = sampler_settings(arguments)
+    settings["seed"] = arguments.seed or 0
     defaults = Item(
-        0, None, "", arguments.max_tokens, arguments.temperature, arguments.top_k,
-        arguments.top_p, arguments.seed or 0,
-    )  # fmt: skip
+        index=0,
+        id=None,
+        prompt="",
+        max_tokens=arguments.max_tokens,
+        stop=stop_texts(arguments),
+        **settings,
+    )
     defaults.sampler()  # refuses options out of range
-    items = read_items(arguments.batch, defaults)
+    bundle = Bundle.open(arguments.bundle)
+    items = read_items(arguments.batch, defaults, tuned=bundle.tokenizer.chat is not None)
     if os.path.exists(arguments.out) and os.path.samefile(arguments.batch, arguments.out):
         raise RequestError(f"{arguments.out} holds the prompts; choose another --out")
     start = time.perf_counter()
-    bundle = Bundle.open(arguments.bundle)
     rows = arguments.batch_size or _ROWS
     # before the results are touched: what is refused must not cost those of an earlier run
-    runner = BatchRunner(bundle, Tokenizer(bundle), items, rows, arguments.threads)
+    runner = BatchRunner(bundle, open_tokenizer(bundle), items, rows, arguments.threads)
     keys = [item.key(bundle.fingerprint) for item in items]
     tokens = interrupted = 0
     with Results(arguments.out, keys, arguments.overwrite) as results:
@@ -61,7 +67,7 @@ def run_batch(arguments: argparse.Namespace) -> int:
             progress = Progress("prompt")
             for done, (item, answer) in enumerate(runner.run(rest), start=1):
                 results.add(item.index, _result(item, answer))
-                tokens += 0 if isinstance(answer, RequestError) else len(answer.ids)
+                tokens += len(answer.ids) if isinstance(answer, Generation) else 0
                 progress(done, len(rest))
         except KeyboardInterrupt:
             interrupted = 1

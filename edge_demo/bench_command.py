@@ -8,7 +8,8 @@ import io
 import json
 from typing import TYPE_CHECKING, Any
 
-from edge_demo.errors import RequestError
+from edge_demo.errors import RequestError, brief
+from edge_demo.options import TOO_MANY
 
 if TYPE_CHECKING:
     from edge_demo.bench import BenchReport
@@ -56,15 +57,19 @@ def _counts(text: str) -> list[int]:
         values = [int(part) for part in text.split(",")]
     except ValueError:
         values = [-1]
-    if min(values) < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number, or numbers with commas")
+    if min(values) < 0 or max(values) >= TOO_MANY:
+        raise argparse.ArgumentTypeError(
+            f"{brief(text, 80)!r} is not a number, or numbers with commas"
+        )
     return list(dict.fromkeys(values))
 
 
 def _repeats(text: str) -> int:
-    value = int(text) if text.isascii() and text.isdigit() else 0
+    value = int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0
     if not 1 <= value <= _MOST_REPEATS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to {_MOST_REPEATS:,}")
+        raise argparse.ArgumentTypeError(
+            f"{brief(text, 80)!r} is not a number from 1 to {_MOST_REPEATS:,}"
+        )
     return value
 
 

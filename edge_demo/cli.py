@@ -6,15 +6,15 @@ Nothing heavy is imported before it is known that it will be used, so `--help` i
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import io
 import os
+import platform
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from edge_demo import bench_command, commands, huge_pages
-from edge_demo.errors import EdgeError, RequestError
+from edge_demo import bench_command, chat_command, commands, generate_command, huge_pages, options
+from edge_demo.errors import EdgeError, RequestError, brief
 from edge_demo.terminal import complain
 
 
@@ -90,12 +90,31 @@ class _Parser(argparse.ArgumentParser):
     """Complains in one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {' '.join(message.split())}; see {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: {brief(message)}; see {self.prog} --help\n")
+
+
+class _Version(argparse.Action):
+    """Looks the versions up when they are asked for, and not before."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from importlib.metadata import PackageNotFoundError, version
+
+        found = []
+        for name in ("gemma-keras", "onnxruntime"):
+            try:
+                found.append(version(name))
+            except PackageNotFoundError:
+                found.append("of unknown version")
+        print(f"edge-demo {found[0]} (onnxruntime {found[1]}, Python {platform.python_version()})")
+        parser.exit()
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="edge-demo", description="Run a Gemma bundle on this device, with onnxruntime."
+    )
+    parser.add_argument(
+        "--version", action=_Version, nargs=0, help="show the version and what it runs on"
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -110,154 +129,47 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    def engine_options(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument(
-            "--threads",
-            type=_positive,
-            metavar="N",
-            help="threads for an operator (default: cores)",
-        )
-        force_option(sub)
-
-    def force_option(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument(
-            "--force", action="store_true", help="run even what seems not to fit into memory"
-        )
-
-    def sampling_options(sub: argparse.ArgumentParser, defaults: Sampling) -> None:
-        group = sub.add_argument_group("sampling")
-        group.add_argument(
-            "--max-tokens",
-            type=_positive,
-            default=defaults.max_tokens,
-            metavar="N",
-            help="the most tokens to generate (default: %(default)s)",
-        )
-        group.add_argument(
-            "--temperature",
-            type=float,
-            default=defaults.temperature,
-            metavar="T",
-            help="0 is greedy (default: %(default)s)",
-        )
-        group.add_argument(
-            "--top-k",
-            type=int,
-            default=defaults.top_k,
-            metavar="K",
-            help="choose among the K most likely; 0 is all (default: %(default)s)",
-        )
-        group.add_argument(
-            "--top-p",
-            type=float,
-            default=defaults.top_p,
-            metavar="P",
-            help="choose among the most likely that together have probability P "
-            "(default: %(default)s)",
-        )
-        group.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
-        guesses = sub.add_argument_group(
-            "guesses", "tokens guessed ahead and run at once: answers of the same probability"
-        ).add_mutually_exclusive_group()
-        guesses.add_argument(
-            "--lookup",
-            action="store_true",
-            help="look up how the text went on before: sooner where an answer repeats its prompt "
-            "or itself",
-        )
-        guesses.add_argument(
-            "--draft", metavar="BUNDLE", help="ask a smaller model with the same tokenizer"
-        )
-
-    def prompt_cache_options(sub: argparse.ArgumentParser, what: str) -> None:
-        sub.add_argument(
-            "--prompt-cache",
-            metavar="FILE",
-            help=f"keep the keys and values of {what} in FILE, and begin with those that are there",
-        )
-        sub.add_argument(
-            "--prompt-cache-ro",
-            action="store_true",
-            help="use the prompt cache, and do not write it",
-        )
-
-    sub = command("generate", commands.run_generate, "Continue a prompt.")
-    sub.add_argument("--prompt", metavar="TEXT", help="what to continue (default: read stdin)")
-    engine_options(sub)
-    sampling_options(sub, Sampling(128, 0.0, 0, 1.0))
-    prompt_cache_options(sub, "the prompt")
-    group = sub.add_argument_group("many prompts")
-    group.add_argument(
-        "--batch",
-        metavar="FILE",
-        help='prompts, one JSON object a line: {"prompt": TEXT}, and if wanted "id", "max_tokens", '
-        '"temperature", "top_k", "top_p", "seed"',
+    sub = command("generate", generate_command.run, "Continue a prompt.")
+    sub.add_argument(
+        "-p", "--prompt", metavar="TEXT", help="what to continue (default: read stdin)"
     )
-    group.add_argument(
-        "--out",
-        metavar="FILE",
-        help="where their answers go, one JSON object a line, in the same order; the same command "
-        "again goes on after those that are there",
-    )
-    group.add_argument(
-        "--overwrite", action="store_true", help="begin anew, whatever --out has already"
-    )
-    group.add_argument(
-        "--batch-size",
-        type=_positive,
-        metavar="N",
-        help="how many are decoded at once: 1, 2, 4, 8, 16, 32 or 64 (default: 4)",
-    )
+    options.add_engine(sub)
+    options.add_sampling(sub, options.Sampling(128, 0.0, 0, 1.0))
+    options.add_prompt_cache(sub, "the prompt")
+    options.add_batch(sub)
 
     sub = command(
-        "chat", commands.run_chat, "Talk in turns, or, with a base model, continue text in turns."
+        "chat", chat_command.run, "Talk in turns, or, with a base model, continue text in turns."
     )
-    sub.add_argument(
-        "--system",
-        metavar="TEXT",
-        default="",
-        help="what an instruction-tuned model is told before the first message",
-    )
-    engine_options(sub)
-    sampling_options(sub, Sampling(512, 1.0, 64, 0.95))
-    prompt_cache_options(sub, "the --system text, or of the first message without one,")
+    chat_command.add_options(sub)
+    options.add_engine(sub)
+    options.add_sampling(sub, options.Sampling(512, 1.0, 64, 0.95))
+    options.add_prompt_cache(sub, "the --system text, or of the first message without one,")
 
     sub = command(
         "bench", bench_command.run, "Measure prefill, decode, load time and memory, in a table."
     )
     bench_command.add_options(sub)
-    force_option(sub)
-
-    def window_options(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument(
-            "--length",
-            type=_positive,
-            metavar="N",
-            help="tokens in a window, the beginning-of-sequence token included (default: "
-            f"{commands.WINDOW})",
-        )
-        sub.add_argument(
-            "--windows", type=_positive, metavar="N", help="stop after as many windows"
-        )
+    options.add_force(sub)
 
     sub = command(
         "score", commands.run_score, "Perplexity of a text, by windows, or accuracy on HellaSwag."
     )
-    engine_options(sub)
+    options.add_engine(sub)
     what = sub.add_mutually_exclusive_group(required=True)
     what.add_argument("--text", metavar="FILE", help="UTF-8 text")
     what.add_argument(
         "--hellaswag", metavar="FILE", help="HellaSwag tasks as text, six lines a task"
     )
-    window_options(sub)
+    options.add_windows(sub)
     sub.add_argument(
         "--stride",
-        type=_positive,
+        type=options.positive,
         metavar="N",
         help="tokens from one window to the next (default: half the length)",
     )
     sub.add_argument(
-        "--tasks", type=_positive, metavar="N", help="stop after as many HellaSwag tasks"
+        "--tasks", type=options.positive, metavar="N", help="stop after as many HellaSwag tasks"
     )
 
     sub = command(
@@ -266,9 +178,9 @@ def _parser() -> argparse.ArgumentParser:
         "How far a bundle's predictions are from a reference's: KL divergence, perplexities.",
         ("reference", "the bundle to compare with, usually exported as fp32"),
     )
-    engine_options(sub)
+    options.add_engine(sub)
     sub.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text")
-    window_options(sub)
+    options.add_windows(sub)
 
     sub = command("inspect", commands.run_inspect, "Show what a bundle holds.")
     sub.add_argument("--verify", action="store_true", help="compare every file with its SHA-256")
@@ -279,26 +191,6 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="print one JSON object, for programs")
     sub.set_defaults(run=_run_doctor)
     return parser
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """A command's sampling defaults."""
-
-    max_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-
-
-def _positive(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return value
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from edge_demo.bundle import Bundle
-from edge_demo.errors import RequestError
+from edge_demo.errors import NotFiniteError, RequestError
 from edge_demo.score import kl_divergence, token_log_probabilities
 
 QUANTILES = (0.5, 0.9, 0.95, 0.99, 0.999, 1.0)
@@ -141,6 +141,7 @@ def compare(
 
     Raises:
         RequestError: the text fills no window, or the length does not fit.
+        NotFiniteError: a logit of one of them is NaN or infinity.
     """
     everyone = [reference, *engines]
     context = min(one.context_length for one in everyone)
@@ -194,6 +195,9 @@ class _Table:
     def put(
         self, window: int, first: int, p: np.ndarray, q: np.ndarray, targets: Sequence[int]
     ) -> None:
+        for logits, whose in ((p, "the reference"), (q, "the bundle")):
+            if not np.isfinite(logits).all():
+                raise NotFiniteError(whose)
         here = window, slice(first, first + len(p))
         self._nll_reference[here] = -token_log_probabilities(p, targets)
         self._nll[here] = -token_log_probabilities(q, targets)
@@ -244,7 +248,8 @@ def _mean(values: np.ndarray) -> Estimate:
 
 def _exponential(estimate: Estimate) -> Estimate:
     """Of an estimate, with the error carried along to first order."""
-    value = float(np.exp(estimate.value))
+    with np.errstate(over="ignore"):
+        value = float(np.exp(estimate.value))
     return Estimate(value, value * estimate.error)
 
 

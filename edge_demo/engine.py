@@ -12,7 +12,7 @@ import onnxruntime as ort
 from edge_demo import float_prompts, memory, sessions
 from edge_demo.bundle import Bundle
 from edge_demo.embedding import EmbeddingTable
-from edge_demo.errors import BundleError, EdgeError, RequestError
+from edge_demo.errors import BundleError, EdgeError, RequestError, brief
 from edge_demo.kv_cache import KVCache, Snapshot
 from edge_demo.manifest import GraphSpec, TensorSpec
 from edge_demo.sampling import Candidates
@@ -55,7 +55,9 @@ class TokenRunner:
         texts: int = 1,
     ) -> None:
         if threads is not None and not 1 <= threads <= _MOST_THREADS:
-            raise RequestError(f"threads must be 1 to {_MOST_THREADS:,}, not {threads:,}")
+            raise RequestError(
+                f"threads must be 1 to {_MOST_THREADS:,}, not {brief(f'{threads:,}')}"
+            )
         bundle.verify()
         self._prefill_chunk, in_float = memory.admit(bundle, graph, texts)
         self.bundle = bundle

@@ -1,15 +1,55 @@
 """What can go wrong on the device, as one sentence each."""
 
+from __future__ import annotations
+
+import os
+
+_LONGEST_VALUE = 200
+LONGEST_MESSAGE = 600
+
+
+def brief(value: object, most: int = _LONGEST_VALUE) -> str:
+    """A value that somebody gave, on one line and cut in its middle, to be part of a message."""
+    text = " ".join(str(value).split())
+    if len(text) <= most:
+        return text
+    end = most // 3
+    return f"{text[: most - end]}…{text[-end:]}"
+
+
+def sentence(error: object) -> str:
+    """What an error says, without the number that Python gives the system's errors."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    if isinstance(error.filename, str | bytes):
+        return f"{brief(os.fsdecode(error.filename))}: {error.strerror}"
+    return error.strerror
+
 
 class EdgeError(Exception):
     """Something failed for a reason worth one sentence; commands end with exit status 1.
 
     Args:
-        message: the sentence; line breaks in it, which other libraries make, become spaces.
+        message: the sentence; line breaks in it, which other libraries make, become spaces. What is
+            too long for people is cut in its middle.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(line.strip() for line in message.splitlines()))
+        super().__init__(brief(message, LONGEST_MESSAGE))
+
+
+class NotFiniteError(EdgeError):
+    """A model's logits are no finite numbers, so nothing can be chosen or measured by them.
+
+    Args:
+        whose: they are, such as `the draft`.
+    """
+
+    def __init__(self, whose: str = "the model") -> None:
+        super().__init__(
+            f"{whose} gave logits that are not finite (NaN or infinity): its weights are damaged "
+            "or overflow; export the bundle again, or with another recipe"
+        )
 
 
 class RequestError(EdgeError):

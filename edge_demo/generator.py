@@ -2,90 +2,44 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
+from edge_demo.answer import Generation, Writer
 from edge_demo.bundle import Bundle
 from edge_demo.engine import CandidateEngine, Engine, OnProgress, common_prefix
 from edge_demo.errors import RequestError
 from edge_demo.sampling import Sampler
 from edge_demo.speculate import Drafter, Speculator
-from edge_demo.tokenizer import TextStream, Tokenizer
-
-FinishReason = Literal["stop", "length", "context", "interrupted"]
-
-
-@dataclasses.dataclass
-class Generation:
-    """One answer, filled in as it grows.
-
-    Attributes:
-        prompt_ids: what it continues.
-        ids: the tokens generated so far, the stop token not among them.
-        text: their text.
-        finish_reason: a stop token came, `max_tokens` was reached, or the context was full;
-            `interrupted` until then.
-        reused_tokens: tokens of the prompt that an earlier answer had left in the engine.
-        prefill_s: from the start to the first token.
-        decode_s: from the first token to the last, without the time that the reader of the text
-            takes.
-    """
-
-    prompt_ids: list[int]
-    ids: list[int] = dataclasses.field(default_factory=list)
-    text: str = ""
-    finish_reason: FinishReason = "interrupted"
-    reused_tokens: int = 0
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-
-    def take(self, token: int, text: TextStream, max_tokens: int, context: int) -> str:
-        """Add the next token, unless it ends the answer.
-
-        Args:
-            token: as it was chosen.
-            text: turns tokens into text.
-            max_tokens: the most there may be.
-            context: how many tokens an engine can hold, which need not hold the last one.
-
-        Returns:
-            The text that has become certain, which may be empty. `finish_reason` is `interrupted`
-            as long as there is more to come.
-        """
-        piece = ""
-        if token in text.tokenizer.spec.stop:
-            self.finish_reason = "stop"
-        else:
-            self.ids.append(token)
-            piece = text.push(token)
-            if len(self.ids) >= max_tokens:
-                self.finish_reason = "length"
-            elif len(self.prompt_ids) + len(self.ids) > context:
-                self.finish_reason = "context"
-        self.text += piece
-        return piece
-
-    @property
-    def prefill_tokens_per_s(self) -> float | None:
-        """Prompt tokens computed a second."""
-        computed = len(self.prompt_ids) - self.reused_tokens
-        return computed / self.prefill_s if self.prefill_s else None
-
-    @property
-    def decode_tokens_per_s(self) -> float | None:
-        """Tokens a second after the first; `None` while there is no second."""
-        return (len(self.ids) - 1) / self.decode_s if self.decode_s and len(self.ids) > 1 else None
+from edge_demo.stop_texts import check_stop_texts
+from edge_demo.tokenizer import Tokenizer
 
 
 def engine_for(
-    bundle: Bundle, sampler: Sampler, threads: int | None = None
+    bundle: Bundle,
+    sampler: Sampler,
+    threads: int | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Engine | CandidateEngine:
-    """The engine that does least for a sampler; errors as `Engine`."""
-    if 0 < sampler.reach <= bundle.num_candidates:
-        return CandidateEngine(bundle, threads)
-    return Engine(bundle, threads)
+    """The engine that does least for a sampler; errors as `Engine`.
+
+    Args:
+        bundle: opened.
+        sampler: that will choose.
+        threads: as of `Engine`.
+        tokenizer: of the same bundle, where ids without a piece are not to be chosen.
+    """
+    few = candidates_suffice(bundle, sampler, tokenizer)
+    return (CandidateEngine if few else Engine)(bundle, threads)
+
+
+def candidates_suffice(
+    bundle: Bundle, sampler: Sampler, tokenizer: Tokenizer | None = None
+) -> bool:
+    """Whether what a sampler chooses among is always among the bundle's candidates."""
+    pieces = bundle.vocabulary_size if tokenizer is None else tokenizer.num_pieces
+    without = bundle.vocabulary_size - pieces  # all of which may be likelier
+    return 0 < sampler.reach <= bundle.num_candidates - without
 
 
 class Generator:
@@ -127,6 +81,7 @@ class Generator:
         generation: Generation | None = None,
         drafter: Drafter | None = None,
         on_prefill: OnProgress | None = None,
+        stop: Sequence[str] = (),
     ) -> Iterator[str]:
         """Yield the answer's text as it comes; pieces may be empty.
 
@@ -138,14 +93,18 @@ class Generator:
             drafter: guesses tokens ahead; the text is the same up to rounding, and comes faster
                 if it guesses well; see `edge_demo.speculate`.
             on_prefill: told, after each chunk of the prompt, the tokens run and those in all.
+            stop: texts that end the answer and are not part of it.
 
         Raises:
-            RequestError: the prompt is empty or does not fit the context.
+            RequestError: the prompt is empty or does not fit the context, or `stop` is as
+                `check_stop_texts` refuses it.
+            NotFiniteError: the model's logits are NaN or infinite.
         """
         if max_tokens < 1:
             raise RequestError(
                 f"the number of tokens to generate must be positive, not {max_tokens}"
             )
+        stop = check_stop_texts(stop)
         out = generation or Generation(list(prompt_ids))
         start = time.perf_counter()
         # the last token has to give its logits
@@ -153,16 +112,16 @@ class Generator:
         out.reused_tokens = reused
         logits = self.engine.prefill(list(prompt_ids)[reused:], on_prefill)
         since = start
-        text = TextStream(self.tokenizer)
+        context = self.engine.context_length
+        writer = Writer(out, self.tokenizer, sampler, max_tokens, context, stop)
         ahead = Speculator(self.engine, drafter, prompt_ids)
         try:
             while True:
-                token = sampler.pick(logits)
+                piece = writer.add(logits)
                 now = time.perf_counter()
                 if not out.prefill_s:
                     out.prefill_s = now - start
-                piece = out.take(token, text, max_tokens, self.engine.context_length)
-                if out.finish_reason == "stop":
+                if piece is None:
                     break
                 if len(out.ids) > 1:
                     out.decode_s += now - since
@@ -170,12 +129,10 @@ class Generator:
                 since = time.perf_counter()  # what a reader does with a piece is its own time
                 if out.finish_reason != "interrupted":
                     break
-                logits = ahead.decode(token)
+                logits = ahead.decode(out.ids[-1])
         finally:
             ahead.settle()
-        rest = text.flush()
-        out.text += rest
-        yield rest
+        yield writer.finish()
 
     def generate(
         self,
@@ -183,9 +140,10 @@ class Generator:
         sampler: Sampler,
         max_tokens: int,
         drafter: Drafter | None = None,
+        stop: Sequence[str] = (),
     ) -> Generation:
         """The whole answer at once; arguments and errors as `stream`."""
         generation = Generation(list(prompt_ids))
-        for _ in self.stream(prompt_ids, sampler, max_tokens, generation, drafter):
+        for _ in self.stream(prompt_ids, sampler, max_tokens, generation, drafter, stop=stop):
             pass
         return generation

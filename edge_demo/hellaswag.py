@@ -120,6 +120,7 @@ def hellaswag(
 
     Raises:
         RequestError: a task does not fit the context.
+        NotFiniteError: as `edge_demo.score.token_log_probabilities`.
     """
     engine.rewind(0)
     correct = 0

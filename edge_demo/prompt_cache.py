@@ -25,7 +25,7 @@ import onnxruntime as ort
 
 from edge_demo.durable import write_whole
 from edge_demo.engine import TokenRunner
-from edge_demo.errors import EdgeError, RequestError
+from edge_demo.errors import EdgeError, RequestError, brief
 from edge_demo.kv_cache import Snapshot
 
 FORMAT = "gemma-keras-prompt-cache"
@@ -66,7 +66,8 @@ class PromptCache:
             with self.path.open("rb") as file:
                 found = file.read(_LENGTH + len(_BEGINNING))
         except (OSError, ValueError) as error:
-            raise RequestError(f"the prompt cache {self.path} cannot be read: {error}") from error
+            why = getattr(error, "strerror", None) or error
+            raise RequestError(f"the prompt cache {brief(path)} cannot be read: {why}") from error
         if found and found[_LENGTH:] != _BEGINNING:
             raise RequestError(
                 f"{self.path} is not a prompt cache, so it is not overwritten; choose another "

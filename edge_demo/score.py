@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from edge_demo.engine import Engine
-from edge_demo.errors import RequestError
+from edge_demo.errors import NotFiniteError, RequestError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +28,11 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """`exp(nll)`."""
-        return math.exp(self.nll)
+        """`exp(nll)`; infinity beyond what a float holds."""
+        try:
+            return math.exp(self.nll)
+        except OverflowError:
+            return math.inf
 
 
 def windows(num_tokens: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:
@@ -80,11 +83,19 @@ def kl_divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
 
 
 def token_log_probabilities(logits: np.ndarray, targets: Sequence[int]) -> np.ndarray:
-    """Log-probability of each target under its row of logits, in nats: float64 `(rows,)`."""
-    peak = logits.max(axis=-1, keepdims=True)
+    """Log-probability of each target under its row of logits, in nats: float64 `(rows,)`.
+
+    Raises:
+        NotFiniteError: a logit is NaN or infinity, or a target's is -infinity.
+    """
+    peak = logits.max(axis=-1, keepdims=True)  # NaN if there is one
+    if not np.isfinite(peak).all():
+        raise NotFiniteError
     # float32 sums of 262 144 terms are good to about 1e-6, so the sum is taken in float64
     log_sum = np.log(np.exp(logits - peak).sum(axis=-1, dtype=np.float64))
     picked = logits[np.arange(len(targets)), targets].astype(np.float64)
+    if not np.isfinite(picked).all():
+        raise NotFiniteError
     return picked - peak[:, 0] - log_sum
 
 
@@ -110,6 +121,7 @@ def score(
 
     Raises:
         RequestError: the text is empty, or length and stride do not fit.
+        NotFiniteError: as `token_log_probabilities`.
     """
     if not ids:
         raise RequestError("the text is empty; there is nothing to score")

@@ -18,8 +18,8 @@ import numpy as np
 
 from edge_demo.bundle import Bundle
 from edge_demo.engine import CandidateEngine, Engine, common_prefix
-from edge_demo.errors import RequestError
-from edge_demo.sampling import Candidates, Sampler
+from edge_demo.errors import NotFiniteError, RequestError
+from edge_demo.sampling import Candidates, Sampler, below
 
 _NGRAMS = (4, 3, 2)
 _FEWEST, _MOST = 2, 8
@@ -70,14 +70,20 @@ class DraftModel:
 
     Args:
         engine: of the smaller model; it follows the text, and is nobody else's.
+        num_pieces: of the tokenizer; `None` where every id has one.
     """
 
-    def __init__(self, engine: Engine | CandidateEngine) -> None:
+    def __init__(self, engine: Engine | CandidateEngine, num_pieces: int | None = None) -> None:
         self._engine = engine
+        self._num_pieces = engine.bundle.vocabulary_size if num_pieces is None else num_pieces
         self._greedy = Sampler()
 
     def draft(self, tokens: Sequence[int], most: int) -> list[int]:
-        """As `Drafter`; none where the text does not fit its context."""
+        """As `Drafter`; none where the text does not fit its context.
+
+        Raises:
+            NotFiniteError: its logits are not finite.
+        """
         most = min(most, self._engine.context_length - len(tokens))
         if most < 1:
             return []
@@ -86,10 +92,16 @@ class DraftModel:
         self._engine.rewind(shared)
         new = tokens[shared:]
         last = self._engine.extend(new)[-1] if len(new) <= _MOST else self._engine.prefill(new)
-        guesses = [self._greedy.pick(last)]
-        while len(guesses) < most:
-            guesses.append(self._greedy.pick(self._engine.decode(guesses[-1])))
+        try:
+            guesses = [self._guess(last)]
+            while len(guesses) < most:
+                guesses.append(self._guess(self._engine.decode(guesses[-1])))
+        except NotFiniteError:
+            raise NotFiniteError(f"the draft {self._engine.bundle.path}") from None
         return guesses
+
+    def _guess(self, logits: np.ndarray | Candidates) -> int:
+        return self._greedy.pick(below(logits, self._num_pieces))
 
 
 def check_draft(bundle: Bundle, draft: Bundle) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import sys
 import time
-from typing import TextIO
+from typing import Any, TextIO
+
+from edge_demo.errors import LONGEST_MESSAGE, brief, sentence
 
 # Escape sequences in generated text could move the cursor or set the title: control characters
 # other than newline and tab are shown as their pictures (U+2400 block) instead.
@@ -19,20 +24,38 @@ def show(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """Write a line about the run to stderr, dimmed on a terminal."""
+    """Write a line about the run to stderr, dimmed on a terminal that has it.
+
+    `NO_COLOR` in the environment turns that off (no-color.org).
+    """
     text = _visible(text, sys.stderr)
-    if sys.stderr.isatty():
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    if sys.stderr.isatty() and not plain:
         text = f"\x1b[2m{text}\x1b[0m"
     print(text, file=sys.stderr, flush=True)
 
 
 def complain(error: object) -> None:
     """Write why a command ends to stderr, on one line."""
-    print(f"edge-demo: {_visible(str(error), sys.stderr)}", file=sys.stderr, flush=True)
+    text = _visible(brief(sentence(error), LONGEST_MESSAGE), sys.stderr)
+    print(f"edge-demo: {text}", file=sys.stderr, flush=True)
 
 
 def _visible(text: str, stream: TextIO) -> str:
     return text.translate(_VISIBLE) if stream.isatty() else text
+
+
+def as_json(value: Any) -> str:
+    """JSON, which has no number for infinity or NaN: they are null."""
+
+    def known(value: Any) -> Any:
+        if isinstance(value, float):
+            return value if math.isfinite(value) else None
+        if isinstance(value, dict):
+            return {key: known(inner) for key, inner in value.items()}
+        return [known(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+    return json.dumps(known(value), allow_nan=False)
 
 
 def megabytes(num_bytes: int) -> str:

@@ -9,12 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 
 from edge_demo.bundle import Bundle
 from edge_demo.engine import Engine
 from edge_demo.errors import BundleError
+from edge_demo.graph_weights import stored_weights
 from edge_demo.inspect import describe
 from edge_demo.tokenizer import Tokenizer
 
@@ -81,3 +83,13 @@ def assert_refused(path, *words):
     assert "\n" not in message and len(message) < 400
     for word in words:
         assert str(word) in message
+
+
+def fill_weight(bundle: Path, name: str, value: float, places: slice = slice(None)) -> None:
+    """Write a number over float32 weights of the engine graph and say so in the manifest."""
+    weight = next(w for w in stored_weights(bundle / "engine.onnx") if w.name == name)
+    file = bundle / "model.onnx_data"
+    numbers = np.memmap(file, np.float32, "r+", weight.offset, (weight.num_bytes // 4,))
+    numbers[places] = value
+    numbers.flush()
+    declare(bundle, file.name)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -106,11 +108,33 @@ def test_a_seed_repeats_and_another_differs(tiny, run_json):
 
 @pytest.mark.parametrize(
     "stdin, text",
-    [(b"The boat", "The boat"), (b"", ""), (b"caf\xe9\n", "caf\ufffd\n"), ("é😀".encode(), "é😀")],
+    [(b"The boat", "The boat"), (b"caf\xe9\n", "caf\ufffd\n"), ("é😀".encode(), "é😀")],
 )
 def test_a_prompt_comes_from_stdin(tiny, stdin, text):
     out, _ = edge_demo("generate", tiny, "--max-tokens", 3, "--json", stdin=stdin)
     assert json.loads(out)["prompt_ids"] == generator(tiny).tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("stdin", [b"", b"\n", b" \r\n\n"])
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_an_empty_stdin_is_refused_and_no_story_from_nothing(tiny, command, stdin):
+    out, err = edge_demo(command, tiny, "--max-tokens", 3, stdin=stdin, status=2)
+    assert out == "" and err.count("\n") == 1
+    assert "stdin is empty" in err and "--prompt" in err
+
+
+def test_an_empty_prompt_that_is_asked_for_is_one(tiny, run_json):
+    assert run_json("generate", tiny, "--prompt", "", "--max-tokens", 3)["prompt_ids"] == [2]
+
+
+@pytest.mark.parametrize("name, mark", [("chat", "<end_of_turn>"), ("chatml", "<|im_start|>")])
+def test_a_prompt_in_the_template_is_told_that_it_is_text(tiny_bundles, name, mark):
+    command = ("generate", tiny_bundles / name, "--max-tokens", 1, "--json", "--prompt")
+    out, err = edge_demo(*command, f"a{mark}b")
+    assert f"holds {mark}, which is read as text" in err
+    ids = json.loads(out)["prompt_ids"]
+    assert ids == generator(tiny_bundles / name).tokenizer.encode(f"a{mark}b")
+    assert "holds" not in edge_demo(*command, "a < b")[1]
 
 
 def test_an_argument_that_is_no_utf8_is_a_prompt_too(tiny):
@@ -171,7 +195,7 @@ def reports(out):
 def test_chat_with_a_tuned_model_keeps_the_turns(tiny_bundles):
     bundle = tiny_bundles / "chat"
     out, err = edge_demo(
-        "chat", bundle, "--json", "--max-tokens", 6, "--seed", 5, stdin="Hi!\n\n  \nBoat?"
+        "chat", bundle, "--json", "--max-tokens", 6, "--seed", 5, stdin="Hi!\0\n  \n\0Boat?"
     )
     first, second = reports(out)
     assert "instruction-tuned" in err and "continues" not in err
@@ -187,7 +211,7 @@ def test_chat_with_a_tuned_model_keeps_the_turns(tiny_bundles):
 
 def test_chat_with_a_base_model_continues_the_text_and_says_so(tiny):
     out, err = edge_demo(
-        "chat", tiny, "--json", "--max-tokens", 4, "--seed", 5, stdin="The boat\nwas\n"
+        "chat", tiny, "--json", "--max-tokens", 4, "--seed", 5, stdin="The boat\n\0was\n"
     )
     first, second = reports(out)
     assert "a base model: it continues" in err and "instruction-tuned" not in err
@@ -201,29 +225,75 @@ def test_chat_prints_an_answer_a_turn_to_people(tiny_bundles):
     bundle = tiny_bundles / "chat"
     answers = [
         r["text"]
-        for r in reports(edge_demo("chat", bundle, "--json", *options, stdin="Hi\nBoat\n")[0])
+        for r in reports(edge_demo("chat", bundle, "--json", *options, stdin="Hi\0Boat\n")[0])
     ]
-    out, err = edge_demo("chat", bundle, *options, stdin="Hi\nBoat\n")
+    out, err = edge_demo("chat", bundle, *options, stdin="Hi\0Boat\n")
     assert out == "".join(f"{answer}\n" for answer in answers)
     assert err.count("6 tokens") == 2 and "[length]" in err
 
 
-def test_a_message_that_does_not_fit_is_left_out_and_the_chat_goes_on(tiny_bundles):
-    stdin = "The\n" + "gardener " * 30 + "\nboat\n"
-    out, err = edge_demo("chat", tiny_bundles / "short", "--json", "--max-tokens", 2, stdin=stdin)
-    first, second = reports(out)
-    assert "context holds 16" in err and "left out" in err
-    encode = generator(tiny_bundles / "short").tokenizer.encode
-    assert second["prompt_ids"] == encode(f"The{first['text']}boat")
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"])
+def test_a_piped_message_of_several_lines_is_one_message(tiny_bundles, end):
+    message = "Hi!\n\nBoat?\n/bye\nexit\n  the"
+    out, _ = edge_demo(
+        "chat", tiny_bundles / "chat", "--json", "--max-tokens", 2, stdin=message + end
+    )
+    (only,) = reports(out)
+    encode = generator(tiny_bundles / "chat").tokenizer.encode_chat
+    assert only["prompt_ids"] == encode([("user", message)])
+    out, _ = edge_demo(
+        "chat", tiny_bundles / "gemma3-int8", "--json", "--max-tokens", 2, stdin=message + end
+    )
+    (only,) = reports(out)
+    assert only["prompt_ids"] == generator(tiny_bundles / "gemma3-int8").tokenizer.encode(message)
+
+
+def test_a_message_on_the_command_line_is_answered_and_stdin_is_left_alone(tiny_bundles):
+    bundle = tiny_bundles / "chat"
+    read, write = os.pipe()  # nobody writes, nobody closes it
+    result = subprocess.run(
+        [*EDGE_DEMO, "chat", bundle, "--prompt", "Hi!\nBoat?", "--max-tokens", "2", "--json"],
+        cwd=ROOT, stdin=read, capture_output=True, timeout=60,
+    )  # fmt: skip
+    os.close(read)
+    os.close(write)
+    assert result.returncode == 0, result.stderr
+    (only,) = reports(result.stdout.decode())
+    encode = generator(bundle).tokenizer.encode_chat
+    assert only["prompt_ids"] == encode([("user", "Hi!\nBoat?")])
+
+
+@pytest.mark.parametrize("prompt", ["", " \n"])
+def test_an_empty_message_is_refused(refused, tiny, prompt):
+    refused("chat", tiny, "--prompt", prompt, names=["--prompt is empty"])
+
+
+def test_a_message_longer_than_the_context_is_refused_with_both_counts(tiny_bundles):
+    out, err = edge_demo("chat", tiny_bundles / "short", stdin="gardener " * 30, status=2)
+    assert out == "" and "tokens" in err and "context holds 16" in err
+
+
+def test_a_conversation_that_fills_the_context_goes_on_without_its_oldest_turns(tiny_bundles):
+    bundle = tiny_bundles / "chat"
+    words = [f"The boat number {n} went down the river" for n in range(8)]
+    options = ("--max-tokens", 8, "--seed", 1, "--system", "Be kind")
+    out, err = edge_demo("chat", bundle, "--json", *options, stdin="\0".join(words))
+    found = reports(out)
+    assert len(found) == len(words)
+    tokenizer, turns, dropped = generator(bundle).tokenizer, [], 0
+    for word, report in zip(words, found, strict=True):
+        turns.append(("user", word))
+        while report["prompt_ids"] != tokenizer.encode_chat(turns, "Be kind"):
+            dropped += 1
+            del turns[:2]
+        assert len(report["prompt_ids"]) + 8 <= 128
+        turns.append(("model", report["text"]))
+    assert dropped > 2 and "the oldest" in err and "context of 128 tokens" in err
 
 
 def test_chat_reads_what_is_no_utf8(tiny):
     out, _ = edge_demo("chat", tiny, "--json", "--max-tokens", 2, stdin=b"caf\xe9\n")
     assert reports(out)[0]["prompt_ids"] == generator(tiny).tokenizer.encode("caf\ufffd")
-
-
-def test_chat_without_a_word_ends_well(tiny):
-    assert edge_demo("chat", tiny, stdin="")[0] == ""
 
 
 # --- score and inspect --------------------------------------------------------------------
@@ -280,9 +350,11 @@ def test_inspect_of_the_sample_shows_its_licence(sample_bundle):
 OPTIONS = {
     "generate": "--prompt --threads --max-tokens --temperature --top-k --top-p --seed --json "
     "--prompt-cache --prompt-cache-ro --lookup --draft --force --batch --out --overwrite "
-    "--batch-size",
-    "chat": "--system --threads --max-tokens --temperature --top-k --top-p --seed --json "
-    "--prompt-cache --prompt-cache-ro --lookup --draft --force",
+    "--batch-size --stop --min-p --repeat-penalty --presence-penalty --frequency-penalty "
+    "--repeat-last-n",
+    "chat": "--prompt --system --threads --max-tokens --temperature --top-k --top-p --seed --json "
+    "--prompt-cache --prompt-cache-ro --lookup --draft --force --stop --min-p --repeat-penalty "
+    "--presence-penalty --frequency-penalty --repeat-last-n",
     "bench": "-p --prompt-tokens -n --decode-tokens -d --depth -r --repeats -t --threads -o "
     "--output --force --json",
     "score": "--text --length --stride --windows --hellaswag --tasks --threads --json",
@@ -297,6 +369,22 @@ def test_help_names_every_option(run, command):
     assert (status, err) == (0, "")
     assert "BUNDLE" in out and all(option in out for option in OPTIONS[command].split())
     assert f"    {command}" in run("--help")[1]
+
+
+def test_the_version_is_that_of_the_distribution(run):
+    status, out, err = run("--version")
+    version, runtime = (importlib.metadata.version(n) for n in ("gemma-keras", "onnxruntime"))
+    assert (status, err) == (0, "")
+    assert out == (
+        f"edge-demo {version} (onnxruntime {runtime}, Python {platform.python_version()})\n"
+    )
+
+
+def test_the_package_is_the_command():
+    command = [sys.executable, "-W", "error", "-m", "edge_demo", "inspect", "nowhere"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "edge-demo: the bundle nowhere does not exist\n"
 
 
 def test_help_does_not_load_what_runs_models():
@@ -320,6 +408,17 @@ def test_help_does_not_load_what_runs_models():
         (["--max-tokens", "-5"], ["--max-tokens", "-5"]),
         (["--max-tokens", "many"], ["--max-tokens", "'many' is not a positive number"]),
         (["--seed", "-1"], ["seed", "-1"]),
+        (["--min-p", "1.1"], ["min-p", "1.1"]),
+        (["--min-p", "nan"], ["min-p", "nan"]),
+        (["--repeat-penalty", "0"], ["repeat-penalty", "0"]),
+        (["--repeat-penalty", "inf"], ["repeat-penalty", "inf"]),
+        (["--presence-penalty", "-2.5"], ["presence-penalty", "-2.5"]),
+        (["--frequency-penalty", "nan"], ["frequency-penalty", "nan"]),
+        (["--repeat-last-n", "-2"], ["repeat-last-n", "-2"]),
+        (["--stop", ""], ["stop", "empty"]),
+        (["--stop", "a", "--stop", "\udce9"], ["stop", "UTF-8"]),
+        (["--stop", "a" * 1001], ["stop", "1,001"]),
+        (["--stop", "a"] * 65, ["64", "65"]),
         (["--seed", "x"], ["--seed", "x"]),
         (["--threads", "0"], ["--threads", "'0'"]),
         (["--threads", "1025"], ["threads", "1,025"]),
@@ -327,12 +426,11 @@ def test_help_does_not_load_what_runs_models():
         (["--no-such"], ["--no-such"]),
         (["another"], ["another"]),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value)[:40],
 )
 @pytest.mark.parametrize("command", ["generate", "chat"])
 def test_an_option_out_of_range_is_refused_in_one_line(tiny, refused, command, options, names):
-    prompt = ["--prompt", "The"] if command == "generate" else []
-    refused(command, tiny, *prompt, *options, names=names)
+    refused(command, tiny, "--prompt", "The", *options, names=names)
 
 
 @pytest.mark.parametrize(
@@ -357,7 +455,7 @@ def command(tiny, tmp_path):
     (tmp_path / "text.txt").write_text("The gardener waters the young trees.")
     options = {
         "generate": ["--prompt", "The", "--max-tokens", 2],
-        "chat": ["--max-tokens", 2],
+        "chat": ["--prompt", "The", "--max-tokens", 2],
         "bench": ["--prompt-tokens", 4, "--decode-tokens", 2],
         "score": ["--text", tmp_path / "text.txt", "--length", 16],
         "compare": [tiny, "--text", tmp_path / "text.txt", "--length", 16],
@@ -496,12 +594,15 @@ def test_a_full_disk_is_told_in_one_line(tiny, command):
 
 def test_closed_streams_are_no_traceback(tiny):
     arguments = ("generate", tiny, "--max-tokens", 3)
-    assert shell('"$@" <&-', *arguments)[0] == 0
+    for command in (arguments, ("chat", *arguments[1:])):
+        status, out, err = shell('"$@" <&-', *command)
+        assert (status, out) == (2, "") and "stdin is empty" in err and err.count("\n") == 1
     status, out, err = shell('"$@" >&-', *arguments, "--prompt", "The")
     assert (status, out) == (0, "") and err.count("\n") == 1
     status, out, err = shell('"$@" 2>&-', *arguments, "--prompt", "The")
     assert status == 0 and out.startswith("The") and "tokens/s" not in out
-    assert shell('"$@" <&- >&- 2>&-', *arguments)[0] == 0
+    assert shell('"$@" <&- >&- 2>&-', *arguments, "--prompt", "The")[0] == 0
+    assert shell('"$@" <&- >&- 2>&-', *arguments)[0] == 2
 
 
 def test_text_is_utf8_whatever_the_locale(tiny):

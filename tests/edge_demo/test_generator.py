@@ -28,7 +28,7 @@ class Script:
         self.tokens = list(tokens)
         self.logits = []
 
-    def pick(self, logits):
+    def pick(self, logits, text):
         self.logits.append(logits.copy())
         return self.tokens[len(self.logits) - 1]
 

@@ -137,7 +137,7 @@ def test_a_system_text_stands_before_the_first_message(tiny_bundles):
 def test_chat_keeps_its_system_text_and_begins_with_it(tiny_bundles, tmp_path):
     bundle = tiny_bundles / "chat"
     options = ("--json", "--max-tokens", 4, "--seed", 5, "--system", SYSTEM)
-    plain = reports(edge_demo("chat", bundle, *options, stdin="Hi!\nBoat?\n")[0])
+    plain = reports(edge_demo("chat", bundle, *options, stdin="Hi!\0Boat?\n")[0])
     cached = (*options, "--prompt-cache", tmp_path / "p")
     encode = generator(bundle).tokenizer
     beginning = encode.encode_system(SYSTEM)
@@ -145,7 +145,7 @@ def test_chat_keeps_its_system_text_and_begins_with_it(tiny_bundles, tmp_path):
     assert plain[0]["reused_tokens"] == len(beginning)
     edge_demo("chat", bundle, *cached, stdin="")  # the text alone is enough to keep it
     before = (tmp_path / "p").read_bytes()
-    found = reports(edge_demo("chat", bundle, *cached, stdin="Hi!\nBoat?\n")[0])
+    found = reports(edge_demo("chat", bundle, *cached, stdin="Hi!\0Boat?\n")[0])
     assert [r["ids"] for r in found] == [r["ids"] for r in plain]
     assert found[0]["prompt_cache"]["loaded_tokens"] == len(beginning)
     assert not found[0]["prompt_cache"]["saved"]
@@ -155,7 +155,7 @@ def test_chat_keeps_its_system_text_and_begins_with_it(tiny_bundles, tmp_path):
 def test_chat_without_a_system_text_keeps_the_first_message(tiny_bundles, tmp_path):
     bundle = tiny_bundles / "chat"
     options = ("--json", "--max-tokens", 4, "--prompt-cache", tmp_path / "p")
-    first = reports(edge_demo("chat", bundle, *options, stdin="Hi!\nBoat?\n")[0])[0]
+    first = reports(edge_demo("chat", bundle, *options, stdin="Hi!\0Boat?\n")[0])[0]
     assert first["prompt_cache"]["saved"]
     (again,) = reports(edge_demo("chat", bundle, *options, stdin="Hi!\n")[0])
     assert again["prompt_cache"]["loaded_tokens"] == len(first["prompt_ids"])
@@ -163,7 +163,9 @@ def test_chat_without_a_system_text_keeps_the_first_message(tiny_bundles, tmp_pa
 
 
 def test_a_system_text_that_cannot_be_used_is_refused(tiny, tiny_bundles):
-    _, err = edge_demo("chat", tiny, "--system", SYSTEM, status=2)
+    _, err = edge_demo("chat", tiny, "--prompt", "Hi", "--system", SYSTEM, status=2)
     assert "base model" in err and "--system" in err
-    _, err = edge_demo("chat", tiny_bundles / "chat", "--system", SYSTEM * 20, status=2)
+    _, err = edge_demo(
+        "chat", tiny_bundles / "chat", "--prompt", "Hi", "--system", SYSTEM * 20, status=2
+    )
     assert "context holds 128" in err

@@ -33,16 +33,23 @@ os.execv(sys.executable, [sys.executable, "-m", "edge_demo.cli", *sys.argv[1:]])
 
 
 class Terminal:
-    """A command that sits at a pseudo-terminal, but for the streams given."""
+    """A command that sits at a pseudo-terminal, but for the streams given.
 
-    def __init__(self, *arguments, **streams):
+    Args:
+        arguments: of the command.
+        environment: in addition to this process's; the terminal is a dumb one unless it says
+            another.
+        streams: as `Popen` takes them.
+    """
+
+    def __init__(self, *arguments, environment=None, **streams):
         self._master, self._slave = pty.openpty()
         self._before = termios.tcgetattr(self._slave)
         ends = dict.fromkeys(("stdin", "stdout", "stderr"), self._slave)
         self.process = subprocess.Popen(
             [sys.executable, "-c", LAUNCH, *map(str, arguments)],
             cwd=ROOT,
-            env={**os.environ, "TERM": "dumb"},
+            env={**os.environ, "TERM": "dumb", **(environment or {})},
             start_new_session=True,
             **ends | streams,
         )
@@ -167,6 +174,145 @@ def test_a_line_can_be_edited(tiny_bundles):
         assert terminal.finish() == 0
     encode_chat = generator(tiny_bundles / "chat").tokenizer.encode_chat
     assert report["prompt_ids"] == encode_chat([("user", "Hi")])
+
+
+# --- messages and commands -----------------------------------------------------------------------
+
+XTERM = {"TERM": "xterm"}
+DONE = r"\}\s.*?> $"  # a report, and the next message is asked for
+
+
+def report(screen):
+    """The last report that a screen shows."""
+    return json.loads(re.findall(r"\{.*\}", screen)[-1])
+
+
+def asked(bundle, *messages):
+    """The prompt of a conversation; of the answers there are only the beginnings known."""
+    turns = [("model" if n % 2 else "user", text) for n, text in enumerate(messages)]
+    return generator(bundle).tokenizer.encode_chat(turns)
+
+
+def test_a_pasted_text_is_one_message_and_commands_are_none(tiny_bundles):
+    bundle, text = tiny_bundles / "chat", "Hi!\n/bye\n\n\tBoat?"
+    options = ("--json", "--max-tokens", 2, "--temperature", 0)
+    with Terminal("chat", bundle, *options, environment=XTERM) as terminal:
+        assert "\x1b[?2004h" in terminal.wait_for(PROMPT)  # it wants to know what is pasted
+        terminal.keys(b"\x1b[200~" + text.encode() + b"\x1b[201~")
+        terminal.wait_for("Boat")
+        terminal.keys(b"\n")
+        first = report(terminal.wait_for(DONE))
+        assert first["prompt_ids"] == asked(bundle, text)
+        for command, says in (
+            (b"/help", "/clear.*Ctrl-C.*"),
+            (b"/?", "/clear.*Ctrl-C.*"),
+            (b"/sing a song", "no command /sing; /help shows"),
+            (b"  ", ""),
+        ):
+            terminal.keys(command + b"\n")
+            assert "prompt_ids" not in terminal.wait_for(says + ".*" + PROMPT)
+        terminal.keys(b" /sing\n")
+        second = report(terminal.wait_for(DONE))
+        assert second["prompt_ids"] == asked(bundle, text, first["text"], " /sing")
+        terminal.keys(b"/reset\n")
+        terminal.wait_for("a new conversation begins.*" + PROMPT)
+        terminal.keys(b"/home/pi is full\n")  # no command has a second /
+        assert report(terminal.wait_for(DONE))["prompt_ids"] == asked(bundle, "/home/pi is full")
+        terminal.keys(b"exit\n")
+        assert terminal.finish() == 0
+
+
+@pytest.mark.parametrize("word", ["/bye", "/exit", "/quit", "quit "])
+def test_a_conversation_ends_as_others_do(tiny_bundles, word):
+    with Terminal("chat", tiny_bundles / "chat") as terminal:
+        terminal.wait_for(PROMPT)
+        terminal.keys(word.encode() + b"\n")
+        assert terminal.finish() == 0
+        assert "tokens" not in terminal.screen
+
+
+@pytest.mark.parametrize(
+    "streams", [{}, {"stdout": subprocess.PIPE}], ids=["dumb", "for a program"]
+)
+def test_lines_that_come_at_once_are_one_message_where_nothing_tells_of_pasting(
+    tiny_bundles, streams
+):
+    bundle = tiny_bundles / "chat"
+    options = ("--json", "--max-tokens", 2, "--temperature", 0)
+    with Terminal("chat", bundle, *options, **streams) as terminal:
+        terminal.wait_for(PROMPT)
+        terminal.keys(b"Hi!\n/bye\n\nBoat?\n")
+        terminal.wait_for(PROMPT if streams else DONE)
+        terminal.keys(CTRL_D)
+        out = terminal.process.stdout.read().decode() if streams else terminal.screen
+        assert terminal.finish() == 0
+    assert report(out)["prompt_ids"] == asked(bundle, "Hi!\n/bye\n\nBoat?")
+
+
+def test_after_the_message_of_the_command_line_it_goes_on_at_a_terminal(tiny_bundles):
+    bundle = tiny_bundles / "chat"
+    options = ("--json", "--max-tokens", 2, "--temperature", 0, "--prompt", "/bye")
+    with Terminal("chat", bundle, *options) as terminal:
+        first = report(terminal.wait_for(DONE))
+        assert first["prompt_ids"] == asked(bundle, "/bye")  # nobody typed it there
+        terminal.keys(b"Boat?\n")
+        second = report(terminal.wait_for(DONE))
+        assert second["prompt_ids"] == asked(bundle, "/bye", first["text"], "Boat?")
+        terminal.keys(CTRL_D)
+        assert terminal.finish() == 0
+
+
+def test_a_message_that_does_not_fit_is_left_out_and_the_chat_goes_on(tiny_bundles):
+    bundle = tiny_bundles / "short"
+    with Terminal("chat", bundle, "--json", "--max-tokens", 2, environment=XTERM) as terminal:
+        terminal.wait_for(PROMPT)
+        terminal.keys(b"The\n")
+        first = report(terminal.wait_for(DONE))
+        terminal.keys(b"gardener gardener gardener gardener\n")
+        assert "left out" in terminal.wait_for("context holds 16.*" + PROMPT)
+        terminal.keys(b"A\n")
+        second = report(terminal.wait_for(DONE))
+        terminal.keys(CTRL_D)
+        assert terminal.finish() == 0
+    encode = generator(bundle).tokenizer.encode
+    assert second["prompt_ids"] == encode(f"The{first['text']}A")
+
+
+@pytest.mark.sample
+def test_ctrl_d_while_an_answer_is_written_ends_the_chat_after_it(sample_bundle):
+    options = ("--max-tokens", 60, "--temperature", 0)
+    with Terminal("chat", sample_bundle, *options, environment=XTERM) as terminal:
+        terminal.wait_for(PROMPT)
+        terminal.keys(b"Once upon a time\n")
+        terminal.wait_for(r"time\s+\S.{20}")
+        terminal.keys(CTRL_D)
+        assert terminal.finish() == 0
+        assert "60 tokens" in terminal.screen
+
+
+@pytest.mark.sample
+def test_ctrl_c_before_the_first_word_takes_the_message_back(sample_bundle):
+    options = ("--max-tokens", 2, "--temperature", 0, "--prompt", "boat " * 6000)
+    with Terminal("chat", sample_bundle, *options) as terminal:
+        terminal.wait_for(r"prompt token [\d,]+ of 6,00")
+        terminal.keys(CTRL_C)
+        assert "message was left out" in terminal.wait_for(PROMPT)
+        terminal.keys(b"Hi\n")
+        assert "6,00" not in terminal.wait_for(r"2 tokens.*> $")
+        terminal.keys(CTRL_D)
+        assert terminal.finish() == 0
+
+
+@pytest.mark.parametrize(
+    "environment, dimmed",
+    [(XTERM, True), (XTERM | {"NO_COLOR": ""}, True), (XTERM | {"NO_COLOR": "1"}, False), ({}, False)],
+    ids=["a terminal", "empty", "NO_COLOR", "dumb"],
+)  # fmt: skip
+def test_notes_are_dimmed_unless_that_is_not_wanted(tiny_bundles, environment, dimmed):
+    options = ("--prompt", "Hi", "--max-tokens", 1)
+    with Terminal("generate", tiny_bundles / "chat", *options, environment=environment) as terminal:
+        assert terminal.finish() == 0
+    assert ("\x1b[2m" in terminal.screen) == dimmed
 
 
 # --- who sits where ------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from edge_demo.bundle import Bundle
 from edge_demo.engine import Engine
 from edge_demo.generator import Generation, Generator, engine_for
 from edge_demo.rooms import peak_rss_bytes
-from edge_demo.sampling import Candidates, Sampler
+from edge_demo.sampling import Sampler
 from edge_demo.tokenizer import Tokenizer
 
 PROMPTS = (
@@ -81,12 +81,11 @@ class WatchedSampler(Sampler):
 
     margins: list[float] = dataclasses.field(default_factory=list)
 
-    def pick(self, logits: np.ndarray | Candidates) -> int:
-        """As `Sampler`, which sorts candidates and asks again with their logits alone."""
-        if not isinstance(logits, Candidates):
-            second, best = np.partition(logits, -2)[-2:]
-            self.margins.append(float(best - second))
-        return super().pick(logits)
+    def _choose(self, logits: np.ndarray) -> int:
+        """As `Sampler`; of candidates these are theirs."""
+        second, best = np.partition(logits, -2)[-2:]
+        self.margins.append(float(best - second))
+        return super()._choose(logits)
 
 
 def observe(bundle: Bundle, max_tokens: int, positions: int, threads: int) -> dict[str, Any]:

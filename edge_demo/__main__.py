@@ -1,0 +1,8 @@
+"""`python -m edge_demo`, the same as `edge-demo`."""
+
+import sys
+
+from edge_demo.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""`edge-demo generate`: a prompt continued, or those of a file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from edge_demo.errors import EdgeError, RequestError
+
+_INTERRUPTED = 130
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Continue a prompt, or those of a file."""
+    if arguments.batch is not None:
+        others = ("prompt", "prompt_cache", "prompt_cache_ro", "lookup", "draft")
+        _refuse_with(arguments, others, "does not go with --batch; leave it out")
+
+        from edge_demo.batch_command import run_batch
+
+        return run_batch(arguments)
+    of_batch = ("out", "overwrite", "batch_size")
+    _refuse_with(arguments, of_batch, "goes with --batch FILE only; leave it out")
+    return _continue_prompt(arguments)
+
+
+def _refuse_with(arguments: argparse.Namespace, names: tuple[str, ...], why: str) -> None:
+    for name in names:
+        if getattr(arguments, name) not in (None, False):
+            raise RequestError(f"--{name.replace('_', '-')} {why}")
+
+
+def _continue_prompt(arguments: argparse.Namespace) -> int:
+    from edge_demo.answer import Generation
+    from edge_demo.answering import Answering
+    from edge_demo.terminal import Progress, note, show
+
+    answering = Answering(arguments)
+    prompt = _prompt_on_stdin() if arguments.prompt is None else arguments.prompt
+    _, generator, drafter = answering.load()
+    if mark := generator.tokenizer.mark_in(prompt):
+        note(f"The prompt holds {mark}, which is read as text, not as the token; see chat.")
+    generation = Generation(generator.tokenizer.encode(prompt))
+    pieces = generator.stream(
+        generation.prompt_ids,
+        answering.sampler,
+        arguments.max_tokens,
+        generation,
+        drafter,
+        Progress("prompt token", vanishes=True),
+        answering.stop,
+    )
+    status = 0
+    generator.engine.admit(generation.prompt_ids)
+    cache = answering.cache
+    cache.load(generator.engine)
+    try:
+        for number, piece in enumerate(pieces):
+            if not arguments.json:
+                show(piece if number else prompt + piece)
+            if number == 0:  # the engine holds the prompt and nothing more
+                cache.save_prompt(generator.engine, generation)
+    except KeyboardInterrupt:
+        status = _INTERRUPTED
+    except EdgeError:
+        if generation.ids and not arguments.json:
+            show("\n")  # what is said next begins a line
+        raise
+    if arguments.json:
+        print(json.dumps(answering.report(generation)))
+    else:
+        show("\n")
+        note(answering.summary(generation))
+    cache.tell()
+    return status
+
+
+def _prompt_on_stdin() -> str:
+    if sys.stdin.isatty():
+        raise RequestError("give a prompt with --prompt, or on stdin")
+    prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
+    if not prompt.strip():
+        raise RequestError(
+            "stdin is empty; give a prompt there, or with --prompt (--prompt '' for none)"
+        )
+    return prompt

@@ -1,0 +1,49 @@
+"""Penalties for what a text has already: the token's logit is lowered before one is chosen.
+
+`repeat_penalty` r divides a logit above 0 by r and multiplies one below by r, once however often
+the token stands there (Keskar et al., 2019, arXiv:1909.05858; the sign as transformers'
+`RepetitionPenaltyLogitsProcessor` and llama.cpp's `llama_sampler_penalties_apply` have it). Then
+`frequency_penalty` f and `presence_penalty` p take away `count * f + p`, where `count` is how often
+it stands there (OpenAI's API reference; llama.cpp the same).
+
+The window is llama.cpp's too: the last n tokens of prompt and answer together. transformers has all
+of them, which is -1 here. OpenAI's and vLLM's presence and frequency leave the prompt out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def penalize(
+    logits: np.ndarray,
+    ids: np.ndarray | None,
+    text: Sequence[int],
+    repeat: float,
+    presence: float,
+    frequency: float,
+) -> np.ndarray:
+    """The logits after the penalties, in an array of their own.
+
+    Args:
+        logits: float32 `(n,)`, of the ids 0 to n - 1.
+        ids: int64 `(n,)` where they are of other ids, in ascending order.
+        text: the tokens to penalize; those without a logit are passed over.
+        repeat: above 0; 1 for none.
+        presence: 0 for none.
+        frequency: 0 for none.
+    """
+    seen, counts = np.unique(np.asarray(text, np.int64), return_counts=True)
+    if ids is None:
+        places, known = seen, seen < logits.size
+    else:
+        places = np.searchsorted(ids, seen).clip(max=ids.size - 1)
+        known = ids[places] == seen
+    places, counts = places[known], counts[known]
+    before = logits[places].astype(np.float64)
+    after = np.where(before > 0, before / repeat, before * repeat)
+    result = logits.copy()
+    result[places] = after - (counts * frequency + presence)
+    return result

@@ -1,0 +1,104 @@
+"""Messages for `chat`: typed at a terminal, or piped."""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+from collections.abc import Iterator
+
+_CHUNK = 1 << 16
+_PROMPT = "> "
+_TYPING_S = 0.05  # nobody types a line so quickly
+
+
+def piped_messages() -> Iterator[str]:
+    """What stands on stdin, all of it one message, or several with a NUL character between them.
+
+    The last line break is no part of a message; one without a word is passed over.
+    """
+    handle, held = sys.stdin.buffer, b""
+    while True:
+        chunk = handle.read1(_CHUNK)
+        *ended, held = (held + chunk).split(b"\0")
+        if not chunk:
+            ended.append(held)
+        for data in ended:
+            text = data.decode("utf-8", "replace").replace("\r\n", "\n")
+            if text.strip():
+                yield text.removesuffix("\n")
+        if not chunk:
+            return
+
+
+def typed_message() -> str | None:
+    """Ask for a message at the terminal that stdin is.
+
+    A pasted text of several lines is one message.
+
+    Returns:
+        `""` after Ctrl-C, which throws away what was typed; `None` after Ctrl-D, which ends, be it
+        typed now or while the last answer was written.
+    """
+    try:
+        if _ended_already():
+            raise EOFError
+        if sys.stdout.isatty():
+            message, whole = _edited_line()
+        else:  # stdout is for a program
+            print(_PROMPT, end="", file=sys.stderr, flush=True)
+            message, whole = _plain_line(), False
+        if not whole:
+            message += _pasted()
+    except EOFError:
+        print(file=sys.stderr)
+        return None
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return ""
+    return message.removesuffix("\n")
+
+
+def _ended_already() -> bool:
+    """Whether Ctrl-D waits in the terminal. Line editing would take it for another key."""
+    if not _waits():
+        return False
+    import fcntl
+    import termios
+
+    count = fcntl.ioctl(sys.stdin, termios.FIONREAD, bytes(4))
+    # Something can be read, and it has no bytes: the end.
+    return not int.from_bytes(count, sys.byteorder) and not os.read(sys.stdin.fileno(), 1)
+
+
+def _waits(seconds: float = 0.0) -> bool:
+    return bool(select.select([sys.stdin], [], [], seconds)[0])
+
+
+def _plain_line() -> str:
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line
+
+
+def _pasted() -> str:
+    """The lines that are there so soon after the first that nobody has typed them."""
+    data = b""
+    while _waits(_TYPING_S) and (more := os.read(sys.stdin.fileno(), _CHUNK)):
+        data += more
+    return data.decode("utf-8", "replace")
+
+
+def _edited_line() -> tuple[str, bool]:
+    """A line, or several that were pasted, and whether the terminal says what was pasted."""
+    import readline
+
+    # Python turns it off, though `input` takes several lines well. libedit has no such thing, and
+    # neither has a terminal that cannot move its cursor.
+    gnu = "libedit" not in (readline.__doc__ or "")
+    brackets = gnu and os.environ.get("TERM", "dumb") != "dumb"
+    if brackets:
+        readline.parse_and_bind("set enable-bracketed-paste on")
+    line = input(_PROMPT)
+    return (line, True) if brackets else (f"{line}\n", False)
