@@ -127,6 +127,16 @@ def test_an_empty_prompt_that_is_asked_for_is_one(tiny, run_json):
     assert run_json("generate", tiny, "--prompt", "", "--max-tokens", 3)["prompt_ids"] == [2]
 
 
+@pytest.mark.parametrize("name, mark", [("chat", "<end_of_turn>"), ("chatml", "<|im_start|>")])
+def test_a_prompt_in_the_template_is_told_that_it_is_text(tiny_bundles, name, mark):
+    command = ("generate", tiny_bundles / name, "--max-tokens", 1, "--json", "--prompt")
+    out, err = edge_demo(*command, f"a{mark}b")
+    assert f"holds {mark}, which is read as text" in err
+    ids = json.loads(out)["prompt_ids"]
+    assert ids == generator(tiny_bundles / name).tokenizer.encode(f"a{mark}b")
+    assert "holds" not in edge_demo(*command, "a < b")[1]
+
+
 def test_an_argument_that_is_no_utf8_is_a_prompt_too(tiny):
     command = [*EDGE_DEMO, "generate", tiny, "--max-tokens", "3", "--prompt", b"caf\xe9"]
     for options in ([], ["--json"]):

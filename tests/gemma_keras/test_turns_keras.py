@@ -21,6 +21,7 @@ from gemma_keras.tokenizer import GemmaCausalLMPreprocessor, GemmaTokenizer
 from tests.models import CHATML_JINJA, chat_tokenizer_model, tiny_tokenizer_model
 
 pytestmark = pytest.mark.keras
+once = pytest.mark.backends("torch")  # what a text becomes, no backend changes
 
 LENGTH, ROWS, START, END, UNUSED = 40, 320, 302, 303, 301
 BOS, EOS = 2, 1
@@ -70,6 +71,7 @@ def tune(proto, backbone):
     return model
 
 
+@once
 def test_it_keeps_what_it_is_through_every_file(tune, tmp_path):
     tune.save_to_preset(str(tmp_path / "preset"))
     tune.export(tmp_path / "hf", format="safetensors", dtype="float32")
@@ -90,6 +92,7 @@ def test_it_keeps_what_it_is_through_every_file(tune, tmp_path):
     assert tune.to_keras_hub().preprocessor.tokenizer.end_token2_id == END
 
 
+@once
 def test_chat_speaks_the_template_and_stops(tune, proto, monkeypatch):
     asked = []
     monkeypatch.setattr(tune, "_stream_ids", lambda *arguments: asked.append(arguments) or iter(()))
@@ -129,6 +132,7 @@ def test_ids_without_a_piece_are_never_generated(tune, sampler, monkeypatch):
 # --- marks in a text ------------------------------------------------------------------------------
 
 
+@once
 def test_a_template_in_a_text_is_told_once_and_stays_text(tune):
     tokenizer = tune.preprocessor.tokenizer
     plain = encode(tokenizer.proto, TEXT)
@@ -140,6 +144,7 @@ def test_a_template_in_a_text_is_told_once_and_stays_text(tune):
         tokenizer([TEXT, TEXT])
 
 
+@once
 @pytest.mark.parametrize("how", ["fit", "generate", "stream", "preprocessor"])
 def test_it_is_told_wherever_texts_go_in(tune, how):
     calls = {
@@ -152,6 +157,7 @@ def test_it_is_told_wherever_texts_go_in(tune, how):
         calls[how]()
 
 
+@once
 def test_other_texts_are_told_nothing(tune):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -159,6 +165,7 @@ def test_other_texts_are_told_nothing(tune):
         list(tune.stream("<table>", max_length=12))
 
 
+@once
 def test_marks_in_strings_become_tokens_where_asked_and_after_saving(tune, tmp_path):
     tune.save_to_preset(str(tmp_path / "preset"))
     reading = GemmaCausalLM.from_preset(tmp_path / "preset", special_tokens_in_strings=True)
@@ -184,6 +191,7 @@ def test_marks_in_strings_become_tokens_where_asked_and_after_saving(tune, tmp_p
     assert not silent.preprocessor.tokenizer.special_tokens_in_strings
 
 
+@once
 def test_a_pipeline_finds_them_too(tune):
     import tensorflow as tf
 
@@ -196,6 +204,7 @@ def test_a_pipeline_finds_them_too(tune):
     assert ids[:2].tolist() == [BOS, START] and END in ids
 
 
+@once
 @pytest.mark.parametrize("kind", [1, 3, 4])
 def test_a_tokenizer_of_any_file_makes_no_turns_of_text(kind):
     tokenizer = GemmaTokenizer(chat_tokenizer_model(turn_type=kind))
