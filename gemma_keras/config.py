@@ -10,11 +10,10 @@ files published with the checkpoints, and llama.cpp's conventions for GGUF metad
 from __future__ import annotations
 
 import dataclasses
-import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-from gemma_keras.errors import ConfigError
+from gemma_keras.errors import ConfigError, quoted
 from gemma_keras.sizes import SIZES
 
 
@@ -70,8 +69,8 @@ class LayerSpec:
             require_positive(name, value)
             if not _LEAST_ROTARY < value < _MOST_ROTARY:
                 raise ConfigError(
-                    f"{name} is {value!r}; numbers from {_LEAST_ROTARY:g} to {_MOST_ROTARY:g} can "
-                    "be rotated by"
+                    f"{name} is {quoted(value)}; it must be a number from {_LEAST_ROTARY:g} to "
+                    f"{_MOST_ROTARY:g}"
                 )
         if self.attention_soft_cap is not None:
             require_positive("attention_soft_cap", self.attention_soft_cap)
@@ -242,10 +241,10 @@ _MOST_LAYERS = 1000  # the largest Gemma has 62
 def require_positive_int(name: str, value: Any) -> None:
     """Raise `ConfigError` unless it is one."""
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise ConfigError(f"{name} must be a positive integer, found {reprlib.repr(value)}")
+        raise ConfigError(f"{name} must be a positive integer, found {quoted(value)}")
     if value > LARGEST_SIZE:
         raise ConfigError(
-            f"{name} is {reprlib.repr(value)}; no graph can hold more than {LARGEST_SIZE:,}"
+            f"{name} is {quoted(value)}; no graph can hold more than {LARGEST_SIZE:,}"
         )
 
 
@@ -259,13 +258,13 @@ def require_layer_count(name: str, value: Any) -> None:
 def require_positive(name: str, value: Any) -> None:
     """Raise `ConfigError` unless it is a number above 0, and not beyond reason."""
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e30:
-        raise ConfigError(f"{name} must be a positive number, found {reprlib.repr(value)}")
+        raise ConfigError(f"{name} must be a positive number, found {quoted(value)}")
 
 
 def require_bool(name: str, value: Any) -> None:
     """Raise `ConfigError` unless it is true or false."""
     if not isinstance(value, bool):
-        raise ConfigError(f"{name} must be true or false, found {reprlib.repr(value)}")
+        raise ConfigError(f"{name} must be true or false, found {quoted(value)}")
 
 
 def not_a_gemma(found: str) -> str:

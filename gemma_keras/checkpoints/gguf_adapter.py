@@ -19,7 +19,7 @@ from gemma_keras.checkpoints.first_bytes import begins_as_gguf
 from gemma_keras.checkpoints.gguf_file import GGUFFile
 from gemma_keras.checkpoints.names import WeightSpec, weight_specs
 from gemma_keras.checkpoints.source import Checkpoint
-from gemma_keras.errors import CheckpointError
+from gemma_keras.errors import CheckpointError, quoted
 
 _HALVES = (".lora_a", ".lora_b")
 
@@ -106,7 +106,9 @@ def open_gguf_adapter(path: Path) -> GGUFAdapter | None:
         return None
     kind = file.metadata.get("adapter.type")
     if kind != "lora":
-        raise CheckpointError(f"{path} is an adapter of type {kind!r}; lora can be merged here")
+        raise CheckpointError(
+            f"{path} is an adapter of type {quoted(kind)}; lora can be merged here"
+        )
     if "adapter.alora.invocation_tokens" in file.metadata:
         raise CheckpointError(
             f"{path} is an adapter that acts after certain tokens only (aLoRA); it cannot be merged"
@@ -114,5 +116,7 @@ def open_gguf_adapter(path: Path) -> GGUFAdapter | None:
     alpha = file.metadata.get("adapter.lora.alpha", 0.0)
     is_number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
     if not is_number or not math.isfinite(alpha):
-        raise CheckpointError(f"{path} has adapter.lora.alpha = {alpha!r}; it must be a number")
+        raise CheckpointError(
+            f"{path} has adapter.lora.alpha = {quoted(alpha)}; it must be a number"
+        )
     return GGUFAdapter(file, float(alpha))

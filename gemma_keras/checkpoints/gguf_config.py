@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from gemma_keras.config import (
     require_layer_count,
     require_positive_int,
 )
-from gemma_keras.errors import ConfigError
+from gemma_keras.errors import ConfigError, quoted
 
 # Layers of the two 27B models, whose query scale is (hidden / heads) ** -0.5 rather than
 # head_dim ** -0.5. GGUF has no key for it; llama.cpp tells them by the number of layers too.
@@ -44,7 +43,7 @@ def config_from_gguf(metadata: Mapping[str, Any], *, tied_head: bool) -> GemmaCo
     kind = metadata.get("general.architecture")
     if not isinstance(kind, str) or kind not in ("gemma", "gemma2", "gemma3"):
         hint = f"; {_OTHERS[kind]}" if isinstance(kind, str) and kind in _OTHERS else ""
-        raise ConfigError(not_a_gemma(f"the GGUF holds a {reprlib.repr(kind)} model") + hint)
+        raise ConfigError(not_a_gemma(f"the GGUF holds a {quoted(kind)} model") + hint)
     rest = {
         key.removeprefix(f"{kind}."): value
         for key, value in metadata.items()
@@ -100,12 +99,12 @@ def config_from_gguf(metadata: Mapping[str, Any], *, tied_head: bool) -> GemmaCo
     ):
         if cap and not has_one:
             raise ConfigError(
-                f"the GGUF metadata has {kind}.{key} = {cap!r}, and llama.cpp caps nothing of the "
-                f"kind in a {kind}"
+                f"the GGUF metadata has {kind}.{key} = {quoted(cap)}, and llama.cpp caps nothing "
+                f"of the kind in a {kind}"
             )
     vocabulary = metadata.get("tokenizer.ggml.tokens")
-    if vocabulary is None:
-        raise ConfigError("the GGUF metadata lacks tokenizer.ggml.tokens")
+    if not isinstance(vocabulary, Sequence):
+        raise ConfigError("the GGUF metadata lacks tokenizer.ggml.tokens, a list of pieces")
     for key, own in (("vocab_size", len(vocabulary)), ("embedding_length_out", hidden_dim)):
         if rest.pop(key, own) not in (own, 0):
             raise ConfigError(f"the GGUF metadata has {kind}.{key} other than {own:,}, its own")
@@ -206,8 +205,8 @@ def _rope_scale(rest: dict[str, Any]) -> float:
     factor = rest.pop("rope.scaling.factor", old) or 1.0
     if scaling not in ("none", "linear"):
         raise ConfigError(
-            f"RoPE scaling {scaling!r} is not one Gemma uses; Gemma's positions are divided by one "
-            "number (linear) or not scaled (none)"
+            f"RoPE scaling {quoted(scaling)} is not one Gemma uses; Gemma's positions are divided "
+            "by one number (linear) or not scaled (none)"
         )
     return _decimal(factor) if scaling == "linear" else 1.0
 

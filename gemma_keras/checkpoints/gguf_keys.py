@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from gemma_keras.errors import ConfigError
+from gemma_keras.errors import ConfigError, listed, quoted
 
 # Names after the architecture's, and families of them.
 _INERT = """
@@ -59,12 +59,12 @@ def refuse_unknown(keys: Mapping[str, Any], kind: str) -> None:
     unknown = sorted(f"{kind}.{key}" for key in left if key not in _FIXED)
     if unknown:
         raise ConfigError(
-            f"the GGUF metadata has keys this project does not know: {', '.join(unknown[:10])}; "
+            f"the GGUF metadata has keys this project does not know: {listed(unknown)}; "
             "one of them may change the mathematics, so the model is refused"
         )
     for key, value in left.items():
         if value not in _FIXED[key]:
             raise ConfigError(
-                f"the GGUF metadata has {kind}.{key} = {value!r}, which is not part of any Gemma "
-                f"this project knows; Gemma's is {_FIXED[key][0]!r}"
+                f"the GGUF metadata has {kind}.{key} = {quoted(value)}, which is not part of any "
+                f"Gemma this project knows; Gemma's is {_FIXED[key][0]!r}"
             )

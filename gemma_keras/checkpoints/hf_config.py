@@ -5,7 +5,6 @@ Published files leave out what equals the defaults of transformers' configuratio
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +19,7 @@ from gemma_keras.config import (
     require_positive,
     require_positive_int,
 )
-from gemma_keras.errors import ConfigError
+from gemma_keras.errors import ConfigError, listed, quoted
 
 _HF_COMMON = {
     "vocab_size": 256_000,
@@ -74,7 +73,7 @@ def config_from_hf(data: Mapping[str, Any]) -> GemmaConfig:
         data = _text_part(data)
     kind = data.get("model_type")
     if not isinstance(kind, str) or kind not in _HF_DEFAULTS:
-        raise ConfigError(not_a_gemma(f"config.json has model_type {reprlib.repr(kind)}"))
+        raise ConfigError(not_a_gemma(f"config.json has model_type {quoted(kind)}"))
 
     rest = telling_keys(data)
     defaults = _HF_DEFAULTS[kind]
@@ -88,7 +87,7 @@ def config_from_hf(data: Mapping[str, Any]) -> GemmaConfig:
         "gelu_pytorch_tanh" if kind == "gemma" and legacy in ("gelu", None) else legacy
     )
     if (activation or "gelu_pytorch_tanh") not in _TANH_GELU:
-        raise ConfigError(f"the activation is {activation!r}; Gemma's is gelu_pytorch_tanh")
+        raise ConfigError(f"the activation is {quoted(activation)}; Gemma's is gelu_pytorch_tanh")
 
     num_layers = take("num_hidden_layers")
     require_layer_count("num_hidden_layers", num_layers)
@@ -105,13 +104,13 @@ def config_from_hf(data: Mapping[str, Any]) -> GemmaConfig:
         or len(kinds) != num_layers
         or any(k not in ("full_attention", "sliding_attention") for k in kinds)
     ):
-        raise ConfigError(f"layer_types does not describe {num_layers} layers: {kinds!r}")
+        raise ConfigError(f"layer_types does not describe {num_layers} layers: {quoted(kinds)}")
     if "sliding_attention" in kinds and window is None:
         raise ConfigError("layer_types has sliding_attention but sliding_window is null")
     windows = take("use_sliding_window", None)
     if windows not in (None, "sliding_attention" in kinds):
         raise ConfigError(
-            f"use_sliding_window is {windows!r}, against what layer_types or the model's kind say"
+            f"use_sliding_window is {quoted(windows)}, against layer_types or the kind of model"
         )
     ropes = _hf_ropes(kind, rest)
     hidden_dim = take("hidden_size")
@@ -168,7 +167,8 @@ def _text_part(data: Mapping[str, Any]) -> dict[str, Any]:
         found = around.pop(key)
         if found is not None and found != known[key]:
             raise ConfigError(
-                f"config.json has {key}={found!r}, and {known[key]!r} in its text_config"
+                f"config.json has {key[:60]}={quoted(found)}, and {quoted(known[key])} in its "
+                "text_config"
             )
     refuse_unknown(around)
     return text
@@ -234,7 +234,7 @@ def _pattern(kind: str, value: Any) -> Any:
     own = _GLOBAL_EVERY.get(kind, 1)
     if value not in (None, own) and kind != "gemma3_text":
         raise ConfigError(
-            f"sliding_window_pattern is {value!r}; that of a {kind} is {own} in every "
+            f"sliding_window_pattern is {quoted(value)}; that of a {kind} is {own} in every "
             "implementation, so say what is meant by layer_types"
         )
     return own if value is None else value
@@ -291,7 +291,7 @@ def _hf_ropes(kind: str, rest: dict[str, Any]) -> dict[str, tuple[float, float]]
         ropes[layer_kind] = _one_rope(given, default_theta=_GEMMA3_THETA[layer_kind])
     unknown = set(parameters) - set(ropes)
     if unknown:
-        raise ConfigError(f"rope_parameters has unknown layer kinds: {', '.join(sorted(unknown))}")
+        raise ConfigError(f"rope_parameters has unknown layer kinds: {listed(sorted(unknown))}")
     return ropes
 
 
@@ -302,8 +302,8 @@ def _one_rope(given: dict[str, Any], *, default_theta: float) -> tuple[float, fl
     factor = given.pop("factor", None)
     if given or rope_type not in ("default", "linear"):
         raise ConfigError(
-            f"RoPE of type {rope_type!r} with {sorted(given)} is not one Gemma uses "
-            "(default or linear)"
+            f"RoPE of type {quoted(rope_type)} with {listed(sorted(given)) or 'nothing'} is not "
+            "one Gemma uses (default or linear)"
         )
     require_positive("rope_theta", theta)
     if rope_type == "default":
@@ -316,5 +316,5 @@ def _one_rope(given: dict[str, Any], *, default_theta: float) -> tuple[float, fl
 
 def _mapping(name: str, value: Any) -> dict[str, Any]:
     if value is not None and not isinstance(value, Mapping):
-        raise ConfigError(f"{name} must be an object, found {value!r}")
+        raise ConfigError(f"{name} must be an object, found {quoted(value)}")
     return dict(value or {})

@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from gemma_keras.errors import ConfigError
+from gemma_keras.errors import ConfigError, listed, quoted
 
 # Names and, with a star, families of names.
 _INERT: dict[str, str] = {
@@ -126,7 +126,7 @@ def telling_keys(data: Mapping[str, Any]) -> dict[str, Any]:
             value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed
         ):
             raise ConfigError(
-                f"{key}={value!r} is not part of any Gemma this project knows; Gemma's is "
+                f"{key}={quoted(value)} is not part of any Gemma this project knows; Gemma's is "
                 f"{allowed[0] if allowed else None!r}"
             )
     return {k: v for k, v in data.items() if k not in _FIXED and not is_inert(k)}
@@ -141,7 +141,7 @@ def refuse_unknown(keys: Mapping[str, Any], where: str = "config.json") -> None:
     unknown = sorted(key for key, value in keys.items() if value is not None)
     if unknown:
         raise ConfigError(
-            f"{where} has keys this project does not know: {', '.join(unknown[:10])}; one of them "
+            f"{where} has keys this project does not know: {listed(unknown)}; one of them "
             "may change the mathematics, so the model is refused; take a key out of the file if "
             "you know that it changes nothing"
         )

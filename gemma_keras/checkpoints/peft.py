@@ -165,8 +165,8 @@ def _think_of_the_tied_head(adapter: PeftAdapter, changes: dict[str, tuple[Chang
                 "the embedding"
             )
         return
-    saved = adapter.config.get("modules_to_save") or ()
-    is_copy = any(str(name).endswith("embed_tokens") for name in saved)
+    saved = adapter.config.get("modules_to_save") or []
+    is_copy = any(name.endswith("embed_tokens") for name in saved)
     if not is_copy and not any(step.replaces for step in head):
         changes["head"] = (*(step for step in table if step.replaces), *head)
 

@@ -11,12 +11,11 @@ from __future__ import annotations
 import functools
 import math
 import re
-import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gemma_keras.errors import CheckpointError
+from gemma_keras.errors import CheckpointError, quoted
 
 _INERT = frozenset(
     """
@@ -42,6 +41,7 @@ _MUST_BE_OFF = {
 _OFF = (None, False, "none", [], {}, "")
 # With others the base's matrices were changed before training, or the update is no plain product.
 _PLAIN_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
+_LARGEST_ALPHA = 1e30
 _MOST_PATTERNS = 5000  # EVA and the like write one for each matrix
 _MOST_PATTERN = 200  # characters of one
 # Repetitions within repetitions can take a regular expression for ever.
@@ -61,7 +61,7 @@ def check_adapter_config(path: Path, data: Mapping[str, Any]) -> None:
     kind = data.get("peft_type")
     if kind != "LORA":
         raise CheckpointError(
-            f"{path} is of an adapter of peft_type {reprlib.repr(kind)}; LORA is what can be "
+            f"{path} is of an adapter of peft_type {quoted(kind)}; LORA is what can be "
             "merged here, so merge it with PEFT (merge_and_unload) and give the merged folder"
         )
     for key, value in data.items():
@@ -69,13 +69,18 @@ def check_adapter_config(path: Path, data: Mapping[str, Any]) -> None:
             continue
         asked = _MUST_BE_OFF.get(key, "something this project does not know")
         raise CheckpointError(
-            f"{path} has {key[:80]}={reprlib.repr(value)}, which asks for {asked}; merge it "
+            f"{path} has {key[:80]}={quoted(value)}, which asks for {asked}; merge it "
             "with PEFT (merge_and_unload) and give the merged folder"
+        )
+    saved = data.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+        raise CheckpointError(
+            f"{path} must have a list of names as modules_to_save, found {quoted(saved)}"
         )
     beginning = data.get("init_lora_weights", True)
     if beginning not in _PLAIN_BEGINNINGS:
         raise CheckpointError(
-            f"{path} has init_lora_weights={reprlib.repr(beginning)}, by which the base's matrices "
+            f"{path} has init_lora_weights={quoted(beginning)}, by which the base's matrices "
             "were changed before training; convert it to a plain LoRA when saving "
             "(path_initial_model_for_weight_conversion), or merge it with PEFT"
         )
@@ -95,14 +100,10 @@ def rank_and_scale(path: Path, data: Mapping[str, Any], module: str) -> tuple[in
     rank = _of_module(path, data, "rank_pattern", module, data.get("r", 8))
     alpha = _of_module(path, data, "alpha_pattern", module, data.get("lora_alpha", 8))
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise CheckpointError(
-            f"{path} has the rank {reprlib.repr(rank)}; it must be a positive integer"
-        )
+        raise CheckpointError(f"{path} has the rank {quoted(rank)}; it must be a positive integer")
     is_number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
-    if not is_number or not math.isfinite(alpha):
-        raise CheckpointError(
-            f"{path} has the lora_alpha {reprlib.repr(alpha)}; it must be a number"
-        )
+    if not is_number or not abs(alpha) < _LARGEST_ALPHA:
+        raise CheckpointError(f"{path} has the lora_alpha {quoted(alpha)}; it must be a number")
     return rank, alpha / (math.sqrt(rank) if data.get("use_rslora") else rank)
 
 
@@ -112,7 +113,7 @@ def _of_module(path: Path, data: Mapping[str, Any], key: str, module: str, defau
     if not isinstance(patterns, Mapping) or len(patterns) > _MOST_PATTERNS:
         raise CheckpointError(
             f"{path} must have an object of up to {_MOST_PATTERNS:,} patterns as {key}, found "
-            f"{reprlib.repr(patterns)}"
+            f"{quoted(patterns)}"
         )
     for pattern, value in patterns.items():
         compiled = _compiled(pattern)

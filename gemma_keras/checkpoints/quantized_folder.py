@@ -65,7 +65,7 @@ def _method(config: Mapping[str, Any], names: Collection[str]) -> str | None:
     for data in (config, text if isinstance(text, Mapping) else {}):
         found = data.get("quantization_config")
         if isinstance(found, Mapping) and isinstance(found.get("quant_method"), str):
-            return found["quant_method"]
+            return found["quant_method"][:40]
         if data.get("quantization"):
             return "mlx"
     for method, ends in _MARKS.items():

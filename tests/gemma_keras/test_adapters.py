@@ -352,6 +352,8 @@ def refusal(source, **options):
         ({"r": 0}, "the rank 0"),
         ({"r": "3"}, "the rank '3'"),
         ({"lora_alpha": float("nan")}, "the lora_alpha nan"),
+        ({"lora_alpha": 10**400}, "the lora_alpha 1000"),
+        ({"modules_to_save": 1}, "a list of names as modules_to_save"),
         ({"alpha_pattern": {"(a+)+q_proj": 1}}, "no regular expression that is read here"),
         ({"alpha_pattern": {"[": 1}}, "no regular expression"),
         ({"rank_pattern": 5}, "must have an object of up to 5,000 patterns as rank_pattern"),

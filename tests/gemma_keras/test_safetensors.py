@@ -397,5 +397,5 @@ def test_a_pickle_that_an_index_names_is_refused(folder, trap):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_pickle_by_its_own_name_is_refused(folder, trap, name):
     write_pickle(folder / name, trap)
-    assert f"{folder / name} is not a GGUF file" in refusal(folder / name)
+    assert f"{folder / name} is a pickle" in refusal(folder / name)
     assert not trap.exists()
