@@ -147,7 +147,9 @@ def test_what_fit_is_given_counts(folder):
 
 
 def test_a_live_model_of_keras_hub_is_what_is_said_of_it(model):
-    config = dataclasses.replace(model.backbone.config, norm_epsilon=1e-6)  # as KerasHub's
+    config = model.backbone.config  # but for what KerasHub's has fixed
+    layers = tuple(dataclasses.replace(layer, rope_theta=10_000.0) for layer in config.layers)
+    config = dataclasses.replace(config, layers=layers, norm_epsilon=1e-6)
     ours = GemmaCausalLM(
         GemmaBackbone(config, dtype="float32"),
         GemmaCausalLMPreprocessor(GemmaTokenizer(proto=chat_tokenizer_model())),
@@ -224,7 +226,9 @@ def test_a_model_that_has_not_been_run_is_quantized(folder, model, mode):
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         fresh.quantize(mode)
-    assert [str(one.message)[:19] for one in told] == ["the token embedding"] * (mode != "float8")
+    messages = [str(one.message) for one in told]
+    assert sum("the token embedding" in m for m in messages) == (mode != "float8")
+    assert not any("`quantize` method" in m for m in messages)
     ids = np.arange(4, 24)[None]
     expected = model.logits(ids)
     difference = np.sqrt(np.mean((fresh.logits(ids) - expected) ** 2)) / expected.std()
