@@ -30,7 +30,8 @@ from edge_demo.system_files import read_sizes, read_text
 from edge_demo.terminal import megabytes
 
 FORCE = "EDGE_DEMO_FORCE"  # set to anything: load even what seems not to fit
-CHUNKS = (512, 256, 128, 64)  # tokens of a prompt run at once: as many as there is memory for
+CHUNKS = (256, 128, 64)  # tokens of a prompt run at once: as many as there is memory for
+FLOAT_CHUNK = 512  # the same in float32, which is chosen only where memory is plenty
 _CONTEXT = 1024  # tokens that must fit, or all of a shorter context
 
 _MB = 10**6
@@ -253,7 +254,7 @@ def fitting(
     """
     if float_prompts.preferred(bundle):
         with contextlib.suppress(BundleError):  # whoever runs the other graph will say it
-            needed = estimate(bundle, graph, chunk=CHUNKS[0], texts=texts, in_float=True)
+            needed = estimate(bundle, graph, chunk=FLOAT_CHUNK, texts=texts, in_float=True)
             # read for every chunk, so they should stay where they are
             held = dataclasses.replace(needed, weights=needed.weights + needed.read_again)
             if shortage(held) is None:

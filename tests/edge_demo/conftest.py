@@ -96,6 +96,7 @@ def short_boundaries(step: int, slack: int, chunk: int) -> Iterator[None]:
         patch.setattr(cache_size, "STEP", step)
         patch.setattr(cache_size, "SLACK", slack)
         patch.setattr(memory, "CHUNKS", (chunk,))
+        patch.setattr(memory, "FLOAT_CHUNK", chunk)
         patch.setattr(courses, "UNIT", chunk)
         yield
 

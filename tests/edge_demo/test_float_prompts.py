@@ -180,7 +180,7 @@ def test_it_is_left_where_memory_would_not_hold_the_weights_twice(tiny_bundles, 
     assert more.anonymous == least.anonymous + more.multiplied_out
     assert more.peak == least.peak + more.read_again + more.multiplied_out
     for free, expected in (
-        (more.resident + more.read_again, (memory.CHUNKS[0], True)),
+        (more.resident + more.read_again, (memory.FLOAT_CHUNK, True)),
         (more.resident + more.read_again - 1, (memory.CHUNKS[0], False)),
     ):
         room = Room("here", "resident", free)
