@@ -38,7 +38,7 @@ PROMPT = "The old bridge was built"
 OTHERS = ("fp32", "fp16", "int4")
 # Greatest mean KL divergence from Keras, as a share of what other tokens' logits have; random
 # weights are the hardest to round.
-MOST = {"fp32": 1e-6, "fp16": 1e-3, "int8": 0.1, "int4": 0.6}
+MOST = {"fp32": 1e-6, "fp16": 1e-3, "int8": 0.1, "int4": 0.8}
 pytestmark = [pytest.mark.keras, pytest.mark.backends("torch")]  # others differ elsewhere
 
 CAUSAL = [size for size in SIZES.values() if size.causal and size.alias_of is None]
