@@ -20,6 +20,10 @@ from tests.models import GENERATIONS, VOCABULARY_SIZE, WINDOW
 CHUNK = 8
 FEWEST = 3
 PLAIN_AMD = "processor : 0\nflags\t\t: fpu sse2 avx2 fma\n"
+ZEN_3 = (
+    "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 1\n"
+    "model name\t: AMD EPYC\nflags\t\t: fpu sse2 avx2 fma\n"
+)
 PI_4 = "processor : 0\nFeatures\t: fp asimd evtstrm crc32 cpuid\n"
 
 
@@ -136,6 +140,8 @@ def test_after_ctrl_c_it_goes_on_as_if_nothing_had_been(bundle, asked):
         (PLAIN_AMD, True),
         (PLAIN_AMD.replace("fma", "fma avx512f avx512_vnni"), False),
         (PLAIN_AMD.replace("fma", "fma avx_vnni"), False),
+        (ZEN_3, False),
+        (ZEN_3.replace(": 25", ": 23"), True),
         (PI_4, False),
         (PI_4.replace("cpuid", "cpuid asimddp"), False),
         ("nonsense", False),
