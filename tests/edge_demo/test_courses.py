@@ -58,7 +58,7 @@ class Script:
         self.tokens = list(tokens)
         self.logits = []
 
-    def pick(self, logits):
+    def pick(self, logits, before=()):
         assert not isinstance(logits, Candidates)
         self.logits.append(logits.tobytes())
         return self.tokens[len(self.logits) - 1]
