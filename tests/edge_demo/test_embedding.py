@@ -54,7 +54,9 @@ def interchange_rows(path: Path, ids) -> np.ndarray:
         session = ort.InferenceSession(start, providers=["CPUExecutionProvider"])
     finally:
         start.unlink()
-    return session.run([EMBEDDED], {"input_ids": np.array([ids], np.int64)})[0][0]
+    mask = np.ones((1, len(ids)), np.int64)
+    feed = {"input_ids": np.array([ids], np.int64), "attention_mask": mask}
+    return session.run([EMBEDDED], feed)[0][0]
 
 
 @pytest.mark.parametrize("recipe", ["fp32", "int8"])

@@ -73,7 +73,7 @@ def furthest(found, expected, tokens):
 
 @pytest.mark.parametrize("kind", [Engine, CandidateEngine])
 @pytest.mark.parametrize(
-    "length", [FEWEST + 1, WINDOW - 1, WINDOW, WINDOW + 1, CHUNK, CHUNK + 1, 2 * CHUNK + FEWEST + 1]
+    "length", [FEWEST + 2, WINDOW - 1, WINDOW, WINDOW + 1, CHUNK, CHUNK + 1, 2 * CHUNK + FEWEST + 1]
 )
 def test_a_prompt_leaves_what_one_pass_in_float32_leaves(bundle, plain_pass, asked, kind, length):
     """But for its last token, which is run as those that follow are."""

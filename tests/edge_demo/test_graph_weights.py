@@ -44,15 +44,14 @@ def test_the_engine_reads_all_and_looks_nothing_up(bundle):
     assert bytes_per_token(bundle / "engine.onnx") == sum(w.num_bytes for w in weights)
 
 
-def test_of_the_low_plane_candidates_look_rows_up(tiny_bundles):
+def test_candidates_look_nothing_up_and_read_no_low_plane(tiny_bundles):
+    """The device reads its rows: see `edge_demo.low_plane`."""
     path = tiny_bundles / "gemma3-int8" / "candidates.onnx"
     weights = stored_weights(path)
-    looked_up = {w.name for w in weights if w.looked_up}
-    low = {f"token_embedding.{part}" for part in ("low.rows", "zero_points")}
-    assert looked_up == low | {"token_embedding.scales"}
-    assert {w.name for w in weights if not w.multiplied} == low
-    read = sum(w.num_bytes for w in weights if w.name not in low)
-    assert bytes_per_token(path) == read
+    assert all(w.multiplied and not w.looked_up for w in weights)
+    table = {w.name for w in weights if w.name.startswith("token_embedding.")}
+    assert table == {"token_embedding.high", "token_embedding.scales"}
+    assert bytes_per_token(path) == sum(w.num_bytes for w in weights)
 
 
 def test_a_token_reads_all_but_what_is_looked_up(tiny_bundles):
