@@ -159,9 +159,10 @@ def run_by_keras_hub(folder: Path, ids: np.ndarray, tell_attention: bool = True)
 
 def run_here(folder: Path, ids: np.ndarray) -> Outputs:
     """The outputs of this project's model of a folder, in float32."""
-    from gemma_keras import GemmaCausalLM
+    from gemma_keras import GemmaCausalLM, open_checkpoint
 
-    return _run_backbone(GemmaCausalLM.from_preset(folder, dtype="float32").backbone, ids)
+    model = GemmaCausalLM.from_checkpoint(open_checkpoint(folder), dtype="float32")
+    return _run_backbone(model.backbone, ids)
 
 
 def _run_backbone(backbone, ids: np.ndarray) -> Outputs:

@@ -135,10 +135,8 @@ def test_tables_in_pieces_that_do_not_fit_are_refused(sources):
 @pytest.mark.parametrize("name", ["token_embedding", "layers.1.mlp.up", "final_norm"])
 def test_what_is_not_finite_in_a_file_is_refused(sources, tmp_path, name):
     checkpoint = open_checkpoint(sources("gemma", "float32"))
-    live = GemmaCausalLM.from_checkpoint(checkpoint, dtype="float32")
-    array = values(live.backbone, name).copy()
-    array[(-1,) * array.ndim] = np.nan
-    live.backbone.variable(name).assign(array)
+    found = {weight: np.array(array) for weight, array in checkpoint.weights.items()}
+    found[name][(-1,) * found[name].ndim] = np.nan
     file = tmp_path / "model.safetensors"
     folder = sources("gemma", "float32")
     for other in folder.iterdir():
@@ -147,7 +145,6 @@ def test_what_is_not_finite_in_a_file_is_refused(sources, tmp_path, name):
     from safetensors.numpy import save_file
 
     specs = weight_specs(checkpoint.config)
-    found = live.backbone.weight_source()
     tensors = {
         spec.hf: np.ascontiguousarray(spec.to_file(found[n], "hf")) for n, spec in specs.items()
     }
