@@ -328,6 +328,7 @@ def test_the_special_ids_are_gemmas(ours):
 
 
 @pytest.mark.keras
+@pytest.mark.filterwarnings("ignore:[^a]*a text holds")
 def test_the_keras_layer_gives_the_same_ids_directly_and_in_a_dataset(ours):
     import tensorflow as tf
 
