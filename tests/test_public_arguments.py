@@ -75,6 +75,9 @@ SHOWN: dict[str, dict[str, str]] = {
         "preprocessor": f"{K}generation.py::with_turns",
         "instruction_tuned": f"{K}generation.py::test_a_tuned_model_stops_where_it_ends_its_turn",
         "provenance": _PRESET,
+        "stop_token_ids": f"{K}turns_keras.py::test_it_keeps_what_it_is_through_every_file",
+        "turns": f"{K}turns_keras.py::test_it_keeps_what_it_is_through_every_file",
+        "chat_template": f"{K}turns_keras.py::test_it_keeps_what_it_is_through_every_file",
     },
     "GemmaCausalLM.compile": {
         "optimizer": f"{K}saving.py::test_training_goes_on_after_load_model",
@@ -90,6 +93,9 @@ SHOWN: dict[str, dict[str, str]] = {
         "load_weights": _RANDOM,
         "dtype": _PRESET,
         "sequence_length": _PRESET,
+        "base": f"{K}adapters.py::test_from_preset_and_export_onnx_merge_an_adapter",
+        "instruction_tuned": f"{K}gguf_parts.py::test_from_preset_is_told_whether_a_gguf_is_tuned",
+        "special_tokens_in_strings": f"{K}turns_keras.py::test_marks_in_strings_become_tokens_where_asked_and_after_saving",
     },
     "GemmaCausalLM.from_keras_hub": dict.fromkeys(
         ("model", "instruction_tuned", "dtype", "sequence_length"),
@@ -106,6 +112,7 @@ SHOWN: dict[str, dict[str, str]] = {
         "gradient_checkpointing": (
             f"{K}training.py::test_gradient_checkpointing_computes_every_block_again"
         ),
+        "special_tokens_in_strings": f"{K}turns_keras.py::test_marks_in_strings_become_tokens_where_asked_and_after_saving",
     },
     "GemmaCausalLM.get_quantization_layer_structure": {
         "mode": f"{K}quantized.py::test_calibration_starts_from_what_the_first_block_takes"
@@ -174,11 +181,27 @@ SHOWN: dict[str, dict[str, str]] = {
     "GemmaTextEmbedder.compile_from_config": _COMPILE_CONFIG,
     "GemmaTextEmbedder.quantize": _QUANTIZE,
     "GemmaTokenizer.__init__": {
-        "proto": f"{K}generation.py::test_a_tuned_model_stops_where_it_ends_its_turn"
+        "proto": f"{K}generation.py::test_a_tuned_model_stops_where_it_ends_its_turn",
+        "special_tokens_in_strings": f"{K}turns_keras.py::test_marks_in_strings_become_tokens_where_asked_and_after_saving",
     },
-    "open_checkpoint": {"source": f"{E}pieces.py::config"},
+    "GemmaTokenizer.set_proto": {
+        "proto": f"{K}turns_keras.py::test_it_keeps_what_it_is_through_every_file"
+    },
+    "GemmaTokenizer.tokenize": {
+        "inputs": f"{K}turns_keras.py::test_marks_in_strings_become_tokens_where_asked_and_after_saving"
+    },
+    "GemmaTokenizer.encode": {"text": f"{K}turns_keras.py::test_it_is_told_wherever_texts_go_in"},
+    "open_checkpoint": {
+        "source": f"{E}pieces.py::config",
+        "base": f"{K}adapters.py::test_an_adapter_alone_is_merged_into_what_it_names",
+        "instruction_tuned": f"{K}gguf_parts.py::test_from_preset_is_told_whether_a_gguf_is_tuned",
+    },
     "export_onnx": {
         "source": f"{E}bad_input.py::test_a_missing_source",
+        "base": f"{K}adapters.py::test_from_preset_and_export_onnx_merge_an_adapter",
+        "instruction_tuned": (
+            f"{K}gguf_parts.py::test_export_onnx_says_what_it_passed_over_and_is_told_what_it_cannot_know"
+        ),
         "out": f"{E}fused.py::test_export_of_the_keras_model_writes_the_same_weights",
         "recipe": f"{E}fused.py::test_graph_keeps_its_contract",
         "kl_budget": f"{E}rounding.py::test_int4_keeps_its_budget_and_says_what_it_chose",

@@ -35,7 +35,7 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 ARGUMENTS = {
     "generate": ["x", "--prompt", "p"],
-    "chat": ["x"],
+    "chat": ["x", "--prompt", "p"],
     "bench": ["x"],
     "score": ["x", "--text", "README.md"],
     "compare": ["x", "y", "--text", "README.md"],

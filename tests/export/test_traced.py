@@ -598,7 +598,7 @@ def test_a_format_without_standard_operators_is_refused(stored, fmt, words):
     ("script", "reason"),
     [
         ("echo noise >&2; echo \"ModuleNotFoundError: No module named 'tf2onnx'\" >&2; exit 1",
-         r"No module named 'tf2onnx'; run: pip install gemma-keras\[export\]$"),
+         r"No module named 'tf2onnx'; run: pip install 'gemma-keras\[export\]'$"),
         ("echo 'ValueError: what it was' >&2; exit 1", "on TensorFlow: ValueError: what it was$"),
         ("kill -9 $$", "ended by signal 9; is memory short"),
         ("exit 3", "exit status 3$"),
