@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from edge_demo import bench_command, chat_command, commands, generate_command, huge_pages, options
-from edge_demo.errors import EdgeError, RequestError, brief
+from edge_demo.errors import EdgeError, RequestError, brief, sentence
 from edge_demo.terminal import complain
 
 
@@ -50,8 +50,8 @@ def _sentence(error: Exception) -> str:
     """Why a command ends."""
     if isinstance(error, MemoryError):
         return str(error) or "out of memory"
-    if isinstance(error, (EdgeError, OSError)) and str(error):
-        return str(error)
+    if isinstance(error, (EdgeError, OSError)) and sentence(error):
+        return sentence(error)
     from edge_demo.unexpected import PACKAGES, unexpected
 
     if isinstance(error, ModuleNotFoundError) and error.name in PACKAGES:
