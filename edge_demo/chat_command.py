@@ -42,7 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--system",
         metavar="TEXT",
         default="",
-        help="what an instruction-tuned model is told before the first message",
+        help="instructions for an instruction-tuned model, before the first message",
     )
 
 
@@ -175,7 +175,7 @@ class _Talk:
         self._keeps_first = not arguments.system  # in the prompt cache
 
     def obey(self, command: str) -> None:
-        """Do what a command says; unknown ones are told."""
+        """Do what a command says; an unknown one gets a note."""
         from edge_demo.terminal import note
 
         if command in ("clear", "reset"):
@@ -194,7 +194,7 @@ class _Talk:
         """Answer a message; `False` where it was stopped and nobody is there to go on.
 
         Raises:
-            EdgeError: there can be no answer; at a terminal a message that does not fit is told.
+            EdgeError: there can be no answer; at a terminal a message that does not fit gets a note.
         """
         from edge_demo.answer import Generation
         from edge_demo.terminal import note, show

@@ -13,7 +13,7 @@ class Conversation:
         tokenizer: of the bundle. With a base model the turns are one text.
         context_length: the most tokens there may be.
         answer_tokens: how many an answer may have; a quarter of the context at most is kept for it.
-        system: what an instruction-tuned model is told before all; it never goes.
+        system: instructions that stand before all turns; they are never dropped.
 
     Attributes:
         dropped: how many of the user's messages went, their answers with them, to make room for the

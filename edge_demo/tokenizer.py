@@ -117,7 +117,7 @@ class Tokenizer:
 
         Args:
             turns: `("user" or "model", text)`, oldest first, a user's.
-            system: what the model is told before all. A template without a role for it has it
+            system: instructions that stand before all turns. A template without a role for it has it
                 before the first message, a blank line between them.
 
         Raises:
