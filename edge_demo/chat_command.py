@@ -194,7 +194,7 @@ class _Talk:
         """Answer a message; `False` where it was stopped and nobody is there to go on.
 
         Raises:
-            EdgeError: there can be no answer; at a terminal a message that does not fit gets a note.
+            EdgeError: there can be no answer; at a terminal a message too long gets a note.
         """
         from edge_demo.answer import Generation
         from edge_demo.terminal import note, show

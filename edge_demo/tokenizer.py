@@ -117,8 +117,8 @@ class Tokenizer:
 
         Args:
             turns: `("user" or "model", text)`, oldest first, a user's.
-            system: instructions that stand before all turns. A template without a role for it has it
-                before the first message, a blank line between them.
+            system: instructions before all turns. A template without a role for them has them
+                before the first message, a blank line between.
 
         Raises:
             BundleError: the bundle is not instruction-tuned.
