@@ -21,6 +21,7 @@ from pathlib import Path
 from pareto import measure_speed, peers_of_the_sample
 from peers import Contender
 
+from edge_demo import huge_pages
 from edge_demo.throughput import memory_bytes_per_s
 
 
@@ -62,7 +63,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
 
-    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    os.environ.setdefault(huge_pages.VARIABLE, huge_pages.SETTING)
     contenders = [Contender(path.name, "bundle", path) for path in arguments.bundles]
     contenders += peers_of_the_sample(arguments.out, arguments.reference)
     speeds = measure_speed(contenders, arguments.threads, arguments.rounds)

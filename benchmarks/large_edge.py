@@ -21,6 +21,7 @@ from pareto import measure_speed
 from peers import Contender
 from sentencepiece import SentencePieceProcessor
 
+from edge_demo import huge_pages
 from edge_demo.terminal import Progress
 from gemma_keras import GemmaConfig
 from gemma_keras.checkpoints.names import weight_specs
@@ -99,7 +100,7 @@ def main() -> None:
     parser.add_argument("--decode-tokens", type=int, default=32)
     arguments = parser.parse_args()
 
-    os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    os.environ.setdefault(huge_pages.VARIABLE, huge_pages.SETTING)
     source = arguments.folder / arguments.size
     config = write_checkpoint(arguments.size, source)
     peer = arguments.folder / f"{arguments.size}-q4_0.gguf"

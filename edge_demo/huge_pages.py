@@ -2,7 +2,8 @@
 
 Linux gives huge pages to memory that asks for them (`madvise`). glibc's malloc asks when its
 tunable `glibc.malloc.hugetlb` is 1, which is read when a process starts; so the process starts
-again.
+again. A second tunable keeps the size from which on an allocation is mapped for itself where it is
+at first: glibc raises it when such memory is freed, and what then comes from the heap leaves holes.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-_VARIABLE = "GLIBC_TUNABLES"
-_SETTING = "glibc.malloc.hugetlb=1"
+VARIABLE = "GLIBC_TUNABLES"
+SETTING = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=131072"
 _FIRST_GLIBC = (2, 35)  # that knows the tunable
 _POLICY = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -23,7 +24,7 @@ def restart_with_huge_pages() -> None:
     """Start this command again with huge pages; it does not return, unless that cannot be done."""
     try:
         arguments = [sys.executable, *sys.orig_argv[1:]]
-        os.execve(sys.executable, arguments, os.environ | {_VARIABLE: _SETTING})
+        os.execve(sys.executable, arguments, os.environ | {VARIABLE: SETTING})
     except OSError:
         pass  # slower, and no worse
 
@@ -33,7 +34,7 @@ def of_use(environment: Mapping[str, str] = os.environ, policy: Path = _POLICY) 
 
     Whoever has set `GLIBC_TUNABLES`, to whatever, is left alone.
     """
-    if sys.platform != "linux" or _VARIABLE in environment or not sys.executable:
+    if sys.platform != "linux" or VARIABLE in environment or not sys.executable:
         return False
     name, version = platform.libc_ver()
     numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
