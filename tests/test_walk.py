@@ -22,6 +22,8 @@ from edge_demo.cli import main
 from edge_demo.engine import Engine
 from edge_demo.tokenizer import Tokenizer
 from export import export_onnx
+from export.quantize.formats import plan_to_json
+from export.quantize.recipes import raised_plan
 from gemma_keras import GemmaCausalLM
 from gemma_keras.checkpoints import Checkpoint
 from gemma_keras.checkpoints.names import weight_specs
@@ -34,6 +36,7 @@ from tests.models import weight_statistics as statistics
 HIDDEN, FFW, HEAD, WINDOW, CONTEXT = 64, 96, 16, 8, 64
 MOST_TOKENS = 5
 SHALLOW = 18  # layers
+EVERY = 8  # blocks of a deep model, one has 4 bits
 STOPS = (1, VOCABULARY_SIZE - 2)  # the end of a sequence, and of a turn
 PROMPT = "The old bridge was built"
 OTHERS = ("fp32", "fp16", "int4")
@@ -156,9 +159,8 @@ def test_a_size_from_checkpoint_to_words(
 ):
     made = walked(size)
     options = {}
-    if recipe == "int4":  # to measure each group of matrices takes the square of the depth
-        shallow = len(made.model.backbone.config.layers) <= SHALLOW
-        options = {"kl_budget": 100.0} if shallow else {"plan": {}}
+    if recipe == "int4":
+        options = int4_options(made.model.backbone.config)
     calibration = "none" if recipe in ("int4", "int8") else None
     out = tmp_path / "bundle"
     export_onnx(made.folders[tuned], out, recipe, calibration=calibration, verify=False, **options)
@@ -182,6 +184,16 @@ def test_a_size_from_checkpoint_to_words(
     assert f"base_model: {release_of(size, tuned)}\n" in card
     assert f"# {made.folders[tuned].name}, {recipe}, for onnxruntime" in card.replace("\\", "")
     assert ("- conversational\n" in card) == tuned
+
+
+def int4_options(config: GemmaConfig) -> dict:
+    """A budget for shallow models. To measure each group of matrices takes the square of the depth,
+    so deep ones get a plan: 4 bits in some blocks, the rest raised as a budget would."""
+    if len(config.layers) <= SHALLOW:
+        return {"kl_budget": 100.0}
+    plan = raised_plan(config)
+    few = tuple(f"layers.{i}." for i in range(0, len(config.layers), EVERY))
+    return {"plan": plan_to_json({n: f for n, f in plan.items() if not n.startswith(few)})}
 
 
 def what_keras_says(model, tokenizer) -> str:
