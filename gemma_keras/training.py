@@ -68,14 +68,16 @@ class TrainsOn(_Task):
             config["jit_compile"] = "auto"
         if getattr(self, "sampler", None) is not None:
             config["sampler"] = keras.saving.serialize_keras_object(self.sampler)
-        return config | {"layers": _layer_states(self)}
+        built = self.optimizer is not None and self.optimizer.built
+        return config | {"layers": _layer_states(self), "optimizer_built": built}
 
     def compile_from_config(self, config: Mapping[str, Any]) -> None:
         """Train as before: with this optimizer and sampler, these layers, this LoRA."""
         config = dict(config)
         _restore_layer_states(self, config.pop("layers", []))
+        built = config.pop("optimizer_built", True)
         self.compile(**keras.saving.deserialize_keras_object(config))
-        if self.optimizer is not None:
+        if self.optimizer is not None and built:  # one that has never trained holds nothing
             self.optimizer.build(self.trainable_variables)
 
 

@@ -128,3 +128,12 @@ def test_a_model_that_was_never_compiled_is_loaded(folder, tmp_path):
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     ids = np.arange(4, 20)[None]
     np.testing.assert_array_equal(loaded.logits(ids), model.logits(ids))
+
+
+def test_a_model_that_was_never_trained_loads_without_a_warning(folder, tmp_path, recwarn):
+    model = GemmaCausalLM.from_preset(folder, dtype="float32", sequence_length=LENGTH)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert not [warning for warning in recwarn if "optimizer" in str(warning.message)]
+    fit(loaded)
+    assert loaded.optimizer.built
