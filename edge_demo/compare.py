@@ -147,8 +147,8 @@ def compare(
     context = min(one.context_length for one in everyone)
     if not _LEAST_LENGTH <= length <= context:
         raise RequestError(
-            f"the window must hold {_LEAST_LENGTH} tokens to the context's {context:,}, not "
-            f"{length:,}"
+            f"a window of {length:,} tokens does not fit: it can have {_LEAST_LENGTH} to "
+            f"{context:,}, the smaller context of the two bundles; give --length"
         )
     room = length - 1
     # One more than fill them: the last position's right token is the next of the text.

@@ -67,7 +67,12 @@ def add_sampling(parser: argparse.ArgumentParser, defaults: Sampling) -> None:
         "(a line break: $'\\n' in bash)",
     )
     _number(group, "--temperature T", defaults.temperature, "0 is greedy")
-    _number(group, "--top-k K", defaults.top_k, "choose among the K most likely; 0 is all")
+    _number(
+        group,
+        "--top-k K",
+        defaults.top_k,
+        "choose among the K most likely; 0 is all, slower and in more memory",
+    )
     _number(
         group,
         "--top-p P",

@@ -127,7 +127,8 @@ def score(
         raise RequestError("the text is empty; there is nothing to score")
     if length > engine.context_length:
         raise RequestError(
-            f"a window of {length:,} tokens does not fit the context of {engine.context_length:,}"
+            f"a window of {length:,} tokens does not fit the context of {engine.context_length:,}; "
+            f"give --length {engine.context_length} or less"
         )
     cuts = list(windows(len(ids), length, stride))[:max_windows]
     total = 0.0

@@ -108,7 +108,8 @@ def open_tokenizer(checkpoint: Checkpoint) -> sentencepiece.SentencePieceProcess
     """
     if not checkpoint.tokenizer_model:
         raise ExportError(
-            "the checkpoint has no SentencePiece model (tokenizer.model); a bundle needs one"
+            "the checkpoint has no tokenizer, which a bundle needs; copy tokenizer.model or "
+            "tokenizer.json of the model into its folder"
         )
     try:
         model = sentencepiece.SentencePieceProcessor(model_proto=checkpoint.tokenizer_model)

@@ -6,7 +6,7 @@
 # pyright: reportOptionalMemberAccess=false, reportOptionalCall=false
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -262,11 +262,35 @@ class GemmaBackbone(keras_hub.models.Backbone):
         """Names of the layers that `enable_lora` adapts unless it is told others."""
         return ["query", "value"]
 
+    def enable_lora(self, rank: int, target_layer_names: Sequence[str] | None = None) -> None:
+        """As `keras_hub.models.Backbone.enable_lora`. The same call again changes nothing.
+
+        Raises:
+            ValueError: LoRA is enabled already, of another rank or in other layers. Nothing is
+                changed.
+        """
+        names = target_layer_names or self.default_lora_layer_names()
+        layers = [layer for layer in self._flatten_layers(include_self=False) if layer.weights]
+        adapted = [i for i, one in enumerate(layers) if getattr(one, "lora_enabled", False)]
+        if not adapted:
+            return super().enable_lora(rank, target_layer_names=target_layer_names)
+        before = layers[adapted[0]].lora_rank
+        can = [i for i, one in enumerate(layers) if one.name in names and _takes_lora(one)]
+        if rank != before or adapted != can:
+            raise ValueError(
+                f"LoRA of rank {before} is enabled in {len(adapted)} layers already; this would be "
+                f"rank {rank} in {len(can)} layers; load the model again to choose otherwise"
+            )
+
     def get_config(self):
         return super().get_config() | {
             "config": self.config.to_dict(),
             "gradient_checkpointing": self.gradient_checkpointing,
         }
+
+
+def _takes_lora(layer: keras.layers.Layer) -> bool:
+    return hasattr(layer, "enable_lora")
 
 
 class _BackboneWeights(Mapping[str, np.ndarray]):

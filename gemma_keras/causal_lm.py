@@ -309,8 +309,9 @@ class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
         names and, of an instruction-tuned model, where it ends its turn.
 
         Raises:
-            ValueError: a prompt leaves no room for a continuation in `max_length`, or without a
-                preprocessor a `max_length` is given, which then is that of `inputs`.
+            ValueError: `max_length` is beyond the model's context, or a prompt leaves no room for a
+                continuation in it; or the model has no preprocessor, and `max_length` is given,
+                which then is that of `inputs`, or no `stop_token_ids` are.
             NotFiniteError: logits are not finite.
         """
         if self.preprocessor is None and max_length is not None:
@@ -318,9 +319,25 @@ class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
                 f"max_length={max_length} needs a preprocessor, and this model has none; without "
                 "one, rows end at the length of token_ids, which is padded to it"
             )
+        if self.preprocessor is None and stop_token_ids == "auto":
+            raise ValueError(
+                "this model has no tokenizer: generate takes a dictionary of token_ids and "
+                "padding_mask, and needs stop_token_ids, a tuple of ids or None"
+            )
+        self._check_length(max_length)
+        if isinstance(inputs, (list, tuple)) and not inputs:
+            return []
         if stop_token_ids == "auto" and self.preprocessor is not None:
             stop_token_ids = self._stops()
         return super().generate(inputs, max_length, stop_token_ids, strip_prompt)
+
+    def _check_length(self, max_length: int | None) -> None:
+        context = self.backbone.config.context_length
+        if max_length is not None and max_length > context:
+            raise ValueError(
+                f"max_length={max_length:,} is more than the {context:,} tokens of the model's "
+                "context"
+            )
 
     def _stops(self) -> list[int]:
         turns = self.turns if self.instruction_tuned else None
@@ -391,6 +408,7 @@ class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
     def _stream_ids(
         self, ids: list[int], max_length: int | None, stop_token_ids: Sequence[int]
     ) -> Iterator[str]:
+        self._check_length(max_length)
         if max_length is None:
             max_length = self.preprocessor.sequence_length
         if len(ids) >= max_length:
@@ -455,19 +473,32 @@ class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
                 transformers loads, `"gguf"` a file that llama.cpp runs, all with LoRA merged; other
                 formats are Keras's own.
             **kwargs: for `"onnx"`, those of `export.export_onnx`, such as `recipe="int8"`; for
-                `"safetensors"`, those of `write_safetensors_folder`, such as `dtype="float32"`; for
-                `"gguf"`, those of `write_gguf`, such as `tensor_type="q8_0"`.
+                `"safetensors"`, those of `write_safetensors_folder`, such as `dtype="bfloat16"`, by
+                default the dtype of the model's variables; for `"gguf"`, those of `write_gguf`,
+                such as `tensor_type="q8_0"`.
+
+        Raises:
+            ValueError: there is no such format.
         """
         if format == "safetensors":
             from gemma_keras.checkpoints.safetensors_writer import write_safetensors_folder
 
+            kwargs.setdefault("dtype", self.backbone.dtype_policy.variable_dtype)
             return write_safetensors_folder(self.as_checkpoint(), filepath, **kwargs)
         if format == "gguf":
             from gemma_keras.checkpoints.gguf_writer import write_gguf
 
             return write_gguf(self.as_checkpoint(), filepath, **kwargs)
         if format != "onnx":
-            return super().export(filepath, format=format, **kwargs)
+            try:
+                return super().export(filepath, format=format, **kwargs)
+            except ValueError as error:
+                if "Supported formats" in str(error):  # Keras lists its own alone
+                    raise ValueError(
+                        f"there is no format {format!r}; those of Gemma Keras are 'onnx', "
+                        f"'safetensors' and 'gguf'. Keras says: {error}"
+                    ) from error
+                raise
         check_export_is_ours()
         with said_what_is_missing("exporting to ONNX", "export"):
             from export import export_onnx

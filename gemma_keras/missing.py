@@ -72,11 +72,13 @@ def check_export_is_ours() -> None:
         found = spec.origin if spec else None
     if found is None or Path(found).resolve() == ours:
         return
+    path = Path(found)
+    what, found = ("folder", path.parent) if path.name == "__init__.py" else ("file", path)
     raise ImportError(
-        f"gemma-keras's own package `export` is hidden by {found}; give that file another name, "
+        f"gemma-keras's own package `export` is hidden by {found}; give that {what} another name, "
         "or run Python from another folder",
         name="export",
-        path=found,
+        path=str(found),
     )
 
 

@@ -102,7 +102,8 @@ def write_gguf(
 def _metadata(checkpoint: Checkpoint, kind: _TensorType) -> dict[str, Any]:
     if checkpoint.tokenizer_model is None:
         raise CheckpointError(
-            "the checkpoint has no SentencePiece model (tokenizer.model); GGUF needs its vocabulary"
+            "the checkpoint has no tokenizer, whose vocabulary GGUF needs; copy tokenizer.model or "
+            "tokenizer.json of the model into its folder"
         )
     config = checkpoint.config
     ids = token_ids(checkpoint)

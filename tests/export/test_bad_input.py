@@ -577,7 +577,7 @@ def test_a_folder_without_a_tokenizer(target, tmp_path):
     (source / "tokenizer.model").write_bytes(b"")
     assert "tokenizer.model is not a SentencePiece model" in refusal(source, target)
     (source / "tokenizer.model").unlink()
-    assert "no SentencePiece model (tokenizer.model)" in refusal(source, target, status=FAILED)
+    assert "no tokenizer, which a bundle needs" in refusal(source, target, status=FAILED)
 
 
 @pytest.mark.parametrize("data", [b"\x00" * 64, b"not a protobuf", b'{"model": {}}'], ids=len)

@@ -233,6 +233,34 @@ def test_a_prompt_that_leaves_no_room_is_told_with_both_counts(tiny):
         tiny().stream(TEXT, max_length=10)
 
 
+def test_more_than_the_context_is_refused_and_nothing_gives_nothing(tiny):
+    model = tiny("gemma")
+    most = model.backbone.config.context_length
+    for call in (model.generate, model.stream):
+        with pytest.raises(ValueError, match=f"is more than the {most:,} tokens of the model's"):
+            call("a", max_length=most + 1)
+    assert model.generate([]) == []
+
+
+def test_a_model_without_a_tokenizer_says_what_generate_takes(tiny):
+    model = GemmaCausalLM(tiny("gemma").backbone)
+    with pytest.raises(ValueError, match="no tokenizer: generate takes a dictionary of token_ids"):
+        model.generate({"token_ids": np.ones((1, 4)), "padding_mask": np.ones((1, 4))})
+
+
+def test_the_same_lora_again_changes_nothing_and_another_is_refused(tmp_path):
+    write_tiny_hf(tmp_path / "hf", "gemma")
+    model = GemmaCausalLM.from_preset(tmp_path / "hf", dtype="float32")
+    model.backbone.enable_lora(2)
+    trained = [id(variable) for variable in model.trainable_variables]
+    assert trained
+    model.backbone.enable_lora(2)
+    for rank, names in ((3, None), (2, ["query"]), (2, ["query", "value", "down"])):
+        with pytest.raises(ValueError, match="LoRA of rank 2 is enabled in"):
+            model.backbone.enable_lora(rank, names)
+    assert [id(variable) for variable in model.trainable_variables] == trained
+
+
 def test_bytes_are_given_out_as_characters(tiny):
     proto = tiny().preprocessor.tokenizer.proto
     text = "Bread — é€𝄞 and a boat"
