@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 VARIABLE = "GLIBC_TUNABLES"
-SETTING = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=131072"
+SETTING = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=262144"
 _FIRST_GLIBC = (2, 35)  # that knows the tunable
 _POLICY = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 

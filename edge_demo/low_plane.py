@@ -45,6 +45,8 @@ class LowPlane:
         self._numbers = np.empty((count, width), np.int8)
         self._scales = np.empty((count, spec.blocks), np.float32)
         self._used = 0
+        self._gathered = np.empty((0, width), np.int8)  # room for the rows of one call
+        self._floats = np.empty((0, width), np.float32)
 
     @classmethod
     def of(cls, bundle: Bundle) -> LowPlane | None:
@@ -79,10 +81,19 @@ class LowPlane:
                 places = self._places[ids]
         blocks = np.zeros(self._shape, np.float32)
         blocks.reshape(-1)[: len(hidden)] = hidden
-        numbers = self._numbers[places].astype(np.float32).reshape(-1, *self._shape)
+        numbers = self._rows_at(places).reshape(-1, *self._shape)
         sums = np.einsum("kbi,bi->kb", numbers, blocks)
         found = high + np.einsum("kb,kb->k", sums, self._scales[places])
         return found if self._cap is None else np.tanh(found / self._cap) * self._cap
+
+    def _rows_at(self, places: np.ndarray) -> np.ndarray:
+        """Kept rows, float32 `(k, width)`, until the next call."""
+        if len(places) != len(self._gathered):  # each call has as many as there are candidates
+            shape = len(places), self._numbers.shape[1]
+            self._gathered, self._floats = np.empty(shape, np.int8), np.empty(shape, np.float32)
+        np.take(self._numbers, places, axis=0, out=self._gathered, mode="clip")
+        self._floats[...] = self._gathered
+        return self._floats
 
     def _keep(self, ids: Sequence[int], wanted: int) -> None:
         """Read rows and keep them; forget all others where there is no room."""
