@@ -54,6 +54,10 @@ SHOWN: dict[str, dict[str, str]] = {
             f"{K}training.py::test_gradient_checkpointing_computes_every_block_again"
         ),
     },
+    "GemmaBackbone.enable_lora": dict.fromkeys(
+        ("rank", "target_layer_names"),
+        f"{K}generation.py::test_the_same_lora_again_changes_nothing_and_another_is_refused",
+    ),
     "GemmaBackbone.embed": {"token_ids": f"{K}finite.py::hidden_and_logits"},
     "GemmaBackbone.empty_cache": {"batch_size": _CACHE, "capacity": _CACHE},
     "GemmaBackbone.prefill": {
