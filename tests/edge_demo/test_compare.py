@@ -269,7 +269,7 @@ def test_compare_refuses_in_a_sentence(tiny_bundles, words, refused, tmp_path):
     (tmp_path / "short").write_text("The boat")
     short = ("--text", tmp_path / "short", "--length", 40)
     refused("compare", fp32, int8, *short, names=["a window of 40 needs 40"])
-    refused("compare", fp32, int8, "--text", words, names=["128", "not 512"])
+    refused("compare", fp32, int8, "--text", words, names=["512 tokens", "4 to 128"])
     refused("compare", fp32, tiny_bundles / "chat", *with_text, names=["different tokenizers"])
     refused("compare", tmp_path / "nowhere", int8, *with_text, names=["does not exist"])
     other = copy_bundle(int8, tmp_path / "other")
