@@ -147,8 +147,8 @@ def compare(
     context = min(one.context_length for one in everyone)
     if not _LEAST_LENGTH <= length <= context:
         raise RequestError(
-            f"a window of {length:,} tokens does not fit: it can have {_LEAST_LENGTH} to "
-            f"{context:,}, the smaller context of the two bundles; give --length"
+            f"a window of {length:,} tokens does not fit; give --length {_LEAST_LENGTH} to "
+            f"{context}"
         )
     room = length - 1
     # One more than fill them: the last position's right token is the next of the text.

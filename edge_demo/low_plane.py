@@ -109,9 +109,10 @@ class LowPlane:
         self._used = end
 
 
-def memory_needed(spec: EmbeddingSpec) -> int:
-    """What a `LowPlane` of a table takes, in bytes."""
-    return 4 * spec.rows + _num_kept(spec) * (spec.blocks * (spec.block_size + 4))
+def memory_needed(spec: EmbeddingSpec, num_candidates: int) -> int:
+    """What a `LowPlane` of a table takes, in bytes, for calls of so many candidates."""
+    kept = _num_kept(spec) * (spec.blocks * (spec.block_size + 4))
+    return 4 * spec.rows + kept + num_candidates * 5 * spec.blocks * spec.block_size
 
 
 def _num_kept(spec: EmbeddingSpec) -> int:

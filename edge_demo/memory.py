@@ -173,7 +173,7 @@ def estimate(
         copied_from=max((w.num_bytes for w in read), default=0),
         context=context,
         chunk=chunk,
-        low_plane=low_plane.memory_needed(bundle.embedding) if apart else 0,
+        low_plane=low_plane.memory_needed(bundle.embedding, bundle.num_candidates) if apart else 0,
         read_again=_once(blocks),
         mapped_again=_once(again),
         # two weights of 4 bits are a byte, and 8 of float32; of 8 bits it is half as much

@@ -71,7 +71,7 @@ def add_sampling(parser: argparse.ArgumentParser, defaults: Sampling) -> None:
         group,
         "--top-k K",
         defaults.top_k,
-        "choose among the K most likely; 0 is all, slower and in more memory",
+        "choose among the K most likely; 0 is all, which takes more time and memory",
     )
     _number(
         group,

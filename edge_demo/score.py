@@ -128,7 +128,7 @@ def score(
     if length > engine.context_length:
         raise RequestError(
             f"a window of {length:,} tokens does not fit the context of {engine.context_length:,}; "
-            f"give --length {engine.context_length} or less"
+            f"give --length 2 to {engine.context_length}"
         )
     cuts = list(windows(len(ids), length, stride))[:max_windows]
     total = 0.0

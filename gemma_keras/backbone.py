@@ -275,7 +275,9 @@ class GemmaBackbone(keras_hub.models.Backbone):
         if not adapted:
             return super().enable_lora(rank, target_layer_names=target_layer_names)
         before = layers[adapted[0]].lora_rank
-        can = [i for i, one in enumerate(layers) if one.name in names and _takes_lora(one)]
+        can = [
+            i for i, one in enumerate(layers) if one.name in names and hasattr(one, "enable_lora")
+        ]
         if rank != before or adapted != can:
             raise ValueError(
                 f"LoRA of rank {before} is enabled in {len(adapted)} layers already; this would be "
@@ -287,10 +289,6 @@ class GemmaBackbone(keras_hub.models.Backbone):
             "config": self.config.to_dict(),
             "gradient_checkpointing": self.gradient_checkpointing,
         }
-
-
-def _takes_lora(layer: keras.layers.Layer) -> bool:
-    return hasattr(layer, "enable_lora")
 
 
 class _BackboneWeights(Mapping[str, np.ndarray]):

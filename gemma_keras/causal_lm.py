@@ -33,6 +33,8 @@ from gemma_keras.training import TrainsOn
 if TYPE_CHECKING:
     import numpy as np
 
+_SEQUENCE_LENGTH = 1024  # unless it is given, or the context is shorter
+
 
 @keras.saving.register_keras_serializable(package="gemma_keras")
 class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
@@ -129,7 +131,7 @@ class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
             load_weights: if false, weights are random.
             dtype: Keras dtype policy.
             sequence_length: that `fit` and `generate` pad to, in tokens; by default that of a
-                folder of `save_to_preset`, else 1024.
+                folder of `save_to_preset`, else 1024, or the model's context where that is less.
             base: the model that an adapter is for, where its folder does not say it.
             instruction_tuned: whether it follows a turn template; by default what its chat
                 template says.
@@ -160,7 +162,7 @@ class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
                 checkpoint,
                 load_weights,
                 dtype,
-                1024 if sequence_length is None else sequence_length,
+                sequence_length,
                 special_tokens_in_strings=bool(special_tokens_in_strings),
                 **kwargs,
             )
@@ -182,7 +184,7 @@ class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
 
     @classmethod
     def from_keras_hub(
-        cls, model, instruction_tuned=False, dtype=None, sequence_length=1024, **kwargs
+        cls, model, instruction_tuned=False, dtype=None, sequence_length=None, **kwargs
     ) -> GemmaCausalLM:
         """Build from a live KerasHub model, such as one that was tuned there; LoRA is merged.
 
@@ -218,7 +220,7 @@ class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
         checkpoint: Checkpoint,
         load_weights=True,
         dtype=None,
-        sequence_length=1024,
+        sequence_length=None,
         gradient_checkpointing=False,
         special_tokens_in_strings=False,
         **kwargs,
@@ -232,6 +234,8 @@ class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
             kernel_initializer=initializer,
             gradient_checkpointing=gradient_checkpointing,
         )
+        if sequence_length is None:
+            sequence_length = min(_SEQUENCE_LENGTH, checkpoint.config.context_length)
         preprocessor = None
         if checkpoint.tokenizer_model is not None:
             preprocessor = GemmaCausalLMPreprocessor(
@@ -309,9 +313,10 @@ class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
         names and, of an instruction-tuned model, where it ends its turn.
 
         Raises:
-            ValueError: `max_length` is beyond the model's context, or a prompt leaves no room for a
-                continuation in it; or the model has no preprocessor, and `max_length` is given,
-                which then is that of `inputs`, or no `stop_token_ids` are.
+            ValueError: `max_length`, by default the preprocessor's `sequence_length`, is beyond the
+                model's context, or a prompt leaves no room for a continuation in it. Or the model
+                has no preprocessor, and `max_length` is given, which then is that of `inputs`, or
+                no `stop_token_ids` are.
             NotFiniteError: logits are not finite.
         """
         if self.preprocessor is None and max_length is not None:
@@ -324,20 +329,25 @@ class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
                 "this model has no tokenizer: generate takes a dictionary of token_ids and "
                 "padding_mask, and needs stop_token_ids, a tuple of ids or None"
             )
-        self._check_length(max_length)
+        if self.preprocessor is not None:
+            self._length(max_length)
         if isinstance(inputs, (list, tuple)) and not inputs:
             return []
         if stop_token_ids == "auto" and self.preprocessor is not None:
             stop_token_ids = self._stops()
         return super().generate(inputs, max_length, stop_token_ids, strip_prompt)
 
-    def _check_length(self, max_length: int | None) -> None:
+    def _length(self, max_length: int | None) -> int:
+        """How long prompt and continuation may be together, in tokens."""
+        name, length = "max_length", max_length
+        if length is None:
+            name, length = "sequence_length", self.preprocessor.sequence_length
         context = self.backbone.config.context_length
-        if max_length is not None and max_length > context:
+        if length > context:
             raise ValueError(
-                f"max_length={max_length:,} is more than the {context:,} tokens of the model's "
-                "context"
+                f"{name}={length:,} is more than the {context:,} tokens of the model's context"
             )
+        return length
 
     def _stops(self) -> list[int]:
         turns = self.turns if self.instruction_tuned else None
@@ -408,9 +418,7 @@ class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
     def _stream_ids(
         self, ids: list[int], max_length: int | None, stop_token_ids: Sequence[int]
     ) -> Iterator[str]:
-        self._check_length(max_length)
-        if max_length is None:
-            max_length = self.preprocessor.sequence_length
+        max_length = self._length(max_length)
         if len(ids) >= max_length:
             raise ValueError(
                 f"the prompt has {len(ids):,} tokens, which leaves no room for an answer in "

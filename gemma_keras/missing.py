@@ -73,12 +73,12 @@ def check_export_is_ours() -> None:
     if found is None or Path(found).resolve() == ours:
         return
     path = Path(found)
-    what, found = ("folder", path.parent) if path.name == "__init__.py" else ("file", path)
+    hides, kind = (path.parent, "folder") if path.name == "__init__.py" else (path, "file")
     raise ImportError(
-        f"gemma-keras's own package `export` is hidden by {found}; give that {what} another name, "
+        f"gemma-keras's own package `export` is hidden by {hides}; give that {kind} another name, "
         "or run Python from another folder",
         name="export",
-        path=str(found),
+        path=found,
     )
 
 

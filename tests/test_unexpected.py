@@ -177,9 +177,14 @@ def test_a_backend_that_is_not_installed_has_an_extra_of_its_own():
 
 
 @pytest.mark.parametrize("imported", [False, True])
-def test_a_script_of_the_users_called_export_is_named(tmp_path, imported):
+@pytest.mark.parametrize("name, named", [("export.py", "file"), ("export", "folder")])
+def test_what_of_the_users_is_called_export_is_named(tmp_path, imported, name, named):
     """Not blamed on packages that are all there, and not run either."""
-    script = tmp_path / "export.py"
+    hides = tmp_path / name
+    script = hides
+    if named == "folder":
+        hides.mkdir()
+        script = hides / "__init__.py"
     script.write_text("print('the user’s own')\n")
     code = "import export\n" * imported
     code += "from gemma_keras.missing import check_export_is_ours\ncheck_export_is_ours()\n"
@@ -193,8 +198,8 @@ def test_a_script_of_the_users_called_export_is_named(tmp_path, imported):
     )
     assert done.stdout == "the user’s own\n" * imported
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("ImportError: gemma-keras's own package `export` is hidden by ")
-    assert str(script) in last and "another name" in last
+    assert last.startswith(f"ImportError: gemma-keras's own package `export` is hidden by {hides};")
+    assert f"give that {named} another name" in last
     script.unlink()
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
     assert done.returncode == 0

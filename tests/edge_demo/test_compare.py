@@ -196,8 +196,8 @@ def test_no_more_than_a_chunk_of_each_is_held(engines, monkeypatch):
     [
         ([], 10, "has 0 tokens"),
         ([5] * 9, 10, "has 9 tokens; a window of 10 needs 10"),
-        ([5] * 200, 129, "of 129 tokens does not fit: it can have 4 to 128"),
-        ([5] * 9, 3, "of 3 tokens does not fit"),
+        ([5] * 200, 129, "of 129 tokens does not fit; give --length 4 to 128"),
+        ([5] * 9, 3, "of 3 tokens does not fit; give --length 4 to 128"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(engines, ids, length, message):

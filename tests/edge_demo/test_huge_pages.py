@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from edge_demo.huge_pages import SETTING, of_use
+from edge_demo.huge_pages import of_use
 
 CODE = """
 import os, sys
@@ -34,8 +34,8 @@ def run(environment):
 
 def test_a_command_starts_again_once_with_its_arguments_and_its_input():
     setting, *others = run({})
-    assert "glibc.malloc.hugetlb=1" in SETTING
-    assert setting == (SETTING if of_use({}) else "None")
+    wanted = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=262144"
+    assert setting == (wanted if of_use({}) else "None")
     assert others == ["two words", "--json", "a prompt"]
 
 

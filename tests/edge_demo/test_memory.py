@@ -65,7 +65,7 @@ def test_no_table_is_looked_up_and_the_peak_may_be_that_of_loading(tiny_bundles,
         weights = stored_weights(bundle.path / graph.file)
         assert needed.lookups == sum(w.num_bytes for w in weights if w.looked_up) == 0
         in_planes = "int8" in name and graph is bundle.candidates
-        kept = low_plane.memory_needed(bundle.embedding) if in_planes else 0
+        kept = low_plane.memory_needed(bundle.embedding, bundle.num_candidates) if in_planes else 0
         assert needed.low_plane == kept and (kept > 0) == in_planes
         without = dataclasses.replace(needed, low_plane=0)
         assert needed.anonymous == without.anonymous + kept

@@ -233,13 +233,24 @@ def test_a_prompt_that_leaves_no_room_is_told_with_both_counts(tiny):
         tiny().stream(TEXT, max_length=10)
 
 
-def test_more_than_the_context_is_refused_and_nothing_gives_nothing(tiny):
-    model = tiny("gemma")
+def test_more_than_the_context_is_refused(tmp_path):
+    write_tiny_hf(tmp_path / "hf", "gemma")
+    model = GemmaCausalLM.from_preset(tmp_path / "hf", dtype="float32")
     most = model.backbone.config.context_length
+    assert model.preprocessor.sequence_length == most < 1024
+    longer = GemmaCausalLM.from_preset(tmp_path / "hf", sequence_length=most + 1)
     for call in (model.generate, model.stream):
-        with pytest.raises(ValueError, match=f"is more than the {most:,} tokens of the model's"):
+        with pytest.raises(ValueError, match=f"^max_length={most + 1} is more than the {most}"):
             call("a", max_length=most + 1)
-    assert model.generate([]) == []
+    for call in (longer.generate, longer.stream):
+        with pytest.raises(
+            ValueError, match=f"^sequence_length={most + 1} is more than the {most}"
+        ):
+            call("a")
+
+
+def test_no_prompts_give_no_texts(tiny):
+    assert tiny().generate([]) == []
 
 
 def test_a_model_without_a_tokenizer_says_what_generate_takes(tiny):
@@ -250,6 +261,10 @@ def test_a_model_without_a_tokenizer_says_what_generate_takes(tiny):
 
 def test_the_same_lora_again_changes_nothing_and_another_is_refused(tmp_path):
     write_tiny_hf(tmp_path / "hf", "gemma")
+    model = GemmaCausalLM.from_preset(tmp_path / "hf", dtype="float32")
+    model.backbone.enable_lora(2, ["query"])
+    assert len(model.trainable_variables) == 2 * len(model.backbone.config.layers)
+    assert {min(v.shape) for v in model.trainable_variables} == {2}
     model = GemmaCausalLM.from_preset(tmp_path / "hf", dtype="float32")
     model.backbone.enable_lora(2)
     trained = [id(variable) for variable in model.trainable_variables]

@@ -1,7 +1,7 @@
 """Models that an earlier version of this project has saved: a preset, and a `.keras` file.
 
-`saved_models/` was written on 2026-11-27, before modules moved into folders; a tiny Gemma 3 of
-random weights, and its logits.
+`saved_models/` was written on 2026-11-27: a tiny Gemma 3 of random weights, and its logits. Its
+files name the modules and classes of that day.
 """
 
 from __future__ import annotations
