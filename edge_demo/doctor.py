@@ -89,6 +89,9 @@ def _judge(bundle: Bundle, speed: float | None) -> dict[str, Any]:
         "recipe": bundle.recipe,
         "needed": memory.estimate(bundle, chunk=needed.chunk).resident,
         "peak": needed.peak,
+        "needed_for_all_logits": memory.estimate(
+            bundle, bundle.engine, chunk=needed.chunk
+        ).resident,
         "fits": short is None,
         "shortage": None if short is None else dataclasses.asdict(short),
         "longest_context": None if short else _longest_context(bundle),
@@ -261,6 +264,9 @@ def _bundle_lines(bundle: dict[str, Any]) -> list[str]:
             f"does not fit: takes {megabytes(bundle['needed'])}, "
             f"{megabytes(short['free'])} can be had {short['bound']}"
         )
+    all_logits = (
+        f"                {megabytes(bundle['needed_for_all_logits'])} to sample without --top-k"
+    )
     disk = bundle["disk"]
     read = "unknown"
     if disk:
@@ -269,6 +275,7 @@ def _bundle_lines(bundle: dict[str, Any]) -> list[str]:
     return [
         f"{bundle['path']}: {bundle['name']} {bundle['recipe']}",
         f"  memory        {fits}",
+        all_logits,
         f"  decode        {_expected(bundle['tokens_per_s'])}, "
         f"{megabytes(bundle['bytes_per_token'])} read for each",
         f"  disk          {read}",

@@ -37,6 +37,8 @@ def test_doctor_reports_to_programs(tiny, run_json):
     (bundle,) = found["bundles"]
     assert (bundle["path"], bundle["recipe"], bundle["fits"]) == (str(tiny), "int8", True)
     assert bundle["needed"] == memory.estimate(Bundle.open(tiny)).resident
+    whole = memory.estimate(Bundle.open(tiny), Bundle.open(tiny).engine)
+    assert bundle["needed_for_all_logits"] == whole.resident
     assert bundle["longest_context"] == Bundle.open(tiny).context_length == 128
 
 
