@@ -8,7 +8,8 @@ from typing import Literal
 
 import numpy as np
 
-from edge_demo.sampling import Candidates, Sampler, below
+from edge_demo.candidates import Candidates, below
+from edge_demo.sampling import Sampler
 from edge_demo.stop_texts import StopTexts
 from edge_demo.tokenizer import TextStream, Tokenizer
 

@@ -15,8 +15,9 @@ from edge_demo.rooms import peak_rss_bytes
 from edge_demo.sampling import Sampler
 from edge_demo.speculate import Drafter, DraftModel, PromptLookup, check_draft
 from edge_demo.stop_texts import check_stop_texts
-from edge_demo.terminal import megabytes, note
+from edge_demo.terminal import note
 from edge_demo.tokenizer import Tokenizer
+from edge_demo.units import megabytes
 
 if TYPE_CHECKING:
     from edge_demo.answer import Generation

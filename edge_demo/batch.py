@@ -18,12 +18,12 @@ import numpy as np
 from edge_demo.answer import Generation, Writer
 from edge_demo.batch_items import Item
 from edge_demo.bundle import Bundle
+from edge_demo.candidates import Candidates
 from edge_demo.engine import CandidateEngine, Engine, common_prefix
 from edge_demo.errors import NotFiniteError, RequestError
 from edge_demo.generator import candidates_suffice
 from edge_demo.kv_cache import Snapshot
 from edge_demo.rows import Rows
-from edge_demo.sampling import Candidates
 from edge_demo.tokenizer import Tokenizer
 
 # Products of 4-bit weights take rows by fours, twos and ones, and round otherwise in each: of

@@ -16,7 +16,8 @@ from edge_demo.batch_results import Results
 from edge_demo.bundle import Bundle
 from edge_demo.errors import RequestError
 from edge_demo.rooms import peak_rss_bytes
-from edge_demo.terminal import Progress, megabytes, note
+from edge_demo.terminal import Progress, note
+from edge_demo.units import megabytes
 
 _ROWS = 4
 

@@ -166,7 +166,7 @@ def as_json(bundle: Bundle, report: BenchReport, repeats: int) -> dict[str, Any]
 
 
 def _rows(bundle: Bundle, report: BenchReport) -> list[dict[str, Any]]:
-    from edge_demo.terminal import megabytes
+    from edge_demo.units import megabytes
 
     size = bundle.files[bundle.weights][0]
     return [
@@ -185,7 +185,7 @@ def _rows(bundle: Bundle, report: BenchReport) -> list[dict[str, Any]]:
 
 
 def _beside(report: BenchReport) -> str:
-    from edge_demo.terminal import megabytes
+    from edge_demo.units import megabytes
 
     prompt = report.first("pp")
     parts = [f"load {report.load_s:.2f} s"]

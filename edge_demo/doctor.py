@@ -18,8 +18,9 @@ from edge_demo.graph_weights import bytes_per_token
 from edge_demo.rooms import free_memory, rooms
 from edge_demo.sizes import RECIPES, SIZES, PublishedSize, RecipeBytes, estimate, read_per_token
 from edge_demo.system_files import read_sizes, read_text
-from edge_demo.terminal import megabytes, show
+from edge_demo.terminal import show
 from edge_demo.unexpected import PACKAGES
+from edge_demo.units import megabytes
 
 # The share of "memory speed / bytes a token reads" that decoding reaches on two idle cores of a
 # server: 0.47 with int4 and 0.54 with int8 of Gemma 3 270M, 0.62 with int4 of 2B's shape; on a busy

@@ -11,13 +11,13 @@ import onnxruntime as ort
 
 from edge_demo import courses, float_prompts, memory, sessions
 from edge_demo.bundle import Bundle
+from edge_demo.candidates import Candidates
 from edge_demo.courses import Course
 from edge_demo.embedding import EmbeddingTable
 from edge_demo.errors import BundleError, EdgeError, RequestError, brief
 from edge_demo.kv_cache import KVCache, Snapshot
 from edge_demo.low_plane import LowPlane
 from edge_demo.manifest import GraphSpec, TensorSpec
-from edge_demo.sampling import Candidates
 
 OnProgress = Callable[[int, int], None]
 

@@ -8,7 +8,7 @@ from typing import Any
 from edge_demo.bundle import Bundle
 from edge_demo.errors import BundleError
 from edge_demo.manifest import MANIFEST
-from edge_demo.terminal import megabytes
+from edge_demo.units import megabytes
 
 
 def describe(bundle: Bundle, *, verified: bool) -> str:

@@ -27,7 +27,7 @@ from edge_demo.graph_weights import StoredWeight, stored_weights
 from edge_demo.manifest import GraphSpec
 from edge_demo.rooms import Room, rooms
 from edge_demo.system_files import read_sizes, read_text
-from edge_demo.terminal import megabytes
+from edge_demo.units import megabytes
 
 FORCE = "EDGE_DEMO_FORCE"  # set to anything: load even what seems not to fit
 CHUNKS = (256, 128, 64)  # tokens of a prompt run at once: as many as there is memory for

@@ -13,10 +13,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from edge_demo.candidates import Candidates
 from edge_demo.engine import Call, CandidateEngine, Engine
 from edge_demo.errors import RequestError
 from edge_demo.kv_cache import KVCache, Snapshot
-from edge_demo.sampling import Candidates
 
 
 class Rows:

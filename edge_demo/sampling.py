@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from edge_demo.errors import EdgeError, NotFiniteError, RequestError, brief
+from edge_demo.candidates import Candidates
+from edge_demo.errors import NotFiniteError, RequestError, brief
 from edge_demo.penalties import penalize
 
 # What each setting may be: from, to, and whether the first itself is among them.
@@ -19,42 +20,6 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "presence_penalty": (-2, 2, True),  # as OpenAI has them
     "frequency_penalty": (-2, 2, True),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Candidates:
-    """The most likely next tokens, in no order.
-
-    Attributes:
-        ids: int64 `(k,)`.
-        logits: float32 `(k,)`.
-    """
-
-    ids: np.ndarray
-    logits: np.ndarray
-
-
-def below(logits: np.ndarray | Candidates, count: int) -> np.ndarray | Candidates:
-    """The logits of the ids 0 to `count - 1`: those that the tokenizer has a piece for.
-
-    Args:
-        logits: float32 `(vocabulary_size,)`, or the candidates.
-        count: of the tokenizer's pieces; a table may have more rows.
-
-    Raises:
-        EdgeError: no candidate is among them.
-    """
-    if isinstance(logits, np.ndarray):
-        return logits[:count]
-    known = logits.ids < count
-    if known.all():
-        return logits
-    if not known.any():
-        raise EdgeError(
-            f"none of the {known.size} likeliest tokens has a piece in the tokenizer; run the "
-            "graph that returns all logits"
-        )
-    return Candidates(logits.ids[known], logits.logits[known])
 
 
 @dataclasses.dataclass

@@ -17,9 +17,10 @@ from typing import Protocol
 import numpy as np
 
 from edge_demo.bundle import Bundle
+from edge_demo.candidates import Candidates, below
 from edge_demo.engine import CandidateEngine, Engine, common_prefix
 from edge_demo.errors import NotFiniteError, RequestError
-from edge_demo.sampling import Candidates, Sampler, below
+from edge_demo.sampling import Sampler
 
 _NGRAMS = (4, 3, 2)
 _FEWEST, _MOST = 2, 8

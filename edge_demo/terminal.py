@@ -58,11 +58,6 @@ def as_json(value: Any) -> str:
     return json.dumps(known(value), allow_nan=False)
 
 
-def megabytes(num_bytes: int) -> str:
-    """A size for people, in decimal units."""
-    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.0f} MB"
-
-
 class Progress:
     """Shows on stderr how much of a long run is done and about how long the rest takes.
 

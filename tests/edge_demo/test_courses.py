@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from edge_demo import cache_size, courses, float_prompts
 from edge_demo.bundle import Bundle
 from edge_demo.cache_size import SLACK
+from edge_demo.candidates import Candidates
 from edge_demo.courses import UNIT, Course, end_of_piece
 from edge_demo.engine import CandidateEngine, Engine
 from edge_demo.generator import Generation, Generator
 from edge_demo.prompt_cache import PromptCache
-from edge_demo.sampling import Candidates, Sampler
+from edge_demo.sampling import Sampler
 from edge_demo.tokenizer import Tokenizer
 from tests.edge_demo.conftest import interrupted_runs
 from tests.edge_demo.make_bundles import WIDE

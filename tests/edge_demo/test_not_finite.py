@@ -7,8 +7,9 @@ import json
 import numpy as np
 import pytest
 
+from edge_demo.candidates import Candidates
 from edge_demo.errors import NotFiniteError
-from edge_demo.sampling import Candidates, Sampler
+from edge_demo.sampling import Sampler
 from edge_demo.score import token_log_probabilities
 from tests.edge_demo.bundle_files import copy_bundle, fill_weight
 

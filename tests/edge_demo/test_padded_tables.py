@@ -9,10 +9,11 @@ import pytest
 from sentencepiece import sentencepiece_model_pb2 as proto
 
 from edge_demo.bundle import Bundle
+from edge_demo.candidates import Candidates, below
 from edge_demo.engine import CandidateEngine, Engine
 from edge_demo.errors import EdgeError
 from edge_demo.generator import Generator, candidates_suffice, engine_for
-from edge_demo.sampling import Candidates, Sampler, below
+from edge_demo.sampling import Sampler
 from edge_demo.tokenizer import Tokenizer
 from tests.edge_demo.bundle_files import copy_bundle, rewrite
 from tests.models import VOCABULARY_SIZE

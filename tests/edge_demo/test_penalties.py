@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_demo.bundle import Bundle
+from edge_demo.candidates import Candidates
 from edge_demo.engine import CandidateEngine, Engine
 from edge_demo.generator import Generator, candidates_suffice
 from edge_demo.penalties import penalize
-from edge_demo.sampling import Candidates, Sampler
+from edge_demo.sampling import Sampler
 from edge_demo.speculate import PromptLookup
 from edge_demo.tokenizer import Tokenizer
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from edge_demo.terminal import megabytes
+from edge_demo.units import megabytes
 from tools.arm64 import agree, instructions
 from tools.arm64.observe import Observation
 from tools.arm64.user_space import (
