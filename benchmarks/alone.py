@@ -52,8 +52,8 @@ class BundleModel:
 
     def __init__(self, path: Path, threads: int, length: int) -> None:
         from edge_demo import Bundle, Sampler
-        from edge_demo.generator import engine_for
-        from edge_demo.tokenizer import Tokenizer
+        from edge_demo.text.generator import engine_for
+        from edge_demo.text.tokenizer import Tokenizer
 
         bundle = Bundle.open(path)
         self._sampler = Sampler()

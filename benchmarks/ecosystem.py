@@ -19,9 +19,9 @@ import os
 import subprocess
 from pathlib import Path
 
-from edge_demo.bundle import Bundle
-from edge_demo.engine import Engine
-from edge_demo.tokenizer import Tokenizer
+from edge_demo.bundle.reader import Bundle
+from edge_demo.engine.runner import Engine
+from edge_demo.text.tokenizer import Tokenizer
 
 PROMPTS = (
     "The three primary colors are",

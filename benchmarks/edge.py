@@ -21,8 +21,8 @@ from pathlib import Path
 from pareto import measure_speed, peers_of_the_sample
 from peers import Contender
 
-from edge_demo import huge_pages
-from edge_demo.throughput import memory_bytes_per_s
+from edge_demo.device import huge_pages
+from edge_demo.device.throughput import memory_bytes_per_s
 
 
 def table(contenders: Sequence[Contender], speeds: Sequence[Mapping[str, float]]) -> str:

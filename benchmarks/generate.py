@@ -20,7 +20,7 @@ import time
 
 import numpy as np
 
-from edge_demo.terminal import Progress
+from edge_demo.cli.terminal import Progress
 
 PROMPT, NEW = 512, 64
 BACKENDS = ("jax", "tensorflow", "torch")

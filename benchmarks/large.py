@@ -24,7 +24,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from sentencepiece import sentencepiece_model_pb2
 
-from edge_demo.terminal import Progress
+from edge_demo.cli.terminal import Progress
 from gemma_keras import GemmaConfig, open_checkpoint
 from gemma_keras.checkpoints.names import WeightSpec, weight_specs
 

@@ -21,8 +21,8 @@ from pareto import measure_speed
 from peers import Contender
 from sentencepiece import SentencePieceProcessor
 
-from edge_demo import huge_pages
-from edge_demo.terminal import Progress
+from edge_demo.cli.terminal import Progress
+from edge_demo.device import huge_pages
 from gemma_keras import GemmaConfig
 from gemma_keras.checkpoints.names import weight_specs
 

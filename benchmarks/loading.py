@@ -25,7 +25,7 @@ BACKENDS = ("jax", "tensorflow", "torch")
 
 def measure(size: str, folder: Path, dtype: str) -> dict:
     """What one process finds, on the backend of its environment."""
-    from edge_demo.rooms import peak_rss_bytes
+    from edge_demo.device.memory_limits import peak_rss_bytes
 
     start = time.monotonic()
     import keras

@@ -18,13 +18,13 @@ from pathlib import Path
 
 from peers import alone
 
-from edge_demo import huge_pages
-from edge_demo.bundle import Bundle
-from edge_demo.engine import CandidateEngine, common_prefix
-from edge_demo.generator import Generator
-from edge_demo.sampling import Sampler
-from edge_demo.speculate import PromptLookup
-from edge_demo.tokenizer import Tokenizer
+from edge_demo.bundle.reader import Bundle
+from edge_demo.device import huge_pages
+from edge_demo.engine.runner import CandidateEngine, common_prefix
+from edge_demo.text.generator import Generator
+from edge_demo.text.sampling import Sampler
+from edge_demo.text.speculate import PromptLookup
+from edge_demo.text.tokenizer import Tokenizer
 
 _TOKENS = 128
 _CODE = """def load(path):

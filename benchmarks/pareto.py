@@ -21,11 +21,11 @@ from pathlib import Path
 
 from peers import Contender, genai_export, requantized
 
-from edge_demo.bundle import Bundle
-from edge_demo.compare import compare
-from edge_demo.engine import Engine
-from edge_demo.terminal import Progress
-from edge_demo.tokenizer import Tokenizer
+from edge_demo.bundle.reader import Bundle
+from edge_demo.cli.terminal import Progress
+from edge_demo.engine.runner import Engine
+from edge_demo.evaluate.compare import compare
+from edge_demo.text.tokenizer import Tokenizer
 from gemma_keras.checkpoints.sample import sample_path
 
 _WINDOW = 512

@@ -14,9 +14,9 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from edge_demo.bundle import Bundle
-from edge_demo.engine import Engine
-from edge_demo.tokenizer import Tokenizer
+from edge_demo.bundle.reader import Bundle
+from edge_demo.engine.runner import Engine
+from edge_demo.text.tokenizer import Tokenizer
 from gemma_keras import GemmaCausalLM
 
 LENGTHS = (5, 40, 300, 700)

@@ -22,9 +22,9 @@ import edge_demo  # noqa: F401 - before onnxruntime, whose telemetry it turns of
 import numpy as np
 import onnxruntime as ort
 
-from edge_demo.bundle import Bundle
-from edge_demo.engine import Engine
-from edge_demo.graph_weights import bytes_per_token
+from edge_demo.bundle.graph_weights import bytes_per_token
+from edge_demo.bundle.reader import Bundle
+from edge_demo.engine.runner import Engine
 from gemma_keras import open_checkpoint
 from gemma_keras.checkpoints.names import weight_specs
 

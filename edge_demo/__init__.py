@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, Any
 from edge_demo import telemetry
 
 if TYPE_CHECKING:
-    from edge_demo.bundle import Bundle
-    from edge_demo.engine import Engine
-    from edge_demo.generator import Generator
-    from edge_demo.sampling import Sampler
+    from edge_demo.bundle.reader import Bundle
+    from edge_demo.engine.runner import Engine
+    from edge_demo.text.generator import Generator
+    from edge_demo.text.sampling import Sampler
 
 telemetry.turn_off()  # whatever of this package imports onnxruntime does so later
 
 __all__ = ["Bundle", "Engine", "Generator", "Sampler"]
 
 _HOMES = {
-    "Bundle": "bundle",
-    "Engine": "engine",
-    "Generator": "generator",
-    "Sampler": "sampling",
+    "Bundle": "bundle.reader",
+    "Engine": "engine.runner",
+    "Generator": "text.generator",
+    "Sampler": "text.sampling",
 }
 
 

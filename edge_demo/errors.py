@@ -6,6 +6,7 @@ import os
 
 _LONGEST_VALUE = 200
 LONGEST_MESSAGE = 600
+INTERRUPTED = 130  # the exit status after Ctrl-C, as shells have it
 
 
 def brief(value: object, most: int = _LONGEST_VALUE) -> str:

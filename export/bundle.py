@@ -12,7 +12,7 @@ from typing import Any
 
 import sentencepiece
 
-from edge_demo.manifest import (
+from edge_demo.bundle.manifest import (
     FORMAT,
     FORMAT_VERSION,
     MANIFEST,

@@ -23,7 +23,7 @@ from itertools import repeat
 
 import numpy as np
 
-from edge_demo.manifest import GraphSpec, RopeSpec, TensorSpec, WindowSpec
+from edge_demo.bundle.manifest import GraphSpec, RopeSpec, TensorSpec, WindowSpec
 from gemma_keras.config import GemmaConfig, LayerSpec
 
 INTERCHANGE_FILE = "model.onnx"

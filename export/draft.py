@@ -10,8 +10,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from edge_demo.bundle import Bundle
-from edge_demo.manifest import EmbeddingSpec
+from edge_demo.bundle.manifest import EmbeddingSpec
+from edge_demo.bundle.reader import Bundle
 from export import bundle as writer
 from export.contract import (
     NO_WINDOWS,

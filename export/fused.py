@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from edge_demo.manifest import GraphSpec
+from edge_demo.bundle.manifest import GraphSpec
 from export.contract import (
     CANDIDATES_FILE,
     INTERCHANGE_FILE,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from edge_demo.manifest import GraphSpec
+from edge_demo.bundle.manifest import GraphSpec
 from export.nodes import graph_value
 from export.weights_file import WeightsFile
 

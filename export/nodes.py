@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from edge_demo.manifest import TensorSpec
+from edge_demo.bundle.manifest import TensorSpec
 from export.weights_file import WeightsFile
 
 OPSET = 21  # the first whose DequantizeLinear knows blocks and 4-bit integers

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from edge_demo.bundle import Bundle
-from edge_demo.compare import compare
-from edge_demo.engine import Engine
+from edge_demo.bundle.reader import Bundle
+from edge_demo.engine.runner import Engine
 from edge_demo.errors import EdgeError
+from edge_demo.evaluate.compare import compare
 from export.errors import ExportError
 from export.quantize.text import Windows
 from export.reference import BlockLoader, embedded, head_logits, run_block
@@ -21,7 +21,8 @@ _CHUNK = 64  # positions whose logits are yielded at once, as `Engine.all_logits
 
 
 class _FloatModel:
-    """The float model as `edge_demo.compare` takes it, run block by block over all windows first.
+    """The float model as `edge_demo.evaluate.compare` takes it, run block by block over all windows
+    first.
 
     Args:
         checkpoint: the model.

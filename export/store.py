@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from edge_demo.manifest import EmbeddingSpec, StoredPart
+from edge_demo.bundle.manifest import EmbeddingSpec, StoredPart
 from export.errors import ExportError
 from export.joined import joined_matrices, joined_name
 from export.quantize.formats import Format, Plan, rows_and_inputs

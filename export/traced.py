@@ -24,7 +24,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from edge_demo.manifest import GraphSpec
+from edge_demo.bundle.manifest import GraphSpec
 from export.contract import CANDIDATES_FILE, INTERCHANGE_FILE, num_candidates
 from export.dequantize import (
     check_format,

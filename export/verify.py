@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_demo.bundle import Bundle
-from edge_demo.engine import Engine
+from edge_demo.bundle.reader import Bundle
+from edge_demo.engine.runner import Engine
 from edge_demo.errors import EdgeError
-from edge_demo.score import kl_divergence
-from edge_demo.tokenizer import Tokenizer
+from edge_demo.evaluate.perplexity import kl_divergence
+from edge_demo.text.tokenizer import Tokenizer
 from export.errors import ExportError
 from export.pieces import logits_in_pieces
 from export.reference import reference_logits

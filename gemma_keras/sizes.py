@@ -3,7 +3,8 @@
 Sources: the technical reports, the ``config.json`` files on the Hugging Face Hub, and KerasHub's
 presets (``gemma_presets.py``, ``gemma3_presets.py``), whose parameter counts the tests compare.
 Everything that names a size reads it here. A device does not have this package: what
-`edge-demo doctor` says of sizes is `edge_demo/sizes.py`, which a test holds to this table.
+`edge-demo doctor` says of sizes is `edge_demo/engine/size_estimates.py`, which a test holds to this
+table.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ MAY_IMPORT = {
     # the schema of a bundle; what both commands do alike before anything heavy is imported
     "export": (
         "gemma_keras",
-        "edge_demo.manifest",
+        "edge_demo.bundle.manifest",
         "edge_demo.telemetry",
         "edge_demo.unexpected",
     ),
@@ -43,27 +43,47 @@ MAY_IMPORT = {
 EXCEPTIONS = {
     # runs the bundle it has written, as the device will
     "export.verify": (
-        "edge_demo.bundle",
-        "edge_demo.engine",
-        "edge_demo.tokenizer",
+        "edge_demo.bundle.reader",
+        "edge_demo.engine.runner",
+        "edge_demo.text.tokenizer",
         "edge_demo.errors",
-        "edge_demo.score",
+        "edge_demo.evaluate.perplexity",
     ),
     # measures it as `edge-demo compare` does
     "export.report": (
-        "edge_demo.bundle",
-        "edge_demo.compare",
-        "edge_demo.engine",
+        "edge_demo.bundle.reader",
+        "edge_demo.evaluate.compare",
+        "edge_demo.engine.runner",
         "edge_demo.errors",
     ),
     # feeds the graph it samples from, as the device will
-    "export.quantize.self_sample": ("edge_demo.embedding",),
+    "export.quantize.self_sample": ("edge_demo.bundle.embedding",),
     # opens what it has written, as the device will
-    "export.draft": ("edge_demo.bundle",),
+    "export.draft": ("edge_demo.bundle.reader",),
     # the one definition of the divergence, of exports and on the device
-    "export.quantize.sensitivity": ("edge_demo.score",),
+    "export.quantize.sensitivity": ("edge_demo.evaluate.perplexity",),
     # the method that Keras users know; imports only when it is called
     "gemma_keras.causal_lm:GemmaCausalLM.export": ("export",),
+}
+# The wings of a package, lowest floor first: a file imports its own wing and lower floors. A wing is
+# a folder with all below it, or a file; what stands in two belongs to the longer name.
+FLOORS = {
+    "edge_demo": (
+        (
+            "edge_demo.errors",
+            "edge_demo.units",
+            "edge_demo.durable",
+            "edge_demo.telemetry",
+            "edge_demo.unexpected",
+        ),
+        ("edge_demo.device",),
+        ("edge_demo.bundle",),
+        ("edge_demo.engine",),
+        ("edge_demo.text",),
+        ("edge_demo.evaluate",),
+        ("edge_demo.cli",),
+        ("edge_demo",),
+    ),
 }
 # Which dependencies each package stands on: of the distribution itself, and extras.
 EXTRAS = {
@@ -152,8 +172,8 @@ def test_the_imports_of_all_three_packages_were_read():
         ("from .formats import Plan", "export.quantize.formats"),
         ("from . import formats", "export.quantize.formats"),
         ("from .. import bundle", "export.bundle"),
-        ("def f():\n  import edge_demo.engine as e", "edge_demo.engine"),
-        ("if TYPE_CHECKING:\n  from edge_demo import engine", "edge_demo.engine"),
+        ("def f():\n  import edge_demo.engine.runner as e", "edge_demo.engine.runner"),
+        ("if TYPE_CHECKING:\n  from edge_demo.engine import runner", "edge_demo.engine.runner"),
     ],
 )
 def test_every_way_to_write_an_import_is_read(line, module):
@@ -174,6 +194,41 @@ def test_packages_import_each_other_only_as_the_architecture_says():
     assert not wrong
 
 
+WINGS = {wing: floor for floors in FLOORS.values() for floor, w in enumerate(floors) for wing in w}
+
+
+def wing_of(module: str) -> str:
+    return max((wing for wing in WINGS if is_within(module, (wing,))), key=len)
+
+
+def test_every_wing_is_there():
+    assert {wing_of(name) for name in MODULES if top(name) in FLOORS} == set(WINGS)
+
+
+def test_a_file_imports_its_own_wing_and_lower_floors_only():
+    upward = [
+        found
+        for found in IMPORTS
+        if top(found.by) in FLOORS
+        and top(found.by) == top(found.module)
+        and wing_of(found.by) != wing_of(found.module)
+        and WINGS[wing_of(found.by)] <= WINGS[wing_of(found.module)]
+    ]
+    assert not upward
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    """Imports within functions and of `TYPE_CHECKING` blocks count too."""
+    below: dict[str, set[str]] = {name: set() for name in MODULES}
+    for found in IMPORTS:
+        asked = f"{found.by}:{found.function}" in EXCEPTIONS
+        if found.module in MODULES and top(found.by) in FLOORS and not asked:
+            below[found.by].add(found.module)
+    while leaves := {name for name, modules in below.items() if not modules}:
+        below = {n: modules - leaves for n, modules in below.items() if n not in leaves}
+    assert not below
+
+
 def test_export_reads_of_edge_demo_only_the_schema_but_for_verification():
     light = ("edge_demo.telemetry", "edge_demo.unexpected")
     users = {
@@ -182,7 +237,7 @@ def test_export_reads_of_edge_demo_only_the_schema_but_for_verification():
         if top(i.by) == "export" and top(i.module) == "edge_demo" and i.module not in light
     }
     of_schema = {
-        i.by for i in IMPORTS if i.module == "edge_demo.manifest" and top(i.by) == "export"
+        i.by for i in IMPORTS if i.module == "edge_demo.bundle.manifest" and top(i.by) == "export"
     }
     assert users - of_schema <= {
         "export.verify",
@@ -255,7 +310,7 @@ def test_the_wheel_holds_the_three_packages_and_no_tests():
     assert sorted(build["packages"]) == sorted(PACKAGES)
     assert PROJECT["project"]["scripts"] == {
         "export-onnx": "export.cli:main",
-        "edge-demo": "edge_demo.cli:main",
+        "edge-demo": "edge_demo.cli.main:main",
     }
 
 
@@ -310,7 +365,7 @@ assert checkpoint.weights["layers.1.mlp.up"].shape == (96, 160)
     assert not loaded & set(KERAS)
 
 
-@pytest.mark.parametrize("module", ["edge_demo", "export", "edge_demo.cli", "export.cli"])
+@pytest.mark.parametrize("module", ["edge_demo", "export", "edge_demo.cli.main", "export.cli"])
 def test_onnxruntimes_telemetry_is_off_before_it_can_be_imported(module):
     """onnxruntime reads the variable once, when it is imported; who has set it keeps his value."""
     code = f"import sys, os, {module}; print(os.environ['ORT_DISABLE_TELEMETRY'], *sys.modules)"
@@ -350,7 +405,7 @@ EDGE_COMMANDS = [
 
 @pytest.mark.parametrize(
     ("module", "command"),
-    [("export.cli", []), *(("edge_demo.cli", command) for command in EDGE_COMMANDS)],
+    [("export.cli", []), *(("edge_demo.cli.main", command) for command in EDGE_COMMANDS)],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,
 )
 def test_help_loads_nothing_heavy(module, command):

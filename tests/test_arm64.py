@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_demo.candidates import Candidates
-from edge_demo.sampling import Sampler
+from edge_demo.engine.candidates import Candidates
+from edge_demo.text.sampling import Sampler
 from tests.edge_demo.conftest import made_once
 from tools.arm64 import user_space
 from tools.arm64.agree import compare

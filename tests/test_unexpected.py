@@ -18,8 +18,8 @@ FAULT = 'raise KeyError("gemma3_1b")'
 # A command in a process of its own, in which a part of this project has a fault.
 EDGE = """
 import sys
-import edge_demo.cli as cli
-from edge_demo.bundle import Bundle
+import edge_demo.cli.main as cli
+from edge_demo.bundle.reader import Bundle
 def open(path):
     {fault}
 Bundle.open = open
@@ -86,7 +86,7 @@ def test_debug_shows_the_traceback_before_the_command_or_after_it():
 
 
 def test_an_expected_error_is_told_as_before_and_debug_shows_where_it_came_from(tmp_path):
-    code = "import sys\nfrom edge_demo.cli import main\nsys.exit(main(sys.argv[1:]))"
+    code = "import sys\nfrom edge_demo.cli.main import main\nsys.exit(main(sys.argv[1:]))"
     done = run(code, "inspect", tmp_path / "none")
     (line,) = done.stderr.splitlines()
     assert done.returncode == 2 and "does not exist" in line and "unexpected" not in line
@@ -148,7 +148,7 @@ BARE = [sys.executable, "-I", "-S", "-c"]  # no installed package is found
             "pip install 'gemma-keras[keras]'",
         ),
         (
-            "from edge_demo.cli import main; sys.exit(main(['generate', 'bundle']))",
+            "from edge_demo.cli.main import main; sys.exit(main(['generate', 'bundle']))",
             "edge-demo: numpy is not installed; run: pip install gemma-keras",
         ),
         (

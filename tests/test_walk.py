@@ -17,10 +17,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from edge_demo.bundle import Bundle
-from edge_demo.cli import main
-from edge_demo.engine import Engine
-from edge_demo.tokenizer import Tokenizer
+from edge_demo.bundle.reader import Bundle
+from edge_demo.cli.main import main
+from edge_demo.engine.runner import Engine
+from edge_demo.text.tokenizer import Tokenizer
 from export import export_onnx
 from export.quantize.formats import rows_and_inputs
 from export.quantize.recipes import plan_for_recipe

@@ -15,8 +15,8 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from edge_demo.embedding import EmbeddingTable
-from edge_demo.manifest import RopeSpec
+from edge_demo.bundle.embedding import EmbeddingTable
+from edge_demo.bundle.manifest import RopeSpec
 from export.contract import WEIGHTS_FILE, candidates_contract, ropes
 from export.fused import build_graph
 from export.quantize.formats import plan_bytes

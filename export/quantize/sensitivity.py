@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
-from edge_demo.score import kl_divergence
+from edge_demo.evaluate.perplexity import kl_divergence
 from export.joined import joined_name
 from export.quantize.formats import Format, Plan
 from export.quantize.packing import Quantized

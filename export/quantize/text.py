@@ -110,7 +110,7 @@ def cut_text(bos: int, tokens: Sequence[int], context: int, origin: str) -> Cali
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """A text to compare on, as `edge_demo.compare` cuts it.
+    """A text to compare on, as `edge_demo.evaluate.compare` cuts it.
 
     Attributes:
         ids: of its tokens.

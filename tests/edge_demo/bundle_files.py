@@ -13,12 +13,12 @@ import numpy as np
 import onnx
 import pytest
 
-from edge_demo.bundle import Bundle
-from edge_demo.engine import Engine
+from edge_demo.bundle.graph_weights import stored_weights
+from edge_demo.bundle.reader import Bundle
+from edge_demo.cli.describe import describe
+from edge_demo.engine.runner import Engine
 from edge_demo.errors import BundleError
-from edge_demo.graph_weights import stored_weights
-from edge_demo.inspect import describe
-from edge_demo.tokenizer import Tokenizer
+from edge_demo.text.tokenizer import Tokenizer
 
 
 def copy_bundle(source: Path, folder: Path) -> Path:

@@ -18,12 +18,12 @@ from pathlib import Path
 import filelock
 import pytest
 
-from edge_demo import cache_size, courses, memory
-from edge_demo.bundle import Bundle
-from edge_demo.cli import main
-from edge_demo.engine import Call, Engine
-from edge_demo.generator import Generator
-from edge_demo.tokenizer import Tokenizer
+from edge_demo.bundle.reader import Bundle
+from edge_demo.cli.main import main
+from edge_demo.engine import cache_size, memory, prompt_chunks
+from edge_demo.engine.runner import Call, Engine
+from edge_demo.text.generator import Generator
+from edge_demo.text.tokenizer import Tokenizer
 from tests.edge_demo.bundle_files import copy_bundle
 
 ROOT = Path(__file__).parents[2]
@@ -97,7 +97,7 @@ def short_boundaries(step: int, slack: int, chunk: int) -> Iterator[None]:
         patch.setattr(cache_size, "SLACK", slack)
         patch.setattr(memory, "CHUNKS", (chunk,))
         patch.setattr(memory, "FLOAT_CHUNK", chunk)
-        patch.setattr(courses, "UNIT", chunk)
+        patch.setattr(prompt_chunks, "UNIT", chunk)
         yield
 
 

@@ -21,7 +21,7 @@ from tests.models import (
 
 SHORT_CONTEXT = 16
 CHATML = ("<|im_start|>", "<|im_end|>")
-# Sums over keys are cut as in real models: see `edge_demo.courses`.
+# Sums over keys are cut as in real models: see `edge_demo.engine.prompt_chunks`.
 WIDE = {"head_dim": 128, "sliding_window": 64, "max_position_embeddings": 640}
 WIDE_RECIPES: dict[str, dict[str, Any]] = {
     "int8": {"recipe": "int8"},

@@ -14,14 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_demo.batch import BatchRunner
-from edge_demo.batch_items import Item, read_items
-from edge_demo.batch_results import Results
-from edge_demo.bundle import Bundle
-from edge_demo.engine import TokenRunner
+from edge_demo.bundle.reader import Bundle
+from edge_demo.engine.runner import TokenRunner
 from edge_demo.errors import RequestError
-from edge_demo.sampling import Sampler
-from edge_demo.tokenizer import Tokenizer
+from edge_demo.text.batch import BatchRunner
+from edge_demo.text.batch_items import Item, read_items
+from edge_demo.text.batch_results import Results
+from edge_demo.text.sampling import Sampler
+from edge_demo.text.tokenizer import Tokenizer
 from tests.edge_demo.conftest import ROOT, generator
 from tests.edge_demo.test_commands import EDGE_DEMO, edge_demo, shell
 

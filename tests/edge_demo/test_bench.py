@@ -9,11 +9,11 @@ import statistics
 
 import pytest
 
-from edge_demo import bench as bench_module
-from edge_demo.bench import BenchReport, Test, Timing, run_tests
-from edge_demo.bench_command import as_json, as_markdown
-from edge_demo.bundle import Bundle
+from edge_demo.bundle.reader import Bundle
+from edge_demo.cli.bench import as_json, as_markdown
 from edge_demo.errors import RequestError
+from edge_demo.evaluate import speed as bench_module
+from edge_demo.evaluate.speed import BenchReport, Test, Timing, run_tests
 from tests.edge_demo.test_commands import edge_demo
 
 Test.__test__ = False  # no test case of pytest

@@ -7,7 +7,7 @@ import os
 import pytest
 from sentencepiece import sentencepiece_model_pb2 as proto
 
-from edge_demo.bundle import Bundle
+from edge_demo.bundle.reader import Bundle
 from tests.edge_demo.bundle_files import (
     assert_refused,
     edit_graph,

@@ -14,7 +14,7 @@ import sys
 import numpy as np
 import pytest
 
-from edge_demo.score import score
+from edge_demo.evaluate.perplexity import score
 from tests.edge_demo.bundle_files import copy_bundle, edit_manifest, flip_byte, rewrite
 from tests.edge_demo.conftest import ROOT, generator
 
@@ -25,7 +25,7 @@ REPORT = {
     "peak_rss_bytes",
 }  # fmt: skip
 TIMINGS = {"load_s", "ttft_s", "prefill_tokens_per_s", "decode_tokens_per_s"}
-EDGE_DEMO = [sys.executable, "-W", "error", "-m", "edge_demo.cli"]
+EDGE_DEMO = [sys.executable, "-W", "error", "-m", "edge_demo.cli.main"]
 
 
 def edge_demo(*arguments, stdin=b"", status=0, **options):
@@ -73,7 +73,7 @@ def test_generate_reports_to_programs_what_python_finds(tiny, run_json):
 
 
 def _greedy():
-    from edge_demo.sampling import Sampler
+    from edge_demo.text.sampling import Sampler
 
     return Sampler()
 
@@ -388,7 +388,7 @@ def test_the_package_is_the_command():
 
 
 def test_help_does_not_load_what_runs_models():
-    code = "import sys, edge_demo.cli as c\ntry: c.main(['chat', '--help'])\nexcept SystemExit: pass\nprint(sorted(sys.modules))"
+    code = "import sys, edge_demo.cli.main as c\ntry: c.main(['chat', '--help'])\nexcept SystemExit: pass\nprint(sorted(sys.modules))"
     out = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
     ).stdout

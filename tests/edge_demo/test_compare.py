@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_demo.bundle import Bundle
-from edge_demo.compare import Estimate, as_table, check_comparable, compare, summarize
-from edge_demo.engine import Engine
+from edge_demo.bundle.reader import Bundle
+from edge_demo.engine.runner import Engine
 from edge_demo.errors import RequestError
-from edge_demo.score import kl_divergence, token_log_probabilities
+from edge_demo.evaluate.compare import Estimate, as_table, check_comparable, compare, summarize
+from edge_demo.evaluate.perplexity import kl_divergence, token_log_probabilities
 from tests.edge_demo.bundle_files import copy_bundle, edit_manifest, rewrite
 from tests.models import VOCABULARY_SIZE, chat_tokenizer_model
 
@@ -186,7 +186,7 @@ def test_no_more_than_a_chunk_of_each_is_held(engines, monkeypatch):
         sizes.append(len(p))
         return token_log_probabilities(p, targets)
 
-    monkeypatch.setattr("edge_demo.compare.token_log_probabilities", watched)
+    monkeypatch.setattr("edge_demo.evaluate.compare.token_log_probabilities", watched)
     compared(*engines, BOS, text(128), 128, 1)
     assert sizes == [64, 64, 64, 64]  # reference and bundle in turn
 
@@ -237,7 +237,7 @@ def test_compare_reports_what_python_finds(tiny_bundles, engines, words, run, ru
     report = run_json(*arguments)
     assert report["reference"] == {"name": "tiny-gemma3", "recipe": "fp32"}
     assert report["bundle"] == {"name": "tiny-gemma3", "recipe": "int8"}
-    from edge_demo.tokenizer import Tokenizer
+    from edge_demo.text.tokenizer import Tokenizer
 
     ids = Tokenizer(engines[0].bundle).encode(words.read_text(), bos=False)
     expected = compared(*engines, BOS, ids, 40, 2)

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_demo.bundle import Bundle
-from edge_demo.conversation import Conversation
+from edge_demo.bundle.reader import Bundle
 from edge_demo.errors import RequestError
-from edge_demo.messages import read_messages
-from edge_demo.tokenizer import Tokenizer
+from edge_demo.text.conversation import Conversation
+from edge_demo.text.messages import read_messages
+from edge_demo.text.tokenizer import Tokenizer
 from tests.edge_demo.conftest import generator
 
 CONTEXT, ANSWER = 120, 20

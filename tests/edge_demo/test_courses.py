@@ -7,16 +7,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edge_demo import cache_size, courses, float_prompts
-from edge_demo.bundle import Bundle
-from edge_demo.cache_size import SLACK
-from edge_demo.candidates import Candidates
-from edge_demo.courses import UNIT, Course, end_of_piece
-from edge_demo.engine import CandidateEngine, Engine
-from edge_demo.generator import Generation, Generator
-from edge_demo.prompt_cache import PromptCache
-from edge_demo.sampling import Sampler
-from edge_demo.tokenizer import Tokenizer
+from edge_demo.bundle.reader import Bundle
+from edge_demo.engine import cache_size, float_prompts, prompt_chunks
+from edge_demo.engine.cache_size import SLACK
+from edge_demo.engine.candidates import Candidates
+from edge_demo.engine.prompt_chunks import UNIT, Course, end_of_piece
+from edge_demo.engine.runner import CandidateEngine, Engine
+from edge_demo.text.generator import Generation, Generator
+from edge_demo.text.prompt_cache import PromptCache
+from edge_demo.text.sampling import Sampler
+from edge_demo.text.tokenizer import Tokenizer
 from tests.edge_demo.conftest import interrupted_runs
 from tests.edge_demo.make_bundles import WIDE
 from tests.models import VOCABULARY_SIZE
@@ -357,11 +357,11 @@ def test_what_two_prompts_share_is_whole_or_all(length, left, wanted, same, floa
     elif length == wanted <= min(left, same):
         assert shared == length
     else:
-        assert shared == min(length, left, wanted, same) // courses.UNIT * courses.UNIT
+        assert shared == min(length, left, wanted, same) // prompt_chunks.UNIT * prompt_chunks.UNIT
 
 
 def test_windows_move_by_whole_units():
-    assert (cache_size.SLACK + 1) % (4 * courses.UNIT) == 0
+    assert (cache_size.SLACK + 1) % (4 * prompt_chunks.UNIT) == 0
 
 
 # --- the real model -------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from edge_demo import device
-from edge_demo.throughput import disk_speed, memory_bytes_per_s
+from edge_demo.device import hardware
+from edge_demo.device.throughput import disk_speed, memory_bytes_per_s
 from tests.edge_demo.test_memory import fake, linux
 
 PI_5 = """\
@@ -57,8 +57,8 @@ flags		: fpu sse4_2 avx avx2 fma avx_vnni
     ids=["Pi 5", "Pi 4", "x86", "big.LITTLE", "none"],
 )
 def test_processor_and_instructions(cpuinfo, name, found, missing):
-    assert device.processor(cpuinfo) == name
-    assert device.instructions(cpuinfo) == (found, missing)
+    assert hardware.processor(cpuinfo) == name
+    assert hardware.instructions(cpuinfo) == (found, missing)
 
 
 @pytest.mark.parametrize(
@@ -74,14 +74,14 @@ def test_processor_and_instructions(cpuinfo, name, found, missing):
     ],
 )
 def test_throttling_in_words(text, words):
-    assert device.throttling(text) == words
+    assert hardware.throttling(text) == words
 
 
 @pytest.mark.parametrize(
     "text, word", [("always [madvise] never\n", "madvise"), ("[never]", "never"), ("", None)]
 )
 def test_the_chosen_of_a_setting(text, word):
-    assert device.chosen(text) == word
+    assert hardware.chosen(text) == word
 
 
 def pi_5(folder):
@@ -105,7 +105,7 @@ def pi_5(folder):
 
 
 def test_a_raspberry_pi_is_read_whole(tmp_path):
-    found = device.look(pi_5(tmp_path))
+    found = hardware.look(pi_5(tmp_path))
     assert (found.board, found.processor) == ("Raspberry Pi 5 Model B Rev 1.0", "Cortex-A76")
     assert (found.cores, found.huge_pages, found.celsius) == (4, "always", 61.25)
     assert found.throttled == "now frequency capped; since it started frequency capped"
@@ -121,11 +121,11 @@ def test_threads_of_one_core_are_one_core(tmp_path):
         },
     )
     (root / "sys/devices/system/cpu/cpufreq").mkdir()
-    assert device.physical_cores(root) == 3
+    assert hardware.physical_cores(root) == 3
 
 
 def test_a_device_that_tells_nothing_is_unknown_and_no_error(tmp_path):
-    found = device.look(tmp_path)
+    found = hardware.look(tmp_path)
     assert found.board is found.huge_pages is found.celsius is found.throttled is None
     assert found.instructions == found.missing == ()
     assert found.bits == 64 and found.cores == os.cpu_count()
@@ -133,7 +133,7 @@ def test_a_device_that_tells_nothing_is_unknown_and_no_error(tmp_path):
 
 @linux
 def test_this_machine_is_known():
-    found = device.look()
+    found = hardware.look()
     assert found.system == "Linux" and found.bits == 64
     assert found.processor or found.board
     assert found.cores is not None and 1 <= found.cores <= len(os.sched_getaffinity(0))

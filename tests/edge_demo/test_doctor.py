@@ -8,11 +8,11 @@ import platform
 
 import pytest
 
-from edge_demo import memory
-from edge_demo.bundle import Bundle
-from edge_demo.doctor import LIKELY_SHARE, describe, examine
-from edge_demo.graph_weights import bytes_per_token
-from edge_demo.rooms import rooms
+from edge_demo.bundle.graph_weights import bytes_per_token
+from edge_demo.bundle.reader import Bundle
+from edge_demo.cli.device_report import LIKELY_SHARE, describe, examine
+from edge_demo.device.memory_limits import rooms
+from edge_demo.engine import memory
 from tests.edge_demo.test_device import pi_5
 from tests.edge_demo.test_memory import MB, limited, linux
 

@@ -14,12 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_demo.bundle import Bundle
-from edge_demo.embedding import EmbeddingTable
-from edge_demo.engine import CandidateEngine, Engine
+from edge_demo.bundle.embedding import EmbeddingTable
+from edge_demo.bundle.manifest import EmbeddingSpec, StoredPart
+from edge_demo.bundle.reader import Bundle
+from edge_demo.engine.batch_decoder import Rows
+from edge_demo.engine.runner import CandidateEngine, Engine
 from edge_demo.errors import BundleError, EdgeError, RequestError
-from edge_demo.manifest import EmbeddingSpec, StoredPart
-from edge_demo.rows import Rows
 from tests.models import GENERATIONS, VOCABULARY_SIZE
 
 EMBEDDED = "embedded.scaled"  # what the interchange graph's first block takes

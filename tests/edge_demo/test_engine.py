@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_demo import engine as engine_module
-from edge_demo.bundle import Bundle
-from edge_demo.engine import Engine
+from edge_demo.bundle.manifest import RopeSpec
+from edge_demo.bundle.reader import Bundle
+from edge_demo.engine import runner as engine_module
+from edge_demo.engine.kv_cache import KVCache, rope_table
+from edge_demo.engine.runner import Engine
 from edge_demo.errors import RequestError
-from edge_demo.kv_cache import KVCache, rope_table
-from edge_demo.manifest import RopeSpec
 from tests.edge_demo.conftest import ROOT, interrupted_runs, short_boundaries
 from tests.edge_demo.make_bundles import SHORT_CONTEXT
 from tests.models import GENERATIONS, VOCABULARY_SIZE, WINDOW
@@ -359,7 +359,9 @@ print(*sorted({m.split(".")[0] for m in sys.modules}))
     )
     assert result.returncode == 0, result.stderr
     names, loaded = (line.split() for line in result.stdout.splitlines())
-    assert {"edge_demo.engine", "edge_demo.cli", "edge_demo.bench"} <= set(names)
+    assert {"edge_demo.engine.runner", "edge_demo.cli.main", "edge_demo.evaluate.speed"} <= set(
+        names
+    )
     heavy = {
         "gemma_keras", "export", "keras", "keras_hub", "keras_nlp", "tensorflow", "jax", "torch",
         "onnx", "onnx_ir", "tf2onnx", "gguf", "transformers", "safetensors", "google", "rich",

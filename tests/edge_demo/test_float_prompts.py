@@ -8,11 +8,11 @@ import platform
 import numpy as np
 import pytest
 
-from edge_demo import float_prompts, memory
-from edge_demo.bundle import Bundle
-from edge_demo.engine import CandidateEngine, Engine
+from edge_demo.bundle.reader import Bundle
+from edge_demo.device.memory_limits import Room
+from edge_demo.engine import float_prompts, memory
+from edge_demo.engine.runner import CandidateEngine, Engine
 from edge_demo.errors import BundleError, EdgeError
-from edge_demo.rooms import Room
 from tests.edge_demo.bundle_files import copy_bundle
 from tests.edge_demo.conftest import interrupted_runs, short_boundaries
 from tests.models import GENERATIONS, VOCABULARY_SIZE, WINDOW

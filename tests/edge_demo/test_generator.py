@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_demo.bundle import Bundle
-from edge_demo.engine import Engine
+from edge_demo.bundle.reader import Bundle
+from edge_demo.engine.runner import Engine
 from edge_demo.errors import RequestError
-from edge_demo.generator import Generation, Generator
-from edge_demo.sampling import Sampler
+from edge_demo.text.generator import Generation, Generator
+from edge_demo.text.sampling import Sampler
 from tests.edge_demo.conftest import generator, short_boundaries
 from tests.edge_demo.make_bundles import SHORT_CONTEXT
 from tests.models import VOCABULARY_SIZE

@@ -7,8 +7,8 @@ from pathlib import Path
 import onnx
 import pytest
 
+from edge_demo.bundle.graph_weights import bytes_per_token, stored_weights
 from edge_demo.errors import BundleError
-from edge_demo.graph_weights import bytes_per_token, stored_weights
 
 GRAPHS = ("engine.onnx", "candidates.onnx", "model.onnx")
 
@@ -45,7 +45,7 @@ def test_the_engine_reads_all_and_looks_nothing_up(bundle):
 
 
 def test_candidates_look_nothing_up_and_read_no_low_plane(tiny_bundles):
-    """The device reads its rows: see `edge_demo.low_plane`."""
+    """The device reads its rows: see `edge_demo.engine.low_plane`."""
     path = tiny_bundles / "gemma3-int8" / "candidates.onnx"
     weights = stored_weights(path)
     assert all(w.multiplied and not w.looked_up for w in weights)

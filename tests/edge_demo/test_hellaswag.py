@@ -7,13 +7,13 @@ import math
 import numpy as np
 import pytest
 
-from edge_demo import engine as engine_module
-from edge_demo.bundle import Bundle
-from edge_demo.engine import Engine
+from edge_demo.bundle.reader import Bundle
+from edge_demo.engine import runner as engine_module
+from edge_demo.engine.runner import Engine
 from edge_demo.errors import RequestError
-from edge_demo.hellaswag import Accuracy, Task, ending_scores, hellaswag, read_tasks
-from edge_demo.score import token_log_probabilities
-from edge_demo.tokenizer import Tokenizer
+from edge_demo.evaluate.hellaswag import Accuracy, Task, ending_scores, hellaswag, read_tasks
+from edge_demo.evaluate.perplexity import token_log_probabilities
+from edge_demo.text.tokenizer import Tokenizer
 
 TEXT = """\
 Gardening: The gardener waters the young trees

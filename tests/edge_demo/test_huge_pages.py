@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from edge_demo.huge_pages import of_use
+from edge_demo.device.huge_pages import of_use
 
 CODE = """
 import os, sys
-from edge_demo import huge_pages
+from edge_demo.device import huge_pages
 if huge_pages.of_use():
     huge_pages.restart_with_huge_pages()
 print(os.environ.get("GLIBC_TUNABLES"), *sys.argv[1:], sys.stdin.read(), sep="|")

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_demo.bundle import Bundle
-from edge_demo.engine import CandidateEngine, Engine
-from edge_demo.tokenizer import Tokenizer
+from edge_demo.bundle.reader import Bundle
+from edge_demo.engine.runner import CandidateEngine, Engine
+from edge_demo.text.tokenizer import Tokenizer
 from tests.edge_demo.conftest import short_boundaries
 from tests.models import GENERATIONS, TEXT, VOCABULARY_SIZE
 

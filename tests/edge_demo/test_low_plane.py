@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from edge_demo import low_plane
-from edge_demo.bundle import Bundle
-from edge_demo.embedding import EmbeddingTable
-from edge_demo.engine import CandidateEngine, Engine
+from edge_demo.bundle.embedding import EmbeddingTable
+from edge_demo.bundle.reader import Bundle
+from edge_demo.engine import low_plane
+from edge_demo.engine.low_plane import LowPlane
+from edge_demo.engine.runner import CandidateEngine, Engine
 from edge_demo.errors import BundleError
-from edge_demo.low_plane import LowPlane
 from tests.edge_demo.bundle_files import edit_manifest
 from tests.models import GENERATIONS, VOCABULARY_SIZE
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_demo.bundle import Bundle
+from edge_demo.bundle.manifest import FORMAT_VERSION
+from edge_demo.bundle.reader import Bundle
 from edge_demo.errors import EdgeError
-from edge_demo.manifest import FORMAT_VERSION
 from tests.edge_demo.bundle_files import (
     assert_refused,
     copy_bundle,

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_demo import mapped_files
-from edge_demo.bundle import Bundle
-from edge_demo.engine import CandidateEngine
-from edge_demo.mapped_files import forget_pages
+from edge_demo.bundle.reader import Bundle
+from edge_demo.device import mapped_files
+from edge_demo.device.mapped_files import forget_pages
+from edge_demo.engine.runner import CandidateEngine
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc of Linux")
 
@@ -57,7 +57,7 @@ def test_an_engine_begins_without_pages_of_the_weights(tiny_bundles, name, monke
     engine = CandidateEngine(bundle, threads=1)
     assert resident_bytes(weights) == 0
     logits = engine.prefill([2, 7, 9]).logits.copy()
-    monkeypatch.setattr("edge_demo.sessions.forget_pages", lambda path: None)
+    monkeypatch.setattr("edge_demo.engine.sessions.forget_pages", lambda path: None)
     other = CandidateEngine(bundle, threads=1)
     assert resident_bytes(weights) > 0
     np.testing.assert_array_equal(other.prefill([2, 7, 9]).logits, logits)

@@ -10,13 +10,13 @@ import sys
 
 import pytest
 
-from edge_demo import float_prompts, low_plane, memory
-from edge_demo.bundle import Bundle
-from edge_demo.cache_size import cache_bytes
-from edge_demo.graph_weights import stored_weights
-from edge_demo.kv_cache import KVCache
-from edge_demo.rooms import _VERSION_1, control_group_rooms, rooms
-from edge_demo.system_files import read_sizes
+from edge_demo.bundle.graph_weights import stored_weights
+from edge_demo.bundle.reader import Bundle
+from edge_demo.device.memory_limits import _VERSION_1, control_group_rooms, rooms
+from edge_demo.device.system_files import read_sizes
+from edge_demo.engine import float_prompts, low_plane, memory
+from edge_demo.engine.cache_size import cache_bytes
+from edge_demo.engine.kv_cache import KVCache
 from tests.edge_demo.conftest import ROOT
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="limits and /proc of Linux")
@@ -79,11 +79,12 @@ def test_no_table_is_looked_up_and_the_peak_may_be_that_of_loading(tiny_bundles,
 MEASURE = """
 import json, sys, threading
 import numpy as np
-from edge_demo import Bundle, memory
-from edge_demo.generator import engine_for
-from edge_demo.sampling import Sampler
-from edge_demo.system_files import read_sizes
-from edge_demo.tokenizer import Tokenizer
+from edge_demo import Bundle
+from edge_demo.engine import memory
+from edge_demo.text.generator import engine_for
+from edge_demo.text.sampling import Sampler
+from edge_demo.device.system_files import read_sizes
+from edge_demo.text.tokenizer import Tokenizer
 bundle = Bundle.open(sys.argv[1])
 needed, _ = memory.fitting(bundle)
 tokenizer, engine = Tokenizer(bundle), engine_for(bundle, Sampler(), 1)
@@ -206,7 +207,7 @@ def limited(kind, num_bytes, *arguments, **environment):
     code = (
         "import os, resource, sys; n = int(sys.argv[2]);"
         "resource.setrlimit(getattr(resource, sys.argv[1]), (n, n));"
-        "os.execv(sys.executable, [sys.executable, '-m', 'edge_demo.cli', *sys.argv[3:]])"
+        "os.execv(sys.executable, [sys.executable, '-m', 'edge_demo.cli.main', *sys.argv[3:]])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, kind, str(num_bytes), *map(str, arguments)],
@@ -259,7 +260,7 @@ def test_the_sample_is_refused_where_it_cannot_fit_and_runs_where_it_does(sample
 def test_huge_pages_are_not_asked_for_where_memory_is_short(tiny_bundles):
     bundle = tiny_bundles / "gemma3-int8"
     code = (
-        "import resource, sys; from edge_demo.memory import is_short; n = int(sys.argv[2]);"
+        "import resource, sys; from edge_demo.engine.memory import is_short; n = int(sys.argv[2]);"
         "print(is_short(sys.argv[1])); resource.setrlimit(resource.RLIMIT_DATA, (n, n));"
         "print(is_short(sys.argv[1]), is_short('nowhere'))"
     )

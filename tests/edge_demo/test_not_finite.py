@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from edge_demo.candidates import Candidates
+from edge_demo.engine.candidates import Candidates
 from edge_demo.errors import NotFiniteError
-from edge_demo.sampling import Sampler
-from edge_demo.score import token_log_probabilities
+from edge_demo.evaluate.perplexity import token_log_probabilities
+from edge_demo.text.sampling import Sampler
 from tests.edge_demo.bundle_files import copy_bundle, fill_weight
 
 WORDS = "The gardener waters the young trees before the sun is high."

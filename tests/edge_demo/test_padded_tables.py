@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from sentencepiece import sentencepiece_model_pb2 as proto
 
-from edge_demo.bundle import Bundle
-from edge_demo.candidates import Candidates, below
-from edge_demo.engine import CandidateEngine, Engine
+from edge_demo.bundle.reader import Bundle
+from edge_demo.engine.candidates import Candidates, below
+from edge_demo.engine.runner import CandidateEngine, Engine
 from edge_demo.errors import EdgeError
-from edge_demo.generator import Generator, candidates_suffice, engine_for
-from edge_demo.sampling import Sampler
-from edge_demo.tokenizer import Tokenizer
+from edge_demo.text.generator import Generator, candidates_suffice, engine_for
+from edge_demo.text.sampling import Sampler
+from edge_demo.text.tokenizer import Tokenizer
 from tests.edge_demo.bundle_files import copy_bundle, rewrite
 from tests.models import VOCABULARY_SIZE
 

@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_demo.bundle import Bundle
-from edge_demo.candidates import Candidates
-from edge_demo.engine import CandidateEngine, Engine
-from edge_demo.generator import Generator, candidates_suffice
-from edge_demo.penalties import penalize
-from edge_demo.sampling import Sampler
-from edge_demo.speculate import PromptLookup
-from edge_demo.tokenizer import Tokenizer
+from edge_demo.bundle.reader import Bundle
+from edge_demo.engine.candidates import Candidates
+from edge_demo.engine.runner import CandidateEngine, Engine
+from edge_demo.text.generator import Generator, candidates_suffice
+from edge_demo.text.penalties import penalize
+from edge_demo.text.sampling import Sampler
+from edge_demo.text.speculate import PromptLookup
+from edge_demo.text.tokenizer import Tokenizer
 
 LOGITS = np.random.default_rng(0).normal(0, 3, 50).astype(np.float32)
 LOGITS[7] = 0

@@ -16,12 +16,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_demo import cache_size, memory
-from edge_demo.bundle import Bundle
-from edge_demo.engine import CandidateEngine, Engine
+from edge_demo.bundle.reader import Bundle
+from edge_demo.engine import cache_size, memory
+from edge_demo.engine.kv_cache import _resident as resident_places
+from edge_demo.engine.runner import CandidateEngine, Engine
 from edge_demo.errors import RequestError
-from edge_demo.kv_cache import _resident as resident_places
-from edge_demo.prompt_cache import CacheError, PromptCache
+from edge_demo.text.prompt_cache import CacheError, PromptCache
 from tests.edge_demo.bundle_files import copy_bundle, edit_manifest
 from tests.edge_demo.conftest import ROOT, interrupted_runs, short_boundaries
 from tests.models import GENERATIONS, VOCABULARY_SIZE, WINDOW
@@ -349,9 +349,9 @@ def test_an_empty_file_is_none_yet(engine, tmp_path):
 
 SAVE_AGAIN_AND_AGAIN = """
 import sys
-from edge_demo.bundle import Bundle
-from edge_demo.engine import Engine
-from edge_demo.prompt_cache import PromptCache
+from edge_demo.bundle.reader import Bundle
+from edge_demo.engine.runner import Engine
+from edge_demo.text.prompt_cache import PromptCache
 engines = {length: Engine(Bundle.open(sys.argv[1]), threads=1) for length in (40, 90)}
 for length, engine in engines.items():
     engine.prefill(list(range(length)))

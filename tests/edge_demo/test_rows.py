@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_demo.bundle import Bundle
-from edge_demo.engine import CandidateEngine, Engine
+from edge_demo.bundle.reader import Bundle
+from edge_demo.engine.batch_decoder import Rows
+from edge_demo.engine.runner import CandidateEngine, Engine
 from edge_demo.errors import RequestError
-from edge_demo.rows import Rows
 from tests.edge_demo.conftest import short_boundaries
 from tests.edge_demo.make_bundles import SHORT_CONTEXT
 from tests.models import GENERATIONS, VOCABULARY_SIZE, WINDOW

@@ -10,7 +10,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from edge_demo.errors import RequestError
-from edge_demo.sampling import Sampler
+from edge_demo.text.sampling import Sampler
 
 
 def reference(logits, temperature, top_k, top_p):

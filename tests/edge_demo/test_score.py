@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_demo import engine as engine_module
-from edge_demo.bundle import Bundle
-from edge_demo.engine import Engine
+from edge_demo.bundle.reader import Bundle
+from edge_demo.engine import runner as engine_module
+from edge_demo.engine.runner import Engine
 from edge_demo.errors import RequestError
-from edge_demo.score import score, token_log_probabilities, windows
+from edge_demo.evaluate.perplexity import score, token_log_probabilities, windows
 from tests.models import VOCABULARY_SIZE
 
 BOS = 2

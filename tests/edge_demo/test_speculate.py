@@ -8,14 +8,14 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_demo import cache_size
-from edge_demo.bundle import Bundle
-from edge_demo.engine import CandidateEngine, Engine
+from edge_demo.bundle.reader import Bundle
+from edge_demo.engine import cache_size
+from edge_demo.engine.runner import CandidateEngine, Engine
 from edge_demo.errors import RequestError
-from edge_demo.generator import Generation, Generator
-from edge_demo.sampling import Sampler
-from edge_demo.speculate import DraftModel, PromptLookup, Speculator, check_draft
-from edge_demo.tokenizer import Tokenizer
+from edge_demo.text.generator import Generation, Generator
+from edge_demo.text.sampling import Sampler
+from edge_demo.text.speculate import DraftModel, PromptLookup, Speculator, check_draft
+from edge_demo.text.tokenizer import Tokenizer
 from tests.models import GENERATIONS, WINDOW
 
 BOS = 2

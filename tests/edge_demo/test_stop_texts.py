@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_demo.answer import Generation
 from edge_demo.errors import RequestError
-from edge_demo.sampling import Sampler
-from edge_demo.stop_texts import StopTexts, check_stop_texts
+from edge_demo.text.answer import Generation
+from edge_demo.text.sampling import Sampler
+from edge_demo.text.stop_texts import StopTexts, check_stop_texts
 from tests.edge_demo.conftest import generator
 from tests.edge_demo.test_generator import BOS, FIRST_BYTE, Script
 

@@ -46,7 +46,7 @@ def collects(tmp_path_factory) -> None:
 
 def commands(bundle: Path) -> dict[str, tuple[list[str], str]]:
     """Command line and stdin, by what is run."""
-    run = ["-m", "edge_demo.cli"]
+    run = ["-m", "edge_demo.cli.main"]
     few = ["--max-tokens", "2"]
     return {
         "generate": ([*run, "generate", str(bundle), "--prompt", "The", *few], ""),

@@ -16,7 +16,7 @@ import time
 
 import pytest
 
-from edge_demo.terminal import Progress
+from edge_demo.cli.terminal import Progress
 from tests.edge_demo.bundle_files import copy_bundle, edit_manifest
 from tests.edge_demo.conftest import ROOT, generator
 
@@ -28,7 +28,7 @@ LAUNCH = """
 import fcntl, os, signal, sys, termios
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-os.execv(sys.executable, [sys.executable, "-m", "edge_demo.cli", *sys.argv[1:]])
+os.execv(sys.executable, [sys.executable, "-m", "edge_demo.cli.main", *sys.argv[1:]])
 """
 
 
@@ -350,7 +350,7 @@ def test_what_would_steer_the_terminal_is_shown_as_pictures(tiny_bundles):
     for seed in range(1, 9):  # what a seed says differs from processor to processor
         command = (*prompted, "--seed", seed)
         raw = subprocess.run(
-            [sys.executable, "-m", "edge_demo.cli", *map(str, command)],
+            [sys.executable, "-m", "edge_demo.cli.main", *map(str, command)],
             cwd=ROOT, capture_output=True, check=True,
         ).stdout.decode()  # fmt: skip
         said = set(re.findall(r"[\0-\x1f\x7f-\x9f]", raw.removeprefix(STEERING[:-1])))
@@ -404,7 +404,7 @@ class Stream(io.StringIO):
 def clock(monkeypatch):
     """The time in seconds, to be set."""
     now = [0.0]
-    monkeypatch.setattr("edge_demo.terminal.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("edge_demo.cli.terminal.time.perf_counter", lambda: now[0])
     return now
 
 

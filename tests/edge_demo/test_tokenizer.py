@@ -10,9 +10,9 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2 as proto
 
-from edge_demo.bundle import Bundle
+from edge_demo.bundle.reader import Bundle
 from edge_demo.errors import BundleError
-from edge_demo.tokenizer import TextStream, Tokenizer
+from edge_demo.text.tokenizer import TextStream, Tokenizer
 from tests.edge_demo.bundle_files import copy_bundle, edit_manifest, rewrite
 from tests.models import VOCABULARY_SIZE, chat_tokenizer_model
 

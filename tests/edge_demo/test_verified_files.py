@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_demo import verified_files
-from edge_demo.bundle import Bundle
+from edge_demo.bundle import verified_files
+from edge_demo.bundle.reader import Bundle
 from edge_demo.errors import BundleError
 from tests.edge_demo.bundle_files import (
     assert_refused,

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from edge_demo.bundle import Bundle
+from edge_demo.bundle.reader import Bundle
 from export.quantize.formats import plan_bytes
 from export.quantize.recipes import plan_for_recipe
 from gemma_keras import GemmaConfig, open_checkpoint

@@ -8,9 +8,9 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from edge_demo import low_plane
-from edge_demo.embedding import EmbeddingTable
-from edge_demo.low_plane import LowPlane
+from edge_demo.bundle.embedding import EmbeddingTable
+from edge_demo.engine import low_plane
+from edge_demo.engine.low_plane import LowPlane
 from export import fused
 from export.contract import WEIGHTS_FILE, candidates_contract, engine_contract, ropes
 from export.fused import build_graph

@@ -237,7 +237,7 @@ def test_a_chart_of_nothing_but_zeros_has_no_bars():
 
 def test_report_is_what_compare_prints():
     """Guards the card against a change of the command's JSON."""
-    from edge_demo.compare import Comparison, Divergence
+    from edge_demo.evaluate.compare import Comparison, Divergence
 
     assert set(REPORT["comparison"]) - {"reference"} == set(Comparison.__dataclass_fields__)
     assert set(PART) == set(Divergence.__dataclass_fields__)

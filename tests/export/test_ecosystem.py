@@ -15,9 +15,9 @@ import tokenizers
 import transformers
 from sentencepiece import sentencepiece_model_pb2 as proto
 
-from edge_demo.bundle import Bundle
-from edge_demo.engine import Engine
-from edge_demo.tokenizer import Tokenizer
+from edge_demo.bundle.reader import Bundle
+from edge_demo.engine.runner import Engine
+from edge_demo.text.tokenizer import Tokenizer
 from export.ecosystem import write_ecosystem_files
 from gemma_keras import open_checkpoint
 from gemma_keras.checkpoints.hf_tokenizer import tokenizer_json

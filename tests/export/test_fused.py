@@ -14,10 +14,10 @@ import pytest
 from keras import ops
 from onnx import numpy_helper
 
-from edge_demo import float_prompts
-from edge_demo.bundle import Bundle
-from edge_demo.embedding import EmbeddingTable
-from edge_demo.engine import Engine
+from edge_demo.bundle.embedding import EmbeddingTable
+from edge_demo.bundle.reader import Bundle
+from edge_demo.engine import float_prompts
+from edge_demo.engine.runner import Engine
 from export import export_onnx
 from export.contract import WEIGHTS_FILE, engine_contract, interchange_contract, windows
 from export.quantize.formats import Format, plan_bytes

@@ -6,8 +6,8 @@ import numpy as np
 import onnx
 import pytest
 
-from edge_demo.bundle import Bundle
-from edge_demo.engine import Engine
+from edge_demo.bundle.reader import Bundle
+from edge_demo.engine.runner import Engine
 from export.contract import INTERCHANGE_FILE, interchange_inputs
 from export.errors import ExportError
 from export.pieces import cut_graph, logits_in_pieces, run_in_pieces, weight_bytes

@@ -7,10 +7,10 @@ import json
 
 import pytest
 
-from edge_demo.bundle import Bundle
-from edge_demo.compare import compare
-from edge_demo.engine import Engine
-from edge_demo.tokenizer import Tokenizer
+from edge_demo.bundle.reader import Bundle
+from edge_demo.engine.runner import Engine
+from edge_demo.evaluate.compare import compare
+from edge_demo.text.tokenizer import Tokenizer
 from export import cli, export_onnx, pipeline
 from export.bundle import open_tokenizer
 from export.errors import ExportRequestError

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from edge_demo.bundle import Bundle
-from edge_demo.engine import CandidateEngine, Engine
-from edge_demo.score import kl_divergence
+from edge_demo.bundle.reader import Bundle
+from edge_demo.engine.runner import CandidateEngine, Engine
+from edge_demo.evaluate.perplexity import kl_divergence
 from export import export_onnx
 from export.errors import ExportRequestError
 from export.quantize.budget import plan_within

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_demo.bundle import Bundle
-from edge_demo.engine import Engine
-from edge_demo.tokenizer import Tokenizer
+from edge_demo.bundle.reader import Bundle
+from edge_demo.engine.runner import Engine
+from edge_demo.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.sample
 

@@ -27,13 +27,13 @@ import onnxruntime as ort
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from edge_demo.bundle import Bundle
-from edge_demo.embedding import EmbeddingTable
-from edge_demo.engine import Engine
-from edge_demo.generator import Generator
-from edge_demo.kv_cache import rope_table
-from edge_demo.sampling import Sampler
-from edge_demo.tokenizer import Tokenizer
+from edge_demo.bundle.embedding import EmbeddingTable
+from edge_demo.bundle.reader import Bundle
+from edge_demo.engine.kv_cache import rope_table
+from edge_demo.engine.runner import Engine
+from edge_demo.text.generator import Generator
+from edge_demo.text.sampling import Sampler
+from edge_demo.text.tokenizer import Tokenizer
 from export import export_onnx, traced
 from export.contract import WEIGHTS_FILE, engine_contract, interchange_contract, ropes
 from export.errors import ExportError, ExportRequestError

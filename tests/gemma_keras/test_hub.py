@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from keras import ops
 
-from edge_demo.bundle import Bundle
-from edge_demo.engine import Engine
+from edge_demo.bundle.reader import Bundle
+from edge_demo.engine.runner import Engine
 from export import export_onnx
 from gemma_keras import GemmaCausalLM, open_checkpoint
 from gemma_keras.checkpoints.hub import (

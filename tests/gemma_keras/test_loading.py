@@ -173,7 +173,7 @@ def test_after_lora_or_quantize_nothing_is_assigned(sources):
 SCRIPT = """
 import keras
 import numpy as np
-from edge_demo.rooms import peak_rss_bytes
+from edge_demo.device.memory_limits import peak_rss_bytes
 from gemma_keras import GemmaBackbone, GemmaConfig
 from gemma_keras.checkpoints.names import weight_specs
 from gemma_keras.loading import FromWeights

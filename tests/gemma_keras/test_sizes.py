@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from edge_demo import sizes as on_the_device
+from edge_demo.engine import size_estimates as on_the_device
 from gemma_keras.config import GemmaConfig
 from gemma_keras.sizes import SIZES, releases
 

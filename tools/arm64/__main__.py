@@ -81,7 +81,7 @@ def check_instructions(space: UserSpace, processor: Processor, check: Checks) ->
 
 def check_command(space: UserSpace, processor: Processor, bundles: Path, check: Checks) -> None:
     """`edge-demo generate` as a user starts it, its restart with huge pages included."""
-    command = ["-m", "edge_demo.cli", "generate", bundles / "tiny-bundles" / "gemma3-fp32"]
+    command = ["-m", "edge_demo.cli.main", "generate", bundles / "tiny-bundles" / "gemma3-fp32"]
     command += ["--prompt", "The boat went down the river", "--max-tokens", "12", "--json"]
     reports = []
     for python, more in ((sys.executable, {}), (space.python(processor), space.environment())):

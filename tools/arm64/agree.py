@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from edge_demo.score import kl_divergence
+from edge_demo.evaluate.perplexity import kl_divergence
 from tools.arm64.observe import Observation
 
 

@@ -20,12 +20,12 @@ import edge_demo  # noqa: F401 - before onnxruntime, whose telemetry it turns of
 import numpy as np
 import onnxruntime
 
-from edge_demo.bundle import Bundle
-from edge_demo.engine import Engine
-from edge_demo.generator import Generation, Generator, engine_for
-from edge_demo.rooms import peak_rss_bytes
-from edge_demo.sampling import Sampler
-from edge_demo.tokenizer import Tokenizer
+from edge_demo.bundle.reader import Bundle
+from edge_demo.device.memory_limits import peak_rss_bytes
+from edge_demo.engine.runner import Engine
+from edge_demo.text.generator import Generation, Generator, engine_for
+from edge_demo.text.sampling import Sampler
+from edge_demo.text.tokenizer import Tokenizer
 
 PROMPTS = (
     "The three primary colors are",

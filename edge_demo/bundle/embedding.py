@@ -1,0 +1,155 @@
+"""Rows of the embedding table, read from the weights file as they are wanted.
+
+Were the table mapped, as onnxruntime would, a kernel whose page cache holds large pages would map
+one of those for each row that is touched: soon all of the table would count as resident.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from edge_demo.bundle.manifest import EmbeddingSpec
+from edge_demo.errors import BundleError, EdgeError, RequestError
+
+_LOW_PLANE_STEPS = np.float32(16)  # of the low plane in one of the high
+
+
+class EmbeddingTable:
+    """An embedding table in an open file.
+
+    Args:
+        path: of the weights file.
+        spec: where the table lies in it, and how.
+
+    Raises:
+        BundleError: the file cannot be opened.
+    """
+
+    def __init__(self, path: Path, spec: EmbeddingSpec) -> None:
+        self._path = path
+        self._spec = spec
+        try:
+            self._file = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read: {error.strerror}") from error
+        weakref.finalize(self, os.close, self._file)
+        if hasattr(os, "posix_fadvise"):  # a row is no reason to read what stands after it
+            os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
+        self._places = {
+            name: (spec.parts[name].offset, np.dtype(dtype), row_bytes)
+            for name, (dtype, row_bytes) in spec.layout.items()
+        }
+        self._scale = np.float32(spec.scale)
+        if spec.block_size:
+            bits = spec.bits // spec.planes
+            self._levels_of_byte = _levels_of_byte(bits)
+            self._middle = np.float32(1 << bits - 1)
+
+    def rows(self, ids: Sequence[int]) -> np.ndarray:
+        """Embeddings as the graphs take them, to the last bit what `model.onnx` computes.
+
+        Args:
+            ids: of the tokens, at least one, in any order.
+
+        Returns:
+            float32 `(len(ids), width)`.
+
+        Raises:
+            RequestError: an id is outside the vocabulary.
+            BundleError: the file has become shorter.
+            EdgeError: it cannot be read.
+        """
+        self._check(ids)
+        distinct = ids if len(ids) == 1 else sorted(set(ids))
+        with np.errstate(over="ignore", invalid="ignore"):  # as onnxruntime
+            found = self._dequantized(distinct)[:, : self._spec.width]
+            found *= self._scale
+        if len(ids) == 1:
+            return found
+        place = {token: i for i, token in enumerate(distinct)}
+        return found[[place[token] for token in ids]]
+
+    def low_plane(self, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """The low plane of some rows of a table in two planes, as integers and their scales.
+
+        Args:
+            ids: of the tokens.
+
+        Returns:
+            int8 `(len(ids), blocks * block_size)`, zero points subtracted, and float32
+            `(len(ids), blocks)`.
+
+        Raises:
+            RequestError, BundleError, EdgeError: as `rows`.
+        """
+        self._check(ids)
+        zero_points = self._levels(self._read("zero_points", ids))[:, : self._spec.blocks, None]
+        levels = self._levels(self._read("low", ids))
+        numbers = levels.reshape(len(ids), -1, self._spec.block_size) - zero_points
+        return numbers.reshape(levels.shape).astype(np.int8), self._read("scales", ids)
+
+    def _check(self, ids: Sequence[int]) -> None:
+        for token in ids:
+            if not 0 <= token < self._spec.rows:
+                raise RequestError(
+                    f"token id {token} is outside the vocabulary of {self._spec.rows:,}"
+                )
+
+    def _dequantized(self, ids: Sequence[int]) -> np.ndarray:
+        """Before the embedding scale: float32 `(len(ids), width or more)`."""
+        spec = self._spec
+        if not spec.block_size:
+            return self._read("rows", ids).astype(np.float32)
+        scales = self._read("scales", ids)[..., None]
+        zero_points = self._middle
+        if not spec.symmetric:
+            zero_points = self._levels(self._read("zero_points", ids))[:, : spec.blocks, None]
+        if spec.planes == 1:
+            return self._numbers("quantized", ids, scales, zero_points)
+        found = self._numbers("high", ids, scales, self._middle)
+        found *= _LOW_PLANE_STEPS
+        found += self._numbers("low", ids, scales, zero_points)
+        return found
+
+    def _numbers(
+        self,
+        part: str,
+        ids: Sequence[int],
+        scales: np.ndarray,
+        zero_points: np.ndarray | np.float32,
+    ) -> np.ndarray:
+        """What the levels of a part stand for: float32 `(n, blocks * block_size)`."""
+        levels = self._levels(self._read(part, ids))
+        blocks = levels.reshape(len(ids), -1, self._spec.block_size)
+        blocks -= zero_points
+        blocks *= scales
+        return levels
+
+    def _levels(self, packed: np.ndarray) -> np.ndarray:
+        """Levels of bytes: float32 `(n, levels)`."""
+        return self._levels_of_byte.take(packed, axis=0, mode="clip").reshape(len(packed), -1)
+
+    def _read(self, part: str, ids: Sequence[int]) -> np.ndarray:
+        """One part of some rows, `(n, entries)`."""
+        offset, dtype, size = self._places[part]
+        try:
+            data = b"".join([os.pread(self._file, size, offset + size * int(i)) for i in ids])
+        except OSError as error:
+            raise EdgeError(f"{self._path} cannot be read: {error.strerror}") from error
+        if len(data) != len(ids) * size:
+            raise BundleError(
+                f"{self._path} ends before the embeddings do: it has changed since it was opened; "
+                "export or copy it again"
+            )
+        return np.frombuffer(data, dtype).reshape(len(ids), -1)
+
+
+def _levels_of_byte(bits: int) -> np.ndarray:
+    """The levels in each byte, the first in its lowest bits: float32 `(256, 8 / bits)`."""
+    shifts = np.arange(0, 8, bits)
+    return (np.arange(256)[:, None] >> shifts & (1 << bits) - 1).astype(np.float32)

@@ -1,0 +1,112 @@
+"""What `generate` and `chat` share: from arguments to a generator, and a report of an answer."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from typing import TYPE_CHECKING, Any
+
+from edge_demo.bundle.reader import Bundle
+from edge_demo.cli.prompt_cache_option import PromptCacheOption
+from edge_demo.cli.terminal import note
+from edge_demo.device.memory_limits import peak_rss_bytes
+from edge_demo.errors import BundleError
+from edge_demo.text.generator import Generator, engine_for
+from edge_demo.text.sampling import Sampler
+from edge_demo.text.speculate import Drafter, DraftModel, PromptLookup, check_draft
+from edge_demo.text.stop_texts import check_stop_texts
+from edge_demo.text.tokenizer import Tokenizer
+from edge_demo.units import megabytes
+
+if TYPE_CHECKING:
+    from edge_demo.text.answer import Generation
+
+
+def sampler_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of a `Sampler`."""
+    return {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Sampler)}
+
+
+def stop_texts(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """Those of `--stop`; errors as `check_stop_texts`."""
+    texts = check_stop_texts(arguments.stop)
+    if any("\\n" in text for text in texts):
+        note("--stop has a backslash and an n, not a line break, which is $'\\n' in bash")
+    return texts
+
+
+def open_tokenizer(bundle: Bundle) -> Tokenizer:
+    """The bundle's; a file that has changed is told as that.
+
+    Raises:
+        BundleError: as `Tokenizer`, or a file has changed.
+    """
+    try:
+        return Tokenizer(bundle)
+    except BundleError:
+        bundle.verify()
+        raise
+
+
+class Answering:
+    """What a command's options ask for, checked before anything is loaded.
+
+    Args:
+        arguments: of `generate` or `chat`.
+
+    Raises:
+        RequestError: an option is out of range.
+    """
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._arguments = arguments
+        self.sampler = Sampler(**sampler_settings(arguments))
+        self.stop = stop_texts(arguments)
+        self.cache = PromptCacheOption(arguments.prompt_cache, arguments.prompt_cache_ro)
+        self.load_s = 0.0
+
+    def load(self) -> tuple[Bundle, Generator, Drafter | None]:
+        """Open the bundle, and the draft's; errors as `Engine`, `Tokenizer` and `check_draft`."""
+        start = time.perf_counter()
+        threads = self._arguments.threads
+        bundle = Bundle.open(self._arguments.bundle)
+        tokenizer = open_tokenizer(bundle)
+        generator = Generator(engine_for(bundle, self.sampler, threads, tokenizer), tokenizer)
+        self.load_s = time.perf_counter() - start
+        drafter: Drafter | None = PromptLookup() if self._arguments.lookup else None
+        if self._arguments.draft is not None:
+            draft = Bundle.open(self._arguments.draft)
+            check_draft(bundle, draft)
+            engine = engine_for(draft, Sampler(), threads, tokenizer)
+            drafter = DraftModel(engine, tokenizer.num_pieces)
+        return bundle, generator, drafter
+
+    def report(self, generation: Generation) -> dict[str, Any]:
+        """An answer for programs."""
+        return {
+            "prompt_ids": generation.prompt_ids,
+            "ids": generation.ids,
+            "text": generation.text,
+            "finish_reason": generation.finish_reason,
+            "reused_tokens": generation.reused_tokens,
+            "prompt_cache": self.cache.report,
+            "timings": {
+                "load_s": self.load_s,
+                "ttft_s": generation.prefill_s,
+                "prefill_tokens_per_s": generation.prefill_tokens_per_s,
+                "decode_tokens_per_s": generation.decode_tokens_per_s,
+            },
+            "peak_rss_bytes": peak_rss_bytes(),
+        }
+
+    def summary(self, generation: Generation) -> str:
+        """How long an answer took, for people."""
+        speed = generation.decode_tokens_per_s
+        parts = [
+            f"load {self.load_s:.1f} s",
+            f"first token {generation.prefill_s:.1f} s",
+            f"{speed:.0f} tokens/s" if speed else f"{len(generation.ids)} tokens",
+            megabytes(peak_rss_bytes()),
+        ]
+        return " · ".join(parts)

@@ -1,0 +1,209 @@
+"""`edge-demo bench`: its options, and its table in the form of llama-bench (llama.cpp)."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+from typing import TYPE_CHECKING, Any
+
+from edge_demo.cli import options
+from edge_demo.errors import RequestError, brief
+
+if TYPE_CHECKING:
+    from edge_demo.bundle.reader import Bundle
+    from edge_demo.evaluate.speed import BenchReport
+
+TEXT = "Measure prefill, decode, load time and memory, in a table."
+_MOST_REPEATS = 10_000
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What `bench` takes: the options of llama-bench where it has them."""
+    options.add_bundle(parser)
+    for short, name, default, text in (
+        ("-p", "--prompt-tokens", [512], "time prompts of N tokens, pp; 0 leaves it out"),
+        ("-n", "--decode-tokens", [128], "time N tokens generated one by one, tg; 0 leaves it out"),
+        ("-d", "--depth", [0], "after N tokens that do not count"),
+        ("-t", "--threads", [None], "threads for an operator"),
+    ):
+        shown = "cores" if default == [None] else default[0]
+        parser.add_argument(
+            short,
+            name,
+            type=_counts,
+            default=default,
+            metavar="N[,N…]",
+            help=f"{text} (default: {shown})",
+        )
+    parser.add_argument(
+        "-r",
+        "--repeats",
+        type=_repeats,
+        default=5,
+        metavar="N",
+        help="measurements of each test (default: %(default)s)",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        choices=("md", "csv", "json"),
+        default="md",
+        help="a table for people, one for programs, or what --json prints (default: %(default)s)",
+    )
+    options.add_force(parser)
+
+
+def _counts(text: str) -> list[int]:
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        values = [-1]
+    if min(values) < 0 or max(values) >= options.TOO_MANY:
+        raise argparse.ArgumentTypeError(
+            f"{brief(text, 80)!r} is not a number, or numbers with commas"
+        )
+    return list(dict.fromkeys(values))
+
+
+def _repeats(text: str) -> int:
+    value = int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0
+    if not 1 <= value <= _MOST_REPEATS:
+        raise argparse.ArgumentTypeError(
+            f"{brief(text, 80)!r} is not a number from 1 to {_MOST_REPEATS:,}"
+        )
+    return value
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure a bundle."""
+    from edge_demo.bundle.reader import Bundle
+    from edge_demo.cli.terminal import Progress, show
+    from edge_demo.evaluate.speed import Test, run_tests
+
+    tests = [
+        Test(kind, tokens, depth)
+        for depth in arguments.depth
+        for kind, counts in (("pp", arguments.prompt_tokens), ("tg", arguments.decode_tokens))
+        for tokens in counts
+        if tokens
+    ]
+    if 0 in arguments.threads:
+        raise RequestError("threads must be positive, not 0")
+    bundle = Bundle.open(arguments.bundle)
+    report = run_tests(bundle, tests, arguments.threads, arguments.repeats, Progress("run"))
+    output = "json" if arguments.json else arguments.output
+    if output == "json":
+        print(json.dumps(as_json(bundle, report, arguments.repeats)))
+    elif output == "csv":
+        show(as_csv(bundle, report))
+    else:
+        show(as_markdown(bundle, report) + "\n\n" + _beside(report) + "\n")
+    return 0
+
+
+def as_markdown(bundle: Bundle, report: BenchReport) -> str:
+    """The table, a row a test, speeds as mean ± standard deviation."""
+    rows = [("model", "size", "threads", "test", "t/s")]
+    for row in _rows(bundle, report):
+        speed = f"{row['mean']:.2f} ± {row['deviation']:.2f}"
+        rows.append((row["model"], row["size"], str(row["threads"]), row["test"], speed))
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    left = (True, False, False, False, False)
+
+    def line(cells: tuple[str, ...]) -> str:
+        padded = (
+            cell.ljust(width) if is_left else cell.rjust(width)
+            for cell, width, is_left in zip(cells, widths, left, strict=True)
+        )
+        return f"| {' | '.join(padded)} |"
+
+    rule = "|".join(
+        "-" * (width + 2) if is_left else "-" * (width + 1) + ":"
+        for width, is_left in zip(widths, left, strict=True)
+    )
+    return "\n".join([line(rows[0]), f"|{rule}|", *map(line, rows[1:])])
+
+
+def as_csv(bundle: Bundle, report: BenchReport) -> str:
+    """The same for programs: sizes in bytes, speeds unrounded."""
+    out = io.StringIO()
+    names = ("model", "bytes", "threads", "test", "depth", "mean", "deviation")
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(names)
+    writer.writerows([row[name] for name in names] for row in _rows(bundle, report))
+    return out.getvalue()
+
+
+def as_json(bundle: Bundle, report: BenchReport, repeats: int) -> dict[str, Any]:
+    """One object: what is true of all, the first speeds by name, and every test."""
+    prompt, decode = report.first("pp"), report.first("tg")
+    return {
+        "model": bundle.name,
+        "recipe": bundle.recipe,
+        "weights_bytes": bundle.files[bundle.weights][0],
+        "load_s": report.load_s,
+        "ttft_s": _mean(prompt.seconds) if prompt else None,
+        "prefill_tokens_per_s": prompt.mean if prompt else None,
+        "decode_tokens_per_s": decode.mean if decode else None,
+        "prompt_tokens": prompt.test.tokens if prompt else None,
+        "decode_tokens": decode.test.tokens if decode else None,
+        "repeats": repeats,
+        "peak_rss_bytes": report.peak_rss_bytes,
+        "celsius": report.celsius,
+        "throttled": report.throttled,
+        "tests": [
+            {
+                "test": timing.test.name,
+                "kind": timing.test.kind,
+                "tokens": timing.test.tokens,
+                "depth": timing.test.depth,
+                "threads": timing.threads,
+                "tokens_per_s": {"mean": timing.mean, "deviation": timing.deviation},
+                "seconds": list(timing.seconds),
+            }
+            for timing in report.timings
+        ],
+    }
+
+
+def _rows(bundle: Bundle, report: BenchReport) -> list[dict[str, Any]]:
+    from edge_demo.units import megabytes
+
+    size = bundle.files[bundle.weights][0]
+    return [
+        {
+            "model": f"{bundle.name} {bundle.recipe}",
+            "bytes": size,
+            "size": megabytes(size),
+            "threads": timing.threads,
+            "test": timing.test.name,
+            "depth": timing.test.depth,
+            "mean": timing.mean,
+            "deviation": timing.deviation,
+        }
+        for timing in report.timings
+    ]
+
+
+def _beside(report: BenchReport) -> str:
+    from edge_demo.units import megabytes
+
+    prompt = report.first("pp")
+    parts = [f"load {report.load_s:.2f} s"]
+    if prompt:
+        depth = f" at depth {prompt.test.depth:,}" if prompt.test.depth else ""
+        parts.append(
+            f"first token {_mean(prompt.seconds):.2f} s after {prompt.test.tokens:,} tokens{depth}"
+        )
+    parts.append(f"peak memory {megabytes(report.peak_rss_bytes)}")
+    if report.celsius is not None:
+        parts.append(f"up to {report.celsius:.0f} °C")
+    if report.throttled is not None:
+        parts.append(report.throttled)
+    return " · ".join(parts)
+
+
+def _mean(values: tuple[float, ...]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,77 @@
+"""What a bundle holds, for people."""
+
+from __future__ import annotations
+
+import collections
+from typing import Any
+
+from edge_demo.bundle.manifest import MANIFEST
+from edge_demo.bundle.reader import Bundle
+from edge_demo.errors import BundleError
+from edge_demo.units import megabytes
+
+
+def describe(bundle: Bundle, *, verified: bool) -> str:
+    """A page about the bundle.
+
+    Args:
+        bundle: opened.
+        verified: whether its files were compared with their hashes.
+
+    Raises:
+        BundleError: what only people read is missing or of another kind.
+    """
+    try:
+        return _page(bundle, verified)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BundleError(
+            f"{bundle.path / MANIFEST} is damaged: {type(error).__name__} {error}"
+        ) from error
+
+
+def _page(bundle: Bundle, verified: bool) -> str:
+    manifest = bundle.manifest
+    model, quality = manifest["model"], manifest.get("quality")
+    formats = collections.Counter(_format(entry) for entry in manifest["plan"].values())
+    kind = "instruction-tuned" if bundle.tokenizer.chat else "base"
+    lines = [
+        f"{bundle.name}  ({kind}, {model['parameters']:,} parameters)",
+        f"  recipe      {bundle.recipe}: "
+        + ", ".join(f"{n} tensors {name}" for name, n in formats.most_common()),
+        f"  context     {bundle.context_length:,} tokens, {_kept(bundle)}",
+        f"  source      {_provenance(manifest.get('provenance', {}))}",
+        f"  licence     {manifest['license']['name']}, see {manifest['license']['notice']}",
+    ]
+    if quality:
+        lines.append(
+            f"  quality     mean KL {quality['mean_kl']:.2g}, same top token "
+            f"{quality['same_top_token']:.1%}, greatest logit difference "
+            f"{quality['max_logit_difference']:.2g}"
+        )
+        lines.append(f"              {quality['against']}, {quality['tokens']} tokens")
+    else:
+        lines.append("  quality     not measured")
+    state = "SHA-256 checked" if verified else "sizes checked; --verify compares SHA-256"
+    lines.append(f"  files       {megabytes(bundle.num_bytes)} in all ({state})")
+    lines += [f"    {name:<24} {size:>14,}" for name, (size, _) in bundle.files.items()]
+    return "\n".join(lines)
+
+
+def _kept(bundle: Bundle) -> str:
+    keys = [s for s in bundle.engine.inputs if s.name.endswith(".key")]
+    windowed = sum(s.shape[2] != "capacity" for s in keys)
+    integers = sum(s.dtype == "int8" for s in keys)
+    told = ["keys and values in float32"]
+    if integers:
+        told.append(f"of {integers} layers in int8")
+    if windowed:
+        told.append(f"of {windowed} layers for a window only")
+    return ", ".join(told)
+
+
+def _format(entry: dict[str, Any]) -> str:
+    return f"int{entry['bits']} block {entry['block_size']}" if entry["block_size"] else "float32"
+
+
+def _provenance(entry: dict[str, Any]) -> str:
+    return " ".join(str(entry[key]) for key in ("format", "file") if key in entry) or "unknown"

@@ -1,0 +1,289 @@
+"""What a device is, what fits on it, and how fast that may be: for programs and for people."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from edge_demo.bundle.graph_weights import bytes_per_token
+from edge_demo.bundle.reader import Bundle
+from edge_demo.device import hardware
+from edge_demo.device.memory_limits import free_memory, rooms
+from edge_demo.device.system_files import read_sizes, read_text
+from edge_demo.engine import memory
+from edge_demo.engine.size_estimates import (
+    RECIPES,
+    SIZES,
+    PublishedSize,
+    RecipeBytes,
+    estimate,
+    read_per_token,
+)
+from edge_demo.unexpected import PACKAGES
+from edge_demo.units import megabytes
+
+# The share of "memory speed / bytes a token reads" that decoding reaches on two idle cores of a
+# server: 0.47 with int4 and 0.54 with int8 of Gemma 3 270M, 0.62 with int4 of 2B's shape; on a busy
+# one 0.2. See docs/lab-notes.md, and `benchmarks/edge.py`.
+LIKELY_SHARE = (0.3, 0.6)
+
+
+def examine(bundles: Sequence[Bundle], root: Path = Path("/")) -> dict[str, Any]:
+    """All that is known, as one object for programs; sizes in bytes, speeds a second.
+
+    Args:
+        bundles: to judge; without any, common sizes are.
+        root: where `proc` and `sys` lie.
+    """
+    looked = hardware.look(root)
+    room = rooms(root)
+    free = free_memory(root)
+    meminfo = read_sizes(read_text(root / "proc/meminfo"))
+    speed = _memory_speed(looked.cores or 1, min((r.free for r in room), default=None))
+    return {
+        "device": dataclasses.asdict(looked),
+        "runs_here": looked.bits == 64,
+        "memory": {
+            "total": meminfo.get("MemTotal") or _total(),
+            "available": free,
+            "bounds": [dataclasses.asdict(r) for r in room],
+            "swap": meminfo.get("SwapTotal"),
+            "swap_free": meminfo.get("SwapFree"),
+            "read_bytes_per_s": speed,
+        },
+        "versions": {"python": platform.python_version()} | {n: _version(n) for n in PACKAGES},
+        "bundles": [_judge(bundle, speed) for bundle in bundles],
+        "sizes": [] if bundles else _judge_sizes(free, speed),
+    }
+
+
+def _memory_speed(threads: int, free: int | None) -> float | None:
+    try:
+        from edge_demo.device.throughput import memory_bytes_per_s
+    except ImportError:  # no numpy on this device yet
+        return None
+    most = 256 << 20 if free is None else min(256 << 20, free // 4)
+    try:
+        return memory_bytes_per_s(threads, num_bytes=max(most, 1 << 20))
+    except MemoryError:
+        return None
+
+
+def _judge(bundle: Bundle, speed: float | None) -> dict[str, Any]:
+    graph = bundle.candidates or bundle.engine
+    needed, short = memory.fitting(bundle)
+    read = bytes_per_token(bundle.path / graph.file)
+    return {
+        "path": str(bundle.path),
+        "name": bundle.name,
+        "recipe": bundle.recipe,
+        "needed": memory.estimate(bundle, chunk=needed.chunk).resident,
+        "peak": needed.peak,
+        "needed_for_all_logits": memory.estimate(
+            bundle, bundle.engine, chunk=needed.chunk
+        ).resident,
+        "fits": short is None,
+        "shortage": None if short is None else dataclasses.asdict(short),
+        "longest_context": None if short else _longest_context(bundle),
+        "bytes_per_token": read,
+        "tokens_per_s": _tokens_per_s(read, speed),
+        "disk": _disk(bundle),
+    }
+
+
+def _longest_context(bundle: Bundle) -> int:
+    """The longest context that fits, in tokens, to a sixteenth of the bundle's."""
+    step = max(1, bundle.context_length // 16)
+    for tokens in range(bundle.context_length, step, -step):
+        chunk = memory.CHUNKS[-1]
+        if memory.shortage(memory.estimate(bundle, context=tokens, chunk=chunk)) is None:
+            return tokens
+    return step
+
+
+def _disk(bundle: Bundle) -> dict[str, Any] | None:
+    try:
+        from edge_demo.device.throughput import disk_speed
+    except ImportError:
+        return None
+    found = disk_speed(bundle.path / bundle.weights)
+    return None if found is None else dataclasses.asdict(found)
+
+
+def _judge_sizes(free: int | None, speed: float | None) -> list[dict[str, Any]]:
+    found = []
+    for size in SIZES:
+        for name, recipe in RECIPES.items():
+            needed = _needed(size, recipe, free)
+            found.append(
+                {
+                    "name": size.name,
+                    "recipe": name,
+                    "needed": needed,
+                    "fits": None if free is None else needed <= free,
+                    "tokens_per_s": _tokens_per_s(read_per_token(size, recipe), speed),
+                }
+            )
+    return found
+
+
+def _needed(size: PublishedSize, recipe: RecipeBytes, free: int | None) -> int:
+    """Bytes it takes with the longest chunk of a prompt that fits, or with the shortest."""
+    needed = [estimate(size, recipe, chunk).resident for chunk in memory.CHUNKS]
+    return next((n for n in needed if free is None or n <= free), needed[-1])
+
+
+def _tokens_per_s(read: int, speed: float | None) -> dict[str, Any] | None:
+    """Of decoding: what memory allows at most, and the share of it that is likely."""
+    if speed is None or not read:
+        return None
+    most = speed / read
+    return {"most": most, "likely": [share * most for share in LIKELY_SHARE]}
+
+
+def _total() -> int | None:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+# --- for people ----------------------------------------------------------------------------------
+
+
+def describe(found: dict[str, Any]) -> str:
+    """A page from what `examine` found."""
+    looked, sizes = found["device"], found["memory"]
+    names = [looked["board"], looked["processor"]]
+    title = ", ".join(name for name in names if name) or "unknown processor"
+    cores = "unknown" if looked["cores"] is None else str(looked["cores"])
+    lines = [
+        title,
+        f"  system        {looked['system']} {looked['machine']}, {looked['bits']}-bit",
+        f"  cores         {cores}",
+        f"  instructions  {_instructions(looked)}",
+        f"  memory        {_size(sizes['total'])}, {_size(sizes['available'])} to be had",
+    ]
+    for bound in sizes["bounds"][1:]:
+        lines.append(f"                {megabytes(bound['free'])} {bound['bound']}")
+    lines += [
+        f"  swap          {_swap(sizes)}",
+        f"  pages         {_pages(looked)}",
+        f"  memory reads  {_speed(sizes['read_bytes_per_s'])}",
+        f"  temperature   {_celsius(looked['celsius'])}",
+        f"  throttling    {looked['throttled'] or 'unknown'}",
+        f"  software      {_versions(found['versions'])}",
+    ]
+    if not found["runs_here"]:
+        lines.append(
+            "This is a 32-bit system (or Python): onnxruntime exists for 64 bits only. Install a "
+            "64-bit system."
+        )
+        return "\n".join(lines)
+    for bundle in found["bundles"]:
+        lines += ["", *_bundle_lines(bundle)]
+    if found["sizes"]:
+        lines += ["", "What fits, and tokens/s of decoding: what memory allows at most (likely)"]
+        lines += [_size_line(size) for size in found["sizes"]]
+    return "\n".join(lines)
+
+
+def _instructions(looked: dict[str, Any]) -> str:
+    if not looked["instructions"] and not looked["missing"]:
+        return "unknown"
+    has = ", ".join(looked["instructions"]) or "none of those that matter"
+    return has + (f"; not {', '.join(looked['missing'])}" if looked["missing"] else "")
+
+
+def _versions(versions: dict[str, str | None]) -> str:
+    return ", ".join(f"{name} {version or 'missing'}" for name, version in versions.items())
+
+
+def _swap(sizes: dict[str, Any]) -> str:
+    if sizes["swap"] is None:
+        return "unknown"
+    if not sizes["swap"]:
+        return "none"
+    return f"{megabytes(sizes['swap'])}, {_size(sizes['swap_free'])} free (slow: not counted on)"
+
+
+def _pages(looked: dict[str, Any]) -> str:
+    size = f"{looked['page_bytes'] // 1024} KiB" if looked["page_bytes"] else "unknown"
+    return f"{size}; huge pages: {looked['huge_pages'] or 'unknown'}"
+
+
+def _size(num_bytes: int | None) -> str:
+    return "unknown" if num_bytes is None else megabytes(num_bytes)
+
+
+def _speed(bytes_per_s: float | None) -> str:
+    return "unknown" if bytes_per_s is None else f"{bytes_per_s / 1e9:.1f} GB/s"
+
+
+def _celsius(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.0f} °C"
+
+
+def _expected(speed: dict[str, Any] | None) -> str:
+    if speed is None:
+        return "unknown"
+    least, most = speed["likely"]
+    return f"at most {_figure(speed['most'])} tokens/s, {_figure(least)} to {_figure(most)} likely"
+
+
+def _figure(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def _bundle_lines(bundle: dict[str, Any]) -> list[str]:
+    if bundle["fits"]:
+        fits = (
+            f"fits: takes {megabytes(bundle['needed'])}, up to {megabytes(bundle['peak'])} with "
+            f"files; room for {bundle['longest_context']:,} tokens"
+        )
+    else:
+        short = bundle["shortage"]
+        fits = (
+            f"does not fit: takes {megabytes(bundle['needed'])}, "
+            f"{megabytes(short['free'])} can be had {short['bound']}"
+        )
+    all_logits = (
+        f"                {megabytes(bundle['needed_for_all_logits'])} to sample without --top-k"
+    )
+    disk = bundle["disk"]
+    read = "unknown"
+    if disk:
+        kept = "" if disk["direct"] else " (perhaps from memory)"
+        read = f"{megabytes(disk['bytes_per_s'])}/s{kept}"
+    return [
+        f"{bundle['path']}: {bundle['name']} {bundle['recipe']}",
+        f"  memory        {fits}",
+        all_logits,
+        f"  decode        {_expected(bundle['tokens_per_s'])}, "
+        f"{megabytes(bundle['bytes_per_token'])} read for each",
+        f"  disk          {read}",
+    ]
+
+
+def _size_line(size: dict[str, Any]) -> str:
+    fits = {True: "fits", False: "does not fit", None: "unknown"}[size["fits"]]
+    speed = size["tokens_per_s"]
+    told = ""
+    if speed and size["fits"] is not False:
+        least, most = speed["likely"]
+        told = f"  {_figure(speed['most']):>5}  ({_figure(least)} to {_figure(most)})"
+    return (
+        f"  {size['name']:<13} {size['recipe']}  {megabytes(size['needed']):>8}  {fits:<12}{told}"
+    )

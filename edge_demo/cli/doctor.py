@@ -1,0 +1,31 @@
+"""`edge-demo doctor`: what this device is, what fits on it, and how fast that may be."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from edge_demo.cli import options
+
+TEXT = "What this device is, what fits on it, and how fast that may be."
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What `doctor` takes."""
+    parser.add_argument("bundles", metavar="BUNDLE", nargs="*", help="bundles to judge too")
+    options.add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Report on the device, and on bundles if there are any."""
+    from edge_demo.bundle.reader import Bundle
+    from edge_demo.cli.device_report import describe, examine
+    from edge_demo.cli.terminal import show
+
+    bundles = [Bundle.open(path) for path in arguments.bundles]
+    found = examine(bundles)
+    if arguments.json:
+        print(json.dumps(found))
+    else:
+        show(describe(found) + "\n")
+    return 0

@@ -1,0 +1,99 @@
+"""`edge-demo generate`: a prompt continued, or those of a file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from edge_demo.cli import options
+from edge_demo.errors import INTERRUPTED, EdgeError, RequestError
+
+TEXT = "Continue a prompt."
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What `generate` takes."""
+    options.add_bundle(parser)
+    parser.add_argument(
+        "-p", "--prompt", metavar="TEXT", help="what to continue (default: read stdin)"
+    )
+    options.add_engine(parser)
+    options.add_sampling(parser, options.Sampling(128, 0.0, 0, 1.0))
+    options.add_prompt_cache(parser, "the prompt")
+    options.add_batch(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Continue a prompt, or those of a file."""
+    if arguments.batch is not None:
+        others = ("prompt", "prompt_cache", "prompt_cache_ro", "lookup", "draft")
+        _refuse_with(arguments, others, "does not go with --batch; leave it out")
+
+        from edge_demo.cli.batch import run_batch
+
+        return run_batch(arguments)
+    of_batch = ("out", "overwrite", "batch_size")
+    _refuse_with(arguments, of_batch, "goes with --batch FILE only; leave it out")
+    return _continue_prompt(arguments)
+
+
+def _refuse_with(arguments: argparse.Namespace, names: tuple[str, ...], why: str) -> None:
+    for name in names:
+        if getattr(arguments, name) not in (None, False):
+            raise RequestError(f"--{name.replace('_', '-')} {why}")
+
+
+def _continue_prompt(arguments: argparse.Namespace) -> int:
+    from edge_demo.cli.answering import Answering
+    from edge_demo.cli.terminal import Progress, note, show
+    from edge_demo.text.answer import Generation
+
+    answering = Answering(arguments)
+    prompt = _prompt_on_stdin() if arguments.prompt is None else arguments.prompt
+    _, generator, drafter = answering.load()
+    cache = answering.cache
+    if mark := generator.tokenizer.mark_in(prompt):
+        note(f"The prompt holds {mark}, which is read as text, not as the token; see chat.")
+    generation = Generation(generator.tokenizer.encode(prompt))
+    pieces = generator.stream(
+        generation.prompt_ids,
+        answering.sampler,
+        arguments.max_tokens,
+        generation,
+        drafter,
+        Progress("prompt token", vanishes=True),
+        answering.stop,
+        on_held=lambda held: cache.save_prompt(generator.engine, held),
+    )
+    status = 0
+    generator.engine.check(generation.prompt_ids)
+    cache.load(generator.engine)
+    try:
+        for number, piece in enumerate(pieces):
+            if not arguments.json:
+                show(piece if number else prompt + piece)
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    except EdgeError:
+        if generation.ids and not arguments.json:
+            show("\n")  # what is said next begins a line
+        raise
+    if arguments.json:
+        print(json.dumps(answering.report(generation)))
+    else:
+        show("\n")
+        note(answering.summary(generation))
+    cache.tell()
+    return status
+
+
+def _prompt_on_stdin() -> str:
+    if sys.stdin.isatty():
+        raise RequestError("give a prompt with --prompt, or on stdin")
+    prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
+    if not prompt.strip():
+        raise RequestError(
+            "stdin is empty; give a prompt there, or with --prompt (--prompt '' for none)"
+        )
+    return prompt

@@ -1,0 +1,32 @@
+"""`edge-demo inspect`: what a bundle holds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from edge_demo.cli import options
+
+TEXT = "Show what a bundle holds."
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What `inspect` takes."""
+    options.add_bundle(parser)
+    parser.add_argument("--verify", action="store_true", help="compare every file with its SHA-256")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Show what a bundle holds."""
+    from edge_demo.bundle.reader import Bundle
+    from edge_demo.cli.describe import describe
+    from edge_demo.cli.terminal import show
+
+    bundle = Bundle.open(arguments.bundle)
+    if arguments.verify:
+        bundle.verify(use_memory=False)
+    if arguments.json:
+        print(json.dumps(dict(bundle.manifest)))
+    else:
+        show(describe(bundle, verified=arguments.verify) + "\n")
+    return 0

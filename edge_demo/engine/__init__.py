@@ -1,0 +1,1 @@
+"""One bundle's graphs in onnxruntime: tokens to logits, caches, memory."""

@@ -1,0 +1,79 @@
+"""Several texts decoded at once, a row each: the weights are read once for all of them.
+
+onnxruntime's `GroupQueryAttention` takes rows of different lengths as long as each adds one
+token. So a text's prompt is run on an engine alone, what it left is copied into a row, and the rows
+then go on together. Every row gets what it would get alone, up to rounding: 4-bit products add
+several rows up in another order than one. For the same number of rows, 1, 2 or a multiple of 4, it
+does not matter which row a text has and what the others hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from edge_demo.engine.candidates import Candidates
+from edge_demo.engine.kv_cache import KVCache, Snapshot
+from edge_demo.engine.runner import Call, CandidateEngine, Engine
+from edge_demo.errors import RequestError
+
+
+class Rows:
+    """Buffers for some texts, over the session of an engine.
+
+    Args:
+        engine: whose graph and weights are run; what it holds is left alone.
+        count: of the rows, at least one.
+
+    Attributes:
+        lengths: how many tokens each row holds.
+    """
+
+    def __init__(self, engine: Engine | CandidateEngine, count: int) -> None:
+        bundle = engine.bundle
+        self._engine = engine
+        self._cache = KVCache(
+            engine.graph, bundle.ropes, bundle.windows, bundle.context_length, count
+        )
+        self._call: Call | None = None
+        self.lengths = [0] * count
+
+    def put(self, row: int, snapshot: Snapshot) -> None:
+        """Have a row hold what an engine of the same bundle holds, instead of what it held."""
+        self._reserve(len(snapshot.tokens))
+        self._cache.fill(snapshot.filled, row)
+        self.lengths[row] = len(snapshot.tokens)
+
+    def decode(self, tokens: Mapping[int, int]) -> dict[int, np.ndarray | Candidates]:
+        """Add one token to some rows; the others lose what they held.
+
+        Args:
+            tokens: row to token id.
+
+        Returns:
+            For each of these rows what the engine's `decode` returns; the arrays are used again by
+            the next call.
+
+        Raises:
+            RequestError: a row is full, or an id is outside the vocabulary.
+        """
+        self.lengths = [n if row in tokens else 0 for row, n in enumerate(self.lengths)]
+        totals = [n + 1 for n in self.lengths]
+        if max(totals) > self._engine.context_length:
+            raise RequestError(f"a text fills the context of {self._engine.context_length:,}")
+        self._reserve(max(totals))
+        if self._call is None:
+            self._call = Call(self._engine, 1, 1, self._cache)
+        # A row that is not asked for runs a token at position 0, which is nobody's.
+        ids = [tokens.get(row, 0) for row in range(len(totals))]
+        found = self._call.step(ids, totals)
+        for row in tokens:
+            self.lengths[row] += 1
+        if isinstance(self._engine, CandidateEngine):
+            return {row: self._engine.candidates(found, row) for row in tokens}
+        return {row: found[0][row] for row in tokens}
+
+    def _reserve(self, tokens: int) -> None:
+        if self._cache.reserve(tokens):
+            self._call = None  # it is bound to buffers that are now replaced

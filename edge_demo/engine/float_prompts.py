@@ -1,0 +1,72 @@
+"""Prompts in float32, where that is faster: which processors, and what graph.
+
+Products with weights of 4 and 8 bits (`MatMulNBits`) round activations to 8 bits and multiply
+integers. x86-64 without instructions for that (VNNI) takes longer for many rows than products of
+float32 do. There, on Linux, which tells what a processor has, a prompt is run by a second session
+over the same weights file: the same graph, whose products multiply the weights out. It copies no
+weights, so it is made in some milliseconds. AMD's Zen 3, which has no VNNI either, is left alone:
+there `int4` was slower in float32 and `int8` little faster (docs/lab-notes.md), for more memory. So
+is ARM without dot products: onnxruntime multiplies floats there as it is.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from pathlib import Path
+
+from edge_demo.bundle.reader import Bundle
+from edge_demo.device.system_files import read_text
+from edge_demo.errors import BundleError
+
+VARIABLE = "EDGE_DEMO_FLOAT_PROMPTS"  # 0: never, 1: if weights are integers and it fits
+FEWEST = 96  # at once; more are run so, which is faster (docs/lab-notes.md)
+
+_VNNI = {"avx_vnni", "avx512_vnni"}
+_ZEN_3 = re.compile(r"^vendor_id\s*: AuthenticAMD\ncpu family\s*: 25$", re.MULTILINE)
+# An attribute of `MatMulNBits` as protocol buffers have it: its name (field 1) and number (3).
+_LEVEL = b"\x0a\x0eaccuracy_level\x18"
+_ROUNDED, _FLOAT = _LEVEL + b"\x04", _LEVEL + b"\x01"
+
+
+def preferred(bundle: Bundle, cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this device runs a bundle's prompts faster in float32.
+
+    `EDGE_DEMO_FLOAT_PROMPTS` in the environment decides, 0 or 1, where it is set.
+
+    Args:
+        bundle: opened.
+        cpuinfo: the file that tells of the processor; without one it is not preferred.
+    """
+    asked = os.environ.get(VARIABLE)
+    if asked == "0" or (asked != "1" and not _gains(read_text(cpuinfo))):
+        return False
+    try:
+        return _ROUNDED in _graph(bundle)
+    except BundleError:
+        return False  # whoever runs it will say what is wrong with it
+
+
+def graph_in_float(bundle: Bundle) -> bytes:
+    """The graph of all logits, its products told to leave activations as they are.
+
+    Raises:
+        BundleError: the graph cannot be read.
+    """
+    return _graph(bundle).replace(_ROUNDED, _FLOAT)
+
+
+def _graph(bundle: Bundle) -> bytes:
+    try:
+        return (bundle.path / bundle.engine.file).read_bytes()
+    except OSError as error:
+        raise BundleError(f"{bundle.engine.file} cannot be read: {error}") from error
+
+
+def _gains(cpuinfo: str) -> bool:
+    """Whether a processor is one of those that multiply floats faster than 8-bit integers."""
+    if platform.machine() != "x86_64" or _ZEN_3.search(cpuinfo):
+        return False  # an emulator may show another processor's file
+    flags = re.search(r"^flags\s*:\s*(.*)$", cpuinfo, re.MULTILINE)
+    return flags is not None and not _VNNI & set(flags[1].split())

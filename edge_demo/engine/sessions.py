@@ -1,0 +1,119 @@
+"""onnxruntime's sessions: one that runs a bundle's graph, and one for prompts in float32."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+
+from edge_demo.bundle.manifest import GraphSpec, TensorSpec
+from edge_demo.bundle.reader import Bundle
+from edge_demo.device.mapped_files import forget_pages
+from edge_demo.engine.float_prompts import graph_in_float
+from edge_demo.errors import BundleError, EdgeError
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """A graph that is ready to run.
+
+    Attributes:
+        run: onnxruntime's.
+        outputs: what it returns beside the keys and values, which are updated in place.
+    """
+
+    run: ort.InferenceSession
+    outputs: tuple[TensorSpec, ...]
+
+
+def open_session(
+    bundle: Bundle, graph: GraphSpec, outputs: Sequence[TensorSpec], threads: int | None
+) -> Session:
+    """Make a graph ready; weights that products read are copied, rearranged for this processor.
+
+    Args:
+        bundle: opened, its files checked.
+        graph: of the bundle.
+        outputs: beside the keys and values.
+        threads: for one operator; `None` lets onnxruntime take the physical cores.
+
+    Raises:
+        BundleError: onnxruntime cannot load it.
+        EdgeError: memory ran out.
+    """
+    session = _load(bundle, graph, bundle.path / graph.file, threads)
+    forget_pages(bundle.path / bundle.weights)
+    return Session(session, tuple(outputs))
+
+
+def open_for_prompts(bundle: Bundle, threads: int | None) -> Session:
+    """Make the graph of all logits ready to run prompts in float32; nothing is copied.
+
+    Its output of logits is to be asked for none, since the head would be multiplied out too.
+
+    Raises:
+        BundleError: onnxruntime cannot load it.
+        EdgeError: memory ran out.
+    """
+    entries = {
+        "session.model_external_initializers_file_folder_path": str(bundle.path),
+        "session.disable_prepacking": "1",  # no copies
+        "session.force_spinning_stop": "1",  # when a run ends: the other session's threads go on
+    }
+    # Without an arena what is multiplied out is given back at once, which costs no time.
+    graph = graph_in_float(bundle)
+    session = _load(bundle, bundle.engine, graph, threads, entries, arena=False)
+    return Session(session, (all_logits(bundle),))
+
+
+def all_logits(bundle: Bundle) -> TensorSpec:
+    """What the graph of all logits returns beside the keys and values."""
+    return TensorSpec("logits", "float32", ("batch", "num_logits", bundle.vocabulary_size))
+
+
+def candidates(bundle: Bundle) -> list[TensorSpec]:
+    """What the graph of candidates returns beside the keys and values."""
+    shape = ("batch", "num_logits", bundle.num_candidates)
+    ids = TensorSpec("candidate_ids", "int64", shape)
+    if not bundle.low_plane_apart:
+        return [ids, TensorSpec("candidate_logits", "float32", shape)]
+    hidden = ("batch", "num_logits", bundle.embedding.width)
+    return [
+        ids,
+        TensorSpec("candidate_high", "float32", shape),
+        TensorSpec("candidate_hidden", "float32", hidden),
+    ]
+
+
+def _load(
+    bundle: Bundle,
+    graph: GraphSpec,
+    model: Path | bytes,
+    threads: int | None,
+    entries: dict[str, str] | None = None,
+    arena: bool = True,
+) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # errors are raised, they need not be printed too
+    options.enable_cpu_mem_arena = arena
+    # On ARM its products of 4 bits round a token's activations with one scale, not one a block.
+    options.add_session_config_entry("mlas.disable_kleidiai", "1")
+    for key, value in (entries or {}).items():
+        options.add_session_config_entry(key, value)
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    given: Any = model if isinstance(model, bytes) else str(model)
+    try:
+        return ort.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's errors share no base class of their own
+        if "bad_alloc" in str(error):
+            raise EdgeError(
+                f"memory ran out while {graph.file} was loaded; close other programs, or "
+                "export with fewer bits"
+            ) from error
+        raise BundleError(
+            f"onnxruntime {ort.__version__} cannot load {graph.file}: {error}"
+        ) from error

@@ -1,0 +1,1 @@
+"""Measurements of a bundle: perplexity, divergence, tasks, speed."""

@@ -1,0 +1,183 @@
+"""How fast a bundle is on this machine, and how much memory it takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from edge_demo.bundle.reader import Bundle
+from edge_demo.device import hardware
+from edge_demo.device.memory_limits import peak_rss_bytes
+from edge_demo.engine.runner import CandidateEngine, Engine
+from edge_demo.errors import RequestError
+from edge_demo.text.generator import engine_for
+from edge_demo.text.sampling import Sampler
+
+
+@dataclasses.dataclass(frozen=True)
+class Test:
+    """What is timed: a prompt (`pp`) or tokens one by one (`tg`).
+
+    Attributes:
+        kind: `pp` or `tg`.
+        tokens: timed.
+        depth: tokens in the context before, whose time does not count.
+    """
+
+    kind: str
+    tokens: int
+    depth: int = 0
+
+    @property
+    def name(self) -> str:
+        """Such as `tg128 @ d4096`."""
+        return f"{self.kind}{self.tokens}" + (f" @ d{self.depth}" if self.depth else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """A test's measurements.
+
+    Attributes:
+        test: what was timed.
+        threads: for one operator.
+        seconds: one for each repeat.
+    """
+
+    test: Test
+    threads: int
+    seconds: tuple[float, ...]
+
+    @property
+    def speeds(self) -> list[float]:
+        """Tokens a second, one for each repeat."""
+        return [self.test.tokens / s for s in self.seconds]
+
+    @property
+    def mean(self) -> float:
+        """Tokens a second."""
+        return statistics.fmean(self.speeds)
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of the sample, tokens a second; 0 for a single repeat."""
+        return statistics.stdev(self.speeds) if len(self.seconds) > 1 else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchReport:
+    """All tests of a bundle.
+
+    Attributes:
+        timings: in order.
+        load_s: from nothing to a ready engine, the first time.
+        peak_rss_bytes: of the whole process.
+        celsius: the hottest the device has been before and after a test; `None` if it does not say.
+        throttled: what the device says of throttling now; `None` if it does not say.
+    """
+
+    timings: tuple[Timing, ...]
+    load_s: float
+    peak_rss_bytes: int
+    celsius: float | None
+    throttled: str | None
+
+    def first(self, kind: str) -> Timing | None:
+        """The first test of a kind."""
+        return next((t for t in self.timings if t.test.kind == kind), None)
+
+
+def run_tests(
+    bundle: Bundle,
+    tests: Sequence[Test],
+    threads: Sequence[int | None] = (None,),
+    repeats: int = 5,
+    progress: Callable[[int, int], None] | None = None,
+) -> BenchReport:
+    """Load the bundle once for each number of threads and time each test.
+
+    Args:
+        bundle: opened.
+        tests: to run, in this order.
+        threads: for one operator; `None` is the physical cores.
+        repeats: of each test.
+        progress: is told how many of all runs are done.
+
+    Raises:
+        RequestError: there are no tests, or one does not fit the context.
+    """
+    if not tests:
+        raise RequestError("there is nothing to measure; ask for prompt tokens or decode tokens")
+    for test in tests:
+        _check_fits(bundle, test.depth, test.tokens)
+    runs, done = len(threads) * len(tests) * repeats, 0
+    timings, loads, temperatures = [], [], [hardware.celsius()]
+    for number in threads:
+        runner = _Runner(bundle, number)
+        loads.append(runner.load_s)
+        for test in tests:
+            timed = runner.prefill_s if test.kind == "pp" else runner.decode_s
+            seconds = []
+            for _ in range(repeats):
+                seconds.append(timed(test.depth, test.tokens))
+                done += 1
+                if progress:
+                    progress(done, runs)
+            temperatures.append(hardware.celsius())
+            timings.append(Timing(test, number or hardware.physical_cores() or 1, tuple(seconds)))
+        del runner  # before the next is loaded
+    known = [t for t in temperatures if t is not None]
+    return BenchReport(
+        timings=tuple(timings),
+        load_s=loads[0],
+        peak_rss_bytes=peak_rss_bytes(),
+        celsius=max(known, default=None),
+        throttled=hardware.throttled(),
+    )
+
+
+def _check_fits(bundle: Bundle, before: int, tokens: int) -> None:
+    if before + tokens > bundle.context_length:
+        raise RequestError(
+            (f"{before:,} + " if before else "")
+            + f"{tokens:,} tokens do not fit the context of {bundle.context_length:,}"
+        )
+
+
+class _Runner:
+    """An engine that has run once, so that its weights are in memory, and random tokens for it."""
+
+    def __init__(self, bundle: Bundle, threads: int | None) -> None:
+        start = time.perf_counter()
+        self._sampler = Sampler()
+        self._engine: Engine | CandidateEngine = engine_for(bundle, self._sampler, threads)
+        self.load_s = time.perf_counter() - start
+        random = np.random.default_rng(0)
+        self._text: list[int] = random.integers(
+            0, bundle.vocabulary_size, bundle.context_length
+        ).tolist()
+        self._engine.prefill(self._text[:16])
+
+    def _hold(self, tokens: int) -> None:
+        """Have so many tokens in the context, those generated after them forgotten."""
+        self._engine.rewind(min(tokens, len(self._engine.tokens)))
+        if len(self._engine.tokens) < tokens:
+            self._engine.prefill(self._text[len(self._engine.tokens) : tokens])
+
+    def prefill_s(self, depth: int, tokens: int) -> float:
+        self._hold(depth)
+        start = time.perf_counter()
+        self._sampler.pick(self._engine.prefill(self._text[depth : depth + tokens]))
+        return time.perf_counter() - start
+
+    def decode_s(self, depth: int, tokens: int) -> float:
+        self._hold(depth)
+        token = self._text[depth]
+        start = time.perf_counter()
+        for _ in range(tokens):
+            token = self._sampler.pick(self._engine.decode(token))
+        return time.perf_counter() - start

@@ -1,0 +1,1 @@
+"""From prompts to answers: tokenizer, turns, sampling, generation."""

@@ -1,0 +1,120 @@
+"""One answer: its tokens as they are chosen, their text, and where it ends."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from edge_demo.engine.candidates import Candidates, below
+from edge_demo.text.sampling import Sampler
+from edge_demo.text.stop_texts import StopTexts
+from edge_demo.text.tokenizer import TextStream, Tokenizer
+
+FinishReason = Literal["stop", "length", "context", "interrupted"]
+
+
+@dataclasses.dataclass
+class Generation:
+    """One answer, filled in as it grows.
+
+    Attributes:
+        prompt_ids: what it continues.
+        ids: the tokens generated so far: without a stop token, with those of a stop text.
+        text: their text, up to a stop text.
+        finish_reason: a stop token or text came, `max_tokens` was reached, or the context was
+            full; `interrupted` until then.
+        reused_tokens: tokens of the prompt that an earlier answer had left in the engine.
+        prefill_s: from the start to the first token.
+        decode_s: from the first token to the last, without the time that the reader of the text
+            takes.
+    """
+
+    prompt_ids: list[int]
+    ids: list[int] = dataclasses.field(default_factory=list)
+    text: str = ""
+    finish_reason: FinishReason = "interrupted"
+    reused_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+
+    @property
+    def prefill_tokens_per_s(self) -> float | None:
+        """Prompt tokens computed a second."""
+        computed = len(self.prompt_ids) - self.reused_tokens
+        return computed / self.prefill_s if self.prefill_s else None
+
+    @property
+    def decode_tokens_per_s(self) -> float | None:
+        """Tokens a second after the first; `None` while there is no second."""
+        return (len(self.ids) - 1) / self.decode_s if self.decode_s and len(self.ids) > 1 else None
+
+
+class Writer:
+    """Adds one token after another to an answer, until it ends.
+
+    Args:
+        generation: to fill in.
+        tokenizer: of the bundle.
+        sampler: chooses each token, of those that the tokenizer has a piece for. The tokens that
+            end an answer are not penalized: a long conversation would have ever longer answers.
+        max_tokens: the most there may be.
+        context: how many tokens the engine can hold, which need not hold the last one.
+        stop: texts that end it, as `edge_demo.text.stop_texts`.
+    """
+
+    def __init__(
+        self,
+        generation: Generation,
+        tokenizer: Tokenizer,
+        sampler: Sampler,
+        max_tokens: int,
+        context: int,
+        stop: Sequence[str] = (),
+    ) -> None:
+        self._generation = generation
+        self._sampler = sampler
+        self._num_pieces = tokenizer.num_pieces
+        self._max_tokens = max_tokens
+        self._context = context
+        self._ends = frozenset(tokenizer.spec.stop)
+        self._penalized = [i for i in generation.prompt_ids if i not in self._ends]
+        self._stream = TextStream(tokenizer)
+        self._stop = StopTexts(stop)
+
+    def add(self, logits: np.ndarray | Candidates) -> str | None:
+        """Choose the next token.
+
+        Returns:
+            The text that has become certain, which may be empty; `None` where a stop token ends
+            the answer. `finish_reason` is `interrupted` as long as there is more to come.
+
+        Raises:
+            NotFiniteError: as `Sampler.pick`.
+        """
+        out = self._generation
+        token = self._sampler.pick(below(logits, self._num_pieces), self._penalized)
+        if token in self._ends:
+            out.finish_reason = "stop"
+            return None
+        out.ids.append(token)
+        self._penalized.append(token)
+        piece = self._stop.push(self._stream.push(token))
+        out.text += piece
+        if self._stop.found:
+            out.finish_reason = "stop"
+        elif len(out.ids) >= self._max_tokens:
+            out.finish_reason = "length"
+        elif len(out.prompt_ids) + len(out.ids) > self._context:
+            out.finish_reason = "context"
+        return piece
+
+    def finish(self) -> str:
+        """The rest of the text, when no more tokens come."""
+        rest = self._stop.push(self._stream.flush()) + self._stop.flush()
+        if self._stop.found:
+            self._generation.finish_reason = "stop"
+        self._generation.text += rest
+        return rest

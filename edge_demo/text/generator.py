@@ -1,0 +1,176 @@
+"""The generator: token ids in, tokens and their text out, one at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from edge_demo.bundle.reader import Bundle
+from edge_demo.engine.runner import CandidateEngine, Engine, OnProgress, common_prefix
+from edge_demo.errors import RequestError
+from edge_demo.text.answer import Generation, Writer
+from edge_demo.text.sampling import Sampler
+from edge_demo.text.speculate import Drafter, Speculator
+from edge_demo.text.stop_texts import check_stop_texts
+from edge_demo.text.tokenizer import Tokenizer
+
+
+def engine_for(
+    bundle: Bundle,
+    sampler: Sampler,
+    threads: int | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> Engine | CandidateEngine:
+    """The engine that does least for a sampler; errors as `Engine`.
+
+    Args:
+        bundle: opened.
+        sampler: that will choose.
+        threads: as of `Engine`.
+        tokenizer: of the same bundle, where ids without a piece are not to be chosen.
+    """
+    few = candidates_suffice(bundle, sampler, tokenizer)
+    return (CandidateEngine if few else Engine)(bundle, threads)
+
+
+def candidates_suffice(
+    bundle: Bundle, sampler: Sampler, tokenizer: Tokenizer | None = None
+) -> bool:
+    """Whether what a sampler chooses among is always among the bundle's candidates."""
+    pieces = bundle.vocabulary_size if tokenizer is None else tokenizer.num_pieces
+    without = bundle.vocabulary_size - pieces  # all of which may be likelier
+    return 0 < sampler.reach <= bundle.num_candidates - without
+
+
+class Generator:
+    """Continues prompts on one engine.
+
+    An answer is to the bit what a fresh engine would give: of what earlier prompts left, only that
+    is used again which would come out the same (`edge_demo.engine.prompt_chunks`).
+
+    Args:
+        engine: whose tokens are kept between calls.
+        tokenizer: of the same bundle.
+    """
+
+    def __init__(self, engine: Engine | CandidateEngine, tokenizer: Tokenizer) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self._turn = (0, 0)  # tokens of a conversation's last prompt, and those with its answer
+
+    def prepare(self, ids: Sequence[int]) -> int:
+        """Hold the beginning of a conversation and nothing else; how much of it was held already.
+
+        Raises:
+            RequestError: it does not fit the context.
+        """
+        self._turn = (0, 0)
+        held = self.engine.hold(ids)
+        self._turn = (len(ids), len(ids))
+        return held
+
+    def _run_before_last(
+        self, prompt_ids: Sequence[int], goes_on: bool, on_prefill: OnProgress | None
+    ) -> int:
+        """Hold all of a prompt but its last token; how many were there already."""
+
+        def told(done: int, total: int) -> None:
+            if on_prefill is not None:
+                on_prefill(done, total + 1)
+
+        before = prompt_ids[:-1]
+        (last_prompt, said), self._turn = self._turn, (0, 0)
+        same = min(said, common_prefix(self.engine.tokens, before))
+        if goes_on and 0 < last_prompt <= same and self.engine.reusable(same):
+            self.engine.rewind(same)
+            self.engine.add(before[same:], told)
+            return same
+        return self.engine.hold(before, told)
+
+    def stream(
+        self,
+        prompt_ids: Sequence[int],
+        sampler: Sampler,
+        max_tokens: int,
+        generation: Generation | None = None,
+        drafter: Drafter | None = None,
+        on_prefill: OnProgress | None = None,
+        stop: Sequence[str] = (),
+        on_held: Callable[[Generation], None] | None = None,
+        goes_on: bool = False,
+    ) -> Iterator[str]:
+        """Yield the answer's text as it comes; pieces may be empty.
+
+        Args:
+            prompt_ids: to continue; at least one.
+            sampler: chooses each token.
+            max_tokens: the most to generate.
+            generation: filled in while the text is yielded.
+            drafter: guesses tokens ahead; the text is the same up to rounding, and comes faster
+                if it guesses well; see `edge_demo.text.speculate`.
+            on_prefill: told, after each piece of the prompt, the tokens run and those in all.
+            stop: texts that end the answer and are not part of it.
+            on_held: called when the engine holds the prompt but its last token.
+            goes_on: whether this is the next turn of a conversation. If it begins with the last
+                prompt, or with what `prepare` was given, what that and its answer left is used as
+                it is: only what is new is run, and the text depends on how the turns were cut.
+                After an answer that was given up it is a prompt as any other.
+
+        Raises:
+            RequestError: the prompt is empty or does not fit the context, or `stop` is as
+                `check_stop_texts` refuses it.
+            NotFiniteError: the model's logits are NaN or infinite.
+        """
+        if max_tokens < 1:
+            raise RequestError(
+                f"the number of tokens to generate must be positive, not {max_tokens}"
+            )
+        stop = check_stop_texts(stop)
+        self.engine.check(prompt_ids)
+        out = generation or Generation(list(prompt_ids))
+        start = time.perf_counter()
+        out.reused_tokens = self._run_before_last(list(prompt_ids), goes_on, on_prefill)
+        if on_held is not None:
+            on_held(out)
+        logits = self.engine.decode(prompt_ids[-1])
+        if on_prefill is not None:
+            computed = len(prompt_ids) - out.reused_tokens
+            on_prefill(computed, computed)
+        since = start
+        context = self.engine.context_length
+        writer = Writer(out, self.tokenizer, sampler, max_tokens, context, stop)
+        ahead = Speculator(self.engine, drafter, prompt_ids)
+        try:
+            while True:
+                piece = writer.add(logits)
+                now = time.perf_counter()
+                if not out.prefill_s:
+                    out.prefill_s = now - start
+                if piece is None:
+                    break
+                if len(out.ids) > 1:
+                    out.decode_s += now - since
+                yield piece
+                since = time.perf_counter()  # what a reader does with a piece is its own time
+                if out.finish_reason != "interrupted":
+                    break
+                logits = ahead.decode(out.ids[-1])
+            # the last token may not have been run
+            self._turn = len(prompt_ids), len(prompt_ids) + max(0, len(out.ids) - 1)
+        finally:
+            ahead.settle()
+        yield writer.finish()
+
+    def generate(
+        self,
+        prompt_ids: Sequence[int],
+        sampler: Sampler,
+        max_tokens: int,
+        drafter: Drafter | None = None,
+        stop: Sequence[str] = (),
+    ) -> Generation:
+        """The whole answer at once; arguments and errors as `stream`."""
+        generation = Generation(list(prompt_ids))
+        for _ in self.stream(prompt_ids, sampler, max_tokens, generation, drafter, stop=stop):
+            pass
+        return generation

@@ -1,0 +1,233 @@
+"""A prompt's keys and values in a file, so that the next start need not compute them.
+
+The file has the layout of safetensors (8 bytes of header length, a JSON header, the arrays' bytes
+one after another): it can be looked into with common tools, it holds data and nothing else, and
+where every array lies is known before any of them is read. `np.savez` would hide that in a zip.
+
+It is believed only as far as it can be checked: it is of this bundle (hashes), this onnxruntime and
+this kind of processor, which decide the numbers to the last bit; its header is exactly the one that
+as many tokens would be given here; the checksum, the token ids and the numbers are good. The
+checksum, CRC-32, is there for damage; who may write the file may write any numbers.
+
+How the tokens were run is written, too, so that only what would come out the same is used again
+(`edge_demo.engine.prompt_chunks`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import reprlib
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import onnxruntime as ort
+
+from edge_demo.device import hardware
+from edge_demo.durable import write_whole
+from edge_demo.engine.kv_cache import Snapshot
+from edge_demo.engine.prompt_chunks import Course
+from edge_demo.engine.runner import TokenRunner
+from edge_demo.errors import EdgeError, RequestError, brief
+
+FORMAT = "gemma-keras-prompt-cache"
+FORMAT_VERSION = "2"
+_BEGINNING = b'{"__metadata__":{"format":"' + FORMAT.encode() + b'"'
+_MAX_HEADER = 1 << 20
+_LENGTH = 8
+_COURSE = re.compile(r"(\d{1,9}) of (\d{1,9}) tokens(, in float32)?")
+_DTYPES = {"float32": "F32", "float16": "F16", "int8": "I8", "uint8": "U8", "int32": "I32"}
+
+
+class CacheError(EdgeError):
+    """A prompt cache cannot be used, or not be written; the prompt can be run without it."""
+
+
+class PromptCache:
+    """One file.
+
+    Args:
+        path: of the file, which need not be there yet.
+        read_only: whether it is never written.
+
+    Raises:
+        RequestError: there can be no such file, or what is there is something else, which is not
+            to be overwritten.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], read_only: bool = False) -> None:
+        self.path = Path(path)
+        self.read_only = read_only
+        try:
+            exists = os.path.lexists(self.path)
+            if exists and self.path.exists() and not self.path.is_file():
+                raise RequestError(f"the prompt cache {self.path} is not a file")
+            if not read_only and not Path(os.path.realpath(self.path)).parent.is_dir():
+                raise RequestError(f"the prompt cache {self.path} would lie in no folder")
+            if not self.path.is_file():
+                return
+            with self.path.open("rb") as file:
+                found = file.read(_LENGTH + len(_BEGINNING))
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise RequestError(f"the prompt cache {brief(path)} cannot be read: {why}") from error
+        if found and found[_LENGTH:] != _BEGINNING:
+            raise RequestError(
+                f"{self.path} is not a prompt cache, so it is not overwritten; choose another "
+                "name, or remove it"
+            )
+
+    def load(self, engine: TokenRunner) -> int:
+        """Have the engine hold what the file holds.
+
+        Returns:
+            How many tokens that is; 0 if there is no file yet, or an empty one.
+
+        Raises:
+            CacheError: the file is of another bundle or version, too long, or damaged. The engine
+                is as it was.
+        """
+        try:
+            if not self.path.exists() or not self.path.stat().st_size:
+                return 0
+            with self.path.open("rb") as file:
+                snapshot = _read(file, engine)
+        except _Unusable as reason:
+            raise CacheError(f"the prompt cache {self.path} {reason}") from None
+        except OSError as error:
+            raise CacheError(
+                f"the prompt cache {self.path} cannot be read: {error.strerror}"
+            ) from error
+        engine.restore(snapshot)
+        return len(snapshot.tokens)
+
+    def save(self, engine: TokenRunner) -> None:
+        """Write what the engine holds, whole or not at all; what was there is replaced.
+
+        Raises:
+            CacheError: it cannot be written.
+        """
+        snapshot = engine.snapshot()
+        arrays = [np.array(snapshot.tokens, np.int32), *snapshot.filled.values()]
+        checksum = 0
+        for array in arrays:
+            checksum = zlib.crc32(_bytes(array), checksum)
+        header = _header(engine, len(snapshot.tokens), snapshot.course, f"{checksum:08x}")
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)
+
+        def pieces() -> Iterator[bytes | memoryview]:
+            yield len(encoded).to_bytes(_LENGTH, "little")
+            yield encoded
+            yield from map(_bytes, arrays)
+
+        try:
+            write_whole(self.path, pieces())
+        except OSError as error:
+            raise CacheError(
+                f"the prompt cache {self.path} cannot be written: {error.strerror}"
+            ) from error
+
+
+class _Unusable(Exception):
+    """Why a file cannot be used: a sentence's end."""
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(array).data.cast("B")
+
+
+def _arrays(engine: TokenRunner, length: int) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    return {"tokens": (np.dtype(np.int32), (length,)), **engine.layout(length)}
+
+
+def _header(engine: TokenRunner, length: int, course: Course, checksum: str) -> dict[str, Any]:
+    header: dict[str, Any] = {
+        "__metadata__": {
+            "format": FORMAT,  # first: it is what the file is known by
+            "format_version": FORMAT_VERSION,
+            "bundle": engine.bundle.fingerprint,
+            "onnxruntime": ort.__version__,
+            "processor": hardware.kind(),
+            "run_as_prompt": f"{course.left} of {course.length} tokens"
+            + (", in float32" if course.in_float else ""),
+            "crc32": checksum,
+        }
+    }
+    end = 0
+    for name, (dtype, shape) in _arrays(engine, length).items():
+        first, end = end, end + dtype.itemsize * int(np.prod(shape))
+        header[name] = {
+            "dtype": _DTYPES[dtype.name],
+            "shape": list(shape),
+            "data_offsets": [first, end],
+        }
+    return header
+
+
+def _read(file: BinaryIO, engine: TokenRunner) -> Snapshot:
+    length, course, checksum = _checked_header(file, engine)
+    found = 0
+    arrays = {}
+    for name, (dtype, shape) in _arrays(engine, length).items():
+        arrays[name] = np.empty(shape, dtype)
+        if file.readinto(_bytes(arrays[name])) != arrays[name].nbytes:
+            raise _Unusable("became shorter while it was read")
+        found = zlib.crc32(_bytes(arrays[name]), found)
+    if f"{found:08x}" != checksum:
+        raise _Unusable("is damaged: its checksum is wrong")
+    tokens = arrays.pop("tokens")
+    if tokens.min() < 0 or tokens.max() >= engine.bundle.vocabulary_size:
+        raise _Unusable("is damaged: it holds tokens outside the vocabulary")
+    for array in arrays.values():
+        if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+            raise _Unusable("is damaged: it holds numbers that are not finite")
+    return Snapshot(tokens.tolist(), arrays, course)
+
+
+def _checked_header(file: BinaryIO, engine: TokenRunner) -> tuple[int, Course, str]:
+    """The number of tokens, how they were run, and the checksum; nothing large is allocated."""
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(_LENGTH), "little")
+    if not 0 < length <= min(_MAX_HEADER, size - _LENGTH):
+        raise _Unusable("is damaged: its header has no possible length")
+    try:
+        header = json.loads(file.read(length))
+        metadata = dict(header["__metadata__"])
+        tokens = header["tokens"]["shape"][0]
+        checksum = metadata["crc32"]
+    except (ValueError, TypeError, KeyError, IndexError, RecursionError):
+        raise _Unusable("is damaged: its header is none") from None
+    if metadata.get("format_version") != FORMAT_VERSION:
+        version = reprlib.repr(metadata.get("format_version"))
+        raise _Unusable(f"has format version {version}, not {FORMAT_VERSION!r}")
+    if metadata.get("bundle") != engine.bundle.fingerprint:
+        raise _Unusable("was made with another bundle")
+    if metadata.get("onnxruntime") != ort.__version__:
+        version = reprlib.repr(metadata.get("onnxruntime"))
+        raise _Unusable(f"was made with onnxruntime {version}, not {ort.__version__}")
+    if metadata.get("processor") != hardware.kind():
+        processor = reprlib.repr(metadata.get("processor"))
+        raise _Unusable(f"was made on another processor ({processor}), which rounds otherwise")
+    if type(tokens) is not int or tokens < 1:
+        raise _Unusable("is damaged: it holds no tokens")
+    if tokens > engine.context_length:
+        raise _Unusable(f"holds {tokens:,} tokens, the context {engine.context_length:,}")
+    found = _COURSE.fullmatch(str(metadata.get("run_as_prompt")))
+    if found is None:
+        raise _Unusable("is damaged: it does not tell how its tokens were run")
+    course = Course(int(found[2]), found[3] is not None, int(found[1]))
+    if course.left > min(course.length, tokens):
+        raise _Unusable("is damaged: it tells of more tokens than it holds")
+    if header != _header(engine, tokens, course, checksum):
+        raise _Unusable("is damaged: its arrays are not those of this bundle")
+    expected = (
+        _LENGTH + length + max(a["data_offsets"][1] for n, a in header.items() if n[0] != "_")
+    )
+    if size != expected:
+        raise _Unusable(f"is damaged: it has {size:,} bytes, not {expected:,}")
+    return tokens, course, checksum

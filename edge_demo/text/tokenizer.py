@@ -1,0 +1,208 @@
+"""Text to token ids and back, and back piece by piece without ever splitting a character."""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import sentencepiece
+
+from edge_demo.bundle.manifest import ChatTemplate
+from edge_demo.bundle.reader import Bundle
+from edge_demo.errors import BundleError
+
+_SPACE = "\u2581"
+_BLANK_LINE = "\n\n"
+
+
+def _one_mark_a_byte(error: UnicodeError) -> tuple[str, int]:
+    """U+FFFD for every byte that is no UTF-8, as SentencePiece decodes them."""
+    assert isinstance(error, UnicodeDecodeError)
+    return "\ufffd", error.start + 1
+
+
+codecs.register_error("edge_demo.one_mark_a_byte", _one_mark_a_byte)
+
+
+def _clean(text: str) -> str:
+    """The text with U+FFFD for lone surrogates."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+class Tokenizer:
+    """Gemma's SentencePiece tokenizer, read from a bundle.
+
+    Text never becomes a control token: those are put in by id.
+
+    Args:
+        bundle: opened.
+
+    Raises:
+        BundleError: the tokenizer's file is not a SentencePiece model, or larger than the
+            model's vocabulary.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.spec = bundle.tokenizer
+        path = bundle.path / self.spec.file
+        try:
+            self._model = sentencepiece.SentencePieceProcessor()
+            self._model.load_from_serialized_proto(path.read_bytes())
+        except Exception as error:  # sentencepiece raises RuntimeError or its own, by version
+            raise BundleError(f"{path} is not a SentencePiece model: {error}") from error
+        if self._model.vocab_size() > bundle.vocabulary_size:
+            raise BundleError(f"{path} has more pieces than the model's vocabulary")
+        self._check_control(path)
+        self._num_pieces = self._model.vocab_size()
+        while self._num_pieces > 1 and self._model.is_unused(self._num_pieces - 1):
+            self._num_pieces -= 1
+
+    def _check_control(self, path: Path) -> None:
+        """Refuse a model that would make control tokens of a user's words."""
+        ids = {self.spec.bos}
+        if self.spec.chat is not None:
+            ids |= {self.spec.chat.start_of_turn, self.spec.chat.end_of_turn}
+        for token in sorted(ids):
+            if token >= self._model.vocab_size() or not self._model.is_control(token):
+                raise BundleError(
+                    f"{path} has no control piece of id {token}, which begins a text or holds its "
+                    "turns: a user's words could become that token; export the bundle again"
+                )
+
+    @property
+    def num_pieces(self) -> int:
+        """How many ids have a piece that a model may say; its table may have more rows, which
+        stand for nothing."""
+        return self._num_pieces
+
+    def encode(self, text: str, *, bos: bool = True) -> list[int]:
+        """The ids of a text, after the beginning-of-sequence token if `bos`.
+
+        Lone surrogates, which stand for bytes that were no UTF-8, become U+FFFD.
+        """
+        ids = self._model.encode(_clean(text))
+        return [self.spec.bos, *ids] if bos else ids
+
+    def encode_template(self, text: str) -> list[int]:
+        """The ids of a text in the model's template: what is written as a token of turns, of a
+        text's beginning or its end is that token. Never for what users write.
+
+        The beginning-of-sequence token comes first, whether or not the text has it.
+        """
+        marks = self._marks()
+        ids: list[int] = []
+        for part in re.split(f"({'|'.join(map(re.escape, marks))})", _clean(text)):
+            if part in marks:
+                ids.append(marks[part])
+            elif part:
+                ids += self._model.encode(part)
+        return ids if ids[:1] == [self.spec.bos] else [self.spec.bos, *ids]
+
+    def mark_in(self, text: str) -> str | None:
+        """A control token that a text is written with, which `encode` takes for its characters."""
+        return next((mark for mark in self._marks() if mark in text), None)
+
+    def _marks(self) -> dict[str, int]:
+        """The tokens of turns, of a text's beginning and of its end as a text has them."""
+        ids = [self.spec.bos, *self.spec.stop]
+        if self.spec.chat is not None:
+            ids += [self.spec.chat.start_of_turn, self.spec.chat.end_of_turn]
+        control = [i for i in ids if i < self._model.vocab_size() and self._model.is_control(i)]
+        return {self._model.id_to_piece(i): i for i in control}
+
+    def encode_chat(self, turns: Sequence[tuple[str, str]], system: str = "") -> list[int]:
+        """The ids of a conversation in the model's turn template, ready for its next turn.
+
+        Args:
+            turns: `("user" or "model", text)`, oldest first, a user's.
+            system: instructions before all turns. A template without a role for them has them
+                before the first message, a blank line between.
+
+        Raises:
+            BundleError: the bundle is not instruction-tuned.
+        """
+        chat = self._chat()
+        ids, before = self._beginning(system)
+        for who, text in turns:
+            role = chat.model if who == "model" else chat.user
+            ids += self._turn(role, before + (text.strip() if chat.strip else text))
+            before = ""
+        return [*ids, chat.start_of_turn, *self.encode(f"{chat.model}\n", bos=False)]
+
+    def encode_system(self, system: str) -> list[int]:
+        """What every conversation begins with that `encode_chat` makes with this system text.
+
+        Raises:
+            BundleError: the bundle is not instruction-tuned.
+        """
+        chat = self._chat()
+        ids, before = self._beginning(system)
+        if before:
+            # Without the blank line, which may be one token with what comes after it.
+            stretch = f"{chat.user}\n{before.removesuffix(_BLANK_LINE)}"
+            ids += [chat.start_of_turn, *self.encode(stretch, bos=False)]
+        return ids
+
+    def _beginning(self, system: str) -> tuple[list[int], str]:
+        """The ids before the first message, and what stands in front of its text."""
+        chat = self._chat()
+        system = system or chat.default_system
+        ids = [self.spec.bos]
+        if not system or chat.system is None:
+            return ids, f"{system}{_BLANK_LINE}" if system else ""
+        return ids + self._turn(chat.system, system.strip() if chat.strip else system), ""
+
+    def _turn(self, role: str, text: str) -> list[int]:
+        chat = self._chat()
+        # The role and the text are one stretch, as one string would be tokenized.
+        stretch = self.encode(f"{role}\n{text}", bos=False)
+        return [chat.start_of_turn, *stretch, chat.end_of_turn, *self.encode("\n", bos=False)]
+
+    def _chat(self) -> ChatTemplate:
+        if self.spec.chat is None:
+            raise BundleError("the bundle has no turn template; it is not instruction-tuned")
+        return self.spec.chat
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some ids; control tokens are empty."""
+        stream = TextStream(self)
+        return "".join(stream.push(i) for i in ids) + stream.flush()
+
+    def piece(self, token: int) -> str | bytes:
+        """One token: its text, its byte for a byte piece, or `""` for a control token and for what
+        no piece stands for."""
+        model = self._model
+        if token >= model.vocab_size() or model.is_control(token) or model.is_unused(token):
+            return ""
+        if self._model.is_byte(token):
+            return bytes([int(self._model.id_to_piece(token)[1:-1], 16)])
+        if self._model.is_unknown(token):
+            return "\u2047"
+        return self._model.id_to_piece(token).replace(_SPACE, " ")
+
+
+class TextStream:
+    """Turns ids into text as they come; a character is given out when all its bytes are there.
+
+    Args:
+        tokenizer: whose ids they are.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("edge_demo.one_mark_a_byte")
+
+    def push(self, token: int) -> str:
+        """The text that this token completes; may be empty."""
+        piece = self.tokenizer.piece(token)
+        if isinstance(piece, bytes):
+            return self._decoder.decode(piece)
+        return self.flush() + piece
+
+    def flush(self) -> str:
+        """What is left when no more comes: U+FFFD for each byte of an unfinished character."""
+        text = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return text
