@@ -16,6 +16,8 @@ import dataclasses
 import json
 import os
 
+from gemma_keras.checkpoints.hf_config import named_config
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -43,7 +45,7 @@ def configuration(size: str | None, layers: int | None):
         layer = LayerSpec(8, 8, 16, 192, 0.25, qk_norm=True, post_norms=True)
         config = GemmaConfig(1024, 128, (layer,) * 2, 128**0.5)
     else:
-        config = GemmaConfig.named(size)
+        config = named_config(size)
     return dataclasses.replace(config, layers=config.layers[:layers])
 
 

@@ -21,6 +21,7 @@ import time
 import numpy as np
 
 from edge_demo.cli.terminal import Progress
+from gemma_keras.checkpoints.hf_config import config_to_hf, named_config
 
 PROMPT, NEW = 512, 64
 BACKENDS = ("jax", "tensorflow", "torch")
@@ -156,9 +157,7 @@ def transformers_model():
     import torch
     import transformers
 
-    from gemma_keras import GemmaConfig
-
-    config = transformers.Gemma3TextConfig(**GemmaConfig.named(_SIZE).to_hf())
+    config = transformers.Gemma3TextConfig(**config_to_hf(named_config(_SIZE)))
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     # No end: to forbid it by `min_new_tokens` would cost a pass over the logits for each token.
     model.generation_config.eos_token_id = None

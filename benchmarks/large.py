@@ -26,6 +26,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from edge_demo.cli.terminal import Progress
 from gemma_keras import GemmaConfig, open_checkpoint
+from gemma_keras.checkpoints.hf_config import config_to_hf, named_config
 from gemma_keras.checkpoints.names import WeightSpec, weight_specs
 
 _PIECE = 1 << 24
@@ -40,7 +41,7 @@ def write_checkpoint(name: str, folder: Path, layers: int | None = None) -> Gemm
         folder: to write.
         layers: how many of its blocks it has; all by default.
     """
-    config = GemmaConfig.named(name)
+    config = named_config(name)
     config = dataclasses.replace(config, layers=config.layers[:layers])
     if folder.exists():
         return config
@@ -61,7 +62,7 @@ def write_checkpoint(name: str, folder: Path, layers: int | None = None) -> Gemm
         told(number + 1, len(shards))
     index = {"metadata": {}, "weight_map": owner}
     (partial / "model.safetensors.index.json").write_text(json.dumps(index))
-    (partial / "config.json").write_text(json.dumps(config.to_hf()))
+    (partial / "config.json").write_text(json.dumps(config_to_hf(config)))
     (partial / "tokenizer.model").write_bytes(_tokenizer(config.vocabulary_size))
     partial.rename(folder)
     return config

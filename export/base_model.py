@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from gemma_keras.checkpoints.hf_config import config_from_hf
 from gemma_keras.checkpoints.hub import hf_name
 from gemma_keras.config import GemmaConfig
 from gemma_keras.sizes import Release, Size, releases
@@ -32,7 +33,7 @@ def base_model(provenance: Mapping[str, Any], config: GemmaConfig, tuned: bool) 
     """The base model of a checkpoint; `None` if its source does not say it.
 
     Args:
-        provenance: of the checkpoint, see `gemma_keras.checkpoints.Checkpoint`.
+        provenance: of the checkpoint, see `gemma_keras.checkpoints.source.Checkpoint`.
         config: its architecture.
         tuned: whether it was tuned to Gemma's turn template.
     """
@@ -70,5 +71,5 @@ def _has_size(config: GemmaConfig, tuned: bool, size: Size, release: Release) ->
     """Whether it is a release's architecture; tables may be longer, a context shorter."""
     if tuned != release.tuned:
         return False
-    published = GemmaConfig.from_hf(size.hf)
+    published = config_from_hf(size.hf)
     return (config.hidden_dim, config.layers) == (published.hidden_dim, published.layers)

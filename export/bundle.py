@@ -27,8 +27,8 @@ from export.errors import ExportError, ExportRequestError
 from export.quantize.formats import Plan, plan_to_json
 from export.terms import terms_of
 from gemma_keras.chat import turn_ids
-from gemma_keras.checkpoints import Checkpoint
 from gemma_keras.checkpoints.names import parameter_count
+from gemma_keras.checkpoints.source import Checkpoint
 from gemma_keras.checkpoints.unfinished import whole_or_nothing
 
 TOKENIZER_FILE = "tokenizer.model"

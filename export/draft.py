@@ -33,8 +33,8 @@ from export.quantize.text import page
 from export.store import embedding_spec, store_weights
 from export.traced import build_traced_graph
 from export.weights_file import WeightsFile
-from gemma_keras.checkpoints import Checkpoint
 from gemma_keras.checkpoints.names import head_table
+from gemma_keras.checkpoints.source import Checkpoint
 from gemma_keras.config import GemmaConfig
 
 Progress = Callable[[str, float], None]

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from export.contract import INTERCHANGE_FILE
-from gemma_keras.checkpoints import Checkpoint
 from gemma_keras.checkpoints.hf_files import (
     CONFIG_FILE,
     GENERATION_FILE,
     SUPPRESSED,
-    TokenIds,
     hf_files,
     json_text,
 )
+from gemma_keras.checkpoints.source import Checkpoint
+from gemma_keras.checkpoints.token_ids import TokenIds
 from gemma_keras.config import GemmaConfig
 from gemma_keras.errors import ModelError
 

@@ -20,9 +20,10 @@ from export.quantize.recipes import in_one_plane, plan_for_recipe, plan_from_jso
 from export.quantize.text import Windows, read_windows
 from export.quantize.workspace import kept_work, workspace_path
 from export.start_keras import start_keras
-from gemma_keras.checkpoints import Checkpoint, open_checkpoint
 from gemma_keras.checkpoints.hub import opens_with_keras
+from gemma_keras.checkpoints.source import Checkpoint
 from gemma_keras.config import GemmaConfig
+from gemma_keras.open import open_checkpoint
 
 if TYPE_CHECKING:
     from export.verify import Quality

@@ -15,7 +15,7 @@ from edge_demo.evaluate.compare import compare
 from export.errors import ExportError
 from export.quantize.text import Windows
 from export.reference import BlockLoader, embedded, head_logits, run_block
-from gemma_keras.checkpoints import Checkpoint
+from gemma_keras.checkpoints.source import Checkpoint
 
 _CHUNK = 64  # positions whose logits are yielded at once, as `Engine.all_logits` does
 

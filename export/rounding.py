@@ -28,7 +28,7 @@ from export.quantize.text import ROW_LENGTH, CalibrationText, page, split_rows, 
 from export.quantize.workspace import Workspace, fingerprint
 from export.reference import reference_logits
 from export.verify import Quality, compare_logits
-from gemma_keras.checkpoints import Checkpoint
+from gemma_keras.checkpoints.source import Checkpoint
 
 _METHOD = 1  # raised when results kept from an interrupted export would be of another kind
 _SELF_SAMPLED_ROWS = 36

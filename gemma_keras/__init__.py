@@ -14,8 +14,9 @@ from gemma_keras.missing import said_what_is_missing
 if TYPE_CHECKING:
     from gemma_keras.backbone import GemmaBackbone
     from gemma_keras.causal_lm import GemmaCausalLM
-    from gemma_keras.checkpoints import open_checkpoint
+    from gemma_keras.checkpoints.hf_config import named_config
     from gemma_keras.config import GemmaConfig, LayerSpec
+    from gemma_keras.open import open_checkpoint
     from gemma_keras.text_embedder import GemmaTextEmbedder
     from gemma_keras.tokenizer import GemmaCausalLMPreprocessor, GemmaTokenizer
 
@@ -27,6 +28,7 @@ __all__ = [
     "GemmaTextEmbedder",
     "GemmaTokenizer",
     "LayerSpec",
+    "named_config",
     "open_checkpoint",
 ]
 
@@ -38,7 +40,8 @@ _HOMES = {
     "GemmaTextEmbedder": "text_embedder",
     "GemmaTokenizer": "tokenizer",
     "LayerSpec": "config",
-    "open_checkpoint": "checkpoints",
+    "named_config": "checkpoints.hf_config",
+    "open_checkpoint": "open",
 }
 
 

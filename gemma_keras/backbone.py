@@ -15,6 +15,7 @@ import numpy as np
 from keras import ops
 
 from gemma_keras.cache import place
+from gemma_keras.checkpoints.hf_config import named_config
 from gemma_keras.checkpoints.lattice import Lattice
 from gemma_keras.checkpoints.names import WeightSpec, weight_specs
 from gemma_keras.checkpoints.source import finite, row_pieces
@@ -61,7 +62,7 @@ class GemmaBackbone(keras_hub.models.Backbone):
         # can be read: they begin as zeros, each device's part alone, and are filled.
         fills = weights is not None and keras.distribution.distribution() is not None
         if isinstance(config, str):
-            config = GemmaConfig.named(config)
+            config = named_config(config)
         elif not isinstance(config, GemmaConfig):
             config = GemmaConfig.from_dict(config)
 

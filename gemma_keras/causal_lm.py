@@ -18,9 +18,11 @@ from keras import ops
 
 from gemma_keras.backbone import GemmaBackbone
 from gemma_keras.chat import GEMMA_TURNS, TurnTemplate, all_stops, encode_chat
-from gemma_keras.checkpoints import Checkpoint, open_checkpoint
-from gemma_keras.checkpoints.hub import is_own_preset
+from gemma_keras.checkpoints.classify import Classified, Kind
+from gemma_keras.checkpoints.hub import is_own_preset, load_keras_hub_preset
 from gemma_keras.checkpoints.keras_hub import read_keras_hub, write_keras_hub
+from gemma_keras.checkpoints.open_model import open_model
+from gemma_keras.checkpoints.source import Checkpoint
 from gemma_keras.compiled import train_options
 from gemma_keras.generation import Generation
 from gemma_keras.loading import FromWeights
@@ -148,7 +150,7 @@ class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
             UserWarning: it has no tokenizer.
         """
         if not is_own_preset(preset) or base is not None:
-            checkpoint = open_checkpoint(preset, base=base, instruction_tuned=instruction_tuned)
+            checkpoint = open_model(preset, base, instruction_tuned, open_with_keras)
             for remark in checkpoint.remarks:
                 warnings.warn(remark, stacklevel=2)
             if checkpoint.tokenizer_model is None:
@@ -511,3 +513,15 @@ class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
         with said_what_is_missing("exporting to ONNX", "export"):
             from export import export_onnx
         return export_onnx(self, filepath, **kwargs)
+
+
+def open_with_keras(classified: Classified) -> Checkpoint:
+    """A preset as a checkpoint: one of KerasHub's, or a folder of `save_to_preset`.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+        ConfigError: it is not a Gemma.
+    """
+    if classified.kind is Kind.KERAS_HUB_PRESET:
+        return read_keras_hub(load_keras_hub_preset(classified.source))
+    return GemmaCausalLM.from_preset(classified.path).as_checkpoint()

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from gemma_keras.errors import ConfigError, quoted
-from gemma_keras.sizes import SIZES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,64 +160,6 @@ class GemmaConfig:
             return cls(**{**data, "layers": layers})
         except (KeyError, TypeError) as error:
             raise ConfigError(f"not a Gemma configuration: {error}") from error
-
-    @classmethod
-    def named(cls, name: str) -> GemmaConfig:
-        """The configuration of a published size, such as `gemma_2b`.
-
-        All are in `gemma_keras/sizes.py`.
-
-        Raises:
-            ConfigError: no size has that name; the message lists those that are known.
-        """
-        if name not in SIZES:
-            known = ", ".join(sorted(SIZES))
-            raise ConfigError(f"no Gemma size is called {name!r}; known: {known}")
-        return cls.from_hf(SIZES[name].hf)
-
-    @classmethod
-    def from_hf(cls, data: Mapping[str, Any]) -> GemmaConfig:
-        """Build from the content of a Hugging Face `config.json`.
-
-        Reads model types `gemma`, `gemma2`, `gemma3_text` and the text part of `gemma3`. Keys
-        that are absent take the defaults of transformers' configuration classes, because the
-        published files leave out what equals them.
-
-        Raises:
-            ConfigError: the model type is another, a key is unknown, or a value asks for
-                mathematics that Gemma does not have (another activation, biases, ...).
-        """
-        from gemma_keras.checkpoints.hf_config import config_from_hf  # it builds on this module
-
-        return config_from_hf(data)
-
-    def to_hf(self) -> dict[str, Any]:
-        """The content of a Hugging Face `config.json` that `from_hf` reads as this configuration.
-
-        The keys are those of the published files, which transformers 4 and 5 both read.
-
-        Raises:
-            ConfigError: no model type of Hugging Face's can say it, as when layers differ in more
-                than their window.
-        """
-        from gemma_keras.checkpoints.hf_config import config_to_hf
-
-        return config_to_hf(self)
-
-    @classmethod
-    def from_gguf(cls, metadata: Mapping[str, Any], *, tied_head: bool) -> GemmaConfig:
-        """Build from GGUF metadata of architecture `gemma`, `gemma2` or `gemma3`.
-
-        Args:
-            metadata: key to value; `tokenizer.ggml.tokens` gives the vocabulary size.
-            tied_head: whether the file has no `output.weight` of its own.
-
-        Raises:
-            ConfigError: another architecture, a missing key or a value out of range.
-        """
-        from gemma_keras.checkpoints.gguf_config import config_from_gguf
-
-        return config_from_gguf(metadata, tied_head=tied_head)
 
 
 def layer_kinds(num_layers: int, global_every: Any) -> list[str]:

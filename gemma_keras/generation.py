@@ -12,7 +12,7 @@ A compiled function is of use to all prompts of about the same length: lengths a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import keras
 import keras_hub
@@ -23,9 +23,6 @@ from gemma_keras.checkpoints.special_pieces import is_usable
 from gemma_keras.compiled import compiled, recorded
 from gemma_keras.finite import require_finite_logits
 from gemma_keras.head import logits
-
-if TYPE_CHECKING:
-    from gemma_keras.causal_lm import GemmaCausalLM
 
 _LEAST_STEP = 16  # between buckets
 _NO_TOKEN = -1  # where the logits are not finite
@@ -40,7 +37,7 @@ def bucket(length: int) -> int:
     return -(-length // step) * step
 
 
-def _without_piece(model: GemmaCausalLM) -> Callable[[Any], Any]:
+def _without_piece(model: keras_hub.models.CausalLM) -> Callable[[Any], Any]:
     """What takes from logits `(batch, vocabulary_size)` those of ids that the tokenizer has no
     piece for, or an unused one. A table may have more rows than the tokenizer has pieces."""
     if model.preprocessor is None:
@@ -69,7 +66,7 @@ class Generation:
         model: a compiled `GemmaCausalLM`, in the sense of `compile`.
     """
 
-    def __init__(self, model: GemmaCausalLM) -> None:
+    def __init__(self, model: keras_hub.models.CausalLM) -> None:
         self._model = model
         self._sampler = model.sampler
 

@@ -34,7 +34,7 @@ class Size:
     """A published size.
 
     Attributes:
-        name: as `GemmaConfig.named` takes it.
+        name: as `named_config` takes it.
         title: for people.
         parameters: how many it has; of a multimodal model, its text part.
         hf: the keys of its ``config.json``; those that are absent have transformers' defaults.

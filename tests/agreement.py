@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import safetensors.numpy
 
-from gemma_keras import GemmaConfig
+from gemma_keras.checkpoints.hf_config import config_from_hf
 from gemma_keras.checkpoints.names import weight_specs
 from tests.models import VOCABULARY_SIZE, WINDOW, random_ids, weight_statistics
 
@@ -94,7 +94,7 @@ def seeded_weight(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
 
 def seeded_weights(config: dict[str, Any], seed: int = SEED) -> dict[str, np.ndarray]:
     """Name to array, as transformers names them, of a `config.json`'s content."""
-    specs = weight_specs(GemmaConfig.from_hf(config)).values()
+    specs = weight_specs(config_from_hf(config)).values()
     return {spec.hf: seeded_weight(spec.hf, spec.file_shape, seed) for spec in specs}
 
 

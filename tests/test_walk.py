@@ -26,9 +26,10 @@ from export.quantize.formats import rows_and_inputs
 from export.quantize.recipes import plan_for_recipe
 from export.quantize.rounding import round_to_nearest
 from gemma_keras import GemmaCausalLM
-from gemma_keras.checkpoints import Checkpoint
+from gemma_keras.checkpoints.hf_config import config_from_hf, named_config
 from gemma_keras.checkpoints.names import weight_specs
 from gemma_keras.checkpoints.safetensors_writer import write_safetensors_folder
+from gemma_keras.checkpoints.source import Checkpoint
 from gemma_keras.config import GemmaConfig
 from gemma_keras.sizes import SIZES, Size
 from tests.models import VOCABULARY_SIZE, chat_tokenizer_model, tiny_tokenizer_model
@@ -57,17 +58,17 @@ def narrow(size: Size) -> GemmaConfig:
         "head_dim": HEAD,
         "max_position_embeddings": CONTEXT,
     }
-    config = GemmaConfig.named(size.name)
+    config = named_config(size.name)
     if config.layers[0].post_norms:
         data["sliding_window"] = WINDOW
         share = HEAD / config.layers[0].head_dim  # 27B scales queries by another number
         data["query_pre_attn_scalar"] = config.layers[0].query_scale ** -2 * share
-    return GemmaConfig.from_hf(data)
+    return config_from_hf(data)
 
 
 def test_only_widths_were_made_small():
     for size in CAUSAL:
-        config, true = narrow(size), GemmaConfig.named(size.name)
+        config, true = narrow(size), named_config(size.name)
         assert len(config.layers) == len(true.layers)
         widths = {"head_dim": 0, "ffw_dim": 0, "query_scale": 0}
         for ours, theirs in zip(config.layers, true.layers, strict=True):

@@ -18,6 +18,7 @@ from typing import Any
 
 from gemma_keras.chat import GEMMA_TURNS, TURN_TEMPLATES, TurnTemplate
 from gemma_keras.checkpoints.json_files import read_json
+from gemma_keras.checkpoints.source import Checkpoint
 from gemma_keras.text_pieces import processor
 
 _MOST_BYTES = 256 << 10
@@ -229,3 +230,12 @@ def _before(turns: TurnTemplate) -> str:
 def _literal(text: str) -> str:
     """A text as Jinja writes it."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
+
+
+def chat_template(checkpoint: Checkpoint) -> str | None:
+    """The template for other runtimes: the model's own, unless `instruction_tuned` was set to what
+    that does not say; then that of its turns, or none."""
+    own, tuned = checkpoint.chat_template, checkpoint.instruction_tuned
+    if own is not None and (recognized(own) == checkpoint.turns) == tuned:
+        return own
+    return jinja_template(checkpoint.turns) if tuned else None

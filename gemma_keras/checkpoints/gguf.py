@@ -10,10 +10,10 @@ import re
 import reprlib
 
 from gemma_keras.checkpoints.chat_templates import turns_of
+from gemma_keras.checkpoints.gguf_config import config_from_gguf
 from gemma_keras.checkpoints.gguf_parts import GGUFParts
 from gemma_keras.checkpoints.sentencepiece_model import build_sentencepiece_model, gguf_stops
 from gemma_keras.checkpoints.source import Checkpoint, WeightSource
-from gemma_keras.config import GemmaConfig
 from gemma_keras.errors import CheckpointError
 
 _ROPE_FACTORS = "rope_freqs.weight"
@@ -44,7 +44,7 @@ def read_gguf(path: str | os.PathLike[str]) -> Checkpoint:
     """
     file = GGUFParts(path)
     _check_metadata(file)
-    config = GemmaConfig.from_gguf(file.metadata, tied_head="output.weight" not in file.tensors)
+    config = config_from_gguf(file.metadata, tied_head="output.weight" not in file.tensors)
     _check_rope_factors(file, config.layers[0].head_dim)
     images = [name for name in file.tensors if name.startswith(_IMAGES)]
     weights = WeightSource(
@@ -102,7 +102,7 @@ def _check_rope_factors(file: GGUFParts, head_dim: int) -> None:
 
 
 def _check_metadata(file: GGUFParts) -> None:
-    """Refuse, by name, the keys that `GemmaConfig.from_gguf` could not calculate with."""
+    """Refuse, by name, the keys that `config_from_gguf` could not calculate with."""
     kind = file.metadata.get("general.architecture")
     for key in _NUMBERS + _NUMBERS_OR_ZERO:
         value = file.metadata.get(f"{kind}.{key}", 1)

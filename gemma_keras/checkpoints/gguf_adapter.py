@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from gemma_keras.checkpoints.adapted import Change, LowRank, adapted, merged_provenance
-from gemma_keras.checkpoints.adapters import Source, open_base_of
+from gemma_keras.checkpoints.adapter_base import Source, open_base_of
 from gemma_keras.checkpoints.first_bytes import begins_as_gguf
 from gemma_keras.checkpoints.gguf_file import GGUFFile
 from gemma_keras.checkpoints.names import WeightSpec, weight_specs
@@ -32,7 +32,7 @@ class GGUFAdapter:
     alpha: float
 
     def merged(self, base: Source | None, open_base: Callable[[Source], Checkpoint]) -> Checkpoint:
-        """As `gemma_keras.checkpoints.adapters.Adapter.merged`."""
+        """As `gemma_keras.checkpoints.adapter_base.Adapter.merged`."""
         checkpoint = open_base_of(self.file.path, base, open_base)
         merged = adapted(checkpoint, self._changes(weight_specs(checkpoint.config)))
         name = self.file.path.name

@@ -39,7 +39,15 @@ _OTHERS = {
 
 
 def config_from_gguf(metadata: Mapping[str, Any], *, tied_head: bool) -> GemmaConfig:
-    """As `GemmaConfig.from_gguf`."""
+    """Build from GGUF metadata of architecture `gemma`, `gemma2` or `gemma3`.
+
+    Args:
+        metadata: key to value; `tokenizer.ggml.tokens` gives the vocabulary size.
+        tied_head: whether the file has no `output.weight` of its own.
+
+    Raises:
+        ConfigError: another architecture, a missing key or a value out of range.
+    """
     kind = metadata.get("general.architecture")
     if not isinstance(kind, str) or kind not in ("gemma", "gemma2", "gemma3"):
         hint = f"; {_OTHERS[kind]}" if isinstance(kind, str) and kind in _OTHERS else ""

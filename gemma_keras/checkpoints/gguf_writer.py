@@ -20,11 +20,12 @@ from typing import Any, NamedTuple
 import gguf
 import numpy as np
 
+from gemma_keras.checkpoints.chat_templates import chat_template
 from gemma_keras.checkpoints.gguf_config import config_to_gguf
-from gemma_keras.checkpoints.hf_files import chat_template, token_ids
 from gemma_keras.checkpoints.names import WeightSpec, weight_specs
 from gemma_keras.checkpoints.sentencepiece_model import stop_metadata, tokenizer_metadata
 from gemma_keras.checkpoints.source import Checkpoint, check_range, file_pieces
+from gemma_keras.checkpoints.token_ids import token_ids
 from gemma_keras.checkpoints.unfinished import unfinished
 from gemma_keras.errors import CheckpointError, ConfigError
 

@@ -20,6 +20,7 @@ from gemma_keras.config import (
     require_positive_int,
 )
 from gemma_keras.errors import ConfigError, listed, quoted
+from gemma_keras.sizes import SIZES
 
 _HF_COMMON = {
     "vocab_size": 256_000,
@@ -67,8 +68,31 @@ _GEMMA3_THETA = {"full_attention": 1_000_000.0, "sliding_attention": 10_000.0}
 _TANH_GELU = ("gelu_pytorch_tanh",)
 
 
+def named_config(name: str) -> GemmaConfig:
+    """The configuration of a published size, such as `gemma_2b`.
+
+    All are in `gemma_keras/sizes.py`.
+
+    Raises:
+        ConfigError: no size has that name; the message lists those that are known.
+    """
+    if name not in SIZES:
+        known = ", ".join(sorted(SIZES))
+        raise ConfigError(f"no Gemma size is called {name!r}; known: {known}")
+    return config_from_hf(SIZES[name].hf)
+
+
 def config_from_hf(data: Mapping[str, Any]) -> GemmaConfig:
-    """As `GemmaConfig.from_hf`."""
+    """Build from the content of a Hugging Face `config.json`.
+
+    Reads model types `gemma`, `gemma2`, `gemma3_text` and the text part of `gemma3`. Keys
+    that are absent take the defaults of transformers' configuration classes, because the
+    published files leave out what equals them.
+
+    Raises:
+        ConfigError: the model type is another, a key is unknown, or a value asks for
+            mathematics that Gemma does not have (another activation, biases, ...).
+    """
     if data.get("model_type") == "gemma3":
         data = _text_part(data)
     kind = data.get("model_type")
@@ -175,7 +199,14 @@ def _text_part(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_to_hf(config: GemmaConfig) -> dict[str, Any]:
-    """As `GemmaConfig.to_hf`."""
+    """The content of a Hugging Face `config.json` that `config_from_hf` reads as a configuration.
+
+    The keys are those of the published files, which transformers 4 and 5 both read.
+
+    Raises:
+        ConfigError: no model type of Hugging Face's can say it, as when layers differ in more
+            than their window.
+    """
     first = config.layers[0]
     kind = "gemma3_text" if first.qk_norm else "gemma2" if first.post_norms else "gemma"
     local = next((s for s in config.layers if s.sliding_window is not None), None)

@@ -8,14 +8,15 @@ the runtimes that look for them.
 from __future__ import annotations
 
 import json
-from typing import Any, NamedTuple
+from typing import Any
 
-from gemma_keras.checkpoints.chat_templates import jinja_template, recognized
+from gemma_keras.checkpoints.chat_templates import chat_template
+from gemma_keras.checkpoints.hf_config import config_to_hf
 from gemma_keras.checkpoints.hf_tokenizer import tokenizer_json
 from gemma_keras.checkpoints.sentencepiece_model import check_fits
 from gemma_keras.checkpoints.source import Checkpoint
 from gemma_keras.checkpoints.special_pieces import is_usable
-from gemma_keras.errors import CheckpointError
+from gemma_keras.checkpoints.token_ids import TokenIds, processor
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -33,39 +34,6 @@ SUPPRESSED = "suppress_tokens"
 _MOST_SUPPRESSED = 8192  # each is a number in the file, and costs time at each token
 
 
-class TokenIds(NamedTuple):
-    """Ids of the tokens with a meaning; `stop` are those that end a text, first the one that the
-    tokenizer calls its end."""
-
-    bos: int
-    stop: tuple[int, ...]
-
-
-def token_ids(checkpoint: Checkpoint) -> TokenIds:
-    """Those of a checkpoint with a tokenizer.
-
-    Raises:
-        CheckpointError: it lacks one of them.
-    """
-    pieces = _processor(checkpoint)
-    try:
-        stop = checkpoint.stop_ids()
-    except ValueError as error:
-        raise CheckpointError(str(error)) from None
-    if not stop or pieces.bos_id() < 0 or pieces.eos_id() < 0:
-        raise CheckpointError("the tokenizer lacks the tokens that begin or end a text")
-    return TokenIds(pieces.bos_id(), stop)
-
-
-def chat_template(checkpoint: Checkpoint) -> str | None:
-    """The template for other runtimes: the model's own, unless `instruction_tuned` was set to what
-    that does not say; then that of its turns, or none."""
-    own, tuned = checkpoint.chat_template, checkpoint.instruction_tuned
-    if own is not None and (recognized(own) == checkpoint.turns) == tuned:
-        return own
-    return jinja_template(checkpoint.turns) if tuned else None
-
-
 def hf_files(checkpoint: Checkpoint, ids: TokenIds | None, dtype: str) -> dict[str, dict[str, Any]]:
     """Name to content.
 
@@ -78,7 +46,7 @@ def hf_files(checkpoint: Checkpoint, ids: TokenIds | None, dtype: str) -> dict[s
         ConfigError: no model type of Hugging Face's can say the architecture.
         CheckpointError: the tokenizer is not as Gemma's, or has more pieces than the table rows.
     """
-    hf = checkpoint.config.to_hf()
+    hf = config_to_hf(checkpoint.config)
     config = {
         "architectures": [_ARCHITECTURES[hf["model_type"]]],
         **hf,
@@ -91,7 +59,7 @@ def hf_files(checkpoint: Checkpoint, ids: TokenIds | None, dtype: str) -> dict[s
     if ids is None:
         return {CONFIG_FILE: config}
     assert checkpoint.tokenizer_model is not None  # its ids came from there
-    pieces = _processor(checkpoint)
+    pieces = processor(checkpoint)
     check_fits(pieces.vocab_size(), checkpoint.config.vocabulary_size)
     end, pad = ids.stop[0], pieces.pad_id() if pieces.pad_id() >= 0 else ids.stop[0]
     special = {
@@ -131,12 +99,3 @@ def json_text(name: str, content: Any) -> str:
     """The text of such a file; a quarter of a million pieces are written without indentation."""
     layout: dict[str, Any] = {"separators": (",", ":")} if name == TOKENIZER_FILE else {"indent": 1}
     return json.dumps(content, ensure_ascii=False, **layout) + "\n"
-
-
-def _processor(checkpoint: Checkpoint) -> Any:
-    import sentencepiece
-
-    try:
-        return sentencepiece.SentencePieceProcessor(model_proto=checkpoint.tokenizer_model)
-    except Exception as error:  # sentencepiece raises RuntimeError or its own, by version
-        raise CheckpointError(f"tokenizer.model is not a SentencePiece model: {error}") from error

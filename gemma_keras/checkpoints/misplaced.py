@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from gemma_keras.checkpoints.adapters import folder_with_adapter
+from gemma_keras.checkpoints.adapter_base import folder_with_adapter
 from gemma_keras.checkpoints.first_bytes import told_of_pointer
 
 _TRAINER = re.compile(r"checkpoint-(\d+)")

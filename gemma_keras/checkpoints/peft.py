@@ -21,7 +21,7 @@ from gemma_keras.checkpoints.adapted import (
     merged_provenance,
     same_rows,
 )
-from gemma_keras.checkpoints.adapters import PEFT_CONFIG
+from gemma_keras.checkpoints.adapter_base import PEFT_CONFIG
 from gemma_keras.checkpoints.names import weight_specs
 from gemma_keras.checkpoints.peft_keys import check_adapter_config, rank_and_scale
 from gemma_keras.checkpoints.peft_names import is_adapters_tensor, parse

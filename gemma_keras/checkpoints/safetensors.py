@@ -15,6 +15,7 @@ import safetensors
 
 from gemma_keras.checkpoints.chat_templates import read_folder_template, turns_of
 from gemma_keras.checkpoints.first_bytes import told_of_pointer
+from gemma_keras.checkpoints.hf_config import config_from_hf
 from gemma_keras.checkpoints.hf_folder_tokenizer import read_folder_tokenizer
 from gemma_keras.checkpoints.json_files import read_json
 from gemma_keras.checkpoints.peft_names import bases_name, is_adapters_tensor
@@ -45,7 +46,7 @@ def read_safetensors_folder(folder: Path, *, adapter_is_read: bool = False) -> C
         ConfigError: `config.json` does not describe a Gemma.
     """
     raw_config = read_json(folder / "config.json")
-    config = GemmaConfig.from_hf(raw_config)
+    config = config_from_hf(raw_config)
     stored = _without_adapter(folder, stored_tensors(folder), adapter_is_read)
     names = _plain_names(stored)
     by_plain_name = {name: stored[own_name] for name, own_name in names.items()}

@@ -25,10 +25,10 @@ from gemma_keras.checkpoints.hf_files import (
     TOKENIZER_FILE,
     hf_files,
     json_text,
-    token_ids,
 )
 from gemma_keras.checkpoints.names import WeightSpec, weight_specs
 from gemma_keras.checkpoints.source import Checkpoint, check_range, file_pieces
+from gemma_keras.checkpoints.token_ids import token_ids
 from gemma_keras.checkpoints.unfinished import unfinished
 from gemma_keras.errors import CheckpointError
 

@@ -19,7 +19,8 @@ import safetensors.numpy
 from edge_demo.bundle.reader import Bundle
 from export.quantize.formats import plan_bytes
 from export.quantize.recipes import plan_for_recipe
-from gemma_keras import GemmaConfig, open_checkpoint
+from gemma_keras import open_checkpoint
+from gemma_keras.checkpoints.hf_config import config_from_hf
 from gemma_keras.checkpoints.names import weight_specs
 from gemma_keras.checkpoints.sample import sample_path
 from tests.gguf_files import (
@@ -327,7 +328,7 @@ def _mount_options():
 
 
 def _config():
-    return GemmaConfig.from_hf(HF_CONFIG)
+    return config_from_hf(HF_CONFIG)
 
 
 @pytest.mark.parametrize(("options", "expected"), _mount_options().values(), ids=_mount_options())

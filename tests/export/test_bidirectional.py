@@ -14,8 +14,8 @@ from export.draft import LOWERINGS
 from export.quantize.recipes import plan_for_recipe
 from export.store import store_weights
 from export.weights_file import WeightsFile
-from gemma_keras.checkpoints import open_checkpoint
 from gemma_keras.errors import ConfigError
+from gemma_keras.open import open_checkpoint
 from tests.gemma_keras.embedder_files import write_tiny_embedder
 
 each_lowering = pytest.mark.parametrize("lowering", LOWERINGS)

@@ -11,7 +11,7 @@ import pytest
 
 from export.card import write_card
 from export.svg import bar_chart
-from gemma_keras.config import GemmaConfig
+from gemma_keras.checkpoints.hf_config import named_config
 from gemma_keras.sizes import releases
 from tests.edge_demo.bundle_files import read_manifest
 
@@ -110,7 +110,7 @@ def test_a_report_adds_the_comparison_and_the_chart(manifest, tmp_path):
 
 def card_of(manifest, folder, size, tuned, provenance, bits=8):
     """The front matter of a bundle of a published size."""
-    config = GemmaConfig.named(size).to_dict()
+    config = named_config(size).to_dict()
     plan = {"token_embedding": {"bits": bits, "block_size": 32 if bits == 8 else 0}}
     chat = {**manifest["tokenizer"], "chat": {} if tuned else None}
     model = {**manifest["model"], "config": config}

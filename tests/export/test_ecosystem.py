@@ -20,6 +20,7 @@ from edge_demo.engine.runner import Engine
 from edge_demo.text.tokenizer import Tokenizer
 from export.ecosystem import write_ecosystem_files
 from gemma_keras import open_checkpoint
+from gemma_keras.checkpoints.hf_config import config_from_hf
 from gemma_keras.checkpoints.hf_tokenizer import tokenizer_json
 from gemma_keras.config import GemmaConfig
 from gemma_keras.errors import CheckpointError
@@ -42,12 +43,12 @@ def read(path):
 def test_config_json_describes_the_bundles_model(tiny_bundles, generation):
     folder = tiny_bundles / f"{generation}-int8"
     config = read(folder / "config.json")
-    described = GemmaConfig.from_hf(config)
+    described = config_from_hf(config)
     assert described == GemmaConfig.from_dict(read(folder / "bundle.json")["model"]["config"])
     assert config["model_type"] == TYPES[generation]
     theirs = transformers.AutoConfig.from_pretrained(folder)
     assert type(theirs).__name__ in ("GemmaConfig", "Gemma2Config", "Gemma3TextConfig")
-    assert GemmaConfig.from_hf(theirs.to_dict()) == described
+    assert config_from_hf(theirs.to_dict()) == described
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (2, 1, 0)
     generation_config = transformers.GenerationConfig.from_pretrained(folder)
     assert (generation_config.eos_token_id, generation_config.do_sample) == (1, False)

@@ -22,7 +22,8 @@ from export.quantize.recipes import INT4, INT8
 from export.quantize.rounding import round_to_nearest
 from export.store import store_weights
 from export.weights_file import WeightsFile
-from gemma_keras import GemmaConfig, open_checkpoint
+from gemma_keras import open_checkpoint
+from gemma_keras.checkpoints.gguf_config import config_from_gguf
 from gemma_keras.checkpoints.gguf_file import GGUFFile
 from gemma_keras.checkpoints.lattice import Lattice
 from gemma_keras.checkpoints.names import weight_specs
@@ -389,7 +390,7 @@ def test_people_are_told_what_is_rounded_again(tmp_path):
 
 
 def test_floats_are_nothing_to_keep():
-    config = GemmaConfig.from_gguf(gguf_files.metadata("gemma", 1), tied_head=True)
+    config = config_from_gguf(gguf_files.metadata("gemma", 1), tied_head=True)
     kept = kept_weights(config, {"layers.0.mlp.up": np.zeros((4, 4), np.float32)})
     assert (kept.formats, kept.sentence) == ({}, "")
     assert kept.rounded("layers.0.mlp.up", INT4) is None

@@ -14,8 +14,8 @@ from export.contract import candidates_contract, engine_contract, interchange_co
 from export.ecosystem import write_ecosystem_files
 from export.quantize.formats import plan_bytes
 from export.quantize.recipes import RECIPES, plan_for_recipe
-from gemma_keras.checkpoints import Checkpoint
-from gemma_keras.config import GemmaConfig
+from gemma_keras.checkpoints.hf_config import config_from_hf, named_config
+from gemma_keras.checkpoints.source import Checkpoint
 from gemma_keras.sizes import SIZES
 from tests.models import chat_tokenizer_model, tiny_tokenizer_model
 
@@ -25,14 +25,14 @@ def test_the_small_files_of_a_size_say_what_it_is(size, tmp_path):
     """Nothing of its size is allocated: the files, and the graphs' inputs and outputs."""
     import transformers
 
-    config = GemmaConfig.named(size.name)
+    config = named_config(size.name)
     tuned = any(release.tuned for release in size.releases)
     tokenizer = chat_tokenizer_model() if tuned else tiny_tokenizer_model()
     checkpoint = Checkpoint(config, {}, tokenizer, tuned, {})
     entry = write_tokenizer(tmp_path, checkpoint)
     assert write_ecosystem_files(tmp_path, checkpoint, entry, config.context_length)
     told = json.loads((tmp_path / "config.json").read_text())
-    assert GemmaConfig.from_hf(told) == config
+    assert config_from_hf(told) == config
     theirs = transformers.AutoConfig.from_pretrained(tmp_path)
     assert (theirs.num_hidden_layers, theirs.hidden_size) == (len(config.layers), config.hidden_dim)
     decoder = json.loads((tmp_path / "genai_config.json").read_text())["model"]["decoder"]

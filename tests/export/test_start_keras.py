@@ -12,7 +12,7 @@ CODE = """
 import os, sys
 from export.start_keras import start_keras
 from gemma_keras import GemmaConfig
-start_keras(GemmaConfig.named(sys.argv[1]))
+start_keras(named_config(sys.argv[1]))
 print(os.environ.get("TF_ENABLE_ONEDNN_OPTS"))
 """
 

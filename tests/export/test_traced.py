@@ -44,9 +44,9 @@ from export.quantize.recipes import INT4, INT8, in_one_plane
 from export.store import embedding_spec, store_weights
 from export.traced import build_traced_graph
 from export.weights_file import StoredTensor, WeightsFile
-from gemma_keras.checkpoints import Checkpoint
+from gemma_keras.checkpoints.hf_config import config_from_hf, named_config
 from gemma_keras.checkpoints.names import weight_specs
-from gemma_keras.config import GemmaConfig
+from gemma_keras.checkpoints.source import Checkpoint
 from tests.gguf_files import metadata, tensors, write_gguf
 from tests.models import GENERATIONS, WINDOW, hf_config, tiny_tokenizer_model
 
@@ -71,7 +71,7 @@ each_format = pytest.mark.parametrize("fmt", FORMATS)
 @functools.cache
 def config_of(generation):
     """The small model of a generation; Gemma's with layers of one and of all key-value heads too."""
-    config = GemmaConfig.from_hf(hf_config(generation, tied=generation != "gemma").to_dict())
+    config = config_from_hf(hf_config(generation, tied=generation != "gemma").to_dict())
     if generation != "gemma":
         return config
     layers = [
@@ -431,7 +431,7 @@ def test_onnxruntime_runs_quantized_products_on_packed_weights(graph, generation
 
 @pytest.mark.parametrize("fmt", ["fp32", "int8"])
 def test_gemma_7b_is_a_small_graph_over_a_weights_file_of_any_size(fmt, tmp_path):
-    config = GemmaConfig.named("gemma_7b")
+    config = named_config("gemma_7b")
     file = WeightsFile(tmp_path / WEIGHTS_FILE)
     with file:
         plan = note_without_writing(config, FORMATS[fmt][0], file)

@@ -15,6 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from gemma_keras import open_checkpoint
+from gemma_keras.checkpoints.hf_config import config_to_hf
 from gemma_keras.checkpoints.names import weight_specs
 from gemma_keras.checkpoints.source import table_pieces
 from gemma_keras.errors import CheckpointError, ModelError
@@ -80,7 +81,7 @@ def logits_of(model):
 
 def logits(checkpoint):
     """What transformers computes with a checkpoint's weights and configuration."""
-    config = transformers.AutoConfig.for_model(**checkpoint.config.to_hf())
+    config = transformers.AutoConfig.for_model(**config_to_hf(checkpoint.config))
     config._attn_implementation = "eager"
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     specs = weight_specs(checkpoint.config).values()
@@ -291,7 +292,7 @@ def test_a_weight_that_an_adapter_changes_is_not_on_the_bases_grid(tmp_path):
     path = gguf_files.write_gguf(
         tmp_path / "base.gguf", meta, arrays, gguf.GGMLQuantizationType.Q8_0
     )
-    config = open_checkpoint(path).config.to_hf()
+    config = config_to_hf(open_checkpoint(path).config)
     model = transformers.AutoModelForCausalLM.from_config(
         transformers.AutoConfig.for_model(**config), dtype=torch.float32
     )

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import transformers
 
+from gemma_keras.checkpoints.gguf_config import config_from_gguf
+from gemma_keras.checkpoints.hf_config import config_from_hf, config_to_hf, named_config
 from gemma_keras.config import GemmaConfig, LayerSpec
 from gemma_keras.errors import ConfigError
 from tests.models import GENERATIONS, hf_config
@@ -132,7 +134,7 @@ def without(data, key):
 
 
 def test_gemma_2b():
-    config = GemmaConfig.from_hf(GEMMA_2B)
+    config = config_from_hf(GEMMA_2B)
     layer = LayerSpec(
         num_heads=8,
         num_kv_heads=1,
@@ -150,11 +152,11 @@ def test_gemma_2b():
         tied_head=True,
         context_length=8192,
     )
-    assert config == GemmaConfig.named("gemma_2b")
+    assert config == named_config("gemma_2b")
 
 
 def test_gemma2_27b_alternates_windows_and_scales_queries_by_its_own_number():
-    config = GemmaConfig.from_hf(GEMMA2_27B)
+    config = config_from_hf(GEMMA2_27B)
     local = LayerSpec(
         num_heads=32,
         num_kv_heads=16,
@@ -171,7 +173,7 @@ def test_gemma2_27b_alternates_windows_and_scales_queries_by_its_own_number():
 
 
 def test_gemma3_1b_has_five_local_layers_to_one_global():
-    config = GemmaConfig.from_hf(GEMMA3_1B)
+    config = config_from_hf(GEMMA3_1B)
     local = LayerSpec(
         num_heads=4,
         num_kv_heads=1,
@@ -189,7 +191,7 @@ def test_gemma3_1b_has_five_local_layers_to_one_global():
 
 
 def test_gemma3_27b_is_read_from_the_text_part_with_scaled_global_positions():
-    config = GemmaConfig.from_hf(GEMMA3_27B)
+    config = config_from_hf(GEMMA3_27B)
     assert len(config.layers) == 62
     assert config.layers[0].query_scale == 168**-0.5
     assert {(s.sliding_window, s.rope_theta, s.rope_scale) for s in config.layers} == {
@@ -203,17 +205,15 @@ def test_gemma3_27b_is_read_from_the_text_part_with_scaled_global_positions():
 @pytest.mark.parametrize("name", ["GemmaConfig", "Gemma2Config", "Gemma3TextConfig"])
 def test_defaults_are_those_of_transformers(name):
     theirs = getattr(transformers, name)()
-    described = GemmaConfig.from_hf(theirs.to_dict())
-    assert GemmaConfig.from_hf({"model_type": theirs.model_type}) == described
+    described = config_from_hf(theirs.to_dict())
+    assert config_from_hf({"model_type": theirs.model_type}) == described
     assert len(described.layers) == theirs.num_hidden_layers
     assert described.layers[0].ffw_dim == theirs.intermediate_size
 
 
 def test_multimodal_gemma3_as_transformers_writes_it():
     config = transformers.Gemma3Config(text_config=hf_config("gemma3"))
-    assert GemmaConfig.from_hf(config.to_dict()) == GemmaConfig.from_hf(
-        config.text_config.to_dict()
-    )
+    assert config_from_hf(config.to_dict()) == config_from_hf(config.text_config.to_dict())
 
 
 def old_style(generation):
@@ -237,8 +237,8 @@ def old_style(generation):
 
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_old_keys_and_new_keys_say_the_same(generation):
-    new = GemmaConfig.from_hf(hf_config(generation).to_dict())
-    assert GemmaConfig.from_hf(old_style(generation)) == new
+    new = config_from_hf(hf_config(generation).to_dict())
+    assert config_from_hf(old_style(generation)) == new
     thetas = {"gemma": {500.0}, "gemma2": {500.0}, "gemma3": {100.0, 2000.0}}
     assert {spec.rope_theta for spec in new.layers} == thetas[generation]
 
@@ -246,20 +246,20 @@ def test_old_keys_and_new_keys_say_the_same(generation):
 def test_layer_types_win_over_the_pattern():
     types = ["full_attention", "sliding_attention", "sliding_attention"]
     data = GEMMA3_1B | {"num_hidden_layers": 3, "layer_types": types}
-    windows = [spec.sliding_window for spec in GemmaConfig.from_hf(data).layers]
+    windows = [spec.sliding_window for spec in config_from_hf(data).layers]
     assert windows == [None, 512, 512]
 
 
 def test_a_sliding_window_pattern_other_than_six_is_heard():
     for key in "sliding_window_pattern", "_sliding_window_pattern":
         data = without(GEMMA3_1B, "sliding_window_pattern") | {key: 2, "num_hidden_layers": 5}
-        windows = [spec.sliding_window for spec in GemmaConfig.from_hf(data).layers]
+        windows = [spec.sliding_window for spec in config_from_hf(data).layers]
         assert windows == [512, None, 512, None, 512]
 
 
 def test_embeddinggemma():
-    config = GemmaConfig.from_hf(EMBEDDINGGEMMA)
-    assert config == GemmaConfig.named("embeddinggemma_300m")
+    config = config_from_hf(EMBEDDINGGEMMA)
+    assert config == named_config("embeddinggemma_300m")
     assert all(layer.bidirectional for layer in config.layers)
     # half of the file's window each way, and the token itself
     assert [layer.sliding_window for layer in config.layers] == [*[257] * 5, None] * 4
@@ -269,21 +269,21 @@ def test_embeddinggemma():
 @pytest.mark.parametrize("window", [1, 2, 3, 12, 13, 512, 513])
 def test_a_bidirectional_window_is_halved_as_transformers_halves_it(window):
     data = EMBEDDINGGEMMA | {"sliding_window": window}
-    config = GemmaConfig.from_hf(data)
+    config = config_from_hf(data)
     theirs = transformers.Gemma3TextConfig(**data)
     assert config.layers[0].sliding_window == theirs.sliding_window
-    written = config.to_hf()
-    assert GemmaConfig.from_hf(written) == config
+    written = config_to_hf(config)
+    assert config_from_hf(written) == config
     assert transformers.Gemma3TextConfig(**written).sliding_window == theirs.sliding_window
-    assert GemmaConfig.from_hf(theirs.to_dict() | {"sliding_window": window}) == config
+    assert config_from_hf(theirs.to_dict() | {"sliding_window": window}) == config
 
 
 def test_a_model_bidirectional_in_part_has_no_hugging_face_config():
-    config = GemmaConfig.from_hf(EMBEDDINGGEMMA)
+    config = config_from_hf(EMBEDDINGGEMMA)
     causal = dataclasses.replace(config.layers[3], bidirectional=False)
     mixed = dataclasses.replace(config, layers=(*config.layers[:3], causal, *config.layers[4:]))
     with pytest.raises(ConfigError, match="cannot be written"):
-        mixed.to_hf()
+        config_to_hf(mixed)
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
@@ -291,16 +291,16 @@ def test_a_model_bidirectional_in_part_has_no_hugging_face_config():
 def test_only_a_gemma3_looks_both_ways_and_says_so_plainly(generation, value):
     data = hf_config(generation).to_dict() | {"use_bidirectional_attention": value}
     if generation == "gemma3" and value is True:
-        assert GemmaConfig.from_hf(data).layers[0].bidirectional
+        assert config_from_hf(data).layers[0].bidirectional
         return
     with pytest.raises(ConfigError, match="use_bidirectional_attention"):
-        GemmaConfig.from_hf(data)
+        config_from_hf(data)
 
 
 @pytest.mark.parametrize("data", [GEMMA_2B, GEMMA2_27B, GEMMA3_1B], ids=lambda d: d["model_type"])
 def test_an_unknown_key_is_refused_by_name(data):
     with pytest.raises(ConfigError, match="num_experts"):
-        GemmaConfig.from_hf(data | {"num_experts": 8})
+        config_from_hf(data | {"num_experts": 8})
 
 
 def of_transformers_4():
@@ -367,11 +367,11 @@ def of_other_tools():
 def test_keys_that_cannot_change_the_mathematics_are_passed_over(data, keys):
     foreign = {key: value for key, value in keys().items() if key not in ("model_type", *data)}
     assert len(foreign) > 5
-    expected = GemmaConfig.from_hf(data)
-    assert GemmaConfig.from_hf(data | foreign) == expected
+    expected = config_from_hf(data)
+    assert config_from_hf(data | foreign) == expected
     if "text_config" in data:
         inner = {k: v for k, v in foreign.items() if k not in data["text_config"]}
-        assert GemmaConfig.from_hf(data | {"text_config": data["text_config"] | inner}) == expected
+        assert config_from_hf(data | {"text_config": data["text_config"] | inner}) == expected
 
 
 @pytest.mark.parametrize(
@@ -393,16 +393,14 @@ def test_keys_that_cannot_change_the_mathematics_are_passed_over(data, keys):
 )
 def test_keys_that_can_change_the_mathematics_are_refused_by_name(change, said):
     with pytest.raises(ConfigError, match=re.escape(said)):
-        GemmaConfig.from_hf(GEMMA2_27B | change)
+        config_from_hf(GEMMA2_27B | change)
 
 
 def test_what_stands_around_the_text_part_may_not_contradict_it():
-    assert GemmaConfig.from_hf(GEMMA3_27B | {"hidden_size": 5376}) == GemmaConfig.from_hf(
-        GEMMA3_27B
-    )
+    assert config_from_hf(GEMMA3_27B | {"hidden_size": 5376}) == config_from_hf(GEMMA3_27B)
     with pytest.raises(ConfigError, match="hidden_size=640, and 5376 in its text_config"):
-        GemmaConfig.from_hf(GEMMA3_27B | {"hidden_size": 640})
-    untied = GemmaConfig.from_hf(GEMMA3_27B | {"tie_word_embeddings": False})
+        config_from_hf(GEMMA3_27B | {"hidden_size": 640})
+    untied = config_from_hf(GEMMA3_27B | {"tie_word_embeddings": False})
     assert not untied.tied_head  # transformers 5 reads it there
 
 
@@ -447,7 +445,7 @@ def test_what_stands_around_the_text_part_may_not_contradict_it():
 )
 def test_what_is_not_a_gemma_is_refused_with_a_reason(change):
     with pytest.raises(ConfigError) as error:
-        GemmaConfig.from_hf(GEMMA2_27B | change)
+        config_from_hf(GEMMA2_27B | change)
     assert len(str(error.value)) > 20
 
 
@@ -459,22 +457,22 @@ def test_another_activation_is_refused_by_name(data, activation):
         change = {"text_config": data["text_config"] | change}
     said = f"the activation is '{activation}'; Gemma's is gelu_pytorch_tanh"
     with pytest.raises(ConfigError, match=f"^{said}$"):
-        GemmaConfig.from_hf(data | change)
+        config_from_hf(data | change)
 
 
 def test_gemma3_with_rope_parameters_of_an_unknown_layer_kind_is_refused():
     with pytest.raises(ConfigError, match="chunked_attention"):
-        GemmaConfig.from_hf(GEMMA3_1B | {"rope_parameters": {"chunked_attention": {}}})
+        config_from_hf(GEMMA3_1B | {"rope_parameters": {"chunked_attention": {}}})
 
 
 def test_multimodal_gemma3_without_a_text_part_is_refused():
     with pytest.raises(ConfigError, match="text_config"):
-        GemmaConfig.from_hf({"model_type": "gemma3"})
+        config_from_hf({"model_type": "gemma3"})
 
 
 def test_an_unknown_size_is_refused_with_those_that_are_known():
     with pytest.raises(ConfigError, match=r"known: .*gemma3_270m, .*gemma_2b, gemma_7b"):
-        GemmaConfig.named("gemma_3b")
+        named_config("gemma_3b")
 
 
 # --- GGUF ----------------------------------------------------------------------------------------
@@ -519,14 +517,12 @@ def test_gguf_metadata_describe_the_model_that_config_json_describes(generation)
     hf = hf_config(generation).to_dict()
     if generation != "gemma":
         hf["query_pre_attn_scalar"] = 32  # GGUF has no key for it
-    assert GemmaConfig.from_gguf(gguf_metadata(generation), tied_head=True) == GemmaConfig.from_hf(
-        hf
-    )
+    assert config_from_gguf(gguf_metadata(generation), tied_head=True) == config_from_hf(hf)
 
 
 def test_gguf_local_layers_of_gemma3_rotate_with_10_000_unless_it_says_otherwise():
     metadata = without(gguf_metadata("gemma3"), "gemma3.rope.freq_base_swa")
-    layers = GemmaConfig.from_gguf(metadata, tied_head=True).layers
+    layers = config_from_gguf(metadata, tied_head=True).layers
     assert [spec.rope_theta for spec in layers] == [10_000.0] * 5 + [2000.0] + [10_000.0] * 2
 
 
@@ -548,7 +544,7 @@ def test_gguf_query_scale_of_the_27b_models(generation, layers, hidden, scalar):
         f"{generation}.attention.key_length": 128 if scalar != 256 else 256,
         f"{generation}.attention.value_length": 128 if scalar != 256 else 256,
     }
-    config = GemmaConfig.from_gguf(metadata, tied_head=True)
+    config = config_from_gguf(metadata, tied_head=True)
     assert {spec.query_scale for spec in config.layers} == {scalar**-0.5}
 
 
@@ -557,7 +553,7 @@ def test_gguf_sizes_that_differ_between_layers_are_kept():
         "gemma.feed_forward_length": [160, 96, 64],
         "gemma.attention.head_count_kv": [1, 2, 4],
     }
-    layers = GemmaConfig.from_gguf(metadata, tied_head=False).layers
+    layers = config_from_gguf(metadata, tied_head=False).layers
     assert [(s.ffw_dim, s.num_kv_heads) for s in layers] == [(160, 1), (96, 2), (64, 4)]
 
 
@@ -575,7 +571,7 @@ def test_gguf_sizes_that_differ_between_layers_are_kept():
 )
 def test_a_missing_gguf_key_is_named(key):
     with pytest.raises(ConfigError, match=key):
-        GemmaConfig.from_gguf(without(gguf_metadata("gemma3"), key), tied_head=True)
+        config_from_gguf(without(gguf_metadata("gemma3"), key), tied_head=True)
 
 
 @pytest.mark.parametrize(
@@ -603,7 +599,7 @@ def test_a_missing_gguf_key_is_named(key):
 def test_gguf_metadata_of_something_else_are_refused(change):
     kind = change.get("general.architecture", "gemma3")
     with pytest.raises(ConfigError):
-        GemmaConfig.from_gguf(
+        config_from_gguf(
             gguf_metadata(kind if kind in GENERATIONS else "gemma3") | change, tied_head=True
         )
 
@@ -621,29 +617,29 @@ def test_gguf_metadata_of_something_else_are_refused(change):
 )
 def test_gguf_keys_that_say_what_gemma_is_are_passed_over(change):
     plain = gguf_metadata("gemma3")
-    assert GemmaConfig.from_gguf(plain | change, tied_head=True) == GemmaConfig.from_gguf(
+    assert config_from_gguf(plain | change, tied_head=True) == config_from_gguf(
         plain, tied_head=True
     )
 
 
 def test_a_gguf_gemma3_without_a_window_has_global_layers_alone():
     metadata = gguf_metadata("gemma3") | {"gemma3.attention.sliding_window": 0}
-    layers = GemmaConfig.from_gguf(metadata, tied_head=True).layers
+    layers = config_from_gguf(metadata, tied_head=True).layers
     assert {(s.sliding_window, s.rope_theta, s.rope_scale) for s in layers} == {(None, 2000.0, 8.0)}
 
 
 def test_a_gguf_factor_without_a_type_scales_positions_as_llama_cpp_reads_it():
     metadata = without(gguf_metadata("gemma3"), "gemma3.rope.scaling.type")
-    assert GemmaConfig.from_gguf(metadata, tied_head=True) == GemmaConfig.from_gguf(
+    assert config_from_gguf(metadata, tied_head=True) == config_from_gguf(
         gguf_metadata("gemma3"), tied_head=True
     )
     none = metadata | {"gemma3.rope.scaling.type": "none"}
-    assert {s.rope_scale for s in GemmaConfig.from_gguf(none, tied_head=True).layers} == {1.0}
+    assert {s.rope_scale for s in config_from_gguf(none, tied_head=True).layers} == {1.0}
 
 
 def ollama_metadata(name):
     """A published Gemma 3 as Ollama's converter described it."""
-    hf = GemmaConfig.named(name)
+    hf = named_config(name)
     first = hf.layers[0]
     metadata = {
         "block_count": len(hf.layers),
@@ -674,7 +670,7 @@ def ollama_metadata(name):
 @pytest.mark.parametrize("name", ["gemma3_1b", "gemma3_4b", "gemma3_12b", "gemma3_27b"])
 def test_ollamas_own_keys_describe_the_published_model(name):
     # its files leave the scaling of positions out and cap the 1B's logits; Ollama knows better
-    assert GemmaConfig.from_gguf(ollama_metadata(name), tied_head=True) == GemmaConfig.named(name)
+    assert config_from_gguf(ollama_metadata(name), tied_head=True) == named_config(name)
 
 
 # --- to_dict, to_hf ------------------------------------------------------------------------------
@@ -682,30 +678,30 @@ def test_ollamas_own_keys_describe_the_published_model(name):
 
 @pytest.mark.parametrize("data", [GEMMA_2B, GEMMA2_27B, GEMMA3_27B], ids=lambda d: d["model_type"])
 def test_to_dict_is_json_that_from_dict_reads_back(data):
-    config = GemmaConfig.from_hf(data)
+    config = config_from_hf(data)
     assert GemmaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 WRITTEN = [
-    *(GemmaConfig.from_hf(data) for data in (GEMMA_2B, GEMMA2_27B, GEMMA3_1B, GEMMA3_27B)),
-    *(GemmaConfig.from_hf(hf_config(g, tied).to_dict()) for g in GENERATIONS for tied in (True, False)),
-    GemmaConfig.named("gemma_7b"),
-    GemmaConfig.named("gemma3_270m"),
-    GemmaConfig.named("embeddinggemma_300m"),
+    *(config_from_hf(data) for data in (GEMMA_2B, GEMMA2_27B, GEMMA3_1B, GEMMA3_27B)),
+    *(config_from_hf(hf_config(g, tied).to_dict()) for g in GENERATIONS for tied in (True, False)),
+    named_config("gemma_7b"),
+    named_config("gemma3_270m"),
+    named_config("embeddinggemma_300m"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("config", WRITTEN)
 def test_to_hf_is_json_that_from_hf_and_transformers_read_back(config):
-    data = json.loads(json.dumps(config.to_hf()))
-    assert GemmaConfig.from_hf(data) == config
+    data = json.loads(json.dumps(config_to_hf(config)))
+    assert config_from_hf(data) == config
     theirs = transformers.AutoConfig.for_model(**data)
-    assert GemmaConfig.from_hf(theirs.to_dict()) == config
+    assert config_from_hf(theirs.to_dict()) == config
 
 
 def test_to_hf_writes_round_numbers_as_they_are_published():
-    assert GemmaConfig.from_hf(GEMMA2_27B).to_hf()["query_pre_attn_scalar"] == 144
-    assert GemmaConfig.from_hf(GEMMA3_27B).to_hf()["query_pre_attn_scalar"] == 168
+    assert config_to_hf(config_from_hf(GEMMA2_27B))["query_pre_attn_scalar"] == 144
+    assert config_to_hf(config_from_hf(GEMMA3_27B))["query_pre_attn_scalar"] == 168
 
 
 @pytest.mark.parametrize(
@@ -720,16 +716,16 @@ def test_to_hf_writes_round_numbers_as_they_are_published():
     ],
 )
 def test_to_hf_refuses_what_that_file_cannot_say(change):
-    config = GemmaConfig.from_hf(hf_config("gemma3").to_dict())
+    config = config_from_hf(hf_config("gemma3").to_dict())
     if callable(edit := change.get("layers")):
         layers = enumerate(config.layers)
         change = {"layers": tuple(dataclasses.replace(s, **edit(s, i)) for i, s in layers)}
     with pytest.raises(ConfigError, match=r"cannot be written as a Hugging Face config\.json"):
-        dataclasses.replace(config, **change).to_hf()
+        config_to_hf(dataclasses.replace(config, **change))
 
 
 def test_from_dict_refuses_unknown_missing_and_wrong_entries():
-    good = GemmaConfig.named("gemma_2b").to_dict()
+    good = named_config("gemma_2b").to_dict()
     unknown_in_layer = {"layers": [good["layers"][0] | {"experts": 8}]}
     for bad in (
         good | {"experts": 8},

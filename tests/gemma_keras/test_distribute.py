@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from gemma_keras import GemmaBackbone, GemmaConfig, distribute
+from gemma_keras.checkpoints.hf_config import config_from_hf, named_config
 from gemma_keras.errors import ConfigError
 from gemma_keras.sizes import SIZES
 from tests.models import write_tiny_hf
@@ -285,7 +286,7 @@ def distribution(**kwargs):
 
 
 def config(**changes) -> GemmaConfig:
-    return GemmaConfig.from_hf({**SIZES["gemma3_270m"].hf, **changes})
+    return config_from_hf({**SIZES["gemma3_270m"].hf, **changes})
 
 
 @on_jax
@@ -337,7 +338,7 @@ def test_batches_take_the_devices_that_are_left():
 def test_every_published_size_fits_on_eight_devices(size, model):
     for over_data in (False, True):
         made = distribution(
-            model=model, shard_parameters_over_data=over_data, config=GemmaConfig.named(size)
+            model=model, shard_parameters_over_data=over_data, config=named_config(size)
         )
         assert made.device_mesh.shape == (8 // model, model)
 

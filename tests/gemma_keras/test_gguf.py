@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from gemma_keras import GemmaConfig, LayerSpec, open_checkpoint
 from gemma_keras.checkpoints import gguf_file as reader
 from gemma_keras.checkpoints.gguf import read_gguf
+from gemma_keras.checkpoints.gguf_config import config_from_gguf
 from gemma_keras.checkpoints.gguf_file import GGUFFile
 from gemma_keras.checkpoints.names import weight_specs
 from gemma_keras.checkpoints.sample import sample_path
@@ -173,7 +174,7 @@ def test_tensor_names_are_those_the_package_lists_for_the_architecture(kind):
         for bid in range(LAYERS[kind])
     }
     meta = gguf_files.metadata(kind, LAYERS[kind])
-    config = GemmaConfig.from_gguf(meta, tied_head="output.weight" not in listed)
+    config = config_from_gguf(meta, tied_head="output.weight" not in listed)
     assert {spec.gguf for spec in weight_specs(config).values()} == listed
 
 
@@ -356,7 +357,7 @@ def test_other_versions_are_refused(version, match, tmp_path):
 def test_version_2_is_read(tmp_path):
     path = tmp_path / "m.gguf"
     path.write_bytes(TINY[:4] + struct.pack("<I", 2) + TINY[8:])
-    assert open_checkpoint(path).config == GemmaConfig.from_gguf(_model()[0], tied_head=True)
+    assert open_checkpoint(path).config == config_from_gguf(_model()[0], tied_head=True)
 
 
 def test_a_file_cut_anywhere_is_refused(tmp_path):

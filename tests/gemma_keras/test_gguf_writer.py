@@ -13,10 +13,11 @@ import torch
 import transformers
 from sentencepiece import sentencepiece_model_pb2 as proto
 
-from gemma_keras import GemmaConfig, open_checkpoint
+from gemma_keras import open_checkpoint
 from gemma_keras.checkpoints import source as source_module
 from gemma_keras.checkpoints.gguf_config import config_from_gguf, config_to_gguf
 from gemma_keras.checkpoints.gguf_writer import write_gguf
+from gemma_keras.checkpoints.hf_config import named_config
 from gemma_keras.checkpoints.safetensors_writer import write_safetensors_folder
 from gemma_keras.checkpoints.sample import sample_path
 from gemma_keras.checkpoints.sentencepiece_model import (
@@ -89,7 +90,7 @@ def test_matrices_are_rounded_as_the_gguf_package_rounds(
 
 @pytest.mark.parametrize("name", [s.name for s in SIZES.values() if s.causal and not s.alias_of])
 def test_every_published_size_is_said_by_gguf(name):
-    config = GemmaConfig.named(name)
+    config = named_config(name)
     metadata = config_to_gguf(config)
     vocabulary = {"tokenizer.ggml.tokens": range(config.vocabulary_size)}
     assert config_from_gguf(metadata | vocabulary, tied_head=True) == config

@@ -193,7 +193,7 @@ def load(vocabulary):
     weights["token_embedding"] = None  # only ever in pieces
     return GemmaBackbone(config, dtype="bfloat16", kernel_initializer=FromWeights(weights))
 
-small = GemmaConfig.named("gemma3_270m").to_dict()
+small = named_config("gemma3_270m").to_dict()
 small |= {"hidden_dim": WIDTH, "layers": small["layers"][:2], "tied_head": True}
 """
 

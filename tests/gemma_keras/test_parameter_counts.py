@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from gemma_keras.checkpoints.hf_config import named_config
 from gemma_keras.checkpoints.names import parameter_count
-from gemma_keras.config import GemmaConfig
 from gemma_keras.sizes import SIZES, releases
 
 # Rows that a table of Hugging Face's has beyond that of KerasHub's preset: see below.
@@ -23,7 +23,7 @@ def preset_parameters(preset):
 
 @pytest.mark.parametrize("name", SIZES)
 def test_published_parameter_counts(name):
-    assert parameter_count(GemmaConfig.named(name)) == SIZES[name].parameters
+    assert parameter_count(named_config(name)) == SIZES[name].parameters
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_published_parameter_counts(name):
 )
 def test_parameters_beside_the_embedding_are_those_of_the_reports(name, without_table):
     """The tables there have 256,128 rows, those of the published files 256,000."""
-    config = GemmaConfig.named(name)
+    config = named_config(name)
     table = config.vocabulary_size * config.hidden_dim
     assert parameter_count(config) - table == without_table
 
@@ -76,14 +76,14 @@ def vision_parameters(size, found, rows):
 )
 def test_the_larger_tables_of_gemma3_are_64_rows_longer_elsewhere(size, with_rows):
     """MedGemma's presets, made of Hugging Face's files, are the same models with their rows."""
-    rows = 64 * GemmaConfig.named(size).hidden_dim
+    rows = 64 * named_config(size).hidden_dim
     assert preset_parameters(with_rows) - preset_parameters(size) == rows
 
 
 @pytest.mark.keras
 @pytest.mark.peer
 def test_embeddinggemma_with_its_projections_counts_as_keras_hubs_preset():
-    width = GemmaConfig.named("embeddinggemma_300m").hidden_dim
+    width = named_config("embeddinggemma_300m").hidden_dim
     projections = 2 * width * 4 * width  # 768 to 3072 and back
     assert SIZES["embeddinggemma_300m"].parameters + projections == EMBEDDINGGEMMA_PROJECTED
     assert preset_parameters("embedding_gemma3_300m") == EMBEDDINGGEMMA_PROJECTED
@@ -98,7 +98,7 @@ def test_the_keras_model_of_every_size_has_as_many_parameters(record_property):
     from gemma_keras import GemmaBackbone
 
     before = peak_megabytes()
-    sizes = {GemmaConfig.named(name): size.parameters for name, size in SIZES.items()}
+    sizes = {named_config(name): size.parameters for name, size in SIZES.items()}
     for config, count in sizes.items():
         with keras.StatelessScope():  # which leaves variables without values until it ends
             backbone = GemmaBackbone(config, kernel_initializer="zeros")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from gemma_keras.checkpoints.hf_config import config_to_hf
 from gemma_keras.checkpoints.sentence_transformers import open_embedder
 from gemma_keras.errors import CheckpointError, ConfigError, ModelError
 from tests.gemma_keras.embedder_files import (
@@ -44,7 +45,7 @@ def modules(folder):
 def test_everything_is_read(written):
     folder, transformer, matrices = written
     found = open_embedder(folder)
-    assert found.transformer.config.to_hf()["use_bidirectional_attention"] is True
+    assert config_to_hf(found.transformer.config)["use_bidirectional_attention"] is True
     assert (found.normalize, found.max_tokens) == (True, MAX_TOKENS)
     assert (found.prompts, found.default_prompt_name) == (PROMPTS, None)
     for ours, theirs in zip(found.projections, matrices, strict=True):

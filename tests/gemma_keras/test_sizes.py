@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from edge_demo.engine import size_estimates as on_the_device
-from gemma_keras.config import GemmaConfig
+from gemma_keras.checkpoints.hf_config import named_config
 from gemma_keras.sizes import SIZES, releases
 
 OWN = [size for size in SIZES.values() if size.alias_of is None]
@@ -22,8 +22,8 @@ def test_a_repository_and_a_preset_stand_once():
 
 def test_an_alias_has_the_architecture_of_its_size_and_no_other_size_has_it():
     for size in SIZES.values():
-        config = GemmaConfig.named(size.name)
-        same = [s.name for s in OWN if GemmaConfig.named(s.name) == config]
+        config = named_config(size.name)
+        same = [s.name for s in OWN if named_config(s.name) == config]
         assert same == [size.alias_of or size.name]
         assert size.releases
 
@@ -33,7 +33,7 @@ def test_what_the_device_knows_of_sizes_is_this_table():
     for size in OWN:
         if not size.causal:
             continue
-        config = GemmaConfig.named(size.name)
+        config = named_config(size.name)
         numbers: Counter[int | None] = Counter()
         for layer in config.layers:
             numbers[layer.sliding_window] += 2 * layer.num_kv_heads * layer.head_dim

@@ -11,9 +11,10 @@ import sentencepiece
 import torch
 from keras import ops
 
-from gemma_keras import GemmaBackbone, GemmaCausalLM, GemmaConfig, GemmaTextEmbedder
-from gemma_keras.checkpoints import open_checkpoint
+from gemma_keras import GemmaBackbone, GemmaCausalLM, GemmaTextEmbedder
+from gemma_keras.checkpoints.hf_config import config_from_hf
 from gemma_keras.errors import CheckpointError, ConfigError
+from gemma_keras.open import open_checkpoint
 from tests.gemma_keras.embedder_files import (
     DIM,
     MAX_TOKENS,
@@ -115,7 +116,7 @@ def test_keras_hub_sees_one_token_fewer_back_in_an_even_window(keras_hub_window,
 
     sizes = {"vocab_size": 300, "hidden_size": 48, "head_dim": 16, "intermediate_size": 64}
     sizes |= {"num_attention_heads": 6, "num_key_value_heads": 3, "num_hidden_layers": 2}
-    causal = GemmaConfig.from_hf(
+    causal = config_from_hf(
         {
             "model_type": "gemma3_text",
             "sliding_window": WINDOW,

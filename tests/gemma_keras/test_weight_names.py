@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from gemma_keras.checkpoints.hf_config import config_from_hf
 from gemma_keras.checkpoints.names import WeightSpec, parameter_count, weight_specs
-from gemma_keras.config import GemmaConfig
 from tests.models import GENERATIONS, hf_config, tiny_hf
 
 
@@ -14,7 +14,7 @@ from tests.models import GENERATIONS, hf_config, tiny_hf
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_the_table_has_every_weight_of_transformers_and_no_other(generation, tied):
     theirs = {n: tuple(p.shape) for n, p in tiny_hf(generation, tied=tied).named_parameters()}
-    config = GemmaConfig.from_hf(hf_config(generation, tied).to_dict())
+    config = config_from_hf(hf_config(generation, tied).to_dict())
     specs = weight_specs(config).values()
     assert {spec.hf: spec.file_shape for spec in specs} == theirs
     assert parameter_count(config) == sum(int(np.prod(shape)) for shape in theirs.values())

@@ -1,0 +1,46 @@
+"""Ids of the tokens with a meaning, as a checkpoint's tokenizer has them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from gemma_keras.checkpoints.source import Checkpoint
+from gemma_keras.errors import CheckpointError
+
+
+class TokenIds(NamedTuple):
+    """Ids of the tokens with a meaning; `stop` are those that end a text, first the one that the
+    tokenizer calls its end."""
+
+    bos: int
+    stop: tuple[int, ...]
+
+
+def token_ids(checkpoint: Checkpoint) -> TokenIds:
+    """Those of a checkpoint with a tokenizer.
+
+    Raises:
+        CheckpointError: it lacks one of them.
+    """
+    pieces = processor(checkpoint)
+    try:
+        stop = checkpoint.stop_ids()
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    if not stop or pieces.bos_id() < 0 or pieces.eos_id() < 0:
+        raise CheckpointError("the tokenizer lacks the tokens that begin or end a text")
+    return TokenIds(pieces.bos_id(), stop)
+
+
+def processor(checkpoint: Checkpoint) -> Any:
+    """The SentencePiece processor of a checkpoint with a tokenizer.
+
+    Raises:
+        CheckpointError: it is not one.
+    """
+    import sentencepiece
+
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=checkpoint.tokenizer_model)
+    except Exception as error:  # sentencepiece raises RuntimeError or its own, by version
+        raise CheckpointError(f"tokenizer.model is not a SentencePiece model: {error}") from error

