@@ -16,7 +16,7 @@ import dataclasses
 import json
 import os
 
-from gemma_keras.checkpoints.hf_config import named_config
+from gemma_keras.checkpoints.hf.config import named_config
 
 
 def main() -> None:
@@ -50,7 +50,7 @@ def configuration(size: str | None, layers: int | None):
 
 
 def meshes() -> dict[str, dict | None]:
-    """Arguments of `gemma_keras.distribute.distribution`, by what they are called here."""
+    """Arguments of `gemma_keras.model.distribute.distribution`, by what they are called here."""
     import keras
 
     count = len(keras.distribution.list_devices())
@@ -72,7 +72,8 @@ def measure(config, mesh: dict | None) -> dict:
     import keras
     import numpy as np
 
-    from gemma_keras import GemmaBackbone, GemmaCausalLM, distribute
+    from gemma_keras import GemmaBackbone, GemmaCausalLM
+    from gemma_keras.model import distribute
 
     made = None if mesh is None else distribute.distribution(config=config, **mesh)
     keras.distribution.set_distribution(made)

@@ -21,7 +21,7 @@ import time
 import numpy as np
 
 from edge_demo.cli.terminal import Progress
-from gemma_keras.checkpoints.hf_config import config_to_hf, named_config
+from gemma_keras.checkpoints.hf.config import config_to_hf, named_config
 
 PROMPT, NEW = 512, 64
 BACKENDS = ("jax", "tensorflow", "torch")

@@ -26,7 +26,7 @@ from sentencepiece import sentencepiece_model_pb2
 
 from edge_demo.cli.terminal import Progress
 from gemma_keras import GemmaConfig, open_checkpoint
-from gemma_keras.checkpoints.hf_config import config_to_hf, named_config
+from gemma_keras.checkpoints.hf.config import config_to_hf, named_config
 from gemma_keras.checkpoints.names import WeightSpec, weight_specs
 
 _PIECE = 1 << 24

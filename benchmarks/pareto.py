@@ -26,7 +26,7 @@ from edge_demo.cli.terminal import Progress
 from edge_demo.engine.runner import Engine
 from edge_demo.evaluate.compare import compare
 from edge_demo.text.tokenizer import Tokenizer
-from gemma_keras.checkpoints.sample import sample_path
+from gemma_keras.checkpoints.opening.sample import sample_path
 
 _WINDOW = 512
 _LEAST_KL = 3e-4  # drawn; floats lie far below

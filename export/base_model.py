@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from gemma_keras.checkpoints.hf_config import config_from_hf
+from gemma_keras.checkpoints.hf.config import config_from_hf
 from gemma_keras.checkpoints.hub import hf_name
 from gemma_keras.config import GemmaConfig
 from gemma_keras.sizes import Release, Size, releases

@@ -26,10 +26,10 @@ from export.contract import WEIGHTS_FILE
 from export.errors import ExportError, ExportRequestError
 from export.quantize.formats import Plan, plan_to_json
 from export.terms import terms_of
-from gemma_keras.chat import turn_ids
 from gemma_keras.checkpoints.names import parameter_count
 from gemma_keras.checkpoints.source import Checkpoint
 from gemma_keras.checkpoints.unfinished import whole_or_nothing
+from gemma_keras.text.chat import turn_ids
 
 TOKENIZER_FILE = "tokenizer.model"
 NOTICE_FILE = "GEMMA_NOTICE.txt"

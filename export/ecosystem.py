@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from export.contract import INTERCHANGE_FILE
-from gemma_keras.checkpoints.hf_files import (
+from gemma_keras.checkpoints.hf.files import (
     CONFIG_FILE,
     GENERATION_FILE,
     SUPPRESSED,

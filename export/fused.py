@@ -1,6 +1,6 @@
 """The fused lowering: a configuration and stored weights to a graph of onnxruntime's operators.
 
-It reads top to bottom as the model does (`gemma_keras.layers`), and is independent of Keras.
+It reads top to bottom as the model does (`gemma_keras.model.layers`), and is independent of Keras.
 Operators of the domain `com.microsoft` are documented in onnxruntime's ContribOperators.md.
 """
 

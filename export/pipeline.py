@@ -213,7 +213,7 @@ def _open(source, base: str | os.PathLike[str] | None) -> Checkpoint:
         raise ExportRequestError("a base goes with an adapter's folder or file, not with a model")
     if hasattr(source, "as_checkpoint"):
         return source.as_checkpoint()
-    from gemma_keras.checkpoints.keras_hub import read_keras_hub
+    from gemma_keras.keras_hub.convert import read_keras_hub
 
     return read_keras_hub(source)
 

@@ -16,7 +16,7 @@ from keras import ops
 from gemma_keras.checkpoints.names import head_table, weight_specs
 from gemma_keras.checkpoints.source import table_pieces
 from gemma_keras.config import GemmaConfig, LayerSpec
-from gemma_keras.layers import GemmaDecoderBlock
+from gemma_keras.model.layers import GemmaDecoderBlock
 
 _WORTH_COLLECTING = 64 << 20  # bytes of a block
 

@@ -24,9 +24,9 @@ import tensorflow as tf
 from tf2onnx import optimizer, tf_loader, tfonnx
 
 from export.nodes import OPSET
-from gemma_keras.backbone import GemmaBackbone
 from gemma_keras.checkpoints.names import WeightSpec, head_table, weight_specs
 from gemma_keras.config import GemmaConfig
+from gemma_keras.model.backbone import GemmaBackbone
 
 # tf2onnx ends at 18. From 21 on DequantizeLinear knows blocks and 4-bit integers.
 _TRACED_OPSET = 18

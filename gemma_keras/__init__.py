@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from gemma_keras.missing import said_what_is_missing
 
 if TYPE_CHECKING:
-    from gemma_keras.backbone import GemmaBackbone
     from gemma_keras.causal_lm import GemmaCausalLM
-    from gemma_keras.checkpoints.hf_config import named_config
+    from gemma_keras.checkpoints.hf.config import named_config
     from gemma_keras.config import GemmaConfig, LayerSpec
+    from gemma_keras.model.backbone import GemmaBackbone
     from gemma_keras.open import open_checkpoint
     from gemma_keras.text_embedder import GemmaTextEmbedder
     from gemma_keras.tokenizer import GemmaCausalLMPreprocessor, GemmaTokenizer
@@ -33,14 +33,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "GemmaBackbone": "backbone",
+    "GemmaBackbone": "model.backbone",
     "GemmaCausalLM": "causal_lm",
     "GemmaCausalLMPreprocessor": "tokenizer",
     "GemmaConfig": "config",
     "GemmaTextEmbedder": "text_embedder",
     "GemmaTokenizer": "tokenizer",
     "LayerSpec": "config",
-    "named_config": "checkpoints.hf_config",
+    "named_config": "checkpoints.hf.config",
     "open_checkpoint": "open",
 }
 

@@ -16,21 +16,21 @@ import keras
 import keras_hub
 from keras import ops
 
-from gemma_keras.backbone import GemmaBackbone
-from gemma_keras.chat import GEMMA_TURNS, TurnTemplate, all_stops, encode_chat
-from gemma_keras.checkpoints.classify import Classified, Kind
 from gemma_keras.checkpoints.hub import is_own_preset, load_keras_hub_preset
-from gemma_keras.checkpoints.keras_hub import read_keras_hub, write_keras_hub
-from gemma_keras.checkpoints.open_model import open_model
+from gemma_keras.checkpoints.opening.classify import Classified, Kind
+from gemma_keras.checkpoints.opening.open_model import open_model
 from gemma_keras.checkpoints.source import Checkpoint
-from gemma_keras.compiled import train_options
-from gemma_keras.generation import Generation
-from gemma_keras.loading import FromWeights
+from gemma_keras.generate.compiled import train_options
+from gemma_keras.generate.loop import Generation
+from gemma_keras.keras_hub.convert import read_keras_hub, write_keras_hub
 from gemma_keras.missing import check_export_is_ours, said_what_is_missing
-from gemma_keras.quantizing import Quantizes
-from gemma_keras.text_pieces import decode_stream
+from gemma_keras.model.backbone import GemmaBackbone
+from gemma_keras.model.loading import FromWeights
+from gemma_keras.model.quantizing import Quantizes
+from gemma_keras.model.training import TrainsOn
+from gemma_keras.text.chat import GEMMA_TURNS, TurnTemplate, all_stops, encode_chat
+from gemma_keras.text.stream import decode_stream
 from gemma_keras.tokenizer import GemmaCausalLMPreprocessor, GemmaTokenizer
-from gemma_keras.training import TrainsOn
 
 if TYPE_CHECKING:
     import numpy as np
@@ -198,7 +198,7 @@ class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
             sequence_length: as for `from_preset`.
 
         Raises:
-            ConfigError, CheckpointError: as `gemma_keras.checkpoints.keras_hub.read_keras_hub`.
+            ConfigError, CheckpointError: as `gemma_keras.keras_hub.convert.read_keras_hub`.
         """
         checkpoint = read_keras_hub(model, instruction_tuned=instruction_tuned)
         return cls.from_checkpoint(
@@ -302,7 +302,7 @@ class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
         return ops.convert_to_numpy(ops.cast(outputs, "float32"))
 
     def make_generate_function(self):
-        """What `generate` continues a batch with, a `gemma_keras.generation.Generation`."""
+        """What `generate` continues a batch with, a `gemma_keras.generate.loop.Generation`."""
         variables = [id(variable) for variable in self.variables]
         # After `enable_lora` or `quantize` it is another model, which has to be compiled anew.
         if self.generate_function is None or variables != self._generates_with:
@@ -388,7 +388,7 @@ class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
 
         Args:
             messages: what the user says, or the conversation so far, as for
-                `gemma_keras.chat.encode_chat`.
+                `gemma_keras.text.chat.encode_chat`.
             max_length: of conversation and answer together, in tokens; by default the
                 preprocessor's `sequence_length`.
             stream: whether the pieces of the answer are given out as they come.
@@ -491,12 +491,12 @@ class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
             ValueError: there is no such format.
         """
         if format == "safetensors":
-            from gemma_keras.checkpoints.safetensors_writer import write_safetensors_folder
+            from gemma_keras.checkpoints.hf.writer import write_safetensors_folder
 
             kwargs.setdefault("dtype", self.backbone.dtype_policy.variable_dtype)
             return write_safetensors_folder(self.as_checkpoint(), filepath, **kwargs)
         if format == "gguf":
-            from gemma_keras.checkpoints.gguf_writer import write_gguf
+            from gemma_keras.checkpoints.gguf.writer import write_gguf
 
             return write_gguf(self.as_checkpoint(), filepath, **kwargs)
         if format != "onnx":

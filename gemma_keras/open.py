@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-from gemma_keras.checkpoints.classify import Classified
-from gemma_keras.checkpoints.open_model import open_model
+from gemma_keras.checkpoints.opening.classify import Classified
+from gemma_keras.checkpoints.opening.open_model import open_model
 from gemma_keras.checkpoints.source import Checkpoint
 from gemma_keras.missing import said_what_is_missing
 

@@ -14,17 +14,17 @@ import keras_hub
 import numpy as np
 from keras import ops
 
-from gemma_keras.backbone import GemmaBackbone
 from gemma_keras.checkpoints.hub import is_own_preset
-from gemma_keras.checkpoints.sentence_transformers import EmbedderCheckpoint, open_embedder
-from gemma_keras.compiled import compiled
+from gemma_keras.checkpoints.opening.sentence_transformers import EmbedderCheckpoint, open_embedder
 from gemma_keras.errors import CheckpointError
-from gemma_keras.generation import bucket
-from gemma_keras.loading import FromWeights
-from gemma_keras.quantizing import Quantizes
-from gemma_keras.text_pieces import encode
+from gemma_keras.generate.compiled import compiled
+from gemma_keras.generate.loop import bucket
+from gemma_keras.model.backbone import GemmaBackbone
+from gemma_keras.model.loading import FromWeights
+from gemma_keras.model.quantizing import Quantizes
+from gemma_keras.model.training import TrainsOn
+from gemma_keras.text.stream import encode
 from gemma_keras.tokenizer import GemmaTokenizer
-from gemma_keras.training import TrainsOn
 
 
 @keras.saving.register_keras_serializable(package="gemma_keras")

@@ -16,13 +16,13 @@ import keras_hub
 import numpy as np
 from keras import ops
 
-from gemma_keras.backbone import GemmaBackbone
 from gemma_keras.checkpoints.special_pieces import (
     SPECIAL_PIECES,
     with_control_pieces,
     with_pieces_in_text,
 )
-from gemma_keras.text_pieces import encode
+from gemma_keras.model.backbone import GemmaBackbone
+from gemma_keras.text.stream import encode
 
 
 @keras.saving.register_keras_serializable(package="gemma_keras")
@@ -31,7 +31,7 @@ class GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
 
     Text does not become a control token: `"<start_of_turn>"` in a user's words is split into
     ordinary pieces, however the file types that piece. Control tokens are put in by id, as
-    `gemma_keras.chat` does. Text in which one stands is told of once.
+    `gemma_keras.text.chat` does. Text in which one stands is told of once.
 
     Args:
         proto: the serialized SentencePiece model, or the path of one.

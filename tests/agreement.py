@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import safetensors.numpy
 
-from gemma_keras.checkpoints.hf_config import config_from_hf
+from gemma_keras.checkpoints.hf.config import config_from_hf
 from gemma_keras.checkpoints.names import weight_specs
 from tests.models import VOCABULARY_SIZE, WINDOW, random_ids, weight_statistics
 

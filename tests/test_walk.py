@@ -26,9 +26,9 @@ from export.quantize.formats import rows_and_inputs
 from export.quantize.recipes import plan_for_recipe
 from export.quantize.rounding import round_to_nearest
 from gemma_keras import GemmaCausalLM
-from gemma_keras.checkpoints.hf_config import config_from_hf, named_config
+from gemma_keras.checkpoints.hf.config import config_from_hf, named_config
+from gemma_keras.checkpoints.hf.writer import write_safetensors_folder
 from gemma_keras.checkpoints.names import weight_specs
-from gemma_keras.checkpoints.safetensors_writer import write_safetensors_folder
 from gemma_keras.checkpoints.source import Checkpoint
 from gemma_keras.config import GemmaConfig
 from gemma_keras.sizes import SIZES, Size

@@ -12,7 +12,7 @@ from export.joined import SAME_INPUT
 from export.quantize.moments import Moments, MomentSum
 from export.reference import BlockLoader, run_block
 from gemma_keras.config import GemmaConfig
-from gemma_keras.layers import GemmaDecoderBlock
+from gemma_keras.model.layers import GemmaDecoderBlock
 
 # Matrices that see the same inputs, by the first of them, which is the one that is watched.
 OBSERVED = {names[0]: names for names in SAME_INPUT}

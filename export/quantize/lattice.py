@@ -16,8 +16,8 @@ import numpy as np
 from export.quantize.formats import BITS, BLOCK_SIZES, Format
 from export.quantize.packing import Quantized, zero_points_in_planes
 from export.quantize.rounding import round_to_nearest
-from gemma_keras.checkpoints.lattice import Lattice, LatticeSource
 from gemma_keras.checkpoints.names import weight_specs
+from gemma_keras.checkpoints.quantized_grid import Lattice, LatticeSource
 from gemma_keras.config import GemmaConfig
 
 MOST_BITS_KEPT = 4

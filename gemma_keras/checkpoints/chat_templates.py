@@ -16,10 +16,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gemma_keras.chat import GEMMA_TURNS, TURN_TEMPLATES, TurnTemplate
 from gemma_keras.checkpoints.json_files import read_json
 from gemma_keras.checkpoints.source import Checkpoint
-from gemma_keras.text_pieces import processor
+from gemma_keras.text.chat import GEMMA_TURNS, TURN_TEMPLATES, TurnTemplate
+from gemma_keras.text.stream import processor
 
 _MOST_BYTES = 256 << 10
 _MOST_SECONDS = 30.0  # by the clock; the worker has fewer of the processor's

@@ -9,7 +9,7 @@ from typing import Any
 
 from gemma_keras.checkpoints.special_pieces import mark_control, mark_marks, parse_model
 from gemma_keras.errors import CheckpointError
-from gemma_keras.text_pieces import processor
+from gemma_keras.text.stream import processor
 
 # SentencePiece and GGUF number the types of pieces alike.
 _USER_DEFINED, _UNUSED, _BYTE = 4, 5, 6

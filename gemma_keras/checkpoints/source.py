@@ -8,11 +8,11 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from gemma_keras.chat import GEMMA_TURNS, TurnTemplate, all_stops
-from gemma_keras.checkpoints.lattice import Lattice
 from gemma_keras.checkpoints.names import FileFormat, WeightSpec, weight_specs
+from gemma_keras.checkpoints.quantized_grid import Lattice
 from gemma_keras.config import GemmaConfig
 from gemma_keras.errors import CheckpointError
+from gemma_keras.text.chat import GEMMA_TURNS, TurnTemplate, all_stops
 
 PIECE_BYTES = 64 << 20  # of a table, in float32, in memory at once
 

@@ -11,8 +11,8 @@ import functools
 from collections.abc import Iterable
 from typing import Any
 
-from gemma_keras.chat import TURN_TEMPLATES
 from gemma_keras.errors import CheckpointError
+from gemma_keras.text.chat import TURN_TEMPLATES
 
 TURN_PIECES = frozenset(
     piece for turns in TURN_TEMPLATES for piece in (turns.start_of_turn, turns.end_of_turn)

@@ -20,9 +20,9 @@ from edge_demo.bundle.reader import Bundle
 from export.quantize.formats import plan_bytes
 from export.quantize.recipes import plan_for_recipe
 from gemma_keras import open_checkpoint
-from gemma_keras.checkpoints.hf_config import config_from_hf
+from gemma_keras.checkpoints.hf.config import config_from_hf
 from gemma_keras.checkpoints.names import weight_specs
-from gemma_keras.checkpoints.sample import sample_path
+from gemma_keras.checkpoints.opening.sample import sample_path
 from tests.gguf_files import (
     metadata,
     pack_gguf,

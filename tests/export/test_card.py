@@ -11,7 +11,7 @@ import pytest
 
 from export.card import write_card
 from export.svg import bar_chart
-from gemma_keras.checkpoints.hf_config import named_config
+from gemma_keras.checkpoints.hf.config import named_config
 from gemma_keras.sizes import releases
 from tests.edge_demo.bundle_files import read_manifest
 

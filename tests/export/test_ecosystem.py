@@ -20,8 +20,8 @@ from edge_demo.engine.runner import Engine
 from edge_demo.text.tokenizer import Tokenizer
 from export.ecosystem import write_ecosystem_files
 from gemma_keras import open_checkpoint
-from gemma_keras.checkpoints.hf_config import config_from_hf
-from gemma_keras.checkpoints.hf_tokenizer import tokenizer_json
+from gemma_keras.checkpoints.hf.config import config_from_hf
+from gemma_keras.checkpoints.hf.tokenizer_json import tokenizer_json
 from gemma_keras.config import GemmaConfig
 from gemma_keras.errors import CheckpointError
 from tests.edge_demo.conftest import ROOT

@@ -23,10 +23,10 @@ from export.quantize.rounding import round_to_nearest
 from export.store import store_weights
 from export.weights_file import WeightsFile
 from gemma_keras import open_checkpoint
-from gemma_keras.checkpoints.gguf_config import config_from_gguf
-from gemma_keras.checkpoints.gguf_file import GGUFFile
-from gemma_keras.checkpoints.lattice import Lattice
+from gemma_keras.checkpoints.gguf.config import config_from_gguf
+from gemma_keras.checkpoints.gguf.file import GGUFFile
 from gemma_keras.checkpoints.names import weight_specs
+from gemma_keras.checkpoints.quantized_grid import Lattice
 from tests import gguf_files
 
 TWO_PLANES = Format(8, 32, symmetric=False, planes=2)

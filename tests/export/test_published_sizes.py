@@ -14,7 +14,7 @@ from export.contract import candidates_contract, engine_contract, interchange_co
 from export.ecosystem import write_ecosystem_files
 from export.quantize.formats import plan_bytes
 from export.quantize.recipes import RECIPES, plan_for_recipe
-from gemma_keras.checkpoints.hf_config import config_from_hf, named_config
+from gemma_keras.checkpoints.hf.config import config_from_hf, named_config
 from gemma_keras.checkpoints.source import Checkpoint
 from gemma_keras.sizes import SIZES
 from tests.models import chat_tokenizer_model, tiny_tokenizer_model

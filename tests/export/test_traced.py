@@ -44,7 +44,7 @@ from export.quantize.recipes import INT4, INT8, in_one_plane
 from export.store import embedding_spec, store_weights
 from export.traced import build_traced_graph
 from export.weights_file import StoredTensor, WeightsFile
-from gemma_keras.checkpoints.hf_config import config_from_hf, named_config
+from gemma_keras.checkpoints.hf.config import config_from_hf, named_config
 from gemma_keras.checkpoints.names import weight_specs
 from gemma_keras.checkpoints.source import Checkpoint
 from tests.gguf_files import metadata, tensors, write_gguf

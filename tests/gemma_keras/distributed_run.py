@@ -17,8 +17,9 @@ import jax
 import keras
 import numpy as np
 
-from gemma_keras import GemmaBackbone, GemmaCausalLM, GemmaConfig, LayerSpec, distribute
+from gemma_keras import GemmaBackbone, GemmaCausalLM, GemmaConfig, LayerSpec
 from gemma_keras.errors import ConfigError
+from gemma_keras.model import distribute
 from tests.models import TEXT
 
 _LAYER = {

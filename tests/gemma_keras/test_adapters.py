@@ -15,7 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from gemma_keras import open_checkpoint
-from gemma_keras.checkpoints.hf_config import config_to_hf
+from gemma_keras.checkpoints.hf.config import config_to_hf
 from gemma_keras.checkpoints.names import weight_specs
 from gemma_keras.checkpoints.source import table_pieces
 from gemma_keras.errors import CheckpointError, ModelError

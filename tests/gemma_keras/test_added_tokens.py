@@ -10,12 +10,12 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2 as proto
 
 from gemma_keras import open_checkpoint
-from gemma_keras.chat import GEMMA_TURNS, encode_chat
-from gemma_keras.checkpoints.hf_folder_tokenizer import read_folder_tokenizer
-from gemma_keras.checkpoints.hf_tokenizer import tokenizer_json
+from gemma_keras.checkpoints.hf.folder_tokenizer import read_folder_tokenizer
+from gemma_keras.checkpoints.hf.tokenizer_json import tokenizer_json
 from gemma_keras.checkpoints.sentencepiece_model import build_sentencepiece_model, gguf_stops
 from gemma_keras.checkpoints.special_pieces import with_control_pieces, with_pieces_in_text
 from gemma_keras.errors import CheckpointError
+from gemma_keras.text.chat import GEMMA_TURNS, encode_chat
 from tests import gguf_files
 from tests.gemma_keras.test_tokenizer import STRINGS
 from tests.models import chat_tokenizer_model, tiny_tokenizer_model

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from gemma_keras.attend_torch import attend
-from gemma_keras.cache import write
+from gemma_keras.model.attend_torch import attend
+from gemma_keras.model.cache import write
 
 pytestmark = [pytest.mark.keras, pytest.mark.backends("torch")]
 

@@ -9,7 +9,6 @@ import re
 import pytest
 import transformers
 
-from gemma_keras.chat import CHATML_TURNS, GEMMA_TURNS, TurnTemplate, encode_chat
 from gemma_keras.checkpoints.chat_templates import (
     jinja_template,
     read_folder_template,
@@ -17,6 +16,7 @@ from gemma_keras.checkpoints.chat_templates import (
     turns_of,
 )
 from gemma_keras.errors import CheckpointError
+from gemma_keras.text.chat import CHATML_TURNS, GEMMA_TURNS, TurnTemplate, encode_chat
 from tests.models import CHATML_JINJA, GEMMA_JINJA, chat_tokenizer_model, tiny_tokenizer_model
 
 MESSAGES = "{% for m in messages %}"

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import transformers
 
-from gemma_keras.checkpoints.gguf_config import config_from_gguf
-from gemma_keras.checkpoints.hf_config import config_from_hf, config_to_hf, named_config
+from gemma_keras.checkpoints.gguf.config import config_from_gguf
+from gemma_keras.checkpoints.hf.config import config_from_hf, config_to_hf, named_config
 from gemma_keras.config import GemmaConfig, LayerSpec
 from gemma_keras.errors import ConfigError
 from tests.models import GENERATIONS, hf_config

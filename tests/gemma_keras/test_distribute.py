@@ -17,9 +17,10 @@ import keras
 import numpy as np
 import pytest
 
-from gemma_keras import GemmaBackbone, GemmaConfig, distribute
-from gemma_keras.checkpoints.hf_config import config_from_hf, named_config
+from gemma_keras import GemmaBackbone, GemmaConfig
+from gemma_keras.checkpoints.hf.config import config_from_hf, named_config
 from gemma_keras.errors import ConfigError
+from gemma_keras.model import distribute
 from gemma_keras.sizes import SIZES
 from tests.models import write_tiny_hf
 

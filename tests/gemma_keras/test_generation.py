@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from keras import ops
 
 from gemma_keras import GemmaCausalLM
-from gemma_keras.chat import encode_chat
-from gemma_keras.generation import Generation, bucket
-from gemma_keras.text_pieces import decode_stream, encode, processor
+from gemma_keras.generate.loop import Generation, bucket
+from gemma_keras.text.chat import encode_chat
+from gemma_keras.text.stream import decode_stream, encode, processor
 from gemma_keras.tokenizer import GemmaCausalLMPreprocessor, GemmaTokenizer
 from tests.models import GENERATIONS, TEXT, WINDOW, chat_tokenizer_model, write_tiny_hf
 

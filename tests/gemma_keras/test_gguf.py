@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemma_keras import GemmaConfig, LayerSpec, open_checkpoint
-from gemma_keras.checkpoints import gguf_file as reader
-from gemma_keras.checkpoints.gguf import read_gguf
-from gemma_keras.checkpoints.gguf_config import config_from_gguf
-from gemma_keras.checkpoints.gguf_file import GGUFFile
+from gemma_keras.checkpoints.gguf import file as reader
+from gemma_keras.checkpoints.gguf.config import config_from_gguf
+from gemma_keras.checkpoints.gguf.file import GGUFFile
+from gemma_keras.checkpoints.gguf.reader import read_gguf
 from gemma_keras.checkpoints.names import weight_specs
-from gemma_keras.checkpoints.sample import sample_path
+from gemma_keras.checkpoints.opening.sample import sample_path
 from gemma_keras.errors import CheckpointError, ConfigError, ModelError
 from tests import gguf_files
 from tests.gguf_files import F32, Raw, pack_gguf, pack_info, pack_model, pack_text, pack_value

@@ -160,7 +160,7 @@ def with_keys(source, target, changes):
 )
 def test_keys_that_nobody_publishes_mean_what_llama_cpp_makes_of_them(changes, tmp_path):
     from gemma_keras import GemmaCausalLM
-    from gemma_keras.checkpoints.gguf_writer import write_gguf
+    from gemma_keras.checkpoints.gguf.writer import write_gguf
 
     model = tiny_hf("gemma3")
     model.config.query_pre_attn_scalar = model.config.head_dim  # which GGUF cannot say

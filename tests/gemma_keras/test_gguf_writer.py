@@ -15,11 +15,11 @@ from sentencepiece import sentencepiece_model_pb2 as proto
 
 from gemma_keras import open_checkpoint
 from gemma_keras.checkpoints import source as source_module
-from gemma_keras.checkpoints.gguf_config import config_from_gguf, config_to_gguf
-from gemma_keras.checkpoints.gguf_writer import write_gguf
-from gemma_keras.checkpoints.hf_config import named_config
-from gemma_keras.checkpoints.safetensors_writer import write_safetensors_folder
-from gemma_keras.checkpoints.sample import sample_path
+from gemma_keras.checkpoints.gguf.config import config_from_gguf, config_to_gguf
+from gemma_keras.checkpoints.gguf.writer import write_gguf
+from gemma_keras.checkpoints.hf.config import named_config
+from gemma_keras.checkpoints.hf.writer import write_safetensors_folder
+from gemma_keras.checkpoints.opening.sample import sample_path
 from gemma_keras.checkpoints.sentencepiece_model import (
     build_sentencepiece_model,
     tokenizer_metadata,

@@ -11,8 +11,8 @@ import tokenizers
 import transformers
 
 from gemma_keras import open_checkpoint
-from gemma_keras.checkpoints.hf_folder_tokenizer import read_folder_tokenizer
-from gemma_keras.checkpoints.hf_tokenizer import tokenizer_json
+from gemma_keras.checkpoints.hf.folder_tokenizer import read_folder_tokenizer
+from gemma_keras.checkpoints.hf.tokenizer_json import tokenizer_json
 from gemma_keras.errors import CheckpointError
 from tests.gemma_keras.test_tokenizer import STRINGS
 from tests.models import chat_tokenizer_model, tiny_tokenizer_model

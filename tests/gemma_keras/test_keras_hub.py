@@ -14,8 +14,8 @@ import transformers
 from keras import ops
 
 from gemma_keras import GemmaBackbone, GemmaCausalLM, open_checkpoint
-from gemma_keras.checkpoints.keras_hub import read_keras_hub, write_keras_hub
 from gemma_keras.errors import CheckpointError, ConfigError
+from gemma_keras.keras_hub.convert import read_keras_hub, write_keras_hub
 from tests.models import (
     GENERATIONS,
     VOCABULARY_SIZE,

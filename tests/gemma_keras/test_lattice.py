@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemma_keras import open_checkpoint
-from gemma_keras.checkpoints import gguf_file as reader
-from gemma_keras.checkpoints.gguf_file import GGUFFile
-from gemma_keras.checkpoints.lattice import GGUF_TYPES, LatticeSource
-from gemma_keras.checkpoints.sample import sample_path
+from gemma_keras.checkpoints.gguf import file as reader
+from gemma_keras.checkpoints.gguf.file import GGUFFile
+from gemma_keras.checkpoints.opening.sample import sample_path
+from gemma_keras.checkpoints.quantized_grid import GGUF_TYPES, LatticeSource
 from gemma_keras.errors import CheckpointError
 from tests import gguf_files
 from tests.models import write_tiny_hf

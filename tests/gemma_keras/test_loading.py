@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from keras import ops
 
-from gemma_keras import GemmaBackbone, GemmaCausalLM, loading, open_checkpoint
-from gemma_keras.checkpoints.keras_hub import read_keras_hub
+from gemma_keras import GemmaBackbone, GemmaCausalLM, open_checkpoint
 from gemma_keras.checkpoints.names import weight_specs
 from gemma_keras.errors import CheckpointError
-from gemma_keras.loading import FromWeights
+from gemma_keras.keras_hub.convert import read_keras_hub
+from gemma_keras.model import loading
+from gemma_keras.model.loading import FromWeights
 
 pytestmark = pytest.mark.keras
 
@@ -176,7 +177,7 @@ import numpy as np
 from edge_demo.device.memory_limits import peak_rss_bytes
 from gemma_keras import GemmaBackbone, GemmaConfig
 from gemma_keras.checkpoints.names import weight_specs
-from gemma_keras.loading import FromWeights
+from gemma_keras.model.loading import FromWeights
 
 VOCABULARY, WIDTH = 1 << 19, 256
 

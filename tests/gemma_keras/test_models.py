@@ -14,7 +14,7 @@ import torch
 from keras import ops
 
 from gemma_keras import GemmaBackbone, GemmaCausalLM
-from gemma_keras.layers import rotate
+from gemma_keras.model.layers import rotate
 from tests.models import GENERATIONS, WINDOW, random_ids, relative_difference, write_tiny_hf
 
 pytestmark = pytest.mark.keras

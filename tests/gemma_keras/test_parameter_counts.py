@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gemma_keras.checkpoints.hf_config import named_config
+from gemma_keras.checkpoints.hf.config import named_config
 from gemma_keras.checkpoints.names import parameter_count
 from gemma_keras.sizes import SIZES, releases
 

@@ -12,7 +12,7 @@ from keras.quantizers import AWQConfig, GPTQConfig, Int4QuantizationConfig
 from export.quantize.formats import Format
 from export.quantize.lattice import best_format, keep, keep_or_round, kept_weights
 from gemma_keras import GemmaBackbone, GemmaCausalLM, GemmaConfig, LayerSpec
-from gemma_keras.quantized import quantized_weight
+from gemma_keras.model.quantized import quantized_weight
 
 TWO_PLANES = Format(8, 32, symmetric=False, planes=2)
 

@@ -11,11 +11,11 @@ import sentencepiece
 import transformers
 
 from gemma_keras import open_checkpoint
-from gemma_keras.chat import encode_chat
-from gemma_keras.checkpoints.gguf_file import GGUFFile
-from gemma_keras.checkpoints.gguf_writer import write_gguf
-from gemma_keras.checkpoints.safetensors_writer import write_safetensors_folder
+from gemma_keras.checkpoints.gguf.file import GGUFFile
+from gemma_keras.checkpoints.gguf.writer import write_gguf
+from gemma_keras.checkpoints.hf.writer import write_safetensors_folder
 from gemma_keras.errors import CheckpointError
+from gemma_keras.text.chat import encode_chat
 from tests.gemma_keras.writers import TYPES, for_gguf, load, logits, same_bits, stored
 from tests.models import GENERATIONS, TEXT, chat_tokenizer_model
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from gemma_keras.checkpoints.hf_config import config_to_hf
-from gemma_keras.checkpoints.sentence_transformers import open_embedder
+from gemma_keras.checkpoints.hf.config import config_to_hf
+from gemma_keras.checkpoints.opening.sentence_transformers import open_embedder
 from gemma_keras.errors import CheckpointError, ConfigError, ModelError
 from tests.gemma_keras.embedder_files import (
     DIM,

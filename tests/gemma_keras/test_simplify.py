@@ -23,7 +23,7 @@ def count(graph_module):
 
 def after(graph_module, simplify):
     """The graph's calls before and after a pass, and the graph."""
-    from gemma_keras import simplify as passes
+    from gemma_keras.generate import torch_graph as passes
 
     before = count(graph_module)
     getattr(passes, simplify)(graph_module)
@@ -67,7 +67,7 @@ def test_a_pass_removes_calls_and_changes_no_value(simplify):
 def test_what_is_written_in_place_is_read_when_it_was_read():
     import torch
 
-    from gemma_keras.simplify import simplified
+    from gemma_keras.generate.torch_graph import simplified
 
     def function(cache, x):
         before = (cache.view(-1) * 2).sum()
@@ -85,7 +85,7 @@ def test_what_is_written_in_place_is_read_when_it_was_read():
 def test_random_numbers_are_drawn_each_time():
     import torch
 
-    from gemma_keras.simplify import simplified
+    from gemma_keras.generate.torch_graph import simplified
 
     with torch.inference_mode():
         run = simplified(
@@ -97,7 +97,7 @@ def test_random_numbers_are_drawn_each_time():
 def test_parameters_are_read_when_the_graph_runs():
     import torch
 
-    from gemma_keras.simplify import simplified
+    from gemma_keras.generate.torch_graph import simplified
 
     weight = torch.nn.Parameter(torch.ones(3))
     with torch.inference_mode():
@@ -115,7 +115,7 @@ def test_a_models_token_is_the_same_in_about_half_the_calls(
     import torch
     from keras import tree
 
-    from gemma_keras.simplify import simplified
+    from gemma_keras.generate.torch_graph import simplified
 
     write_tiny_hf(tmp_path, generation)
     backbone = GemmaCausalLM.from_preset(tmp_path, dtype=dtype).backbone

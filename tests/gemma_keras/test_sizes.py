@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from edge_demo.engine import size_estimates as on_the_device
-from gemma_keras.checkpoints.hf_config import named_config
+from gemma_keras.checkpoints.hf.config import named_config
 from gemma_keras.sizes import SIZES, releases
 
 OWN = [size for size in SIZES.values() if size.alias_of is None]

@@ -12,7 +12,7 @@ import torch
 from keras import ops
 
 from gemma_keras import GemmaBackbone, GemmaCausalLM, GemmaTextEmbedder
-from gemma_keras.checkpoints.hf_config import config_from_hf
+from gemma_keras.checkpoints.hf.config import config_from_hf
 from gemma_keras.errors import CheckpointError, ConfigError
 from gemma_keras.open import open_checkpoint
 from tests.gemma_keras.embedder_files import (
@@ -112,7 +112,7 @@ def test_the_window_reaches_half_of_what_the_file_says_each_way(model):
 @pytest.mark.parametrize(("keras_hub_window", "same"), [(WINDOW + 1, True), (WINDOW, False)])
 def test_keras_hub_sees_one_token_fewer_back_in_an_even_window(keras_hub_window, same):
     """So that its EmbeddingGemma, of a window of 512, differs from transformers' on long texts."""
-    from gemma_keras.checkpoints.keras_hub import write_keras_hub
+    from gemma_keras.keras_hub.convert import write_keras_hub
 
     sizes = {"vocab_size": 300, "hidden_size": 48, "head_dim": 16, "intermediate_size": 64}
     sizes |= {"num_attention_heads": 6, "num_key_value_heads": 3, "num_hidden_layers": 2}
@@ -333,8 +333,8 @@ def test_it_generates_nothing(model, folder):
 
 
 def test_other_formats_have_no_place_for_it(reference, folder, tmp_path):
-    from gemma_keras.checkpoints.gguf_writer import write_gguf
-    from gemma_keras.checkpoints.keras_hub import write_keras_hub
+    from gemma_keras.checkpoints.gguf.writer import write_gguf
+    from gemma_keras.keras_hub.convert import write_keras_hub
 
     checkpoint = open_checkpoint(folder)
     with pytest.raises(ConfigError, match=r"GGUF .*looks both ways"):

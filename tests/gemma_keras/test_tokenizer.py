@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer
 
 from gemma_keras import open_checkpoint
-from gemma_keras.checkpoints.gguf_file import GGUFFile
-from gemma_keras.checkpoints.sample import sample_path
+from gemma_keras.checkpoints.gguf.file import GGUFFile
+from gemma_keras.checkpoints.opening.sample import sample_path
 
 pytestmark = pytest.mark.sample
 

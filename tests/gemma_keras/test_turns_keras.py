@@ -12,11 +12,12 @@ import pytest
 import sentencepiece
 from keras import ops
 
-from gemma_keras import GemmaCausalLM, GemmaConfig, LayerSpec, generation, open_checkpoint
-from gemma_keras.backbone import GemmaBackbone
-from gemma_keras.chat import CHATML_TURNS, encode_chat
-from gemma_keras.checkpoints.hf_folder_tokenizer import read_folder_tokenizer
-from gemma_keras.text_pieces import encode
+from gemma_keras import GemmaCausalLM, GemmaConfig, LayerSpec, open_checkpoint
+from gemma_keras.checkpoints.hf.folder_tokenizer import read_folder_tokenizer
+from gemma_keras.generate import loop
+from gemma_keras.model.backbone import GemmaBackbone
+from gemma_keras.text.chat import CHATML_TURNS, encode_chat
+from gemma_keras.text.stream import encode
 from gemma_keras.tokenizer import GemmaCausalLMPreprocessor, GemmaTokenizer
 from tests.models import CHATML_JINJA, chat_tokenizer_model, tiny_tokenizer_model
 
@@ -114,8 +115,8 @@ def test_ids_without_a_piece_are_never_generated(tune, sampler, monkeypatch):
     # Logits of rows without a piece are the greatest there are.
     favour = np.zeros(ROWS, "float32")
     favour[[UNUSED, *range(304, ROWS)]] = 1e4
-    own = generation.logits
-    monkeypatch.setattr(generation, "logits", lambda *a: own(*a) + ops.convert_to_tensor(favour))
+    own = loop.logits
+    monkeypatch.setattr(loop, "logits", lambda *a: own(*a) + ops.convert_to_tensor(favour))
     tune.compile(sampler=sampler)
     ids = {
         "token_ids": np.full((2, LENGTH), 5, "int32"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gemma_keras.checkpoints.hf_config import config_from_hf
+from gemma_keras.checkpoints.hf.config import config_from_hf
 from gemma_keras.checkpoints.names import WeightSpec, parameter_count, weight_specs
 from tests.models import GENERATIONS, hf_config, tiny_hf
 

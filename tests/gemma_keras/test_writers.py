@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from gemma_keras import open_checkpoint
-from gemma_keras.checkpoints.gguf_writer import write_gguf
-from gemma_keras.checkpoints.safetensors_writer import write_safetensors_folder
+from gemma_keras.checkpoints.gguf.writer import write_gguf
+from gemma_keras.checkpoints.hf.writer import write_safetensors_folder
 from gemma_keras.checkpoints.source import table_pieces
 from gemma_keras.errors import CheckpointError
 from tests.export.test_bad_input import NAMESPACE
@@ -151,8 +151,8 @@ def test_an_interrupted_write_leaves_nothing(tiny, tmp_path, writer):
 SCRIPT = """
 import os, shutil, sys
 from gemma_keras import open_checkpoint
-from gemma_keras.checkpoints.gguf_writer import write_gguf
-from gemma_keras.checkpoints.safetensors_writer import write_safetensors_folder
+from gemma_keras.checkpoints.gguf.writer import write_gguf
+from gemma_keras.checkpoints.hf.writer import write_safetensors_folder
 
 def told(done, total):
     if "KILL" in os.environ and done > total // 2:

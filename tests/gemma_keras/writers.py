@@ -8,8 +8,8 @@ import safetensors
 import torch
 import transformers
 
-from gemma_keras.checkpoints.gguf_writer import write_gguf
-from gemma_keras.checkpoints.safetensors_writer import write_safetensors_folder
+from gemma_keras.checkpoints.gguf.writer import write_gguf
+from gemma_keras.checkpoints.hf.writer import write_safetensors_folder
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 IDS = [2, 5, 90, 200, 280, 281, 282, 150, 151, 30, 31, 32, 33, 34, 260, 261, 262]

@@ -1,0 +1,1 @@
+"""LoRA adapters of every format, merged into their bases."""

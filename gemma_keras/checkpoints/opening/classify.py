@@ -1,0 +1,72 @@
+"""What kind of source somebody gave: asked once, before anything of it is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from pathlib import Path
+
+from gemma_keras.checkpoints.adapters.base import Adapter, Source
+from gemma_keras.checkpoints.adapters.find import find_adapter
+from gemma_keras.checkpoints.first_bytes import begins_as_gguf
+from gemma_keras.checkpoints.hub import is_keras_hub_preset, is_own_preset, local_or_downloaded
+from gemma_keras.checkpoints.opening.misplaced import told_of_file, told_of_folder
+from gemma_keras.errors import CheckpointError
+
+_SOURCES = (
+    "a .gguf file, a folder with config.json, the name of a model on the Hugging Face Hub or of a "
+    "KerasHub preset, or 'sample'"
+)
+
+
+class Kind(enum.Enum):
+    """What can be opened."""
+
+    SAMPLE = "the sample of a package"
+    KERAS_HUB_PRESET = "a preset of KerasHub's, by name or as a folder"
+    OWN_PRESET = "a folder that `GemmaCausalLM.save_to_preset` wrote"
+    ADAPTER = "a LoRA adapter, alone or beside its base"
+    HF_FOLDER = "a folder with config.json and safetensors"
+    GGUF_FILE = "a GGUF file"
+
+
+@dataclasses.dataclass(frozen=True)
+class Classified:
+    """A source and its kind.
+
+    Attributes:
+        source: as it was given.
+        kind: what it is.
+        path: where it lies, downloaded if need be; `None` for what has no path of its own.
+        adapter: what `Kind.ADAPTER` is, opened.
+    """
+
+    source: Source
+    kind: Kind
+    path: Path | None = None
+    adapter: Adapter | None = None
+
+
+def classify(source: Source) -> Classified:
+    """What a source is; a name on the Hugging Face Hub is downloaded.
+
+    Raises:
+        CheckpointError: it is not there, or none of these kinds; the message says what it is.
+    """
+    if source == "sample":
+        return Classified(source, Kind.SAMPLE)
+    if is_keras_hub_preset(source):
+        return Classified(source, Kind.KERAS_HUB_PRESET)
+    path = local_or_downloaded(source, _SOURCES)
+    adapter = find_adapter(path)
+    if adapter is not None:
+        return Classified(source, Kind.ADAPTER, path, adapter)
+    if is_own_preset(path):
+        return Classified(source, Kind.OWN_PRESET, path)
+    if path.is_dir():
+        kind, told = Kind.HF_FOLDER, told_of_folder(path)
+    else:
+        kind, told = Kind.GGUF_FILE, None if begins_as_gguf(path) else told_of_file(path)
+    if told is not None:
+        raise CheckpointError(told)
+    return Classified(source, kind, path)

@@ -1,0 +1,97 @@
+"""What to say of a path that is near a checkpoint, but none: a sentence that says what to give."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from gemma_keras.checkpoints.adapters.base import folder_with_adapter
+from gemma_keras.checkpoints.first_bytes import told_of_pointer
+
+_TRAINER = re.compile(r"checkpoint-(\d+)")
+_IN_A_FOLDER = ("config.json", "adapter_config.json", "tokenizer.model", "tokenizer.json")
+_KINDS = {
+    ".safetensors": "holds weights without their configuration; give its folder, {folder}",
+    ".json": "is one file of a checkpoint; give its folder, {folder}",
+    ".model": "is a tokenizer without a model; give the model's folder",
+    ".keras": "is a model that Keras saved; load it with keras.saving.load_model and export that: "
+    'model.export(FOLDER, format="onnx")',
+    ".h5": "holds weights without their configuration; load them into the model they are of, and "
+    'export that: model.export(FOLDER, format="onnx")',
+    ".onnx": "is an ONNX graph already",
+    ".task": "is a MediaPipe bundle, which cannot be read back; give the checkpoint it was made of",
+    ".tflite": "is a LiteRT graph, which cannot be read back; give the checkpoint it was made of",
+    ".litertlm": "is a LiteRT graph, which cannot be read back; give the checkpoint it was made of",
+    ".zip": "is an archive; unpack it and give the folder",
+    ".gz": "is an archive; unpack it and give the folder",
+}
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_MOST_LISTED = 10_000  # entries of a folder that are looked at
+
+
+def told_of_file(path: Path) -> str | None:
+    """What a file is that is no GGUF; `None` if that is not known."""
+    if what := told_of_pointer(path):
+        return what
+    if path.name == "bundle.json":
+        return _told_of_bundle(path.parent)
+    kind = path.suffix.lower()
+    if kind in _PICKLES:
+        return (
+            f"{path} is a pickle, which is not read because it can run code of its own; give a "
+            "folder with config.json and safetensors"
+        )
+    if kind in _KINDS and (kind != ".json" or path.name in _IN_A_FOLDER or "index" in path.name):
+        return f"{path} {_KINDS[kind].format(folder=path.parent)}"
+    return None
+
+
+def told_of_folder(folder: Path) -> str | None:
+    """What a folder is that holds no checkpoint; `None` if it may be one."""
+    if (folder / "bundle.json").exists() and not any(folder.glob("*.safetensors")):
+        return _told_of_bundle(folder)
+    if (folder / "config.json").exists():
+        return None
+    if (folder / "snapshots").is_dir():
+        return _told_of_inner(folder, "is an entry of the Hugging Face Hub's cache", "snapshots/*")
+    if (folder / "zero_to_fp32.py").exists():
+        return (
+            f"{folder} holds the pieces of DeepSpeed; put them together with: "
+            "python zero_to_fp32.py . . --safe_serialization"
+        )
+    ggufs = sorted(path.name for path in folder.glob("*.gguf"))
+    if ggufs:
+        return f"{folder} holds GGUF files; give one of them, such as {folder / ggufs[0]}"
+    if told := _told_of_inner(folder, "holds folders of checkpoints and is none itself", "*"):
+        return told
+    if any(folder.glob("*.safetensors")):
+        return f"{folder} holds weights and no config.json; put the model's config.json beside them"
+    if (folder / "tokenizer.model").exists() or (folder / "tokenizer.json").exists():
+        return f"{folder} holds a tokenizer and no model: config.json and safetensors are missing"
+    return None
+
+
+def _told_of_bundle(folder: Path) -> str:
+    return (
+        f"{folder} is a bundle that export-onnx made, which cannot be exported again; run it with "
+        f"edge-demo (edge-demo chat {folder}), or give the checkpoint it was made of"
+    )
+
+
+def _told_of_inner(folder: Path, what: str, pattern: str) -> str | None:
+    """Name the newest of the checkpoints that lie in a folder: by number, else by time."""
+    inner = []
+    for number, path in enumerate(folder.glob(pattern)):
+        if number > _MOST_LISTED:
+            break
+        if (path / "config.json").is_file() or folder_with_adapter(path):
+            inner.append(path)
+    if not inner:
+        return None
+    newest = max(inner, key=_age)
+    return f"{folder} {what}; give one of them, such as {newest}, the newest"
+
+
+def _age(path: Path) -> tuple[int, float, str]:
+    found = _TRAINER.fullmatch(path.name)
+    return (int(found[1]) if found else -1, path.stat().st_mtime, path.name)

@@ -1,0 +1,91 @@
+"""Opening a source of any kind. What Keras wrote is opened by whoever has Keras."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from gemma_keras.checkpoints.adapters.base import Source
+from gemma_keras.checkpoints.hub import hf_name, preset_name
+from gemma_keras.checkpoints.opening.classify import Classified, Kind, classify
+from gemma_keras.checkpoints.source import Checkpoint
+from gemma_keras.errors import CheckpointError
+
+OpenWithKeras = Callable[[Classified], Checkpoint]
+
+
+def open_model(
+    source: Source,
+    base: Source | None,
+    instruction_tuned: bool | None,
+    open_with_keras: OpenWithKeras,
+) -> Checkpoint:
+    """As `gemma_keras.open_checkpoint`.
+
+    Args:
+        source: what to open.
+        base: the model that an adapter is for; by default what it says itself.
+        instruction_tuned: whether it follows a turn template; by default what it says itself.
+        open_with_keras: opens a preset.
+
+    Raises:
+        CheckpointError: there is nothing there, or it cannot be read.
+        ConfigError: it is not a Gemma.
+    """
+    checkpoint = _open(classify(source), base, open_with_keras)
+    if instruction_tuned is None:
+        return checkpoint
+    return dataclasses.replace(checkpoint, instruction_tuned=instruction_tuned)
+
+
+def _open(
+    classified: Classified, base: Source | None, open_with_keras: OpenWithKeras
+) -> Checkpoint:
+    if classified.adapter is not None:
+        return classified.adapter.merged(base, lambda found: _open_base(found, open_with_keras))
+    if base is not None:
+        raise CheckpointError(
+            f"{classified.source} is a model of its own and no adapter, so it has no base; leave "
+            f"out {base}"
+        )
+    return _open_whole(classified, open_with_keras)
+
+
+def _open_base(base: Source, open_with_keras: OpenWithKeras) -> Checkpoint:
+    classified = classify(base)
+    if classified.kind is Kind.ADAPTER:
+        raise CheckpointError(f"{base} is an adapter itself; merge that one first")
+    return _open_whole(classified, open_with_keras)
+
+
+def _open_whole(classified: Classified, open_with_keras: OpenWithKeras) -> Checkpoint:
+    """Open what is no adapter."""
+    source, path = classified.source, classified.path
+    if classified.kind is Kind.SAMPLE:
+        from gemma_keras.checkpoints.opening.sample import open_sample
+
+        return open_sample()
+    if classified.kind is Kind.KERAS_HUB_PRESET:
+        name = preset_name(source)
+        found = {"file": name} if Path(source).exists() else {"preset": name}
+        return _with(open_with_keras(classified), name=name, **found)
+    if classified.kind is Kind.OWN_PRESET:
+        return open_with_keras(classified)
+    assert path is not None  # of what lies somewhere
+    if classified.kind is Kind.GGUF_FILE:
+        from gemma_keras.checkpoints.gguf.reader import read_gguf
+
+        return read_gguf(path)
+    from gemma_keras.checkpoints.hf.reader import read_safetensors_folder
+
+    checkpoint = read_safetensors_folder(path)
+    if Path(source).exists():
+        return checkpoint
+    repository = str(hf_name(source))  # the folder in the cache has a commit for its name
+    name = repository.split("/")[1]
+    return _with(checkpoint, file=repository, name=name, repository=repository)
+
+
+def _with(checkpoint: Checkpoint, **provenance: str) -> Checkpoint:
+    return dataclasses.replace(checkpoint, provenance=checkpoint.provenance | provenance)

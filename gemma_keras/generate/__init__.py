@@ -1,0 +1,1 @@
+"""Generation in Keras: the loop, what is compiled, what is refused."""

@@ -1,0 +1,1 @@
+"""From KerasHub's models and to them."""

@@ -1,0 +1,1 @@
+"""The Keras model: layers, backbone, and how weights come into it."""

@@ -1,0 +1,120 @@
+"""A checkpoint's weights as what Keras variables are made from, piece by piece."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from gemma_keras.checkpoints.names import WeightSpec
+from gemma_keras.checkpoints.source import TableSource, WeightSource, row_pieces
+from gemma_keras.errors import CheckpointError
+from gemma_keras.model.chunked import Piece, made
+
+_PIECE_BYTES = 16 << 20  # of float32; a copy or two of it are made on the way
+
+
+def weight_pieces(weights: Mapping[str, np.ndarray], spec: WeightSpec) -> Iterator[Piece]:
+    """A weight as its Keras variable holds it, piece by piece; a head lies there transposed.
+
+    Args:
+        weights: canonical name to array; tables, and a file's matrices, are read in pieces.
+        spec: of the weight.
+
+    Raises:
+        CheckpointError: the weight is missing, of another shape, or not finite.
+    """
+    if spec.name not in weights:
+        raise CheckpointError(f"the weights lack {spec.name}")
+    readable = {"table": TableSource, "matrix": WeightSource}.get(spec.kind)
+    if readable is not None and isinstance(weights, readable):
+        expected, transposed = spec.file_shape, spec.kind == "matrix" or spec.name == "head"
+        rows = weights.table_pieces(spec.name, _PIECE_BYTES)
+    else:
+        expected, transposed = spec.shape, spec.name == "head"
+        array = weights[spec.name]
+        _require_shape(spec, array.shape, expected)
+        rows = [(0, array)] if array.ndim == 1 else row_pieces(array, _PIECE_BYTES)
+    end = 0
+    for first, array in rows:
+        end = first + len(array)
+        _require_shape(spec, (max(end, expected[0]), *array.shape[1:]), expected)
+        yield Piece(array.T, 1, first) if transposed else Piece(array, 0, first)
+    _require_shape(spec, (end, *expected[1:]), expected)
+
+
+def _require_shape(spec: WeightSpec, found: Sequence[int], expected: Sequence[int]) -> None:
+    if tuple(found) != tuple(expected):
+        raise CheckpointError(f"{spec.name} has shape {tuple(found)}, expected {tuple(expected)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class FromWeights:
+    """As the initializer of a `GemmaBackbone`: its variables are made of a checkpoint's weights.
+
+    Args:
+        weights: canonical name to array; see `gemma_keras.checkpoints.names`.
+    """
+
+    weights: Mapping[str, np.ndarray]
+
+
+# --- making variables of weights -----------------------------------------------------------------
+
+
+class _Initializer(keras.initializers.Initializer):
+    """Makes the variables of a layer of weights, in the order in which the layer adds them."""
+
+    def __init__(self, weights: Mapping[str, np.ndarray], specs: list[WeightSpec]) -> None:
+        self.weights = weights
+        self.specs = specs
+
+    def __call__(self, shape, dtype: Any = None):
+        spec = self.specs.pop(0)
+        return made(tuple(shape), dtype, weight_pieces(self.weights, spec))
+
+
+@contextlib.contextmanager
+def initialized_from(
+    weights: Mapping[str, np.ndarray],
+    specs: Mapping[str, WeightSpec],
+    places: Mapping[str, tuple[keras.layers.Layer, str]],
+) -> Iterator[None]:
+    """Layers that are built meanwhile make their variables of weights.
+
+    Args:
+        weights: canonical name to array.
+        specs: canonical name to `WeightSpec`, for every weight.
+        places: canonical name to a layer and its attribute that holds the initializer; where two
+            weights have the same place, the layer adds them in this order.
+
+    Raises:
+        CheckpointError: a weight is missing, of another shape, not finite, or no variable has been
+            made of it.
+    """
+    initializers: dict[tuple[int, str], _Initializer] = {}
+    before = []
+    for name, spec in specs.items():
+        if name not in weights:
+            raise CheckpointError(f"the weights lack {name}")
+        layer, attribute = places[name]
+        if (id(layer), attribute) not in initializers:
+            before.append((layer, attribute, getattr(layer, attribute)))
+            made_from = initializers[id(layer), attribute] = _Initializer(weights, [])
+            setattr(layer, attribute, made_from)
+        initializers[id(layer), attribute].specs.append(spec)
+    try:
+        yield
+    finally:
+        for layer, attribute, initializer in before:  # and the weights can be let go
+            setattr(layer, attribute, initializer)
+    left = [spec.name for made_from in initializers.values() for spec in made_from.specs]
+    if left:
+        raise CheckpointError(
+            f"{left[0]} and {len(left) - 1} more weights have no float variable in this dtype; "
+            "load the model in a float dtype, then quantize it"
+        )

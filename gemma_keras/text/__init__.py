@@ -1,0 +1,1 @@
+"""Text: turn templates, and tokens decoded as they come."""

@@ -1,0 +1,149 @@
+"""Turn templates: Gemma's, `<start_of_turn>ROLE\\nTEXT<end_of_turn>\\n`, and its like, as data.
+
+Source: ai.google.dev/gemma/docs/core/prompt-structure. Gemma has no system role; what would be one
+stands at the head of the first user turn. ChatML, which many tune Gemmas to, has one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+
+from gemma_keras.text.stream import encode, processor
+
+
+@dataclasses.dataclass(frozen=True)
+class TurnTemplate:
+    """The tokens of a template, its role names, and where it puts a system text.
+
+    Attributes:
+        start_of_turn: piece that opens a turn.
+        end_of_turn: piece that closes it, and ends an answer.
+        user: role name of the person.
+        model: role name of the model.
+        system: role name of a turn for the system text; `None` puts the text and a blank line
+            before the first user text.
+        default_system: the system text of a conversation that has none; may be empty.
+        strip: whether white space around a text is left out.
+    """
+
+    start_of_turn: str = "<start_of_turn>"
+    end_of_turn: str = "<end_of_turn>"
+    user: str = "user"
+    model: str = "model"
+    system: str | None = None
+    default_system: str = ""
+    strip: bool = True
+
+    def stretches(self, messages: Sequence[Mapping[str, str]]) -> list[str]:
+        """What stands in each turn between its two tokens, as one string would be tokenized.
+
+        Args:
+            messages: as for `encode_chat`.
+
+        Raises:
+            ValueError: they are not a conversation.
+        """
+        turns = list(messages)
+        for turn in turns:
+            if not isinstance(turn.get("content"), str):
+                raise ValueError(
+                    f"a message needs a role and a content that is text, found {turn!r}"
+                )
+        system = self.default_system
+        if turns and turns[0].get("role") == "system":
+            system = self._text(turns.pop(0)["content"])
+        expected = ["user", "model"] * (len(turns) // 2) + ["user"]
+        if [_ROLES.get(turn.get("role", "")) for turn in turns] != expected:
+            found = ", ".join(str(message.get("role")) for message in messages)
+            raise ValueError(
+                f"user and model must speak in turn, the user first and last; found {found}"
+            )
+        before = f"{system}\n\n" if system and self.system is None else ""
+        stretches = [f"{self.system}\n{system}"] if system and self.system is not None else []
+        for role, turn in zip(expected, turns, strict=True):
+            name = self.user if role == "user" else self.model
+            stretches.append(f"{name}\n{before}{self._text(turn['content'])}")
+            before = ""
+        return stretches
+
+    def text(self, messages: Sequence[Mapping[str, str]], beginning: str) -> str:
+        """A conversation as text, ready for the model's next turn, after `beginning`."""
+        turns = [
+            f"{self.start_of_turn}{stretch}{self.end_of_turn}\n"
+            for stretch in self.stretches(messages)
+        ]
+        return beginning + "".join(turns) + f"{self.start_of_turn}{self.model}\n"
+
+    def _text(self, content: str) -> str:
+        return content.strip() if self.strip else content
+
+
+GEMMA_TURNS = TurnTemplate()
+CHATML_TURNS = TurnTemplate(
+    "<|im_start|>", "<|im_end|>", model="assistant", system="system", strip=False
+)
+TURN_TEMPLATES = (GEMMA_TURNS, CHATML_TURNS)
+
+
+def turn_ids(proto: bytes, turns: TurnTemplate = GEMMA_TURNS) -> tuple[int, int]:
+    """The ids that open and close a turn.
+
+    Raises:
+        ValueError: the tokenizer does not have them.
+    """
+    model = processor(proto)
+    found = [model.piece_to_id(n) for n in (turns.start_of_turn, turns.end_of_turn)]
+    if model.unk_id() in found:
+        raise ValueError(
+            f"the tokenizer lacks the tokens of the turn template, {turns.start_of_turn} and "
+            f"{turns.end_of_turn}"
+        )
+    return found[0], found[1]
+
+
+def all_stops(
+    proto: bytes, named: Iterable[int] = (), turns: TurnTemplate | None = None
+) -> tuple[int, ...]:
+    """The ids that end a text.
+
+    Args:
+        proto: the serialized SentencePiece model.
+        named: ids that a checkpoint's files name, which come first.
+        turns: the template that a model was tuned to follow, the end of whose turns is one.
+
+    Raises:
+        ValueError: the tokenizer lacks the tokens of the turns.
+    """
+    stops = [*named, processor(proto).eos_id()]
+    if turns is not None:
+        stops.append(turn_ids(proto, turns)[1])
+    return tuple(dict.fromkeys(i for i in stops if i >= 0))
+
+
+_ROLES = {"user": "user", "model": "model", "assistant": "model"}
+
+
+def encode_chat(
+    proto: bytes, messages: Sequence[Mapping[str, str]], turns: TurnTemplate = GEMMA_TURNS
+) -> list[int]:
+    """The ids of a conversation, ready for the model's next turn.
+
+    Text never becomes a control token here. The beginning-of-sequence token comes first, whether
+    or not a template writes it: Gemmas are trained with it.
+
+    Args:
+        proto: the serialized SentencePiece model.
+        messages: `{"role": ..., "content": ...}` each, of role `user` and `model` (or `assistant`)
+            in turn, perhaps after one of role `system`; the last is the user's.
+        turns: the template.
+
+    Raises:
+        ValueError: they are not such a conversation, or the tokenizer has no turns.
+    """
+    start, end = turn_ids(proto, turns)
+    newline = encode(proto, "\n")
+    ids = [processor(proto).bos_id()]
+    for stretch in turns.stretches(messages):
+        ids += [start, *encode(proto, stretch), end, *newline]
+    return [*ids, start, *encode(proto, f"{turns.model}\n")]
