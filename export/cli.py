@@ -61,7 +61,7 @@ def _failure(error: Exception) -> tuple[int, str]:
 
 def _what_was_kept(arguments: argparse.Namespace | None) -> str:
     if arguments is not None:
-        from export.quantize.workspace import kept_work
+        from export.calibrate.workspace import kept_work
 
         if kept_work(Path(os.path.realpath(arguments.out))):
             return "the same command goes on where it stopped"

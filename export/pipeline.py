@@ -10,15 +10,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export import bundle as writer
-from export.draft import KV_CACHE_DTYPES, BundleDraft, Progress, lowering_named
+from edge_demo.device.memory_limits import free_memory
+from export.bundle import writer
+from export.bundle.draft import KV_CACHE_DTYPES, BundleDraft, Progress, lowering_named
+from export.calibrate.text import Windows, read_windows
+from export.calibrate.workspace import kept_work, workspace_path
 from export.errors import ExportError, ExportRequestError
-from export.memory import free_memory
-from export.quantize.formats import Plan, plan_bytes
-from export.quantize.lattice import MOST_BITS_KEPT, KeptWeights, kept_weights
-from export.quantize.recipes import in_one_plane, plan_for_recipe, plan_from_json, recipe_named
-from export.quantize.text import Windows, read_windows
-from export.quantize.workspace import kept_work, workspace_path
+from export.formats.formats import Plan, plan_bytes
+from export.formats.keep_source import MOST_BITS_KEPT, KeptWeights, kept_weights
+from export.formats.recipes import in_one_plane, plan_for_recipe, plan_from_json, recipe_named
 from export.start_keras import start_keras
 from gemma_keras.checkpoints.hub import opens_with_keras
 from gemma_keras.checkpoints.source import Checkpoint
@@ -26,7 +26,7 @@ from gemma_keras.config import GemmaConfig
 from gemma_keras.open import open_checkpoint
 
 if TYPE_CHECKING:
-    from export.verify import Quality
+    from export.bundle.verify import Quality
     from gemma_keras.causal_lm import GemmaCausalLM
 
 
@@ -144,7 +144,7 @@ def export_onnx(
             rounding = _round(draft, formats, kept, text, budget, workspace, on_progress)
             quality = None
             if verify:
-                from export.verify import verify as verify_bundle
+                from export.bundle.verify import verify as verify_bundle
 
                 on_progress("verification", 0)
                 quality = verify_bundle(draft.bundle, config, checkpoint.weights, recipe)
@@ -155,7 +155,7 @@ def export_onnx(
                 "kl_by_group": rounding.get("losses"),
             }
             if windows is not None:
-                from export.report import measure_on_text
+                from export.bundle.report import measure_on_text
 
                 on_progress("report", 0)
                 told |= measure_on_text(
@@ -191,7 +191,7 @@ def _round(
     if budget is None and text in (None, "none"):
         draft.store(draft.checkpoint.weights, formats, kept.matrix)
         return told
-    from export.rounding import Rounding, round_weights, round_within  # they need Keras
+    from export.choose_formats import Rounding, round_weights, round_within  # they need Keras
 
     rounding = Rounding(draft.checkpoint.weights, kept.matrix, told=told)
     if text not in (None, "none"):

@@ -31,18 +31,19 @@ TESTS_OF_THE_DEVICE = sorted((ROOT / "tests" / "edge_demo").glob("*.py"))
 MAY_IMPORT = {
     "gemma_keras": (),
     "edge_demo": (),
-    # the schema of a bundle; what both commands do alike before anything heavy is imported
+    # the schema of a bundle; what both commands do alike; how much memory there is
     "export": (
         "gemma_keras",
         "edge_demo.bundle.manifest",
         "edge_demo.telemetry",
         "edge_demo.unexpected",
+        "edge_demo.device.memory_limits",
     ),
 }
 # What one place may import beyond that.
 EXCEPTIONS = {
     # runs the bundle it has written, as the device will
-    "export.verify": (
+    "export.bundle.verify": (
         "edge_demo.bundle.reader",
         "edge_demo.engine.runner",
         "edge_demo.text.tokenizer",
@@ -50,18 +51,18 @@ EXCEPTIONS = {
         "edge_demo.evaluate.perplexity",
     ),
     # measures it as `edge-demo compare` does
-    "export.report": (
+    "export.bundle.report": (
         "edge_demo.bundle.reader",
         "edge_demo.evaluate.compare",
         "edge_demo.engine.runner",
         "edge_demo.errors",
     ),
     # feeds the graph it samples from, as the device will
-    "export.quantize.self_sample": ("edge_demo.bundle.embedding",),
+    "export.calibrate.self_sample": ("edge_demo.bundle.embedding",),
     # opens what it has written, as the device will
-    "export.draft": ("edge_demo.bundle.reader",),
+    "export.bundle.draft": ("edge_demo.bundle.reader",),
     # the one definition of the divergence, of exports and on the device
-    "export.quantize.sensitivity": ("edge_demo.evaluate.perplexity",),
+    "export.calibrate.sensitivity": ("edge_demo.evaluate.perplexity",),
     # the method that Keras users know; imports only when it is called
     "gemma_keras.causal_lm:GemmaCausalLM.export": ("export",),
     # a name from before there were wings; imports only when it is asked for
@@ -101,6 +102,22 @@ FLOORS = {
         ("gemma_keras.causal_lm", "gemma_keras.text_embedder"),
         ("gemma_keras.open",),
         ("gemma_keras",),
+    ),
+    "export": (
+        (
+            "export.errors",
+            "edge_demo.device.memory_limits",
+            "export.progress",
+            "export.start_keras",
+        ),
+        ("export.formats",),
+        ("export.graph",),
+        ("export.calibrate",),
+        ("export.bundle",),
+        ("export.choose_formats",),
+        ("export.pipeline",),
+        ("export.cli",),
+        ("export",),
     ),
 }
 # Which dependencies each package stands on: of the distribution itself, and extras.
@@ -179,23 +196,25 @@ def is_within(module: str, allowed: tuple[str, ...]) -> bool:
 
 def test_the_imports_of_all_three_packages_were_read():
     assert {top(name) for name in MODULES} == set(PACKAGES)
-    assert Import("export.store", "", "export.quantize.formats") in IMPORTS
-    assert Import("export.verify", "verify", "keras") in IMPORTS
-    assert Import("export.pipeline", "", "export.bundle") in IMPORTS  # from export import bundle
+    assert Import("export.graph.store_weights", "", "export.formats.formats") in IMPORTS
+    assert Import("export.bundle.verify", "verify", "keras") in IMPORTS
+    assert (
+        Import("export.pipeline", "", "export.bundle.writer") in IMPORTS
+    )  # from export import bundle
 
 
 @pytest.mark.parametrize(
     ("line", "module"),
     [
-        ("from .formats import Plan", "export.quantize.formats"),
-        ("from . import formats", "export.quantize.formats"),
+        ("from .formats import Plan", "export.formats.formats"),
+        ("from . import formats", "export.formats.formats"),
         ("from .. import bundle", "export.bundle"),
         ("def f():\n  import edge_demo.engine.runner as e", "edge_demo.engine.runner"),
         ("if TYPE_CHECKING:\n  from edge_demo.engine import runner", "edge_demo.engine.runner"),
     ],
 )
 def test_every_way_to_write_an_import_is_read(line, module):
-    found = imports_of("export.quantize.balance", ast.parse(line), is_package=False)
+    found = imports_of("export.formats.recipes", ast.parse(line), is_package=False)
     assert [i.module for i in found] == [module]
 
 
@@ -249,7 +268,7 @@ def test_no_file_imports_itself_by_way_of_others():
 
 
 def test_export_reads_of_edge_demo_only_the_schema_but_for_verification():
-    light = ("edge_demo.telemetry", "edge_demo.unexpected")
+    light = ("edge_demo.telemetry", "edge_demo.unexpected", "edge_demo.device.memory_limits")
     users = {
         i.by
         for i in IMPORTS
@@ -259,9 +278,9 @@ def test_export_reads_of_edge_demo_only_the_schema_but_for_verification():
         i.by for i in IMPORTS if i.module == "edge_demo.bundle.manifest" and top(i.by) == "export"
     }
     assert users - of_schema <= {
-        "export.verify",
-        "export.report",
-        "export.quantize.sensitivity",
+        "export.bundle.verify",
+        "export.bundle.report",
+        "export.calibrate.sensitivity",
     }
 
 

@@ -27,10 +27,11 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 EXPORT = """
 import sys
-from export import bundle, cli
+from export import cli
+from export.bundle import writer
 def write_card(*arguments):
     {fault}
-bundle.write_card = write_card
+writer.write_card = write_card
 sys.exit(cli.main(sys.argv[1:]))
 """
 ARGUMENTS = {

@@ -22,9 +22,9 @@ from edge_demo.cli.main import main
 from edge_demo.engine.runner import Engine
 from edge_demo.text.tokenizer import Tokenizer
 from export import export_onnx
-from export.quantize.formats import rows_and_inputs
-from export.quantize.recipes import plan_for_recipe
-from export.quantize.rounding import round_to_nearest
+from export.formats.formats import rows_and_inputs
+from export.formats.recipes import plan_for_recipe
+from export.formats.round_to_nearest import round_to_nearest
 from gemma_keras import GemmaCausalLM
 from gemma_keras.checkpoints.hf.config import config_from_hf, named_config
 from gemma_keras.checkpoints.hf.writer import write_safetensors_folder

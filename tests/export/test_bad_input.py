@@ -17,8 +17,8 @@ import pytest
 import safetensors.numpy
 
 from edge_demo.bundle.reader import Bundle
-from export.quantize.formats import plan_bytes
-from export.quantize.recipes import plan_for_recipe
+from export.formats.formats import plan_bytes
+from export.formats.recipes import plan_for_recipe
 from gemma_keras import open_checkpoint
 from gemma_keras.checkpoints.hf.config import config_from_hf
 from gemma_keras.checkpoints.names import weight_specs

@@ -11,9 +11,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from export.quantize.balance import BalancedWeights
-from export.quantize.calibrate import observe
-from export.reference import embedded, reference_logits
+from export.calibrate.balance import BalancedWeights
+from export.calibrate.observe import observe
+from export.calibrate.reference import embedded, reference_logits
 from gemma_keras import GemmaBackbone, GemmaCausalLM, open_checkpoint
 from tests.models import GENERATIONS, write_tiny_hf
 

@@ -9,11 +9,11 @@ import sys
 import pytest
 
 from export import export_onnx
-from export.contract import interchange_contract
-from export.draft import LOWERINGS
-from export.quantize.recipes import plan_for_recipe
-from export.store import store_weights
-from export.weights_file import WeightsFile
+from export.bundle.draft import LOWERINGS
+from export.formats.recipes import plan_for_recipe
+from export.graph.contract import interchange_contract
+from export.graph.store_weights import store_weights
+from export.graph.weights_file import WeightsFile
 from gemma_keras.errors import ConfigError
 from gemma_keras.open import open_checkpoint
 from tests.gemma_keras.embedder_files import write_tiny_embedder

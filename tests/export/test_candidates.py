@@ -11,13 +11,13 @@ import pytest
 from edge_demo.bundle.embedding import EmbeddingTable
 from edge_demo.engine import low_plane
 from edge_demo.engine.low_plane import LowPlane
-from export import fused
-from export.contract import WEIGHTS_FILE, candidates_contract, engine_contract, ropes
-from export.fused import build_graph
-from export.quantize.formats import Format
-from export.quantize.rounding import round_to_nearest
-from export.store import embedding_spec, store_weights
-from export.weights_file import WeightsFile
+from export.formats.formats import Format
+from export.formats.round_to_nearest import round_to_nearest
+from export.graph import fused
+from export.graph.contract import WEIGHTS_FILE, candidates_contract, engine_contract, ropes
+from export.graph.fused import build_graph
+from export.graph.store_weights import embedding_spec, store_weights
+from export.graph.weights_file import WeightsFile
 from gemma_keras.checkpoints.names import weight_specs
 from gemma_keras.config import GemmaConfig, LayerSpec
 

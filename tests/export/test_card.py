@@ -9,8 +9,8 @@ from collections import Counter
 
 import pytest
 
-from export.card import write_card
-from export.svg import bar_chart
+from export.bundle.card import write_card
+from export.bundle.svg import bar_chart
 from gemma_keras.checkpoints.hf.config import named_config
 from gemma_keras.sizes import releases
 from tests.edge_demo.bundle_files import read_manifest

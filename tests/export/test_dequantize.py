@@ -8,11 +8,11 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
-from export.dequantize import check_format, dequantized_matrix, dequantized_rows
 from export.errors import ExportRequestError
-from export.nodes import OPSET, Nodes
-from export.quantize.formats import Format
-from export.weights_file import WeightsFile
+from export.formats.formats import Format
+from export.graph.dequantize import check_format, dequantized_matrix, dequantized_rows
+from export.graph.nodes import OPSET, Nodes
+from export.graph.weights_file import WeightsFile
 from gemma_keras.checkpoints.names import WeightSpec
 
 ROWS = 24

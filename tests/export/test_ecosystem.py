@@ -18,7 +18,7 @@ from sentencepiece import sentencepiece_model_pb2 as proto
 from edge_demo.bundle.reader import Bundle
 from edge_demo.engine.runner import Engine
 from edge_demo.text.tokenizer import Tokenizer
-from export.ecosystem import write_ecosystem_files
+from export.bundle.ecosystem import write_ecosystem_files
 from gemma_keras import open_checkpoint
 from gemma_keras.checkpoints.hf.config import config_from_hf
 from gemma_keras.checkpoints.hf.tokenizer_json import tokenizer_json

@@ -13,19 +13,19 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from export.errors import ExportRequestError
-from export.joined import joined_matrices
-from export.quantize.formats import BITS, BLOCK_SIZES, Format, plan_bytes, rows_and_inputs
-from export.quantize.packing import (
+from export.formats.formats import BITS, BLOCK_SIZES, Format, plan_bytes, rows_and_inputs
+from export.formats.fused_matrices import joined_matrices
+from export.formats.packing import (
     Quantized,
     pack_bits,
     split_planes,
     stored_tensors,
     unpack_bits,
 )
-from export.quantize.recipes import RECIPES, plan_for_recipe
-from export.quantize.rounding import round_to_nearest, search_scales
-from export.store import store_weights
-from export.weights_file import WeightsFile
+from export.formats.recipes import RECIPES, plan_for_recipe
+from export.formats.round_to_nearest import round_to_nearest, search_scales
+from export.graph.store_weights import store_weights
+from export.graph.weights_file import WeightsFile
 from gemma_keras.checkpoints.names import weight_specs
 from gemma_keras.config import GemmaConfig, LayerSpec
 

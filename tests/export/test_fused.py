@@ -19,10 +19,10 @@ from edge_demo.bundle.reader import Bundle
 from edge_demo.engine import float_prompts
 from edge_demo.engine.runner import Engine
 from export import export_onnx
-from export.contract import WEIGHTS_FILE, engine_contract, interchange_contract, windows
-from export.quantize.formats import Format, plan_bytes
-from export.quantize.packing import unpack_bits
-from export.quantize.recipes import plan_for_recipe
+from export.formats.formats import Format, plan_bytes
+from export.formats.packing import unpack_bits
+from export.formats.recipes import plan_for_recipe
+from export.graph.contract import WEIGHTS_FILE, engine_contract, interchange_contract, windows
 from gemma_keras import GemmaBackbone, GemmaCausalLM, open_checkpoint
 from gemma_keras.checkpoints.names import weight_specs
 from tests.models import GENERATIONS, WINDOW, write_tiny_hf

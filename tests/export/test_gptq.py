@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export.quantize.formats import Format
-from export.quantize.gptq import feedbacks, gptq
-from export.quantize.moments import Moments
-from export.quantize.rounding import best_scales, round_to_nearest
+from export.calibrate.gptq import feedbacks, gptq
+from export.calibrate.input_statistics import Moments
+from export.formats.formats import Format
+from export.formats.round_to_nearest import best_scales, round_to_nearest
 
 FORMATS = [Format(4, 32, symmetric=False), Format(4, 16), Format(2, 32, symmetric=False)]
 
@@ -97,7 +97,7 @@ def test_a_matrix_rounded_in_pieces_is_the_same(fmt, monkeypatch):
     rows, inputs = problem(23, 70, 3)
     moments = moments_of(inputs)
     whole = gptq(rows, feedbacks(moments), fmt)
-    monkeypatch.setattr("export.quantize.gptq._PIECE_BYTES", 4 * 70 * 5)
+    monkeypatch.setattr("export.calibrate.gptq._PIECE_BYTES", 4 * 70 * 5)
     pieces = gptq(rows, feedbacks(moments), fmt)
     # A product of fewer rows may add up in another order, which flips a level now and then.
     assert (pieces.levels != whole.levels).mean() < 0.01

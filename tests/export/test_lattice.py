@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from export import export_onnx
-from export.quantize.formats import Format
-from export.quantize.lattice import best_format, keep, keep_or_round, kept_weights
-from export.quantize.packing import Quantized, split_planes, stored_tensors
-from export.quantize.recipes import INT4, INT8
-from export.quantize.rounding import round_to_nearest
-from export.store import store_weights
-from export.weights_file import WeightsFile
+from export.formats.formats import Format
+from export.formats.keep_source import best_format, keep, keep_or_round, kept_weights
+from export.formats.packing import Quantized, split_planes, stored_tensors
+from export.formats.recipes import INT4, INT8
+from export.formats.round_to_nearest import round_to_nearest
+from export.graph.store_weights import store_weights
+from export.graph.weights_file import WeightsFile
 from gemma_keras import open_checkpoint
 from gemma_keras.checkpoints.gguf.config import config_from_gguf
 from gemma_keras.checkpoints.gguf.file import GGUFFile

@@ -8,9 +8,9 @@ import pytest
 
 from edge_demo.bundle.reader import Bundle
 from edge_demo.engine.runner import Engine
-from export.contract import INTERCHANGE_FILE, interchange_inputs
 from export.errors import ExportError
-from export.pieces import cut_graph, logits_in_pieces, run_in_pieces, weight_bytes
+from export.graph.contract import INTERCHANGE_FILE, interchange_inputs
+from export.graph.run_in_chunks import cut_graph, logits_in_pieces, run_in_pieces, weight_bytes
 from gemma_keras import open_checkpoint
 from tests.models import GENERATIONS, VOCABULARY_SIZE
 

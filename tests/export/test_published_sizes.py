@@ -9,11 +9,16 @@ import json
 
 import pytest
 
-from export.bundle import write_tokenizer
-from export.contract import candidates_contract, engine_contract, interchange_contract, windows
-from export.ecosystem import write_ecosystem_files
-from export.quantize.formats import plan_bytes
-from export.quantize.recipes import RECIPES, plan_for_recipe
+from export.bundle.ecosystem import write_ecosystem_files
+from export.bundle.writer import write_tokenizer
+from export.formats.formats import plan_bytes
+from export.formats.recipes import RECIPES, plan_for_recipe
+from export.graph.contract import (
+    candidates_contract,
+    engine_contract,
+    interchange_contract,
+    windows,
+)
 from gemma_keras.checkpoints.hf.config import config_from_hf, named_config
 from gemma_keras.checkpoints.source import Checkpoint
 from gemma_keras.sizes import SIZES

@@ -12,10 +12,10 @@ from edge_demo.engine.runner import Engine
 from edge_demo.evaluate.compare import compare
 from edge_demo.text.tokenizer import Tokenizer
 from export import cli, export_onnx, pipeline
-from export.bundle import open_tokenizer
+from export.bundle.report import measure_on_text
+from export.bundle.writer import open_tokenizer
+from export.calibrate.text import read_windows
 from export.errors import ExportRequestError
-from export.quantize.text import read_windows
-from export.report import measure_on_text
 from gemma_keras import open_checkpoint
 from tests.models import GENERATIONS, TEXT, write_tiny_hf
 

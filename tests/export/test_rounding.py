@@ -14,17 +14,17 @@ from edge_demo.bundle.reader import Bundle
 from edge_demo.engine.runner import CandidateEngine, Engine
 from edge_demo.evaluate.perplexity import kl_divergence
 from export import export_onnx
+from export.calibrate.budget import plan_within
+from export.calibrate.calibrate import calibrate
+from export.calibrate.reference import reference_logits
+from export.calibrate.self_sample import self_sample
+from export.calibrate.sensitivity import group_members, sensitivities
+from export.calibrate.text import cut_text
+from export.calibrate.workspace import Workspace, fingerprint, workspace_path
+from export.choose_formats import _Attempt, _search
 from export.errors import ExportRequestError
-from export.quantize.budget import plan_within
-from export.quantize.calibrated import calibrate
-from export.quantize.formats import plan_bytes
-from export.quantize.recipes import INT4, TWO_PLANES, plan_for_recipe, plan_from_json, raised_plan
-from export.quantize.self_sample import self_sample
-from export.quantize.sensitivity import group_members, sensitivities
-from export.quantize.text import cut_text
-from export.quantize.workspace import Workspace, fingerprint, workspace_path
-from export.reference import reference_logits
-from export.rounding import _Attempt, _search
+from export.formats.formats import plan_bytes
+from export.formats.recipes import INT4, TWO_PLANES, plan_for_recipe, plan_from_json, raised_plan
 from gemma_keras import open_checkpoint
 from tests.models import GENERATIONS, TEXT, write_tiny_hf
 

@@ -34,16 +34,17 @@ from edge_demo.engine.runner import Engine
 from edge_demo.text.generator import Generator
 from edge_demo.text.sampling import Sampler
 from edge_demo.text.tokenizer import Tokenizer
-from export import export_onnx, traced
-from export.contract import WEIGHTS_FILE, engine_contract, interchange_contract, ropes
+from export import export_onnx
 from export.errors import ExportError, ExportRequestError
-from export.fused import build_graph
-from export.pieces import logits_in_pieces
-from export.quantize.formats import Format
-from export.quantize.recipes import INT4, INT8, in_one_plane
-from export.store import embedding_spec, store_weights
-from export.traced import build_traced_graph
-from export.weights_file import StoredTensor, WeightsFile
+from export.formats.formats import Format
+from export.formats.recipes import INT4, INT8, in_one_plane
+from export.graph import traced
+from export.graph.contract import WEIGHTS_FILE, engine_contract, interchange_contract, ropes
+from export.graph.fused import build_graph
+from export.graph.run_in_chunks import logits_in_pieces
+from export.graph.store_weights import embedding_spec, store_weights
+from export.graph.traced import build_traced_graph
+from export.graph.weights_file import StoredTensor, WeightsFile
 from gemma_keras.checkpoints.hf.config import config_from_hf, named_config
 from gemma_keras.checkpoints.names import weight_specs
 from gemma_keras.checkpoints.source import Checkpoint
@@ -618,7 +619,7 @@ def test_a_trace_that_fails_is_told_in_a_sentence(monkeypatch, tmp_path, script,
 
 @pytest.mark.keras
 def test_a_configuration_that_cannot_be_traced_says_why(monkeypatch, tmp_path, capsys):
-    from export import trace_keras
+    from export.graph import trace_keras
 
     monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps({"layers": []})))
     monkeypatch.setattr("sys.argv", ["trace_keras", str(tmp_path)])
@@ -633,7 +634,7 @@ def test_an_interrupted_export_ends_the_trace(tmp_path, number):
     command = [sys.executable, "-m", "export.cli", source, tmp_path / "out"]
     options = ["--recipe", "fp32", "--lowering", "traced", "--no-verify"]
     export = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True, cwd=ROOT)
-    child = wait_for(lambda: child_of(export.pid, "export.trace_keras"))
+    child = wait_for(lambda: child_of(export.pid, "export.graph.trace_keras"))
     export.send_signal(number)
     _, said = export.communicate(timeout=60)
     assert export.returncode == 130, said

@@ -9,8 +9,8 @@ import pytest
 from keras import ops
 from keras.quantizers import AWQConfig, GPTQConfig, Int4QuantizationConfig
 
-from export.quantize.formats import Format
-from export.quantize.lattice import best_format, keep, keep_or_round, kept_weights
+from export.formats.formats import Format
+from export.formats.keep_source import best_format, keep, keep_or_round, kept_weights
 from gemma_keras import GemmaBackbone, GemmaCausalLM, GemmaConfig, LayerSpec
 from gemma_keras.model.quantized import quantized_weight
 

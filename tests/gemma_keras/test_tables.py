@@ -6,7 +6,7 @@ import gguf
 import numpy as np
 import pytest
 
-from export.quantize.balance import BalancedWeights
+from export.calibrate.balance import BalancedWeights
 from gemma_keras import open_checkpoint
 from gemma_keras.checkpoints.source import TableSource, table_pieces
 from gemma_keras.errors import CheckpointError

@@ -1,0 +1,1 @@
+"""The folder that is written: manifest, model card, ecosystem files, verification."""

@@ -1,0 +1,107 @@
+"""Comparing what was written with the Keras model it was made from."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from edge_demo.bundle.reader import Bundle
+from edge_demo.engine.runner import Engine
+from edge_demo.errors import EdgeError
+from edge_demo.evaluate.perplexity import kl_divergence
+from edge_demo.text.tokenizer import Tokenizer
+from export.calibrate.reference import reference_logits
+from export.errors import ExportError
+from export.graph.run_in_chunks import logits_in_pieces
+from gemma_keras.config import GemmaConfig
+
+TEXT = Path(__file__).with_name("verification.txt")
+# What a recipe may lose at most before its bundle is refused: mean KL, in nats. The 270M loses
+# 1e-11 as fp32, 1e-3 as int8, 0.5 as int4 rounded to nearest everywhere; a random model as int8 up
+# to 0.02; a wrong graph whole nats.
+_MOST_MEAN_KL = {"fp32": 1e-5, "fp16": 1e-3, "int8": 0.1, "int4": 2.0}
+_BATCH = 64
+_MOST_BYTES_WHOLE = 1 << 30  # of a bundle; onnxruntime holds most of them twice
+
+
+@dataclasses.dataclass(frozen=True)
+class Quality:
+    """How near a bundle is to the model it was made from.
+
+    Attributes:
+        max_logit_difference: greatest absolute difference of any logit.
+        logit_spread: standard deviation of the reference's logits, to judge it by.
+        same_top_token: share of positions whose most likely token is the same.
+        mean_kl: mean Kullback-Leibler divergence of the next-token distributions, in nats, from
+            the reference to the bundle.
+        tokens: positions compared.
+        against: what the reference is.
+    """
+
+    max_logit_difference: float
+    logit_spread: float
+    same_top_token: float
+    mean_kl: float
+    tokens: int
+    against: str
+
+
+def compare_logits(reference: np.ndarray, found: np.ndarray, against: str) -> Quality:
+    """Compare two float32 arrays `(positions, vocabulary_size)`."""
+    divergences = []
+    greatest = 0.0
+    for first in range(0, len(reference), _BATCH):
+        p, q = reference[first : first + _BATCH], found[first : first + _BATCH]
+        greatest = max(greatest, float(np.abs(p - q).max()))
+        divergences.append(kl_divergence(p, q))
+    return Quality(
+        max_logit_difference=greatest,
+        logit_spread=float(reference.std()),
+        same_top_token=float((reference.argmax(axis=-1) == found.argmax(axis=-1)).mean()),
+        mean_kl=float(np.concatenate(divergences).mean()),
+        tokens=len(reference),
+        against=against,
+    )
+
+
+def verify(
+    bundle: Bundle, config: GemmaConfig, weights: Mapping[str, np.ndarray], recipe: str
+) -> Quality:
+    """Run the bundle and the Keras layers on the fixed text of `verification.txt`.
+
+    The engine runs it; of a bundle that would take too much memory, its interchange graph is run
+    piece by piece.
+
+    Raises:
+        ExportError: the bundle does not run, or they differ by more than the recipe can explain,
+            so the graph is wrong.
+    """
+    import keras
+
+    ids = Tokenizer(bundle).encode(TEXT.read_text(encoding="utf-8"))
+    rows = np.array([ids[: min(192, bundle.context_length)]], np.int32)
+    positions = np.arange(rows.shape[1])
+    reference = reference_logits(config, weights, rows, positions)
+    if bundle.num_bytes > _MOST_BYTES_WHOLE:
+        found = logits_in_pieces(bundle.path, config, rows, positions)
+    else:
+        found = _engine_logits(bundle, rows[0].tolist())
+    against = f"against the Keras layers on {keras.config.backend()} in float32"
+    quality = compare_logits(reference, found, against)
+    most = _MOST_MEAN_KL[recipe]
+    if not quality.mean_kl <= most:
+        raise ExportError(
+            f"the exported model differs from the Keras model: mean KL {quality.mean_kl:.3g} "
+            f"where {recipe} may lose {most:g}; nothing was written"
+        )
+    return quality
+
+
+def _engine_logits(bundle: Bundle, ids: list[int]) -> np.ndarray:
+    try:
+        return np.concatenate(list(Engine(bundle).all_logits(ids)))
+    except EdgeError as error:
+        raise ExportError(f"the exported model does not run: {error}") from error

@@ -1,0 +1,166 @@
+"""Rounding with error feedback: each input's rounding error is passed on to those not yet rounded.
+
+Of a matrix `W` with inputs `x`, the loss is the mean of `|(W - Q) x|²`, which needs of the text
+only `H = mean(x xᵀ)`. Inputs are rounded one after the other; what rounding input j has done to the
+output is made up for, as well as can be, by changing the inputs that are still free:
+
+    W[:, k] -= (W[:, j] - Q[:, j]) / U[j, j] * U[j, k]    for k after j, with H⁻¹ = Uᵀ U
+
+Frantar et al., 2022, GPTQ, arXiv:2210.17323. Inputs go in order of their mean square, the largest
+first, over scales that are fixed beforehand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from export.calibrate.input_statistics import Moments
+from export.formats.formats import Format
+from export.formats.packing import Quantized, blocks_of
+from export.formats.round_to_nearest import best_scales
+
+_DAMPING = 0.01  # of the mean of H's diagonal, added to it
+_SMALL = 128  # triangular matrices up to this size are inverted as any other
+_LAZY = 128  # inputs whose corrections to the rest of the matrix are applied together
+_PIECE_BYTES = 32 << 20  # of the matrix, rounded at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Feedback:
+    """What rounding needs to know of some inputs, for any matrix that sees them.
+
+    Attributes:
+        importance: their mean squares, float32 `[in]`.
+        order: in which they are rounded.
+        factor: the `U` of above in that order, float32 `[in, in]`.
+    """
+
+    importance: np.ndarray
+    order: np.ndarray
+    factor: np.ndarray
+
+
+def feedbacks(moments: Moments, divisors: np.ndarray | None = None) -> Iterator[Feedback]:
+    """One for each of the moments' squares, when it is asked for: each takes as much memory.
+
+    Args:
+        moments: of the inputs.
+        divisors: what the inputs are divided by since they were watched, `[in]`; `None` if by
+            nothing.
+    """
+    for square in moments.divided_by(divisors):
+        importance = np.maximum(np.diag(square), 0).astype(np.float32)
+        order = np.argsort(-importance, kind="stable")
+        yield Feedback(importance, order, _inverse_factor(square, order))
+
+
+def gptq(rows: np.ndarray, feedback: Iterable[Feedback], fmt: Format) -> Quantized:
+    """Round a matrix so that its outputs on a text change least.
+
+    Args:
+        rows: float32 `[outputs, inputs]`.
+        feedback: of its inputs, one part of them after the other; errors stay within a part.
+        fmt: a quantized one, whose blocks do not cross the parts' edges.
+    """
+    spans = []
+    first = 0
+    for part in feedback:
+        last = first + len(part.order)
+        spans.append(_round_span(rows[:, first:last], part, fmt))
+        first = last
+    return _joined(spans, axis=1)
+
+
+def _joined(parts: Sequence[Quantized], axis: int) -> Quantized:
+    """Matrices side by side: along their rows, 0, or their blocks, 1."""
+    zeros = [part.zero_points for part in parts if part.zero_points is not None]
+    return Quantized(
+        np.concatenate([part.levels for part in parts], axis=axis),
+        np.concatenate([part.scales for part in parts], axis=axis),
+        np.concatenate(zeros, axis=axis) if zeros else None,
+    )
+
+
+def _round_span(rows: np.ndarray, feedback: Feedback, fmt: Format) -> Quantized:
+    # Outputs know nothing of each other; so many at a time bound the memory.
+    step = max(1, _PIECE_BYTES // (4 * rows.shape[1]))
+    pieces = [
+        _round_rows(rows[first : first + step], feedback, fmt)
+        for first in range(0, len(rows), step)
+    ]
+    return _joined(pieces, axis=0)
+
+
+def _round_rows(rows: np.ndarray, feedback: Feedback, fmt: Format) -> Quantized:
+    importance, order, factor = feedback.importance, feedback.order, feedback.factor
+    num_rows, num_inputs = rows.shape
+    blocks = blocks_of(rows, fmt.block_size)
+    weight = blocks_of(importance[None] + importance.mean() * 1e-3, fmt.block_size)[0]
+    scales, zeros = best_scales(blocks, weight, fmt)
+
+    work = np.ascontiguousarray(rows.T[order])  # (inputs, outputs), each input contiguous
+    levels = np.zeros((blocks.shape[1] * fmt.block_size, num_rows), np.uint8)
+    levels[num_inputs:] = fmt.middle  # padding, unless zero points say otherwise
+    if zeros is not None:
+        padding = np.arange(num_inputs, len(levels)) // fmt.block_size
+        levels[num_inputs:] = zeros.T[padding]
+    scale_of = np.ascontiguousarray(scales.T)[order // fmt.block_size]  # (inputs, outputs)
+    usable = np.abs(scale_of) > 1e-37
+    inverse = np.divide(1, scale_of, out=np.zeros_like(scale_of), where=usable)
+    if zeros is None:
+        zero_of = np.broadcast_to(np.float32(fmt.middle), scale_of.shape)
+    else:
+        zero_of = np.ascontiguousarray(zeros.T)[order // fmt.block_size].astype(np.float32)
+    lowest = 1 if fmt.bits == 8 and fmt.symmetric else 0
+    highest = (1 << fmt.bits) - 1
+
+    for first in range(0, num_inputs, _LAZY):
+        last = min(first + _LAZY, num_inputs)
+        errors = np.empty((last - first, num_rows), np.float32)
+        for j in range(first, last):
+            level = np.rint(work[j] * inverse[j])
+            level += zero_of[j]
+            np.clip(level, lowest, highest, out=level)
+            levels[order[j]] = level
+            level -= zero_of[j]
+            level *= scale_of[j]
+            error = work[j] - level
+            error /= factor[j, j]
+            errors[j - first] = error
+            if j + 1 < last:
+                work[j + 1 : last] -= factor[j, j + 1 : last, None] * error
+        if last < num_inputs:
+            work[last:] -= factor[first:last, last:].T @ errors
+    shaped = levels.T.reshape(num_rows, -1, fmt.block_size)
+    return Quantized(np.ascontiguousarray(shaped), scales, zeros)
+
+
+def _inverse_factor(square: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """The upper triangular `U` with `H⁻¹ = Uᵀ U`, float32, of a damped `H`, inputs in order."""
+    size = len(order)
+    diagonal = np.arange(size)
+    hessian = square[np.ix_(order, order)].astype(np.float64)
+    mean = float(np.trace(hessian)) / size or 1.0
+    hessian[diagonal, diagonal] += _DAMPING * mean
+    # H = L Lᵀ read backwards gives H = M Mᵀ with M upper, and U = M⁻¹ up to order
+    lower = np.linalg.cholesky(hessian[::-1, ::-1])
+    del hessian  # of wide matrices it is a good part of the memory
+    upper = lower[::-1, ::-1]  # H = upper upperᵀ
+    return _inverse_of_upper(upper).astype(np.float32)  # U, since H⁻¹ = Uᵀ U
+
+
+def _inverse_of_upper(matrix: np.ndarray) -> np.ndarray:
+    """Of an upper triangular matrix, by halves: a sixth of the work of a general inverse."""
+    size = len(matrix)
+    if size <= _SMALL:
+        return np.triu(np.linalg.inv(matrix))
+    half = size // 2
+    inverse = np.zeros_like(matrix)
+    first, last = slice(half), slice(half, None)
+    inverse[first, first] = _inverse_of_upper(matrix[first, first])
+    inverse[last, last] = _inverse_of_upper(matrix[last, last])
+    inverse[first, last] = -(inverse[first, first] @ (matrix[first, last] @ inverse[last, last]))
+    return inverse

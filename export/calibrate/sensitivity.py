@@ -1,0 +1,122 @@
+"""What rounding a few matrices costs the whole model, for all of them at once.
+
+The model is run block by block with as many hidden states beside each other as there are groups of
+matrices: each state has met one rounded group and is exact otherwise. So the weights are read once,
+and a model of any size can be measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import numpy as np
+
+from edge_demo.evaluate.perplexity import kl_divergence
+from export.calibrate.reference import BlockLoader, embedded, head_logits, run_block, table_rows
+from export.formats.formats import Format, Plan
+from export.formats.fused_matrices import joined_name
+from export.formats.packing import Quantized
+from gemma_keras.checkpoints.names import head_table
+from gemma_keras.config import GemmaConfig
+
+# Matrices of a block that get their bits together: those of like cost and like effect. A query with
+# its key and value would be one product of three, but then it gets 8 bits nearly everywhere.
+_GROUPS = (
+    ("attention.query",),
+    ("attention.key", "attention.value"),
+    ("attention.output",),
+    ("mlp.gate", "mlp.up"),
+    ("mlp.down",),
+)
+_MOST_TYPICAL = 10
+_LIKELY = 256  # tokens at each position that the divergence is taken over
+
+
+def group_members(
+    config: GemmaConfig, plan: Plan, keep: Collection[str] = ()
+) -> dict[str, tuple[str, ...]]:
+    """Group name, such as `layers.3.mlp.gate+up`, to its matrices of fewer than 8 bits.
+
+    Those in `keep` are left out.
+    """
+    groups = {}
+    for i in range(len(config.layers)):
+        for names in _GROUPS:
+            here = [f"layers.{i}.{n}" for n in names]
+            members = tuple(n for n in here if plan[n].bits < 8 and n not in keep)
+            if members:
+                groups[joined_name(here)] = members
+    return groups
+
+
+def sensitivities(
+    config: GemmaConfig,
+    weights: Mapping[str, np.ndarray],
+    plan: Plan,
+    rounded: Callable[[str, Format], Quantized],
+    groups: Mapping[str, Sequence[str]],
+    ids: np.ndarray,
+    positions: np.ndarray,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, float]:
+    """Mean KL divergence from the float model when one group of matrices alone is rounded.
+
+    It is taken over the tokens that are likely at some position, which hold nearly all of the
+    probability and cost a small part of the head; and a position counts at most as ten typical
+    ones, so that a single one does not decide what is raised.
+
+    Args:
+        config: the model's.
+        weights: canonical name to float32 array.
+        plan: canonical name to format.
+        rounded: a matrix as it would be stored.
+        groups: as `group_members` gives them.
+        ids: of the text, `(batch, length)`.
+        positions: of each row, those that count.
+        on_progress: told the states advanced so far and those in all.
+
+    Returns:
+        Group name to nats.
+    """
+    num_blocks = len(config.layers)
+    per_block = [
+        {group: names for group, names in groups.items() if group.startswith(f"layers.{i}.")}
+        for i in range(num_blocks)
+    ]
+    states = {"": embedded(config, weights, ids)}  # the exact one, then one for each group
+    total = num_blocks + sum(len(here) * (num_blocks - i) for i, here in enumerate(per_block))
+    done = 0
+    blocks = BlockLoader(config, weights)
+    for i, here in enumerate(per_block):
+        block = blocks.load(i)
+        fresh = {group: states[""].copy() for group in here}
+        for state in states.values():
+            run_block(block, state)
+            done += 1
+            on_progress(done, total)
+        for group, state in fresh.items():
+            for name in here[group]:
+                values = rounded(name, plan[name]).values(plan[name], weights[name].shape[0])
+                block.variable(name.removeprefix(f"layers.{i}.")).assign(values.T)
+            run_block(block, state)
+            for name in here[group]:
+                block.variable(name.removeprefix(f"layers.{i}.")).assign(weights[name])
+            done += 1
+            on_progress(done, total)
+        states |= fresh
+
+    picked = {
+        group: state[:, positions].reshape(-1, config.hidden_dim) for group, state in states.items()
+    }
+    logits = head_logits(config, weights, picked[""])
+    count = min(_LIKELY, config.vocabulary_size)
+    likely = np.unique(np.argpartition(logits, -count, axis=-1)[:, -count:])
+    reference = logits[:, likely]
+    rows = table_rows(config, weights, head_table(config), likely)
+    losses = {}
+    for group in groups:
+        found = head_logits(config, weights, picked[group], rows)
+        divergences = kl_divergence(reference, found)
+        typical = float(np.median(divergences))
+        losses[group] = float(np.minimum(divergences, _MOST_TYPICAL * typical).mean())
+    return losses

@@ -1,0 +1,1 @@
+"""How weights are stored: formats, recipes, and numbers rounded to nearest."""

@@ -1,0 +1,182 @@
+"""Named ways to store a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import reprlib
+from collections.abc import Mapping
+from typing import Any
+
+from export.errors import ExportRequestError
+from export.formats.formats import BLOCK_SIZES, Format, Plan, rows_and_inputs
+from gemma_keras.checkpoints.names import weight_specs
+from gemma_keras.config import GemmaConfig
+
+INT8 = Format(8, 32)
+# Blocks of 128 lose more than those of 32, but what int4 raises to 8 bits makes up for it, and a
+# product takes three quarters of the time.
+INT4 = Format(4, 128, symmetric=False)
+# Of a table: generation reads the high plane, and the low one for the few tokens that it proposes.
+TWO_PLANES = Format(8, 128, symmetric=False, planes=2)
+_FINE_INT8 = Format(8, 16)
+# What `int4` raises a matrix to: next to its 4 bits, the blocks' size is lost in the noise.
+_RAISED = Format(8, 128)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A named way to store a model.
+
+    Attributes:
+        matrices: the format of the decoder blocks' matrices.
+        table: the format of the token embedding and the head; its blocks are made as much smaller
+            as the model's width asks.
+        finer: the format of some matrices in place of `matrices`, by their name within a block.
+        kl_budget: for a recipe that chooses formats by measurement: the mean KL divergence from
+            the float model that it may lose, in nats; `None` for a fixed one.
+        calibration: what the model is calibrated on unless it is told otherwise: `"self"` for text
+            that it writes itself, `"text"` for a page that comes with this package, `None` for
+            nothing. With any, activations are balanced (`export.calibrate.balance`) and matrices of
+            few bits are rounded with error feedback (`export.calibrate.gptq`).
+    """
+
+    matrices: Format
+    table: Format
+    finer: Mapping[str, Format] = dataclasses.field(default_factory=dict)
+    kl_budget: float | None = None
+    calibration: str | None = None
+
+    def matrix_format(self, name: str) -> Format:
+        """The format of a matrix by its canonical name, such as `layers.3.mlp.down`."""
+        within_block = name.split(".", 2)[-1]
+        return self.finer.get(within_block, self.matrices)
+
+
+RECIPES = {
+    "int4": Recipe(INT4, TWO_PLANES, kl_budget=0.045, calibration="self"),
+    # These three lose most for their size: blocks of 16 in them take a sixth of the whole loss.
+    "int8": Recipe(
+        INT8,
+        dataclasses.replace(TWO_PLANES, block_size=32),
+        finer=dict.fromkeys(("attention.key", "attention.value", "mlp.down"), _FINE_INT8),
+        calibration="text",
+    ),
+    "fp16": Recipe(Format(16), Format(16)),
+    "fp32": Recipe(Format(32), Format(32)),
+}
+
+
+def recipe_named(name: str) -> Recipe:
+    """The recipe of that name.
+
+    Raises:
+        ExportRequestError: there is none.
+    """
+    if name not in RECIPES:
+        raise ExportRequestError(
+            f"no recipe is called {name!r}; choose one of {', '.join(RECIPES)}"
+        )
+    return RECIPES[name]
+
+
+def table_format(config: GemmaConfig) -> Format:
+    """Two planes of 4 bits that fit the model's embedding."""
+    return _fitting(TWO_PLANES, config.hidden_dim)
+
+
+def plan_for_recipe(recipe: str, config: GemmaConfig) -> dict[str, Format]:
+    """Every matrix's and table's format under a named recipe, before any is chosen by measurement.
+
+    Raises:
+        ExportRequestError: there is no such recipe, or the model does not fit its blocks.
+    """
+    chosen = recipe_named(recipe)
+    table = _fitting(chosen.table, config.hidden_dim)
+    plan = {
+        spec.name: table if spec.kind == "table" else chosen.matrix_format(spec.name)
+        for spec in weight_specs(config).values()
+        if spec.kind != "norm"
+    }
+    _check_table(table, config)
+    return plan
+
+
+def in_one_plane(plan: Plan) -> dict[str, Format]:
+    """A plan of the same numbers, for graphs that read all bits of a table alike."""
+    return {
+        name: Format(8, fmt.block_size) if fmt.planes == 2 else fmt for name, fmt in plan.items()
+    }
+
+
+def _fitting(fmt: Format, width: int) -> Format:
+    """The same with the largest blocks, up to its own, that divide the width; itself if none do."""
+    if not fmt.quantized:
+        return fmt
+    fit = [size for size in BLOCK_SIZES if size <= fmt.block_size and width % size == 0]
+    return dataclasses.replace(fmt, block_size=max(fit, default=fmt.block_size))
+
+
+def raised_plan(config: GemmaConfig) -> dict[str, Format]:
+    """What each matrix gets when the 4 bits of `int4` are too few for it."""
+    return {
+        spec.name: _fitting(_RAISED, rows_and_inputs(spec)[1])
+        for spec in weight_specs(config).values()
+        if spec.kind == "matrix"
+    }
+
+
+def plan_from_json(entries: Mapping[str, Any], config: GemmaConfig) -> dict[str, Format]:
+    """A plan that comes from elsewhere, such as another bundle's, checked.
+
+    Raises:
+        ExportRequestError: it names a weight that the model does not have, or a format that there
+            is not.
+    """
+    specs = {s.name: s for s in weight_specs(config).values() if s.kind != "norm"}
+    if not isinstance(entries, Mapping):
+        raise ExportRequestError("a plan is an object that gives each weight's name its format")
+    plan = {}
+    for name, entry in entries.items():
+        if name not in specs:
+            raise ExportRequestError(
+                f"the plan names {reprlib.repr(name)}, which this model does not have; it has "
+                f"{', '.join(list(specs)[:3])} and {len(specs) - 3} more"
+            )
+        fields = {field.name: field for field in dataclasses.fields(Format)}
+        if not isinstance(entry, Mapping) or not entry.keys() <= fields.keys():
+            raise ExportRequestError(
+                f"the plan's entry for {name} must be an object of {', '.join(fields)}"
+            )
+        try:
+            fmt = Format(**{key: _whole(value) for key, value in entry.items()})
+        except (TypeError, ValueError):
+            raise ExportRequestError(
+                f"the plan gives {name} a format that there is not: {reprlib.repr(dict(entry))}"
+            ) from None
+        if fmt.quantized and fmt.block_size not in BLOCK_SIZES:
+            raise ExportRequestError(
+                f"the plan gives {name} blocks of {fmt.block_size}; onnxruntime takes "
+                f"{', '.join(map(str, BLOCK_SIZES))}"
+            )
+        if fmt.planes == 2 and specs[name].kind != "table":
+            raise ExportRequestError(f"the plan splits {name} in 2 planes; only tables can be")
+        plan[name] = fmt
+    for name in plan.keys() & {"token_embedding", "head"}:
+        _check_table(plan[name], config)
+    return plan
+
+
+def _whole(value: Any) -> Any:
+    if not isinstance(value, int):  # a bool is one
+        raise TypeError
+    return value
+
+
+def _check_table(fmt: Format, config: GemmaConfig) -> None:
+    if fmt.quantized and config.hidden_dim % fmt.block_size:
+        # Gather reads unpadded rows, the head's matrix product padded ones: the one stored table
+        # serves both only without padding.
+        raise ExportRequestError(
+            f"the embedding would be stored in blocks of {fmt.block_size}, which do not divide "
+            f"hidden_dim ({config.hidden_dim}); use --recipe fp32"
+        )

@@ -1,0 +1,1 @@
+"""ONNX graphs: two lowerings, what they promise, and the weights file below them."""

@@ -1,0 +1,147 @@
+"""From a weight source and a plan to the weights file: one tensor in memory at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from edge_demo.bundle.manifest import EmbeddingSpec, StoredPart
+from export.errors import ExportError
+from export.formats.formats import Format, Plan, rows_and_inputs
+from export.formats.fused_matrices import joined_matrices, joined_name
+from export.formats.packing import Quantized, stored_tensors
+from export.formats.round_to_nearest import round_to_nearest
+from export.graph.weights_file import WeightsFile
+from gemma_keras.checkpoints.names import WeightSpec, weight_specs
+from gemma_keras.checkpoints.source import row_pieces, table_pieces
+from gemma_keras.config import GemmaConfig
+
+
+def store_weights(
+    config: GemmaConfig,
+    weights: Mapping[str, np.ndarray],
+    plan: Plan,
+    file: WeightsFile,
+    on_progress: Callable[[int, int], None],
+    rounded: Callable[[str, Format], Quantized | None] = lambda name, fmt: None,
+) -> None:
+    """Write every weight in its planned format.
+
+    A norm is stored as the factor `1 + scale` that ONNX's norms take. A quantized matrix is stored
+    as `NAME.quantized` and `NAME.scales`, with `NAME.zero_points` where blocks have their own; in
+    two planes as `NAME.high` and `NAME.low`. A table's integers are named a second time, `.rows`
+    for `.quantized` and so on, in the shape that `GatherBlockQuantized` takes. Matrices that are
+    joined (`export.formats.fused_matrices`) lie one after another, and can be read under the name
+    of all as well.
+
+    Args:
+        config: the model's.
+        weights: canonical name to float32 array.
+        plan: canonical name to format, for all but the norms.
+        file: open for writing.
+        on_progress: told the parameters stored so far and those in all.
+        rounded: what is on a lattice already, by name and format; the rest is rounded to nearest.
+
+    Raises:
+        ExportError: a weight does not fit float16 where the plan asks for it.
+    """
+    specs = weight_specs(config)
+    total = sum(int(np.prod(spec.shape)) for spec in specs.values())
+    done = 0
+    joined = joined_matrices(config, plan)
+    others = {name for names in joined.values() for name in names[1:]}
+    for spec in specs.values():
+        if spec.kind == "norm":
+            file.add(spec.name, (1 + weights[spec.name]).astype(np.float32))
+        elif spec.name in others:
+            pass  # with the first of them
+        elif plan[spec.name].quantized:
+            together = [specs[name] for name in joined.get(spec.name, (spec.name,))]
+            _store_quantized(together, weights, plan[spec.name], file, rounded)
+        else:
+            _store_float(spec, weights, plan[spec.name], file)
+        done += int(np.prod(spec.shape))
+        on_progress(done, total)
+
+
+def embedding_spec(config: GemmaConfig, plan: Plan, file: WeightsFile) -> EmbeddingSpec:
+    """Where and how `store_weights` has stored the embedding table."""
+    fmt, tensors = plan["token_embedding"], file.tensors
+    parts = {
+        part: tensors[name]
+        for part in ("quantized", "high", "low", "scales", "zero_points")
+        if (name := f"token_embedding.{part}") in tensors
+    }
+    if not fmt.quantized:
+        parts["rows"] = tensors["token_embedding"]
+    return EmbeddingSpec(
+        rows=config.vocabulary_size,
+        width=config.hidden_dim,
+        **dataclasses.asdict(fmt),
+        scale=config.embedding_scale,
+        parts={n: StoredPart(s.offset, s.dtype.numpy().name) for n, s in parts.items()},
+    )
+
+
+def _store_float(
+    spec: WeightSpec, weights: Mapping[str, np.ndarray], fmt: Format, file: WeightsFile
+) -> None:
+    dtype = np.dtype(np.float16 if fmt.bits == 16 else np.float32)
+    file.reserve(spec.name, dtype, spec.shape)
+    is_table = spec.kind == "table"
+    pieces = table_pieces(weights, spec.name) if is_table else [(0, weights[spec.name])]
+    for first, piece in pieces:
+        with np.errstate(over="ignore"):
+            stored = piece.astype(dtype, copy=False)
+        if fmt.bits == 16 and not np.isfinite(stored).all():
+            raise ExportError(
+                f"{spec.name} holds values beyond float16's 65,504; use another recipe"
+            )
+        file.write_rows(spec.name, first, stored)
+
+
+def _store_quantized(
+    specs: Sequence[WeightSpec],
+    weights: Mapping[str, np.ndarray],
+    fmt: Format,
+    file: WeightsFile,
+    rounded: Callable[[str, Format], Quantized | None],
+) -> None:
+    """Store a matrix or a table, or matrices that lie one after another."""
+    label = joined_name([spec.name for spec in specs])
+    num_rows = [rows_and_inputs(spec)[0] for spec in specs]
+    for i, spec in enumerate(specs):
+        before = sum(num_rows[:i])
+        for first, piece in _pieces(spec, weights, fmt, rounded):
+            parts = stored_tensors(piece, fmt)
+            for part, array in parts.items():
+                name = f"{label}.{part}"
+                if not before + first:
+                    file.reserve(name, array.dtype, (sum(num_rows), *array.shape[1:]))
+                file.write_rows(name, before + first, array)
+                if label != spec.name and not first:
+                    file.add_rows(f"{spec.name}.{part}", name, before, num_rows[i])
+    if specs[0].kind == "table":
+        width = specs[0].shape[1] * (fmt.bits // fmt.planes) // 8
+        for part in ("quantized",) if fmt.planes == 1 else ("high", "low"):
+            rows_of = "rows" if part == "quantized" else f"{part}.rows"
+            file.add_view(f"{label}.{rows_of}", f"{label}.{part}", (num_rows[0], width))
+
+
+def _pieces(
+    spec: WeightSpec,
+    weights: Mapping[str, np.ndarray],
+    fmt: Format,
+    rounded: Callable[[str, Format], Quantized | None],
+) -> Iterator[tuple[int, Quantized]]:
+    """A weight on its lattice, from row to row."""
+    whole = rounded(spec.name, fmt)
+    if whole is not None:
+        yield 0, whole
+        return
+    is_table = spec.kind == "table"
+    pieces = table_pieces(weights, spec.name) if is_table else row_pieces(weights[spec.name].T)
+    for first, rows in pieces:
+        yield first, round_to_nearest(rows, fmt)
