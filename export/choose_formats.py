@@ -27,7 +27,7 @@ from export.formats.keep_source import KeptWeights
 from export.formats.packing import Quantized
 from export.formats.recipes import raised_plan
 from export.formats.round_to_nearest import search_scales
-from export.graph.run_in_chunks import logits_in_pieces
+from export.graph.run_in_chunks import logits_in_chunks
 from gemma_keras.checkpoints.source import Checkpoint
 
 _METHOD = 1  # raised when results kept from an interrupted export would be of another kind
@@ -46,14 +46,14 @@ class Rounding:
         weights: canonical name to float array.
         rounded: a weight as integers, by name and format; `None` for what is rounded to nearest.
         text: what it was calibrated on, if it was.
-        told: what was done, for people and for the bundle.
+        summary: what was done, for people and for the bundle.
         workspace: where what takes minutes is kept until the export is done.
     """
 
     weights: Mapping[str, np.ndarray]
     rounded: Callable[[str, Format], Quantized | None] = lambda name, fmt: None
     text: CalibrationText | None = None
-    told: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    summary: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     workspace: Workspace = dataclasses.field(default_factory=lambda: Workspace(None, ""))
 
 
@@ -70,10 +70,10 @@ def round_weights(
     Args:
         checkpoint: the model.
         plan: canonical name to format.
-        kept: what the source holds on a lattice already and stays as it is.
+        kept: what the source holds on a grid already and stays as it is.
         text: `"self"`, `"text"`, or a file.
         folder: where results are kept until the export is done.
-        on_progress: told the stage and the share of it that is done.
+        on_progress: called with (stage, share of it that is done).
 
     Raises:
         ExportRequestError: the text cannot be used.
@@ -96,13 +96,13 @@ def round_weights(
         kept.formats.keys(),
         lambda done, total: on_progress("calibration", done / total),
     )
-    told = {"text": chosen.origin, "calibrated_on_tokens": int(chosen.rows.size)}
+    summary = {"text": chosen.origin, "calibrated_on_tokens": int(chosen.rows.size)}
 
     def rounded(name: str, fmt: Format) -> Quantized | None:
         found = kept.matrix(name, fmt)
         return calibrated.rounded(name, fmt) if found is None else found
 
-    return Rounding(calibrated.weights, rounded, chosen, told, workspace)
+    return Rounding(calibrated.weights, rounded, chosen, summary, workspace)
 
 
 def round_within(
@@ -124,7 +124,7 @@ def round_within(
         rounding: calibrated or not.
         plan: the formats it would like to keep.
         keep: matrices that keep them whatever they lose.
-        on_progress: told the stage and the share of it that is done.
+        on_progress: called with (stage, share of it that is done).
 
     Raises:
         ExportRequestError: not even 8 bits everywhere stay within it.
@@ -172,7 +172,7 @@ def round_within(
         chosen = plan_within(config, plan, raised_plan(config), groups, losses, most)
         draft.store(rounding.weights, chosen, stored)
         on_progress("measuring", 0)
-        found = logits_in_pieces(
+        found = logits_in_chunks(
             draft.folder,
             config,
             text.held_out,
@@ -190,7 +190,7 @@ def round_within(
             f"a mean KL of {budget:g} cannot be met: 8 bits everywhere lose {nearest:.2g}; ask for "
             f"--kl-budget {nearest * 1.1:.2g} or more, or use --recipe int8 or fp16"
         )
-    told = dict(rounding.told) | {
+    summary = dict(rounding.summary) | {
         "kl_budget": budget,
         "held_out": {
             "tokens": int(text.held_out.size),
@@ -204,7 +204,7 @@ def round_within(
         ],
         "tried": [{"predicted": t.predicted, "mean_kl": t.quality.mean_kl} for t in tried],
     }
-    return dataclasses.replace(rounding, told=told)
+    return dataclasses.replace(rounding, summary=summary)
 
 
 def _keep_losses(workspace: Workspace, losses: Mapping[str, float]) -> None:

@@ -95,7 +95,7 @@ def export_onnx(
         verify: whether the bundle is run and compared with the Keras layers.
         report: a UTF-8 text file on which the bundle is measured against the float model, as
             `edge-demo compare` does, for the model card.
-        on_progress: told the stage and how much of it is done, 0 to 1.
+        on_progress: called with (stage, share of it that is done, 0 to 1).
 
     Raises:
         ExportRequestError: the recipe, the lowering, the plan, the budget, the text, the context
@@ -104,7 +104,7 @@ def export_onnx(
         ExportError: no space or memory, or the bundle differs from the model.
     """
     out = Path(os.path.realpath(out))  # a link to a bundle stays, what it points at is replaced
-    with _told_in_a_sentence(out):
+    with _disk_errors_as_sentences(out):
         writer.check_out(out, overwrite=overwrite)
     checkpoint = _open(source, base)
     if instruction_tuned is not None:
@@ -131,7 +131,10 @@ def export_onnx(
 
     workspace = workspace_path(out)
     try:
-        with _told_in_a_sentence(out), writer.unfinished_folder(out, overwrite=overwrite) as folder:
+        with (
+            _disk_errors_as_sentences(out),
+            writer.unfinished_folder(out, overwrite=overwrite) as folder,
+        ):
             draft = BundleDraft(
                 folder, checkpoint, recipe, lowering, max_context, kv_cache_dtype, on_progress
             )
@@ -149,7 +152,7 @@ def export_onnx(
                 on_progress("verification", 0)
                 quality = verify_bundle(draft.bundle, config, checkpoint.weights, recipe)
                 on_progress("verification", 1)
-            told = {
+            summary = {
                 "quality": None if quality is None else dataclasses.asdict(quality),
                 "rounding": rounding,
                 "kl_by_group": rounding.get("losses"),
@@ -158,10 +161,10 @@ def export_onnx(
                 from export.bundle.report import measure_on_text
 
                 on_progress("report", 0)
-                told |= measure_on_text(
+                summary |= measure_on_text(
                     draft.bundle, checkpoint, windows, lambda share: on_progress("report", share)
                 )
-            num_bytes = draft.describe(told).num_bytes
+            num_bytes = draft.describe(summary).num_bytes
     except BaseException as error:
         # Whatever went wrong, what was worked out until then is of use to the next run.
         if kept_work(out):
@@ -185,23 +188,23 @@ def _round(
 ) -> dict[str, Any]:
     """Round the weights and store them; returns what was done, for the manifest."""
     formats = dict(formats) | dict(kept.formats)
-    told = {}
+    summary = {}
     if kept.sentence and any(fmt.quantized for fmt in formats.values()):
-        told["source"] = kept.sentence
+        summary["source"] = kept.sentence
     if budget is None and text in (None, "none"):
         draft.store(draft.checkpoint.weights, formats, kept.matrix)
-        return told
+        return summary
     from export.choose_formats import Rounding, round_weights, round_within  # they need Keras
 
-    rounding = Rounding(draft.checkpoint.weights, kept.matrix, told=told)
+    rounding = Rounding(draft.checkpoint.weights, kept.matrix, summary=summary)
     if text not in (None, "none"):
         rounding = round_weights(draft.checkpoint, formats, kept, text, workspace, on_progress)
-        rounding = dataclasses.replace(rounding, told=told | dict(rounding.told))
+        rounding = dataclasses.replace(rounding, summary=summary | dict(rounding.summary))
     if budget is None:
         draft.store(rounding.weights, formats, rounding.rounded)
     else:
         rounding = round_within(budget, draft, rounding, formats, kept.formats, on_progress)
-    return dict(rounding.told)
+    return dict(rounding.summary)
 
 
 def _open(source, base: str | os.PathLike[str] | None) -> Checkpoint:
@@ -300,7 +303,7 @@ def _check_memory(num_bytes: int) -> None:
         )
 
 
-class _told_in_a_sentence:
+class _disk_errors_as_sentences:
     """Turns what the disk says while a bundle is being written into one sentence."""
 
     def __init__(self, out: Path) -> None:

@@ -21,7 +21,7 @@ from gemma_keras.checkpoints.opening.classify import Classified, Kind
 from gemma_keras.checkpoints.opening.open_model import open_model
 from gemma_keras.checkpoints.source import Checkpoint
 from gemma_keras.generate.compiled import train_options
-from gemma_keras.generate.loop import Generation
+from gemma_keras.generate.loop import GenerateFunction
 from gemma_keras.keras_hub.convert import read_keras_hub, write_keras_hub
 from gemma_keras.missing import check_export_is_ours, said_what_is_missing
 from gemma_keras.model.backbone import GemmaBackbone
@@ -302,12 +302,13 @@ class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
         return ops.convert_to_numpy(ops.cast(outputs, "float32"))
 
     def make_generate_function(self):
-        """What `generate` continues a batch with, a `gemma_keras.generate.loop.Generation`."""
+        """What `generate` continues a batch with, a
+        `gemma_keras.generate.loop.GenerateFunction`."""
         variables = [id(variable) for variable in self.variables]
         # After `enable_lora` or `quantize` it is another model, which has to be compiled anew.
         if self.generate_function is None or variables != self._generates_with:
             self._generates_with = variables
-            self.generate_function = Generation(self)
+            self.generate_function = GenerateFunction(self)
         return self.generate_function
 
     def generate(self, inputs, max_length=None, stop_token_ids="auto", strip_prompt=False):

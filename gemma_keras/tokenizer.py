@@ -44,7 +44,7 @@ class GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
     def __init__(self, proto=None, special_tokens_in_strings: bool = False, **kwargs) -> None:
         self._in_strings = bool(special_tokens_in_strings)
         self._marks: tuple[str, ...] = ()
-        self._told = False
+        self._warned = False
         self._in_text = None
         self._add_special_token("<bos>", "start_token")
         self._add_special_token("<eos>", "end_token")
@@ -92,7 +92,7 @@ class GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         """The ids of a text or of a batch of texts."""
         if self._in_text is not None:
             return self._in_text.tokenizer.tokenize(inputs)
-        if not self._told:
+        if not self._warned:
             self._look_for_marks(inputs)
         return super().tokenize(inputs)
 
@@ -132,13 +132,13 @@ class GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         return np.True_
 
     def _tell_of_marks(self, texts) -> None:
-        if self._told:
+        if self._warned:
             return
         for text in texts:
             text = text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
             mark = next((mark for mark in self._marks if mark in text), None)
             if mark is not None:
-                self._told = True
+                self._warned = True
                 warnings.warn(
                     f"a text holds {mark}, which is read as these characters and not as the "
                     "token. If the text is in the model's template, load the model with "

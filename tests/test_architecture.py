@@ -104,12 +104,7 @@ FLOORS = {
         ("gemma_keras",),
     ),
     "export": (
-        (
-            "export.errors",
-            "edge_demo.device.memory_limits",
-            "export.progress",
-            "export.start_keras",
-        ),
+        ("export.errors", "export.progress", "export.start_keras"),
         ("export.formats",),
         ("export.graph",),
         ("export.calibrate",),

@@ -1,4 +1,4 @@
-"""Rows of the embedding table, read from the weights file as they are wanted.
+"""BatchDecoder of the embedding table, read from the weights file as they are wanted.
 
 Were the table mapped, as onnxruntime would, a kernel whose page cache holds large pages would map
 one of those for each row that is touched: soon all of the table would count as resident.

@@ -20,7 +20,7 @@ from edge_demo.text.tokenizer import Tokenizer
 from edge_demo.units import megabytes
 
 if TYPE_CHECKING:
-    from edge_demo.text.answer import Generation
+    from edge_demo.text.answer import Completion
 
 
 def sampler_settings(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -82,31 +82,31 @@ class Answering:
             drafter = DraftModel(engine, tokenizer.num_pieces)
         return bundle, generator, drafter
 
-    def report(self, generation: Generation) -> dict[str, Any]:
+    def report(self, completion: Completion) -> dict[str, Any]:
         """An answer for programs."""
         return {
-            "prompt_ids": generation.prompt_ids,
-            "ids": generation.ids,
-            "text": generation.text,
-            "finish_reason": generation.finish_reason,
-            "reused_tokens": generation.reused_tokens,
+            "prompt_ids": completion.prompt_ids,
+            "ids": completion.ids,
+            "text": completion.text,
+            "finish_reason": completion.finish_reason,
+            "reused_tokens": completion.reused_tokens,
             "prompt_cache": self.cache.report,
             "timings": {
                 "load_s": self.load_s,
-                "ttft_s": generation.prefill_s,
-                "prefill_tokens_per_s": generation.prefill_tokens_per_s,
-                "decode_tokens_per_s": generation.decode_tokens_per_s,
+                "ttft_s": completion.prefill_s,
+                "prefill_tokens_per_s": completion.prefill_tokens_per_s,
+                "decode_tokens_per_s": completion.decode_tokens_per_s,
             },
             "peak_rss_bytes": peak_rss_bytes(),
         }
 
-    def summary(self, generation: Generation) -> str:
+    def summary(self, completion: Completion) -> str:
         """How long an answer took, for people."""
-        speed = generation.decode_tokens_per_s
+        speed = completion.decode_tokens_per_s
         parts = [
             f"load {self.load_s:.1f} s",
-            f"first token {generation.prefill_s:.1f} s",
-            f"{speed:.0f} tokens/s" if speed else f"{len(generation.ids)} tokens",
+            f"first token {completion.prefill_s:.1f} s",
+            f"{speed:.0f} tokens/s" if speed else f"{len(completion.ids)} tokens",
             megabytes(peak_rss_bytes()),
         ]
         return " · ".join(parts)

@@ -13,7 +13,7 @@ from edge_demo.cli.answering import open_tokenizer, sampler_settings, stop_texts
 from edge_demo.cli.terminal import Progress, note
 from edge_demo.device.memory_limits import peak_rss_bytes
 from edge_demo.errors import RequestError
-from edge_demo.text.answer import Generation
+from edge_demo.text.answer import Completion
 from edge_demo.text.batch import Answer, BatchRunner
 from edge_demo.text.batch_items import Item, read_items
 from edge_demo.text.batch_results import Results
@@ -23,7 +23,7 @@ _ROWS = 4
 
 
 def _result(item: Item, answer: Answer) -> dict[str, Any]:
-    if not isinstance(answer, Generation):
+    if not isinstance(answer, Completion):
         return {"id": item.id, "error": str(answer)}
     return {
         "id": item.id,
@@ -68,7 +68,7 @@ def run_batch(arguments: argparse.Namespace) -> int:
             progress = Progress("prompt")
             for done, (item, answer) in enumerate(runner.run(rest), start=1):
                 results.add(item.index, _result(item, answer))
-                tokens += len(answer.ids) if isinstance(answer, Generation) else 0
+                tokens += len(answer.ids) if isinstance(answer, Completion) else 0
                 progress(done, len(rest))
         except KeyboardInterrupt:
             interrupted = 1

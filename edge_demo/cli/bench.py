@@ -80,10 +80,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure a bundle."""
     from edge_demo.bundle.reader import Bundle
     from edge_demo.cli.terminal import Progress, show
-    from edge_demo.evaluate.speed import Test, run_tests
+    from edge_demo.evaluate.speed import BenchCase, run_tests
 
     tests = [
-        Test(kind, tokens, depth)
+        BenchCase(kind, tokens, depth)
         for depth in arguments.depth
         for kind, counts in (("pp", arguments.prompt_tokens), ("tg", arguments.decode_tokens))
         for tokens in counts

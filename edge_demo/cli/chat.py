@@ -15,7 +15,7 @@ from edge_demo.errors import INTERRUPTED, EdgeError, RequestError, brief
 if TYPE_CHECKING:
     from edge_demo.bundle.reader import Bundle
     from edge_demo.cli.answering import Answering
-    from edge_demo.text.answer import Generation
+    from edge_demo.text.answer import Completion
     from edge_demo.text.conversation import Conversation
     from edge_demo.text.generator import Generator
     from edge_demo.text.speculate import Drafter
@@ -202,30 +202,30 @@ class _Talk:
             EdgeError: there can be no answer; at a terminal a message too long gets a note.
         """
         from edge_demo.cli.terminal import note, show
-        from edge_demo.text.answer import Generation
+        from edge_demo.text.answer import Completion
 
-        generation, stopped = None, False
+        completion, stopped = None, False
         try:
-            generation = Generation(self._conversation.ask(message))
-            self._show(generation)
+            completion = Completion(self._conversation.ask(message))
+            self._show(completion)
         except KeyboardInterrupt:
             stopped = True
         except RequestError as error:
-            if generation is not None:
+            if completion is not None:
                 self._conversation.take_back()
             if not sys.stdin.isatty():
                 raise
             note(f"{error}. The message was left out")
             return True
         except EdgeError:
-            if generation is not None and generation.ids and not self._json:
+            if completion is not None and completion.ids and not self._json:
                 show("\n")  # what is said next begins a line
             raise
-        if generation is not None:
-            self._keep(generation)
+        if completion is not None:
+            self._keep(completion)
         return sys.stdin.isatty() or not stopped
 
-    def _show(self, generation: Generation) -> None:
+    def _show(self, completion: Completion) -> None:
         from edge_demo.cli.terminal import Progress, note, show
 
         engine = self._generator.engine
@@ -233,10 +233,10 @@ class _Talk:
             note(_dropped(self._conversation.dropped, engine.context_length))
             self._generator.prepare(self._system_ids)
         pieces = self._generator.stream(
-            generation.prompt_ids,
+            completion.prompt_ids,
             self._answering.sampler,
             self._max_tokens,
-            generation,
+            completion,
             self._drafter,
             Progress("prompt token", vanishes=True),
             self._answering.stop,
@@ -247,26 +247,26 @@ class _Talk:
             if not self._json:
                 show(piece)
 
-    def _save_first(self, held: Generation) -> None:
+    def _save_first(self, held: Completion) -> None:
         self._keeps_first = False
         self._answering.cache.save_prompt(self._generator.engine, held)
 
-    def _keep(self, generation: Generation) -> None:
+    def _keep(self, completion: Completion) -> None:
         """Make the answer a turn, or, where it was stopped before its first token, forget both."""
         from edge_demo.cli.terminal import note, show
 
-        left_out = generation.finish_reason == "interrupted" and not generation.ids
+        left_out = completion.finish_reason == "interrupted" and not completion.ids
         if left_out:
             self._conversation.take_back()
         else:
-            self._conversation.answer(generation.text)
+            self._conversation.answer(completion.text)
         if self._json:
-            print(json.dumps(self._answering.report(generation)), flush=True)
+            print(json.dumps(self._answering.report(completion)), flush=True)
         else:
             show("\n")
             note(
-                f"[{generation.finish_reason}] "
-                + ("the message was left out" if left_out else f"{len(generation.ids):,} tokens")
+                f"[{completion.finish_reason}] "
+                + ("the message was left out" if left_out else f"{len(completion.ids):,} tokens")
             )
         self._answering.cache.tell()
 

@@ -61,12 +61,12 @@ def _kept(bundle: Bundle) -> str:
     keys = [s for s in bundle.engine.inputs if s.name.endswith(".key")]
     windowed = sum(s.shape[2] != "capacity" for s in keys)
     integers = sum(s.dtype == "int8" for s in keys)
-    told = ["keys and values in float32"]
+    parts = ["keys and values in float32"]
     if integers:
-        told.append(f"of {integers} layers in int8")
+        parts.append(f"of {integers} layers in int8")
     if windowed:
-        told.append(f"of {windowed} layers for a window only")
-    return ", ".join(told)
+        parts.append(f"of {windowed} layers for a window only")
+    return ", ".join(parts)
 
 
 def _format(entry: dict[str, Any]) -> str:

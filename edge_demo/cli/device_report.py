@@ -13,7 +13,7 @@ from typing import Any
 from edge_demo.bundle.graph_weights import bytes_per_token
 from edge_demo.bundle.reader import Bundle
 from edge_demo.device import hardware
-from edge_demo.device.memory_limits import free_memory, rooms
+from edge_demo.device.memory_limits import free_memory, memory_limits
 from edge_demo.device.system_files import read_sizes, read_text
 from edge_demo.engine import memory
 from edge_demo.engine.size_estimates import (
@@ -41,7 +41,7 @@ def examine(bundles: Sequence[Bundle], root: Path = Path("/")) -> dict[str, Any]
         root: where `proc` and `sys` lie.
     """
     looked = hardware.look(root)
-    room = rooms(root)
+    room = memory_limits(root)
     free = free_memory(root)
     meminfo = read_sizes(read_text(root / "proc/meminfo"))
     speed = _memory_speed(looked.cores or 1, min((r.free for r in room), default=None))
@@ -280,10 +280,10 @@ def _bundle_lines(bundle: dict[str, Any]) -> list[str]:
 def _size_line(size: dict[str, Any]) -> str:
     fits = {True: "fits", False: "does not fit", None: "unknown"}[size["fits"]]
     speed = size["tokens_per_s"]
-    told = ""
+    speeds = ""
     if speed and size["fits"] is not False:
         least, most = speed["likely"]
-        told = f"  {_figure(speed['most']):>5}  ({_figure(least)} to {_figure(most)})"
+        speeds = f"  {_figure(speed['most']):>5}  ({_figure(least)} to {_figure(most)})"
     return (
-        f"  {size['name']:<13} {size['recipe']}  {megabytes(size['needed']):>8}  {fits:<12}{told}"
+        f"  {size['name']:<13} {size['recipe']}  {megabytes(size['needed']):>8}  {fits:<12}{speeds}"
     )

@@ -47,7 +47,7 @@ def _refuse_with(arguments: argparse.Namespace, names: tuple[str, ...], why: str
 def _continue_prompt(arguments: argparse.Namespace) -> int:
     from edge_demo.cli.answering import Answering
     from edge_demo.cli.terminal import Progress, note, show
-    from edge_demo.text.answer import Generation
+    from edge_demo.text.answer import Completion
 
     answering = Answering(arguments)
     prompt = _prompt_on_stdin() if arguments.prompt is None else arguments.prompt
@@ -55,19 +55,19 @@ def _continue_prompt(arguments: argparse.Namespace) -> int:
     cache = answering.cache
     if mark := generator.tokenizer.mark_in(prompt):
         note(f"The prompt holds {mark}, which is read as text, not as the token; see chat.")
-    generation = Generation(generator.tokenizer.encode(prompt))
+    completion = Completion(generator.tokenizer.encode(prompt))
     pieces = generator.stream(
-        generation.prompt_ids,
+        completion.prompt_ids,
         answering.sampler,
         arguments.max_tokens,
-        generation,
+        completion,
         drafter,
         Progress("prompt token", vanishes=True),
         answering.stop,
         on_held=lambda held: cache.save_prompt(generator.engine, held),
     )
     status = 0
-    generator.engine.check(generation.prompt_ids)
+    generator.engine.check(completion.prompt_ids)
     cache.load(generator.engine)
     try:
         for number, piece in enumerate(pieces):
@@ -76,14 +76,14 @@ def _continue_prompt(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         status = INTERRUPTED
     except EdgeError:
-        if generation.ids and not arguments.json:
+        if completion.ids and not arguments.json:
             show("\n")  # what is said next begins a line
         raise
     if arguments.json:
-        print(json.dumps(answering.report(generation)))
+        print(json.dumps(answering.report(completion)))
     else:
         show("\n")
-        note(answering.summary(generation))
+        note(answering.summary(completion))
     cache.tell()
     return status
 

@@ -12,7 +12,7 @@ from typing import Any
 from edge_demo.cli.terminal import note
 from edge_demo.engine.runner import TokenRunner
 from edge_demo.errors import RequestError
-from edge_demo.text.generator import Generation
+from edge_demo.text.generator import Completion
 from edge_demo.text.prompt_cache import CacheError, PromptCache
 
 
@@ -71,7 +71,7 @@ class PromptCacheOption:
             note(self._untold)
             self._untold = None
 
-    def save_prompt(self, engine: TokenRunner, generation: Generation) -> None:
+    def save_prompt(self, engine: TokenRunner, completion: Completion) -> None:
         """Write the prompt but its last token, which the engine holds, unless it was all there."""
-        if generation.reused_tokens < len(engine.tokens):
+        if completion.reused_tokens < len(engine.tokens):
             self.save(engine)

@@ -148,8 +148,8 @@ def physical_cores(root: Path = _ROOT) -> int | None:
         cores.add(siblings or number)
     if cores:
         return len(cores)
-    told = _sysctl("hw.physicalcpu")
-    return int(told) if told and told.isdigit() else os.cpu_count()
+    count = _sysctl("hw.physicalcpu")
+    return int(count) if count and count.isdigit() else os.cpu_count()
 
 
 def celsius(root: Path = _ROOT) -> float | None:
@@ -180,9 +180,9 @@ def throttling(text: str) -> str | None:
     before = [name for i, name in enumerate(_THROTTLING) if bits >> (16 + i) & 1]
     if not now and not before:
         return "not throttled"
-    told = [f"now {', '.join(now)}"] if now else ["not throttled now"]
-    told += [f"since it started {', '.join(before)}"] if before else []
-    return "; ".join(told)
+    parts = [f"now {', '.join(now)}"] if now else ["not throttled now"]
+    parts += [f"since it started {', '.join(before)}"] if before else []
+    return "; ".join(parts)
 
 
 def _page_bytes() -> int | None:

@@ -11,12 +11,12 @@ from edge_demo.device.system_files import read_sizes, read_text
 
 
 @dataclasses.dataclass(frozen=True)
-class Room:
+class MemoryLimit:
     """Memory that this process may still take, by one of the things that bound it.
 
     Attributes:
         bound: what bounds it, for people.
-        counts: the property of `Estimate` that it is compared with.
+        counts: the property of `MemoryEstimate` that it is compared with.
         free: bytes.
     """
 
@@ -25,7 +25,7 @@ class Room:
     free: int
 
 
-def rooms(root: Path = Path("/")) -> list[Room]:
+def memory_limits(root: Path = Path("/")) -> list[MemoryLimit]:
     """All that bounds this process's memory here, as far as it is known.
 
     Args:
@@ -34,10 +34,10 @@ def rooms(root: Path = Path("/")) -> list[Room]:
     found = []
     meminfo = read_sizes(read_text(root / "proc/meminfo"))
     if "MemAvailable" in meminfo:
-        found.append(Room("of the device", "resident", meminfo["MemAvailable"]))
-    groups = [free for free in control_group_rooms(root) if free is not None]
+        found.append(MemoryLimit("of the device", "resident", meminfo["MemAvailable"]))
+    groups = [free for free in control_group_limits(root) if free is not None]
     if groups:
-        found.append(Room("in its control group", "resident", min(groups)))
+        found.append(MemoryLimit("in its control group", "resident", min(groups)))
     status = read_sizes(read_text(root / "proc/self/status"))
     for name, field, counts in (
         ("RLIMIT_DATA", "VmData", "data"),
@@ -45,16 +45,16 @@ def rooms(root: Path = Path("/")) -> list[Room]:
     ):
         limit = _resource_limit(name)
         if limit is not None:
-            found.append(Room(f"under {name}", counts, max(0, limit - status.get(field, 0))))
+            found.append(MemoryLimit(f"under {name}", counts, max(0, limit - status.get(field, 0))))
     return found
 
 
 def free_memory(root: Path = Path("/")) -> int | None:
     """Bytes of memory that can be had without swapping; `None` where that is not known."""
-    return min((r.free for r in rooms(root) if r.counts == "resident"), default=None)
+    return min((r.free for r in memory_limits(root) if r.counts == "resident"), default=None)
 
 
-def control_group_rooms(root: Path = Path("/")) -> Iterator[int | None]:
+def control_group_limits(root: Path = Path("/")) -> Iterator[int | None]:
     """Bytes free in each control group this process is in, the outer ones too; `None` is no limit.
 
     What the group holds of files can be dropped, so it counts as free.
@@ -74,7 +74,7 @@ def control_group_rooms(root: Path = Path("/")) -> Iterator[int | None]:
             top = root / base
             group = top / path.lstrip("/")
             while True:
-                yield _group_room(group, *names)
+                yield _group_limit(group, *names)
                 if group == top or top not in group.parents:
                     break
                 group = group.parent
@@ -84,7 +84,7 @@ _VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
 _VERSION_2 = ("memory.max", "memory.current", "")
 
 
-def _group_room(group: Path, limit_name: str, usage_name: str, prefix: str) -> int | None:
+def _group_limit(group: Path, limit_name: str, usage_name: str, prefix: str) -> int | None:
     limit, usage = read_text(group / limit_name).strip(), read_text(group / usage_name).strip()
     if not limit.isdigit() or not usage.isdigit() or int(limit) >= 1 << 60:
         return None
@@ -114,5 +114,5 @@ def peak_rss_bytes() -> int:
         return peak
     import resource
 
-    told = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return told if sys.platform == "darwin" else told * 1024  # macOS counts bytes, others KiB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB

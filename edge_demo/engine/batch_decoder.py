@@ -15,11 +15,11 @@ import numpy as np
 
 from edge_demo.engine.candidates import Candidates
 from edge_demo.engine.kv_cache import KVCache, Snapshot
-from edge_demo.engine.runner import Call, CandidateEngine, Engine
+from edge_demo.engine.runner import Binding, CandidateEngine, Engine
 from edge_demo.errors import RequestError
 
 
-class Rows:
+class BatchDecoder:
     """Buffers for some texts, over the session of an engine.
 
     Args:
@@ -36,7 +36,7 @@ class Rows:
         self._cache = KVCache(
             engine.graph, bundle.ropes, bundle.windows, bundle.context_length, count
         )
-        self._call: Call | None = None
+        self._call: Binding | None = None
         self.lengths = [0] * count
 
     def put(self, row: int, snapshot: Snapshot) -> None:
@@ -64,7 +64,7 @@ class Rows:
             raise RequestError(f"a text fills the context of {self._engine.context_length:,}")
         self._reserve(max(totals))
         if self._call is None:
-            self._call = Call(self._engine, 1, 1, self._cache)
+            self._call = Binding(self._engine, 1, 1, self._cache)
         # A row that is not asked for runs a token at position 0, which is nobody's.
         ids = [tokens.get(row, 0) for row in range(len(totals))]
         found = self._call.step(ids, totals)

@@ -8,7 +8,7 @@ import numpy as np
 
 from edge_demo.bundle.manifest import GraphSpec, RopeSpec, TensorSpec, WindowSpec
 from edge_demo.engine import cache_size
-from edge_demo.engine.prompt_chunks import Course
+from edge_demo.engine.prompt_chunks import PromptRun
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,12 +19,12 @@ class Snapshot:
         tokens: their ids.
         filled: input name to keys or values, `(batch, kv_heads, places, head_dim)`, as many places
             as `KVCache.layout` says.
-        course: how the first of them were run.
+        prompt_run: how the first of them were run.
     """
 
     tokens: list[int]
     filled: dict[str, np.ndarray]
-    course: Course
+    prompt_run: PromptRun
 
     def copy(self) -> Snapshot:
         """One that lasts, whatever is run meanwhile."""

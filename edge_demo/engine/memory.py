@@ -3,9 +3,9 @@
 onnxruntime maps the weights file and copies what matrix products read, rearranged for this
 processor, to memory of its own. The copies, the keys and values and the activations are there for
 good ("anonymous"); mapped pages of files can be dropped and read again, so they are no reason to
-refuse. Rows of the embedding table are read, not mapped (`edge_demo.bundle.embedding`). Prompts in
-float32 (`edge_demo.engine.float_prompts`) read the weights where they are mapped and multiply out
-one at a time, if all of that fits.
+refuse. BatchDecoder of the embedding table are read, not mapped (`edge_demo.bundle.embedding`).
+Prompts in float32 (`edge_demo.engine.float_prompts`) read the weights where they are mapped and
+multiply out one at a time, if all of that fits.
 
 The constants are fitted to the sample on x86-64; `tests/edge_demo/test_memory.py` holds the
 estimate against what a run takes.
@@ -22,7 +22,7 @@ from pathlib import Path
 from edge_demo.bundle.graph_weights import StoredWeight, stored_weights
 from edge_demo.bundle.manifest import GraphSpec
 from edge_demo.bundle.reader import Bundle
-from edge_demo.device.memory_limits import Room, rooms
+from edge_demo.device.memory_limits import MemoryLimit, memory_limits
 from edge_demo.device.system_files import read_sizes, read_text
 from edge_demo.engine import float_prompts, low_plane
 from edge_demo.engine.cache_size import cache_bytes
@@ -49,11 +49,11 @@ _OF_EVERY_PROCESS = {
     "process",
     "context",
     "chunk",
-}  # fields of `Estimate` that are no model's bytes
+}  # fields of `MemoryEstimate` that are no model's bytes
 
 
 @dataclasses.dataclass(frozen=True)
-class Estimate:
+class MemoryEstimate:
     """Bytes that running a graph takes.
 
     Attributes:
@@ -137,7 +137,7 @@ def estimate(
     logit_rows: int = 1,
     texts: int = 1,
     in_float: bool = False,
-) -> Estimate:
+) -> MemoryEstimate:
     """What running a bundle takes.
 
     Args:
@@ -162,7 +162,7 @@ def estimate(
     again = stored_weights(bundle.path / bundle.engine.file) if in_float else []
     blocks = [w for w in again if w.name.startswith("layers.")]
     apart = graph is bundle.candidates and bundle.low_plane_apart
-    return Estimate(
+    return MemoryEstimate(
         process=_PROCESS + _SESSION + _TOKENIZER * tokenizer,
         weights=sum(map(_copied, read)),
         cache=texts
@@ -183,7 +183,7 @@ def estimate(
 
 def estimate_of(
     *, weights: int, cache: int, widest: int, tokenizer: int, logits: int, context: int, chunk: int
-) -> Estimate:
+) -> MemoryEstimate:
     """What a bundle would take of which no more is known than some sizes.
 
     Args:
@@ -195,7 +195,7 @@ def estimate_of(
         context: tokens the cache is for.
         chunk: tokens run at once.
     """
-    return Estimate(
+    return MemoryEstimate(
         process=_PROCESS + _SESSION + _TOKENIZER * tokenizer,
         weights=weights,
         cache=cache,
@@ -222,13 +222,13 @@ def _copied(weight: StoredWeight) -> int:
 # --- what to do ----------------------------------------------------------------------------------
 
 
-def shortage(needed: Estimate) -> Room | None:
+def shortage(needed: MemoryEstimate) -> MemoryLimit | None:
     """The room that is too small, if one is, with what this process holds already added to it."""
     of_this_model = {field.name for field in dataclasses.fields(needed)} - _OF_EVERY_PROCESS
     bare = dataclasses.replace(needed, **dict.fromkeys(of_this_model, 0))
     status = read_sizes(read_text(Path("/proc/self/status")))
     fields = {"resident": "RssAnon", "data": "VmData", "address_space": "VmSize"}
-    for room in rooms():
+    for room in memory_limits():
         # what other models hold here is none of what this one needs
         held = min(status.get(fields[room.counts], 0), getattr(bare, room.counts))
         if getattr(needed, room.counts) > room.free + held:
@@ -238,7 +238,7 @@ def shortage(needed: Estimate) -> Room | None:
 
 def fitting(
     bundle: Bundle, graph: GraphSpec | None = None, texts: int = 1
-) -> tuple[Estimate, Room | None]:
+) -> tuple[MemoryEstimate, MemoryLimit | None]:
     """How a bundle is run on this device: as fast as there is memory for.
 
     Args:
@@ -268,7 +268,7 @@ def fitting(
     return needed, short
 
 
-def admit(bundle: Bundle, graph: GraphSpec, texts: int = 1) -> tuple[int, bool]:
+def check_fits(bundle: Bundle, graph: GraphSpec, texts: int = 1) -> tuple[int, bool]:
     """How to run prompts on this device.
 
     Args:

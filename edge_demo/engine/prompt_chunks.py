@@ -21,7 +21,7 @@ UNIT = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Course:
+class PromptRun:
     """How the first tokens were run: as those of a prompt before its last token.
 
     Attributes:
@@ -34,11 +34,11 @@ class Course:
     in_float: bool = False
     left: int = 0
 
-    def cut(self, tokens: int) -> Course:
+    def cut(self, tokens: int) -> PromptRun:
         """After all but the first `tokens` were forgotten."""
         return dataclasses.replace(self, left=min(self.left, tokens))
 
-    def shared(self, wanted: Course, same: int) -> int:
+    def shared(self, wanted: PromptRun, same: int) -> int:
         """How many of the first tokens are as `wanted` would leave them.
 
         Args:

@@ -16,7 +16,7 @@ from edge_demo.engine import float_prompts, memory, prompt_chunks, sessions
 from edge_demo.engine.candidates import Candidates
 from edge_demo.engine.kv_cache import KVCache, Snapshot
 from edge_demo.engine.low_plane import LowPlane
-from edge_demo.engine.prompt_chunks import Course
+from edge_demo.engine.prompt_chunks import PromptRun
 from edge_demo.errors import BundleError, EdgeError, RequestError, brief
 
 OnProgress = Callable[[int, int], None]
@@ -37,7 +37,8 @@ class TokenRunner:
         graph: of the bundle, the one to run.
         outputs: what it returns beside the keys and values, which are updated in place.
         threads: for one operator; `None` lets onnxruntime take the physical cores.
-        texts: whose keys and values memory must hold at once, this one's and those of `Rows`.
+        texts: whose keys and values memory must hold at once, this one's and those of
+        `BatchDecoder`.
 
     Attributes:
         tokens: the ids whose keys and values are in the buffers.
@@ -61,7 +62,7 @@ class TokenRunner:
                 f"threads must be 1 to {_MOST_THREADS:,}, not {brief(f'{threads:,}')}"
             )
         bundle.verify()
-        self._prefill_chunk, in_float = memory.admit(bundle, graph, texts)
+        self._prefill_chunk, in_float = memory.check_fits(bundle, graph, texts)
         self.bundle = bundle
         self.graph = graph
         self.tokens: list[int] = []
@@ -73,8 +74,8 @@ class TokenRunner:
             self._prompts = sessions.open_for_prompts(bundle, threads)
             self._check_contract(self._prompts, bundle.engine)
         self._cache = KVCache(graph, bundle.ropes, bundle.windows, bundle.context_length)
-        self._course = Course()
-        self._calls: dict[int, Call] = {}
+        self._prompt_run = PromptRun()
+        self._calls: dict[int, Binding] = {}
 
     def _check_contract(self, session: sessions.Session, graph: GraphSpec) -> None:
         for found, specs, bound in zip(
@@ -111,7 +112,7 @@ class TokenRunner:
         """
         self._refuse(ids, 0)
         wanted = self._course_of(len(ids))
-        held = self._course.shared(wanted, common_prefix(self.tokens, ids))
+        held = self._prompt_run.shared(wanted, common_prefix(self.tokens, ids))
         self.rewind(self.reusable(held))
         held = len(self.tokens)
         self._run_pieces(ids[held:], wanted, on_progress)
@@ -125,49 +126,49 @@ class TokenRunner:
         self._refuse(ids, len(self.tokens))
         self._run_pieces(ids, self._course_of(len(ids)), on_progress)
 
-    def _course_of(self, length: int) -> Course:
+    def _course_of(self, length: int) -> PromptRun:
         in_float = self._prompts is not None and length > float_prompts.FEWEST
-        return Course(length, in_float)
+        return PromptRun(length, in_float)
 
     def _run_pieces(
-        self, ids: Sequence[int], course: Course, on_progress: OnProgress | None = None
+        self, ids: Sequence[int], prompt_run: PromptRun, on_progress: OnProgress | None = None
     ) -> None:
-        """Run the last of some tokens as a course has it; no outputs are wanted."""
+        """Run the last of some tokens as a prompt_run has it; no outputs are wanted."""
         first, end = len(self.tokens), len(self.tokens) + len(ids)
         while (held := len(self.tokens)) < end:
             piece = ids[
                 held - first : prompt_chunks.end_of_piece(held, end, self._prefill_chunk) - first
             ]
-            if course.in_float and len(piece) > 1:  # one alone is decoded, which is much faster
+            if prompt_run.in_float and len(piece) > 1:  # one alone is decoded, which is much faster
                 self._reserve(len(piece))
-                Call(self, len(piece), 0, session=self._prompts).run(piece, range(0))
+                Binding(self, len(piece), 0, session=self._prompts).run(piece, range(0))
             else:  # the graph of candidates takes no piece of which no row is wanted
                 self._run(piece, range(len(piece) - 1, len(piece)))
-            if end == course.length:
-                self._course = dataclasses.replace(course, left=len(self.tokens))
+            if end == prompt_run.length:
+                self._prompt_run = dataclasses.replace(prompt_run, left=len(self.tokens))
             if on_progress is not None:
                 on_progress(len(self.tokens) - first, len(ids))
 
     def _prefill(
         self, ids: Sequence[int], on_progress: OnProgress | None = None
     ) -> list[np.ndarray]:
-        self.admit(ids)
+        self.check_prompt(ids)
 
-        def told(done: int, total: int) -> None:
+        def report(done: int, total: int) -> None:
             if on_progress is not None:
                 on_progress(done, total + 1)
 
-        self.add(ids[:-1], told)
+        self.add(ids[:-1], report)
         outputs = [array.copy() for array in self._extend(ids[-1:])]
-        told(len(ids), len(ids) - 1)
+        report(len(ids), len(ids) - 1)
         return outputs
 
     def _extend(self, ids: Sequence[int]) -> list[np.ndarray]:
         """Run a few tokens in a binding that is kept; one row of outputs for each."""
-        self.admit(ids)
+        self.check_prompt(ids)
         self._reserve(len(ids))
         if len(ids) not in self._calls:
-            self._calls[len(ids)] = Call(self, len(ids), len(ids))
+            self._calls[len(ids)] = Binding(self, len(ids), len(ids))
         return self._calls[len(ids)].run(ids, range(len(ids)))
 
     def retractable(self, count: int) -> int:
@@ -189,7 +190,7 @@ class TokenRunner:
         kept = self.tokens[:length]
         del self.tokens[self.reusable(length) :]
         self._cache.reached = len(self.tokens)
-        self._course = self._course.cut(len(self.tokens))
+        self._prompt_run = self._prompt_run.cut(len(self.tokens))
         if len(self.tokens) < length:
             self._run_pieces(kept[:-1], self._course_of(length - 1))
             self._run(kept[-1:], range(1))
@@ -201,7 +202,7 @@ class TokenRunner:
     def snapshot(self) -> Snapshot:
         """What it holds, to be given to `restore`: views, which the next run changes."""
         self._recover()
-        return Snapshot(list(self.tokens), self._cache.filled(), self._course)
+        return Snapshot(list(self.tokens), self._cache.filled(), self._prompt_run)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Hold what an engine of the same bundle held, and nothing else.
@@ -211,13 +212,13 @@ class TokenRunner:
         """
         self.tokens.clear()
         self._cache.reached = 0
-        self._course = Course()
-        self.admit(snapshot.tokens)
+        self._prompt_run = PromptRun()
+        self.check_prompt(snapshot.tokens)
         self._reserve(len(snapshot.tokens))
         self._cache.fill(snapshot.filled)
         self._cache.reached = len(snapshot.tokens)
         self.tokens.extend(snapshot.tokens)
-        self._course = snapshot.course
+        self._prompt_run = snapshot.prompt_run
 
     def layout(self, length: int) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
         """Data type and shape of each array that a snapshot of `length` tokens has."""
@@ -228,7 +229,7 @@ class TokenRunner:
         """What keys, values and rotary tables take now, in bytes."""
         return self._cache.num_bytes
 
-    def admit(self, ids: Sequence[int]) -> None:
+    def check_prompt(self, ids: Sequence[int]) -> None:
         """Refuse tokens that cannot be added.
 
         Raises:
@@ -238,7 +239,7 @@ class TokenRunner:
         self.check(ids, len(self.tokens))
 
     def check(self, ids: Sequence[int], held: int = 0) -> None:
-        """Refuse tokens that cannot be run after so many; errors as `admit`."""
+        """Refuse tokens that cannot be run after so many; errors as `check_prompt`."""
         if not ids:
             raise RequestError("there are no tokens to run; the prompt is empty")
         self._refuse(ids, held)
@@ -269,7 +270,7 @@ class TokenRunner:
 
     def _run(self, ids: Sequence[int], positions: range) -> list[np.ndarray]:
         self._reserve(len(ids))
-        return Call(self, len(ids), len(positions)).run(ids, positions)
+        return Binding(self, len(ids), len(positions)).run(ids, positions)
 
 
 class Engine(TokenRunner):
@@ -295,7 +296,7 @@ class Engine(TokenRunner):
 
         Args:
             ids: at least one.
-            on_progress: told, after each piece, the tokens run and those in all.
+            on_progress: called after each chunk with (tokens run, all of them).
 
         Returns:
             Logits after the last of them, float32 `(vocabulary_size,)`.
@@ -326,7 +327,7 @@ class Engine(TokenRunner):
         Yields:
             float32 `(chunk, vocabulary_size)`, together one row for each id.
         """
-        self.admit(ids)
+        self.check_prompt(ids)
         for first in range(0, len(ids), _SCORE_CHUNK):
             chunk = ids[first : first + _SCORE_CHUNK]
             yield self._run(chunk, range(len(chunk)))[0]
@@ -429,7 +430,7 @@ def _present(past: str) -> str:
     return past.replace("past_key_values.", "present.")
 
 
-class Call:
+class Binding:
     """One binding of the session to buffers for `length` tokens and `num_logits` output rows."""
 
     def __init__(

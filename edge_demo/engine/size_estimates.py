@@ -91,7 +91,7 @@ def read_per_token(size: PublishedSize, recipe: RecipeBytes) -> int:
     return int(size.blocks * recipe.block_read + size.table * recipe.table_read)
 
 
-def estimate(size: PublishedSize, recipe: RecipeBytes, chunk: int) -> memory.Estimate:
+def estimate(size: PublishedSize, recipe: RecipeBytes, chunk: int) -> memory.MemoryEstimate:
     """What a bundle of that size would take, as `memory.estimate` tells it of one that is there.
 
     Args:

@@ -24,7 +24,7 @@ _LEAST_LENGTH = 4  # two positions in the second half: one has no standard error
 
 
 @dataclasses.dataclass(frozen=True)
-class Estimate:
+class MeanWithError:
     """A figure and its standard error."""
 
     value: float
@@ -51,14 +51,14 @@ class Divergence:
     """
 
     positions: int
-    reference_perplexity: Estimate
-    perplexity: Estimate
-    log_ratio: Estimate
-    kl: Estimate
+    reference_perplexity: MeanWithError
+    perplexity: MeanWithError
+    log_ratio: MeanWithError
+    kl: MeanWithError
     kl_quantiles: tuple[tuple[float, float], ...]
-    probability_difference: Estimate
-    rms_probability_difference: Estimate
-    same_top_token: Estimate
+    probability_difference: MeanWithError
+    rms_probability_difference: MeanWithError
+    same_top_token: MeanWithError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +134,7 @@ def compare(
         ids: the text's tokens; a rest that fills no window is left out.
         length: tokens in a window, at most either context.
         max_windows: stop after as many.
-        on_window: told the windows done and those in all.
+        on_window: called with (windows done, all of them).
 
     Returns:
         One for each engine.
@@ -236,21 +236,21 @@ def summarize(
             (q, float(v)) for q, v in zip(QUANTILES, np.quantile(kl, QUANTILES), strict=True)
         ),
         probability_difference=_mean(difference),
-        rms_probability_difference=Estimate(rms, 0.5 * square.error / rms if rms else 0.0),
+        rms_probability_difference=MeanWithError(rms, 0.5 * square.error / rms if rms else 0.0),
         same_top_token=_mean(same.astype(np.float64)),
     )
 
 
-def _mean(values: np.ndarray) -> Estimate:
+def _mean(values: np.ndarray) -> MeanWithError:
     """Mean and its standard error, `sqrt((E[x²] - E[x]²) / (n - 1))`."""
-    return Estimate(float(values.mean()), float(values.std() / (len(values) - 1) ** 0.5))
+    return MeanWithError(float(values.mean()), float(values.std() / (len(values) - 1) ** 0.5))
 
 
-def _exponential(estimate: Estimate) -> Estimate:
+def _exponential(estimate: MeanWithError) -> MeanWithError:
     """Of an estimate, with the error carried along to first order."""
     with np.errstate(over="ignore"):
         value = float(np.exp(estimate.value))
-    return Estimate(value, value * estimate.error)
+    return MeanWithError(value, value * estimate.error)
 
 
 def as_table(comparison: Comparison) -> str:
@@ -260,7 +260,7 @@ def as_table(comparison: Comparison) -> str:
     def row(label: str, cells: Sequence[str]) -> str:
         return f"{label:<24}" + "".join(f"{cell:>26}" for cell in cells)
 
-    def pair(estimate: Estimate, digits: int, unit: str = "") -> str:
+    def pair(estimate: MeanWithError, digits: int, unit: str = "") -> str:
         scale = 100 if unit else 1
         value, error = scale * estimate.value, scale * estimate.error
         return f"{value:.{digits}f} ± {error:.{digits}f}{unit}"

@@ -116,7 +116,7 @@ def hellaswag(
         engine: emptied and used; the four endings share what it holds of their beginning.
         tokenizer: of the same bundle.
         tasks: at least one.
-        on_task: told the tasks done and those in all.
+        on_task: called with (tasks done, all of them).
 
     Raises:
         RequestError: a task does not fit the context.

@@ -117,7 +117,7 @@ def score(
         length: tokens in a window, at most the context.
         stride: tokens from one window to the next; `length // 2` scores second halves.
         max_windows: stop after as many.
-        on_window: told the windows done and those in all.
+        on_window: called with (windows done, all of them).
 
     Raises:
         RequestError: the text is empty, or length and stride do not fit.

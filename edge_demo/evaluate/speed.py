@@ -19,7 +19,7 @@ from edge_demo.text.sampling import Sampler
 
 
 @dataclasses.dataclass(frozen=True)
-class Test:
+class BenchCase:
     """What is timed: a prompt (`pp`) or tokens one by one (`tg`).
 
     Attributes:
@@ -48,7 +48,7 @@ class Timing:
         seconds: one for each repeat.
     """
 
-    test: Test
+    test: BenchCase
     threads: int
     seconds: tuple[float, ...]
 
@@ -93,7 +93,7 @@ class BenchReport:
 
 def run_tests(
     bundle: Bundle,
-    tests: Sequence[Test],
+    tests: Sequence[BenchCase],
     threads: Sequence[int | None] = (None,),
     repeats: int = 5,
     progress: Callable[[int, int], None] | None = None,
@@ -105,7 +105,7 @@ def run_tests(
         tests: to run, in this order.
         threads: for one operator; `None` is the physical cores.
         repeats: of each test.
-        progress: is told how many of all runs are done.
+        progress: called with (runs done, all of them).
 
     Raises:
         RequestError: there are no tests, or one does not fit the context.

@@ -1,1 +1,1 @@
-"""From prompts to answers: tokenizer, turns, sampling, generation."""
+"""From prompts to answers: tokenizer, turns, sampling, completion."""

@@ -17,7 +17,7 @@ FinishReason = Literal["stop", "length", "context", "interrupted"]
 
 
 @dataclasses.dataclass
-class Generation:
+class Completion:
     """One answer, filled in as it grows.
 
     Attributes:
@@ -56,7 +56,7 @@ class Writer:
     """Adds one token after another to an answer, until it ends.
 
     Args:
-        generation: to fill in.
+        completion: to fill in.
         tokenizer: of the bundle.
         sampler: chooses each token, of those that the tokenizer has a piece for. The tokens that
             end an answer are not penalized: a long conversation would have ever longer answers.
@@ -67,20 +67,20 @@ class Writer:
 
     def __init__(
         self,
-        generation: Generation,
+        completion: Completion,
         tokenizer: Tokenizer,
         sampler: Sampler,
         max_tokens: int,
         context: int,
         stop: Sequence[str] = (),
     ) -> None:
-        self._generation = generation
+        self._completion = completion
         self._sampler = sampler
         self._num_pieces = tokenizer.num_pieces
         self._max_tokens = max_tokens
         self._context = context
         self._ends = frozenset(tokenizer.spec.stop)
-        self._penalized = [i for i in generation.prompt_ids if i not in self._ends]
+        self._penalized = [i for i in completion.prompt_ids if i not in self._ends]
         self._stream = TextStream(tokenizer)
         self._stop = StopTexts(stop)
 
@@ -94,7 +94,7 @@ class Writer:
         Raises:
             NotFiniteError: as `Sampler.pick`.
         """
-        out = self._generation
+        out = self._completion
         token = self._sampler.pick(below(logits, self._num_pieces), self._penalized)
         if token in self._ends:
             out.finish_reason = "stop"
@@ -115,6 +115,6 @@ class Writer:
         """The rest of the text, when no more tokens come."""
         rest = self._stop.push(self._stream.flush()) + self._stop.flush()
         if self._stop.found:
-            self._generation.finish_reason = "stop"
-        self._generation.text += rest
+            self._completion.finish_reason = "stop"
+        self._completion.text += rest
         return rest

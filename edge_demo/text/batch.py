@@ -15,12 +15,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from edge_demo.bundle.reader import Bundle
-from edge_demo.engine.batch_decoder import Rows
+from edge_demo.engine.batch_decoder import BatchDecoder
 from edge_demo.engine.candidates import Candidates
 from edge_demo.engine.kv_cache import Snapshot
 from edge_demo.engine.runner import CandidateEngine, Engine, common_prefix
 from edge_demo.errors import NotFiniteError, RequestError
-from edge_demo.text.answer import Generation, Writer
+from edge_demo.text.answer import Completion, Writer
 from edge_demo.text.batch_items import Item
 from edge_demo.text.generator import candidates_suffice
 from edge_demo.text.tokenizer import Tokenizer
@@ -31,7 +31,7 @@ SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 
 # what a prompt gets: a text, or why there is none
-Answer = Generation | RequestError | NotFiniteError
+Answer = Completion | RequestError | NotFiniteError
 
 
 @dataclasses.dataclass
@@ -39,7 +39,7 @@ class _Text:
     """A row's text as it grows."""
 
     item: Item
-    generation: Generation
+    completion: Completion
     writer: Writer
     start: float
 
@@ -78,7 +78,7 @@ class BatchRunner:
         rows = min(rows, next((size for size in SIZES if size >= len(items)), rows))
         few = all(candidates_suffice(bundle, item.sampler(), tokenizer) for item in items)
         self._engine = (CandidateEngine if few else Engine)(bundle, threads, texts=1 + rows)
-        self._rows = Rows(self._engine, rows)
+        self._rows = BatchDecoder(self._engine, rows)
         self.shared = _beginning_of_all(tokenizer, items, bundle.context_length)
         self._beginning: Snapshot | None = None
 
@@ -112,7 +112,7 @@ class BatchRunner:
                 else:
                     yield item, answer
             if texts:
-                found = self._rows.decode({r: t.generation.ids[-1] for r, t in texts.items()})
+                found = self._rows.decode({r: t.completion.ids[-1] for r, t in texts.items()})
                 for row, logits in found.items():
                     if (answer := self._go_on(texts[row], logits)) is not None:
                         yield texts.pop(row).item, answer
@@ -123,23 +123,23 @@ class BatchRunner:
         start = time.perf_counter()
         ids = item.encode(self._tokenizer)
         self._engine.rewind(0)
-        self._engine.admit(ids)
+        self._engine.check_prompt(ids)
         if self._beginning is None and self.shared:
             self._engine.add(self.shared)
             self._beginning = self._engine.snapshot().copy()
         if self._beginning is not None:
             self._engine.restore(self._beginning)
-        generation = Generation(ids, reused_tokens=len(self.shared))
+        completion = Completion(ids, reused_tokens=len(self.shared))
         logits = self._engine.prefill(ids[len(self.shared) :])
         context = self._engine.context_length
         writer = Writer(
-            generation, self._tokenizer, item.sampler(), item.max_tokens, context, item.stop
+            completion, self._tokenizer, item.sampler(), item.max_tokens, context, item.stop
         )
-        return _Text(item, generation, writer, start), logits
+        return _Text(item, completion, writer, start), logits
 
     def _go_on(self, text: _Text, logits: np.ndarray | Candidates) -> Answer | None:
         """Choose the next token; what the prompt gets, or `None` while there is more to come."""
-        out = text.generation
+        out = text.completion
         try:
             text.writer.add(logits)
         except NotFiniteError as error:

@@ -1,8 +1,9 @@
 """The output of a batch: a file that a killed run leaves good, and the next run goes on with.
 
 Every result is one line, in the order of the prompts, and on the disk before the next is written.
-Rows end in another order than they began: what is ready before its turn waits on the disk too, in
-`.FILE.ahead`, which is removed at the end. So a kill costs what was being decoded, and no more.
+BatchDecoder end in another order than they began: what is ready before its turn waits on the disk
+too, in `.FILE.ahead`, which is removed at the end. So a kill costs what was being decoded, and no
+more.
 """
 
 from __future__ import annotations

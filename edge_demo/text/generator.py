@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from edge_demo.bundle.reader import Bundle
 from edge_demo.engine.runner import CandidateEngine, Engine, OnProgress, common_prefix
 from edge_demo.errors import RequestError
-from edge_demo.text.answer import Generation, Writer
+from edge_demo.text.answer import Completion, Writer
 from edge_demo.text.sampling import Sampler
 from edge_demo.text.speculate import Drafter, Speculator
 from edge_demo.text.stop_texts import check_stop_texts
@@ -39,7 +39,7 @@ def candidates_suffice(
     """Whether what a sampler chooses among is always among the bundle's candidates."""
     pieces = bundle.vocabulary_size if tokenizer is None else tokenizer.num_pieces
     without = bundle.vocabulary_size - pieces  # all of which may be likelier
-    return 0 < sampler.reach <= bundle.num_candidates - without
+    return 0 < sampler.effective_top_k <= bundle.num_candidates - without
 
 
 class Generator:
@@ -74,7 +74,7 @@ class Generator:
     ) -> int:
         """Hold all of a prompt but its last token; how many were there already."""
 
-        def told(done: int, total: int) -> None:
+        def report(done: int, total: int) -> None:
             if on_prefill is not None:
                 on_prefill(done, total + 1)
 
@@ -83,20 +83,20 @@ class Generator:
         same = min(said, common_prefix(self.engine.tokens, before))
         if goes_on and 0 < last_prompt <= same and self.engine.reusable(same):
             self.engine.rewind(same)
-            self.engine.add(before[same:], told)
+            self.engine.add(before[same:], report)
             return same
-        return self.engine.hold(before, told)
+        return self.engine.hold(before, report)
 
     def stream(
         self,
         prompt_ids: Sequence[int],
         sampler: Sampler,
         max_tokens: int,
-        generation: Generation | None = None,
+        completion: Completion | None = None,
         drafter: Drafter | None = None,
         on_prefill: OnProgress | None = None,
         stop: Sequence[str] = (),
-        on_held: Callable[[Generation], None] | None = None,
+        on_held: Callable[[Completion], None] | None = None,
         goes_on: bool = False,
     ) -> Iterator[str]:
         """Yield the answer's text as it comes; pieces may be empty.
@@ -105,10 +105,10 @@ class Generator:
             prompt_ids: to continue; at least one.
             sampler: chooses each token.
             max_tokens: the most to generate.
-            generation: filled in while the text is yielded.
+            completion: filled in while the text is yielded.
             drafter: guesses tokens ahead; the text is the same up to rounding, and comes faster
                 if it guesses well; see `edge_demo.text.speculate`.
-            on_prefill: told, after each piece of the prompt, the tokens run and those in all.
+            on_prefill: called after each chunk of the prompt with (tokens run, all of them).
             stop: texts that end the answer and are not part of it.
             on_held: called when the engine holds the prompt but its last token.
             goes_on: whether this is the next turn of a conversation. If it begins with the last
@@ -127,7 +127,7 @@ class Generator:
             )
         stop = check_stop_texts(stop)
         self.engine.check(prompt_ids)
-        out = generation or Generation(list(prompt_ids))
+        out = completion or Completion(list(prompt_ids))
         start = time.perf_counter()
         out.reused_tokens = self._run_before_last(list(prompt_ids), goes_on, on_prefill)
         if on_held is not None:
@@ -168,9 +168,9 @@ class Generator:
         max_tokens: int,
         drafter: Drafter | None = None,
         stop: Sequence[str] = (),
-    ) -> Generation:
+    ) -> Completion:
         """The whole answer at once; arguments and errors as `stream`."""
-        generation = Generation(list(prompt_ids))
-        for _ in self.stream(prompt_ids, sampler, max_tokens, generation, drafter, stop=stop):
+        completion = Completion(list(prompt_ids))
+        for _ in self.stream(prompt_ids, sampler, max_tokens, completion, drafter, stop=stop):
             pass
-        return generation
+        return completion

@@ -30,7 +30,7 @@ import onnxruntime as ort
 from edge_demo.device import hardware
 from edge_demo.durable import write_whole
 from edge_demo.engine.kv_cache import Snapshot
-from edge_demo.engine.prompt_chunks import Course
+from edge_demo.engine.prompt_chunks import PromptRun
 from edge_demo.engine.runner import TokenRunner
 from edge_demo.errors import EdgeError, RequestError, brief
 
@@ -116,7 +116,7 @@ class PromptCache:
         checksum = 0
         for array in arrays:
             checksum = zlib.crc32(_bytes(array), checksum)
-        header = _header(engine, len(snapshot.tokens), snapshot.course, f"{checksum:08x}")
+        header = _header(engine, len(snapshot.tokens), snapshot.prompt_run, f"{checksum:08x}")
         encoded = json.dumps(header, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)
 
@@ -145,7 +145,9 @@ def _arrays(engine: TokenRunner, length: int) -> dict[str, tuple[np.dtype, tuple
     return {"tokens": (np.dtype(np.int32), (length,)), **engine.layout(length)}
 
 
-def _header(engine: TokenRunner, length: int, course: Course, checksum: str) -> dict[str, Any]:
+def _header(
+    engine: TokenRunner, length: int, prompt_run: PromptRun, checksum: str
+) -> dict[str, Any]:
     header: dict[str, Any] = {
         "__metadata__": {
             "format": FORMAT,  # first: it is what the file is known by
@@ -153,8 +155,8 @@ def _header(engine: TokenRunner, length: int, course: Course, checksum: str) -> 
             "bundle": engine.bundle.fingerprint,
             "onnxruntime": ort.__version__,
             "processor": hardware.kind(),
-            "run_as_prompt": f"{course.left} of {course.length} tokens"
-            + (", in float32" if course.in_float else ""),
+            "run_as_prompt": f"{prompt_run.left} of {prompt_run.length} tokens"
+            + (", in float32" if prompt_run.in_float else ""),
             "crc32": checksum,
         }
     }
@@ -170,7 +172,7 @@ def _header(engine: TokenRunner, length: int, course: Course, checksum: str) -> 
 
 
 def _read(file: BinaryIO, engine: TokenRunner) -> Snapshot:
-    length, course, checksum = _checked_header(file, engine)
+    length, prompt_run, checksum = _checked_header(file, engine)
     found = 0
     arrays = {}
     for name, (dtype, shape) in _arrays(engine, length).items():
@@ -186,10 +188,10 @@ def _read(file: BinaryIO, engine: TokenRunner) -> Snapshot:
     for array in arrays.values():
         if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
             raise _Unusable("is damaged: it holds numbers that are not finite")
-    return Snapshot(tokens.tolist(), arrays, course)
+    return Snapshot(tokens.tolist(), arrays, prompt_run)
 
 
-def _checked_header(file: BinaryIO, engine: TokenRunner) -> tuple[int, Course, str]:
+def _checked_header(file: BinaryIO, engine: TokenRunner) -> tuple[int, PromptRun, str]:
     """The number of tokens, how they were run, and the checksum; nothing large is allocated."""
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(_LENGTH), "little")
@@ -220,14 +222,14 @@ def _checked_header(file: BinaryIO, engine: TokenRunner) -> tuple[int, Course, s
     found = _COURSE.fullmatch(str(metadata.get("run_as_prompt")))
     if found is None:
         raise _Unusable("is damaged: it does not tell how its tokens were run")
-    course = Course(int(found[2]), found[3] is not None, int(found[1]))
-    if course.left > min(course.length, tokens):
+    prompt_run = PromptRun(int(found[2]), found[3] is not None, int(found[1]))
+    if prompt_run.left > min(prompt_run.length, tokens):
         raise _Unusable("is damaged: it tells of more tokens than it holds")
-    if header != _header(engine, tokens, course, checksum):
+    if header != _header(engine, tokens, prompt_run, checksum):
         raise _Unusable("is damaged: its arrays are not those of this bundle")
     expected = (
         _LENGTH + length + max(a["data_offsets"][1] for n, a in header.items() if n[0] != "_")
     )
     if size != expected:
         raise _Unusable(f"is damaged: it has {size:,} bytes, not {expected:,}")
-    return tokens, course, checksum
+    return tokens, prompt_run, checksum

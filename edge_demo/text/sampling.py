@@ -74,7 +74,7 @@ class Sampler:
         self._random = np.random.default_rng(self.seed)
 
     @property
-    def reach(self) -> int:
+    def effective_top_k(self) -> int:
         """How many of the most likely tokens it chooses among; 0 for all.
 
         Where penalties only lower logits, of n tokens at most, the k likeliest afterwards are among

@@ -75,7 +75,7 @@ class BundleDraft:
         max_context: the longest sequence the bundle is for, in tokens.
         kv_cache_dtype: one of `KV_CACHE_DTYPES`: how the engine's graphs keep keys and values of
             layers that keep those of the whole text.
-        on_progress: told the stage and the share of it that is done.
+        on_progress: called with (stage, share of it that is done).
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class BundleDraft:
         Args:
             weights: canonical name to float array.
             plan: canonical name to format.
-            rounded: what is on a lattice already, by name and format.
+            rounded: what is on a grid already, by name and format.
         """
         config = self.checkpoint.config
         build = lowering_named(self.lowering)

@@ -27,7 +27,7 @@ class _FloatModel:
     Args:
         checkpoint: the model.
         rows: the windows, int `(windows, length)`.
-        on_progress: told the blocks done and those in all.
+        on_progress: called with (blocks done, all of them).
     """
 
     def __init__(
@@ -64,7 +64,7 @@ def measure_on_text(
         bundle: to judge.
         checkpoint: what it was made from.
         text: to compare on.
-        on_progress: told the share that is done.
+        on_progress: called with the share that is done.
 
     Returns:
         `comparison` and `text`, as `export.bundle.card.write_card` takes them.

@@ -15,7 +15,7 @@ from edge_demo.evaluate.perplexity import kl_divergence
 from edge_demo.text.tokenizer import Tokenizer
 from export.calibrate.reference import reference_logits
 from export.errors import ExportError
-from export.graph.run_in_chunks import logits_in_pieces
+from export.graph.run_in_chunks import logits_in_chunks
 from gemma_keras.config import GemmaConfig
 
 TEXT = Path(__file__).with_name("verification.txt")
@@ -86,7 +86,7 @@ def verify(
     positions = np.arange(rows.shape[1])
     reference = reference_logits(config, weights, rows, positions)
     if bundle.num_bytes > _MOST_BYTES_WHOLE:
-        found = logits_in_pieces(bundle.path, config, rows, positions)
+        found = logits_in_chunks(bundle.path, config, rows, positions)
     else:
         found = _engine_logits(bundle, rows[0].tolist())
     against = f"against the Keras layers on {keras.config.backend()} in float32"

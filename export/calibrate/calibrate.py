@@ -11,7 +11,7 @@ import numpy as np
 
 from export.calibrate.balance import BalancedWeights
 from export.calibrate.gptq import feedbacks, gptq
-from export.calibrate.input_statistics import Moments
+from export.calibrate.input_statistics import InputStatistics
 from export.calibrate.observe import OBSERVED, observe
 from export.calibrate.reference import embedded
 from export.calibrate.workspace import Workspace
@@ -64,7 +64,7 @@ def calibrate(
         plan: canonical name to format.
         workspace: where the results go.
         keep: matrices that are neither balanced nor rounded.
-        on_progress: told the blocks done and those in all.
+        on_progress: called with (blocks done, all of them).
     """
     balanced = BalancedWeights(config, weights)
     done = 0
@@ -82,12 +82,12 @@ def calibrate(
     if done < len(config.layers):
         if x is None:
             x = embedded(config, weights, ids)
-        for i, moments in enumerate(observe(config, weights, x, done), start=done):
-            rms = {name: moment.rms for name, moment in moments.items()}
+        for i, statistics in enumerate(observe(config, weights, x, done), start=done):
+            rms = {name: statistic.rms for name, statistic in statistics.items()}
             balanced.balance_block(i, rms, keep)
-            for name, fmt, quantized in _round_block(config, balanced, i, moments, plan, keep):
+            for name, fmt, quantized in _round_block(config, balanced, i, statistics, plan, keep):
                 workspace.save(name, _packed(quantized, fmt))
-            moments.clear()  # they would be in memory beside those of the next block
+            statistics.clear()  # they would be in memory beside those of the next block
             workspace.save(f"block.{i}", rms)
             workspace.save("state", {"blocks": np.array(i + 1), "x": x})
             on_progress(i + 1, len(config.layers))
@@ -98,22 +98,24 @@ def _round_block(
     config: GemmaConfig,
     weights: BalancedWeights,
     i: int,
-    moments: Mapping[str, Moments],
+    statistics: Mapping[str, InputStatistics],
     plan: Plan,
     keep: Collection[str],
 ) -> Iterator[tuple[str, Format, Quantized]]:
     """Round the matrices of one block, those that see the same inputs together."""
     specs = weight_specs(config)
-    jobs: list[tuple[list[str], Moments, Format]] = []
+    jobs: list[tuple[list[str], InputStatistics, Format]] = []
     for observed, names in OBSERVED.items():
         formats: dict[Format, list[str]] = {}
         for name in (f"layers.{i}.{n}" for n in names):
             if plan[name].bits <= _FEW_BITS and name not in keep:
                 formats.setdefault(plan[name], []).append(name)
         for fmt, together in formats.items():
-            jobs.append((together, moments[observed], fmt))
+            jobs.append((together, statistics[observed], fmt))
 
-    def run(job: tuple[list[str], Moments, Format]) -> Iterator[tuple[str, Format, Quantized]]:
+    def run(
+        job: tuple[list[str], InputStatistics, Format],
+    ) -> Iterator[tuple[str, Format, Quantized]]:
         names, seen, fmt = job
         feedback = feedbacks(seen, weights.input_factors(names[0]))
         # What matrices of one input share is worked out once, but they are in memory one by one.

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from export.calibrate.input_statistics import Moments
+from export.calibrate.input_statistics import InputStatistics
 from export.formats.formats import Format
 from export.formats.packing import Quantized, blocks_of
 from export.formats.round_to_nearest import best_scales
@@ -43,15 +43,17 @@ class Feedback:
     factor: np.ndarray
 
 
-def feedbacks(moments: Moments, divisors: np.ndarray | None = None) -> Iterator[Feedback]:
-    """One for each of the moments' squares, when it is asked for: each takes as much memory.
+def feedbacks(
+    statistics: InputStatistics, divisors: np.ndarray | None = None
+) -> Iterator[Feedback]:
+    """One for each of the statistics' squares, when it is asked for: each takes as much memory.
 
     Args:
-        moments: of the inputs.
+        statistics: of the inputs.
         divisors: what the inputs are divided by since they were watched, `[in]`; `None` if by
             nothing.
     """
-    for square in moments.divided_by(divisors):
+    for square in statistics.divided_by(divisors):
         importance = np.maximum(np.diag(square), 0).astype(np.float32)
         order = np.argsort(-importance, kind="stable")
         yield Feedback(importance, order, _inverse_factor(square, order))

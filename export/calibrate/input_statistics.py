@@ -1,4 +1,4 @@
-"""Second moments of what flows into a matrix."""
+"""Second statistics of what flows into a matrix."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from collections.abc import Iterator
 
 import numpy as np
 
-_MOST_INPUTS = 4096  # of whose second moments all pairs are kept; beyond it, squares of that size
+_MOST_INPUTS = (
+    4096  # of whose second statistics all pairs are kept; beyond it, squares of that size
+)
 
 
 @dataclasses.dataclass
-class Moments:
+class InputStatistics:
     """The mean of the outer products of a matrix's inputs, `[in, in]`, as squares on its diagonal.
 
     Attributes:
@@ -41,7 +43,7 @@ class Moments:
 
 
 class MomentSum:
-    """Adds up the moments of inputs that come in pieces."""
+    """Adds up the statistics of inputs that come in pieces."""
 
     def __init__(self) -> None:
         self._squares: list[np.ndarray] = []
@@ -59,9 +61,9 @@ class MomentSum:
             total += part.T @ part
         self._count += len(flat)
 
-    def mean(self) -> Moments:
-        """The moments of all so far; the sum is used up."""
+    def mean(self) -> InputStatistics:
+        """The statistics of all so far; the sum is used up."""
         squares, self._squares = self._squares, []
         for total in squares:
             total /= np.float32(self._count)
-        return Moments(squares)
+        return InputStatistics(squares)

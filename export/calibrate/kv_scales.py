@@ -33,7 +33,7 @@ def measure_kv_scales(
         config: the model's.
         ids: of the text, `(batch, length)`.
         layers: by index.
-        on_progress: told the pieces of the graph done and those in all.
+        on_progress: called with (chunks of the graph done, all of them).
 
     Returns:
         `present.{i}.key` and `present.{i}.value` to float32 `[1, kv_heads, 1, head_dim]`, as

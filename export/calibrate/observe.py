@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from keras import ops
 
-from export.calibrate.input_statistics import Moments, MomentSum
+from export.calibrate.input_statistics import InputStatistics, MomentSum
 from export.calibrate.reference import BlockLoader, run_block
 from export.formats.fused_matrices import SAME_INPUT
 from gemma_keras.config import GemmaConfig
@@ -20,7 +20,7 @@ OBSERVED = {names[0]: names for names in SAME_INPUT}
 
 def observe(
     config: GemmaConfig, weights: Mapping[str, np.ndarray], x: np.ndarray, first_block: int = 0
-) -> Iterator[dict[str, Moments]]:
+) -> Iterator[dict[str, InputStatistics]]:
     """Watch the inputs of each block's matrices, on one text.
 
     Args:
@@ -31,7 +31,7 @@ def observe(
         first_block: the block to begin with.
 
     Yields:
-        For each block: name within the block, of `OBSERVED`, to the moments.
+        For each block: name within the block, of `OBSERVED`, to the statistics.
     """
     blocks = BlockLoader(config, weights)
     for i in range(first_block, len(config.layers)):

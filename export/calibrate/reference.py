@@ -130,7 +130,7 @@ def reference_logits(
         weights: canonical name to float array.
         ids: `(batch, length)`.
         positions: of each row, those whose logits are wanted.
-        on_progress: told the blocks done and those in all.
+        on_progress: called with (blocks done, all of them).
 
     Returns:
         float32 `(batch * len(positions), vocabulary_size)`, row after row.

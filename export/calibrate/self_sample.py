@@ -45,7 +45,7 @@ def self_sample(
         shape: rows, and tokens in each, `bos` among them.
         seed: of the random numbers.
         folder: where an 8-bit export of the model may stand meanwhile.
-        on_progress: told the tokens of each row written so far and those in all.
+        on_progress: called with (tokens of each row written so far, all of them).
 
     Returns:
         int32 array of that shape.

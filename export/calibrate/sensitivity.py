@@ -73,7 +73,7 @@ def sensitivities(
         groups: as `group_members` gives them.
         ids: of the text, `(batch, length)`.
         positions: of each row, those that count.
-        on_progress: told the states advanced so far and those in all.
+        on_progress: called with (states advanced so far, all of them).
 
     Returns:
         Group name to nats.

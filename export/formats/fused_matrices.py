@@ -19,7 +19,7 @@ SAME_INPUT = (
 )
 
 
-def joined_matrices(config: GemmaConfig, plan: Plan) -> dict[str, tuple[str, ...]]:
+def fused_matrices(config: GemmaConfig, plan: Plan) -> dict[str, tuple[str, ...]]:
     """Matrices of one quantized format that are stored together, by the name of the first."""
     found = {}
     for i in range(len(config.layers)):

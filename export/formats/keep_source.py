@@ -1,6 +1,6 @@
 """Storing again, without rounding again, what the source already holds as small integers.
 
-A storage format holds a lattice where each of its blocks lies within one block of the source, and
+A storage format holds a grid where each of its blocks lies within one block of the source, and
 the source's levels, moved to the format's zero point, fit its range. Nothing is believed: a block
 counts as kept when the numbers that it will stand for equal the source's.
 """
@@ -17,7 +17,7 @@ from export.formats.formats import BITS, BLOCK_SIZES, Format
 from export.formats.packing import Quantized, zero_points_in_planes
 from export.formats.round_to_nearest import round_to_nearest
 from gemma_keras.checkpoints.names import weight_specs
-from gemma_keras.checkpoints.quantized_grid import Lattice, LatticeSource
+from gemma_keras.checkpoints.quantized_grid import GridSource, QuantizedGrid
 from gemma_keras.config import GemmaConfig
 
 MOST_BITS_KEPT = 4
@@ -26,40 +26,40 @@ _PIECE_BYTES = 8 << 20  # rows whose float values fit a cache
 _BLOCK_OF_A_ROW = 32  # where one scale serves a whole row any block will do; activations like it
 
 
-def keep(lattice: Lattice, fmt: Format) -> Quantized | None:
+def keep(grid: QuantizedGrid, fmt: Format) -> Quantized | None:
     """The same numbers in a storage format, or `None` if it cannot hold them all exactly.
 
     Args:
-        lattice: of the source.
+        grid: of the source.
         fmt: a quantized one.
     """
-    if _block_of(lattice, fmt) is None:
+    if _block_of(grid, fmt) is None:
         return None
-    first = next(_pieces(lattice), None)  # a lattice that does not fit shows it early
-    if first is not None and not _keep_blocks(lattice.rows(first), fmt)[1].all():
+    first = next(_pieces(grid), None)  # a grid that does not fit shows it early
+    if first is not None and not _keep_blocks(grid.rows(first), fmt)[1].all():
         return None
-    kept, again = keep_or_round(lattice, fmt)
+    kept, again = keep_or_round(grid, fmt)
     return kept if again == 0 else None
 
 
-def keep_or_round(lattice: Lattice, fmt: Format) -> tuple[Quantized, float]:
-    """A lattice in a storage format, and the share of its blocks that had to be rounded again.
+def keep_or_round(grid: QuantizedGrid, fmt: Format) -> tuple[Quantized, float]:
+    """A grid in a storage format, and the share of its blocks that had to be rounded again.
 
     Blocks that the format holds exactly are kept; the others are rounded to nearest. In two planes
     blocks of few levels are stretched by a power of two, and some are stored negated, scale and
     all, so that the high plane alone says as much as it can.
 
     Args:
-        lattice: of the source.
+        grid: of the source.
         fmt: a quantized one.
     """
-    num_rows, num_blocks = len(lattice.levels), fmt.num_blocks(lattice.num_inputs)
+    num_rows, num_blocks = len(grid.levels), fmt.num_blocks(grid.num_inputs)
     levels = np.empty((num_rows, num_blocks, fmt.block_size), np.uint8)
     scales = np.empty((num_rows, num_blocks), np.float32)
     zeros = None if fmt.symmetric else np.empty((num_rows, num_blocks), np.uint8)
     num_again = 0
-    for piece in _pieces(lattice):
-        some = lattice.rows(piece)
+    for piece in _pieces(grid):
+        some = grid.rows(piece)
         quantized, exact = _keep_blocks(some, fmt)
         if not exact.all():
             rounded = round_to_nearest(some.values(), fmt)
@@ -71,72 +71,72 @@ def keep_or_round(lattice: Lattice, fmt: Format) -> tuple[Quantized, float]:
     return Quantized(levels, scales, zeros), num_again / max(1, scales.size)
 
 
-def best_format(lattice: Lattice, most_bits: int = 8) -> Format | None:
-    """The smallest format of few bits that holds a lattice exactly, or `None` if none does.
+def best_format(grid: QuantizedGrid, most_bits: int = 8) -> Format | None:
+    """The smallest format of few bits that holds a grid exactly, or `None` if none does.
 
     Its blocks are the source's, or the largest that onnxruntime takes and that divide the source's.
 
     Args:
-        lattice: of the source.
+        grid: of the source.
         most_bits: formats of more bits are not tried.
     """
-    block_size = _block_size(lattice)
+    block_size = _block_size(grid)
     if block_size is None:
         return None
     for bits in BITS:
-        if lattice.bits <= bits <= most_bits:
+        if grid.bits <= bits <= most_bits:
             for symmetric in (True, False):
                 fmt = Format(bits, block_size, symmetric)
-                if keep(lattice, fmt) is not None:
+                if keep(grid, fmt) is not None:
                     return fmt
     return None
 
 
-def _block_size(lattice: Lattice) -> int | None:
-    if lattice.block_size >= lattice.num_inputs:
+def _block_size(grid: QuantizedGrid) -> int | None:
+    if grid.block_size >= grid.num_inputs:
         return _BLOCK_OF_A_ROW
-    return max((size for size in BLOCK_SIZES if lattice.block_size % size == 0), default=None)
+    return max((size for size in BLOCK_SIZES if grid.block_size % size == 0), default=None)
 
 
-def _block_of(lattice: Lattice, fmt: Format) -> np.ndarray | None:
+def _block_of(grid: QuantizedGrid, fmt: Format) -> np.ndarray | None:
     """The source's block that each of the format's lies in: int `[blocks]`; `None` if one lies in
     two."""
-    first = np.arange(fmt.num_blocks(lattice.num_inputs)) * fmt.block_size
-    last = np.minimum(first + fmt.block_size, lattice.num_inputs) - 1
-    owner = first // lattice.block_size
-    return owner if (owner == last // lattice.block_size).all() else None
+    first = np.arange(fmt.num_blocks(grid.num_inputs)) * fmt.block_size
+    last = np.minimum(first + fmt.block_size, grid.num_inputs) - 1
+    owner = first // grid.block_size
+    return owner if (owner == last // grid.block_size).all() else None
 
 
-def _pieces(lattice: Lattice) -> Iterator[slice]:
-    step = max(1, _PIECE_BYTES // (4 * max(1, lattice.num_inputs)))
-    for first in range(0, len(lattice.levels), step):
+def _pieces(grid: QuantizedGrid) -> Iterator[slice]:
+    step = max(1, _PIECE_BYTES // (4 * max(1, grid.num_inputs)))
+    for first in range(0, len(grid.levels), step):
         yield slice(first, first + step)
 
 
-def _keep_blocks(lattice: Lattice, fmt: Format) -> tuple[Quantized, np.ndarray]:
-    """A lattice in a format's blocks, and which of them are exact: bool `[rows, blocks]`."""
-    owner = _block_of(lattice, fmt)
+def _keep_blocks(grid: QuantizedGrid, fmt: Format) -> tuple[Quantized, np.ndarray]:
+    """A grid in a format's blocks, and which of them are exact: bool `[rows, blocks]`."""
+    owner = _block_of(grid, fmt)
     if owner is None:  # blocks of several scales: nothing is kept
-        shape = len(lattice.levels), fmt.num_blocks(lattice.num_inputs)
+        shape = len(grid.levels), fmt.num_blocks(grid.num_inputs)
         nothing = Quantized(
             np.zeros((*shape, fmt.block_size), np.uint8),
             np.zeros(shape, np.float32),
             None if fmt.symmetric else np.zeros(shape, np.uint8),
         )
         return nothing, np.zeros(shape, bool)
-    scales = lattice.scales[:, owner]
-    zeros = lattice.zero_points[:, owner].astype(np.int32)
-    if lattice.offsets is not None:
+    scales = grid.scales[:, owner]
+    zeros = grid.zero_points[:, owner].astype(np.int32)
+    if grid.offsets is not None:
         # An offset that is a multiple of the scale is a zero point.
         usable = scales != 0
         with np.errstate(over="ignore"):
-            steps = np.divide(-lattice.offsets[:, owner], scales, out=scales * 0, where=usable)
+            steps = np.divide(-grid.offsets[:, owner], scales, out=scales * 0, where=usable)
         zeros += np.rint(np.clip(steps, -1024, 1024)).astype(np.int32)
 
     num_blocks = len(owner)
-    padding = num_blocks * fmt.block_size - lattice.num_inputs
-    real = np.pad(np.ones(lattice.num_inputs, bool), (0, padding))
-    levels = np.pad(lattice.levels, ((0, 0), (0, padding))).astype(np.int16)
+    padding = num_blocks * fmt.block_size - grid.num_inputs
+    real = np.pad(np.ones(grid.num_inputs, bool), (0, padding))
+    levels = np.pad(grid.levels, ((0, 0), (0, padding))).astype(np.int16)
     signed = levels.reshape(-1, num_blocks, fmt.block_size) - zeros[..., None].astype(np.int16)
     signed[:, ~real.reshape(num_blocks, fmt.block_size)] = 0  # padding stands for nothing
     least, greatest = signed.min(axis=-1), signed.max(axis=-1)
@@ -158,7 +158,7 @@ def _keep_blocks(lattice: Lattice, fmt: Format) -> tuple[Quantized, np.ndarray]:
         stored = signed + moved[..., None].astype(np.int16)
         stored_zeros = moved.astype(np.uint8)
     quantized = Quantized(np.clip(stored, 0, top).astype(np.uint8), scales, stored_zeros)
-    same = quantized.values(fmt, lattice.num_inputs) == lattice.values()
+    same = quantized.values(fmt, grid.num_inputs) == grid.values()
     same = np.pad(same, ((0, 0), (0, padding)), constant_values=True)
     same = same.reshape(-1, num_blocks, fmt.block_size)
     return quantized, np.logical_and.reduce(same, axis=-1)
@@ -224,14 +224,14 @@ class KeptWeights:
         time.
         """
         is_table = name in TABLES and fmt.quantized
-        if not isinstance(self.source, LatticeSource):
+        if not isinstance(self.source, GridSource):
             return None
         if not is_table and self.formats.get(name) != fmt:
             return None
-        lattice = self.source.lattice(name)
-        if lattice is None or _block_of(lattice, fmt) is None:
+        grid = self.source.grid(name)
+        if grid is None or _block_of(grid, fmt) is None:
             return None
-        quantized, again = keep_or_round(lattice, fmt)
+        quantized, again = keep_or_round(grid, fmt)
         if is_table:
             self.tables_rounded_again[name] = again
         return quantized
@@ -240,7 +240,7 @@ class KeptWeights:
 def kept_weights(
     config: GemmaConfig, weights: Mapping[str, np.ndarray], most_bits: int = MOST_BITS_KEPT
 ) -> KeptWeights:
-    """Which matrices lie on a lattice that a format of few bits holds exactly.
+    """Which matrices lie on a grid that a format of few bits holds exactly.
 
     For the int4 recipe: to round 4 bits again costs a mean KL of 0.05. Not for int8, where
     balancing the activations, which changes every matrix, gains more (0.0024 to 0.0010) than
@@ -257,14 +257,14 @@ def kept_weights(
     formats: dict[str, Format] = {}
     kept: Counter[str] = Counter()
     again: Counter[str] = Counter()
-    if isinstance(weights, LatticeSource):
+    if isinstance(weights, GridSource):
         for spec in weight_specs(config).values():
             kind = weights.stored_as(spec.name)
             if spec.kind != "matrix" or kind is None:
                 continue
             fmt = None
-            if most_bits and (lattice := weights.lattice(spec.name)) is not None:
-                fmt = best_format(lattice, most_bits)
+            if most_bits and (grid := weights.grid(spec.name)) is not None:
+                fmt = best_format(grid, most_bits)
             if fmt is None:
                 again[kind] += 1
             else:

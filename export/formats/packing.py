@@ -15,7 +15,7 @@ from export.formats.formats import Format
 
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """A matrix or table on a lattice, a level a byte.
+    """A matrix or table on a grid, a level a byte.
 
     Attributes:
         levels: uint8 `[rows, blocks, block_size]`, each below `2 ** bits`.

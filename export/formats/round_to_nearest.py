@@ -19,7 +19,7 @@ _SHRINKS = np.linspace(1.0, 0.70, 13, dtype=np.float32)
 
 
 def round_to_nearest(rows: np.ndarray, fmt: Format) -> Quantized:
-    """Round each value to the nearest level of a lattice that reaches its block's extremes.
+    """Round each value to the nearest level of a grid that reaches its block's extremes.
 
     * 8 bits symmetric: the scale is the greatest magnitude / 127. A GGUF Q8_0 tensor comes out
       exactly as it went in, scale and integers.
@@ -106,7 +106,7 @@ def _by_pieces(
 
 
 def _reaching(blocks: np.ndarray, fmt: Format) -> tuple[np.ndarray, np.ndarray | None]:
-    """Scales and zero points with which the lattice reaches the extremes of each block."""
+    """Scales and zero points with which the grid reaches the extremes of each block."""
     least, greatest = blocks.min(axis=-1), blocks.max(axis=-1)
     if fmt.bits == 8 and (fmt.symmetric or fmt.planes == 2):
         scales = np.maximum(greatest, -least) / np.float32(127)

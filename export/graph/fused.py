@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from edge_demo.bundle.manifest import GraphSpec
 from export.formats.formats import Format, Plan, rows_and_inputs
-from export.formats.fused_matrices import joined_matrices, joined_name
+from export.formats.fused_matrices import fused_matrices, joined_name
 from export.graph.contract import (
     CANDIDATES_FILE,
     INTERCHANGE_FILE,
@@ -79,7 +79,7 @@ class _FusedGraph(NamedNodes):
         self.kv_scales = kv_scales
         self.specs = weight_specs(config)
         self.head = head_table(config)
-        self.joined = joined_matrices(config, plan)
+        self.fused_matrices = fused_matrices(config, plan)
         self.for_engine = contract.file != INTERCHANGE_FILE
         self.contracted = {spec.name: spec for spec in contract.inputs}
 
@@ -221,7 +221,7 @@ class _FusedGraph(NamedNodes):
         if not layer.qk_norm:
             return self._matmuls(matrices, x)
         query_norm, key_norm = (self.weight(f"{name}.{n}_norm") for n in ("query", "key"))
-        if self.joined.get(matrices[0]) != tuple(matrices):
+        if self.fused_matrices.get(matrices[0]) != tuple(matrices):
             query, key, value = self._matmuls(matrices, x)
             query = self._head_norm(f"{name}.query_norm", query, query_norm, layer.head_dim)
             return query, self._head_norm(f"{name}.key_norm", key, key_norm, layer.head_dim), value
@@ -393,7 +393,7 @@ class _FusedGraph(NamedNodes):
         found: list[ir.Value] = []
         while len(found) < len(names):
             first = names[len(found)]
-            run = self.joined.get(first)
+            run = self.fused_matrices.get(first)
             if run is None:
                 found.append(self._matmul(first, x))
                 continue

@@ -24,7 +24,7 @@ PIECE_BYTES = 128 << 20
 _FOLDER_OF_WEIGHTS = "session.model_external_initializers_file_folder_path"
 
 
-def logits_in_pieces(
+def logits_in_chunks(
     folder: Path,
     config: GemmaConfig,
     ids: np.ndarray,
@@ -39,7 +39,7 @@ def logits_in_pieces(
         config: the model's.
         ids: of the text, `(batch, length)`.
         positions: of each row, those whose logits are wanted.
-        on_progress: told the pieces done and those in all.
+        on_progress: called with (chunks done, all of them).
         piece_bytes: as `cut_graph` takes it.
 
     Returns:
@@ -71,7 +71,7 @@ def run_in_pieces(
         path: of the ONNX model; its external weights stand in the same folder.
         inputs: for each run, every input of the graph by name.
         picks: the values that are wanted, by name, and what is to be kept of each.
-        on_progress: told the pieces done and those in all.
+        on_progress: called with (chunks done, all of them).
         piece_bytes: as `cut_graph` takes it.
 
     Returns:

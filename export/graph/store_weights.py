@@ -10,7 +10,7 @@ import numpy as np
 from edge_demo.bundle.manifest import EmbeddingSpec, StoredPart
 from export.errors import ExportError
 from export.formats.formats import Format, Plan, rows_and_inputs
-from export.formats.fused_matrices import joined_matrices, joined_name
+from export.formats.fused_matrices import fused_matrices, joined_name
 from export.formats.packing import Quantized, stored_tensors
 from export.formats.round_to_nearest import round_to_nearest
 from export.graph.weights_file import WeightsFile
@@ -33,7 +33,7 @@ def store_weights(
     as `NAME.quantized` and `NAME.scales`, with `NAME.zero_points` where blocks have their own; in
     two planes as `NAME.high` and `NAME.low`. A table's integers are named a second time, `.rows`
     for `.quantized` and so on, in the shape that `GatherBlockQuantized` takes. Matrices that are
-    joined (`export.formats.fused_matrices`) lie one after another, and can be read under the name
+    fused (`export.formats.fused_matrices`) lie one after another, and can be read under the name
     of all as well.
 
     Args:
@@ -41,8 +41,8 @@ def store_weights(
         weights: canonical name to float32 array.
         plan: canonical name to format, for all but the norms.
         file: open for writing.
-        on_progress: told the parameters stored so far and those in all.
-        rounded: what is on a lattice already, by name and format; the rest is rounded to nearest.
+        on_progress: called with (parameters stored so far, all of them).
+        rounded: what is on a grid already, by name and format; the rest is rounded to nearest.
 
     Raises:
         ExportError: a weight does not fit float16 where the plan asks for it.
@@ -50,15 +50,15 @@ def store_weights(
     specs = weight_specs(config)
     total = sum(int(np.prod(spec.shape)) for spec in specs.values())
     done = 0
-    joined = joined_matrices(config, plan)
-    others = {name for names in joined.values() for name in names[1:]}
+    fused = fused_matrices(config, plan)
+    others = {name for names in fused.values() for name in names[1:]}
     for spec in specs.values():
         if spec.kind == "norm":
             file.add(spec.name, (1 + weights[spec.name]).astype(np.float32))
         elif spec.name in others:
             pass  # with the first of them
         elif plan[spec.name].quantized:
-            together = [specs[name] for name in joined.get(spec.name, (spec.name,))]
+            together = [specs[name] for name in fused.get(spec.name, (spec.name,))]
             _store_quantized(together, weights, plan[spec.name], file, rounded)
         else:
             _store_float(spec, weights, plan[spec.name], file)
@@ -136,7 +136,7 @@ def _pieces(
     fmt: Format,
     rounded: Callable[[str, Format], Quantized | None],
 ) -> Iterator[tuple[int, Quantized]]:
-    """A weight on its lattice, from row to row."""
+    """A weight on its grid, from row to row."""
     whole = rounded(spec.name, fmt)
     if whole is not None:
         yield 0, whole

@@ -12,7 +12,7 @@ def begins_as_gguf(path: Path) -> bool:
     return _first_bytes(path, 4) == b"GGUF"
 
 
-def told_of_pointer(path: Path) -> str | None:
+def explain_pointer(path: Path) -> str | None:
     """What to say of a Git LFS pointer; `None` for any other file."""
     if _first_bytes(path, len(_POINTER)) != _POINTER:
         return None

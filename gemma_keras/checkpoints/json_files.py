@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gemma_keras.checkpoints.first_bytes import told_of_pointer
+from gemma_keras.checkpoints.first_bytes import explain_pointer
 from gemma_keras.errors import CheckpointError
 
 _MAX_JSON = 64 << 20
@@ -33,6 +33,6 @@ def read_json_value(path: Path) -> Any:
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(told_of_pointer(path) or f"{path} is not JSON: {error}") from error
+        raise CheckpointError(explain_pointer(path) or f"{path} is not JSON: {error}") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error

@@ -1,4 +1,4 @@
-"""Weights that a checkpoint holds as small integers, read as those integers: `Lattice`.
+"""Weights that a checkpoint holds as small integers, read as those integers: `QuantizedGrid`.
 
 What a file keeps in 4 or 8 bits was rounded once already, sometimes by training (Gemma's QAT
 checkpoints). Read as floats it would be rounded a second time when it is exported; read as levels
@@ -17,7 +17,7 @@ import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
-class Lattice:
+class QuantizedGrid:
     """A matrix or table of values `(level - zero_point) * scale + offset`, as its source holds it.
 
     Attributes:
@@ -43,7 +43,7 @@ class Lattice:
         """Length of a row."""
         return self.levels.shape[1]
 
-    def rows(self, rows: slice) -> Lattice:
+    def rows(self, rows: slice) -> QuantizedGrid:
         """Some of the rows, as views."""
         return dataclasses.replace(
             self,
@@ -68,15 +68,16 @@ class Lattice:
 
 
 @runtime_checkable
-class LatticeSource(Protocol):
-    """Weights by canonical name, some of which lie on a lattice."""
+class GridSource(Protocol):
+    """Weights by canonical name, some of which lie on a grid."""
 
     def stored_as(self, name: str) -> str | None:
         """In what type of few bits the source holds a weight, for people; `None` for floats."""
         ...
 
-    def lattice(self, name: str) -> Lattice | None:
-        """A weight on its lattice, rows as in `Lattice`; `None` if it lies on none known here."""
+    def grid(self, name: str) -> QuantizedGrid | None:
+        """A weight on its grid, rows as in `QuantizedGrid`; `None` if it lies on none known
+        here."""
         ...
 
 
@@ -93,8 +94,8 @@ class Blocks(NamedTuple):
 
 
 class GGUFType(NamedTuple):
-    """How a GGUF type decodes: what a `Lattice` says of it, and the decoder of its raw blocks,
-    uint8 `[n, bytes]`."""
+    """How a GGUF type decodes: what a `QuantizedGrid` says of it, and the decoder of its raw
+    blocks, uint8 `[n, bytes]`."""
 
     bits: int
     block_size: int

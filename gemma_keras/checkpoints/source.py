@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from gemma_keras.checkpoints.names import FileFormat, WeightSpec, weight_specs
-from gemma_keras.checkpoints.quantized_grid import Lattice
+from gemma_keras.checkpoints.quantized_grid import QuantizedGrid
 from gemma_keras.config import GemmaConfig
 from gemma_keras.errors import CheckpointError
 from gemma_keras.text.chat import GEMMA_TURNS, TurnTemplate, all_stops
@@ -28,7 +28,7 @@ class WeightSource(Mapping[str, np.ndarray]):
         ignore: names in the file that are allowed to be left over.
         stored_as: names a tensor's type of few bits, or `None`, by its name in the file.
         read_rows: the same of some rows of a tensor, first and last; reads no others.
-        lattice: reads one tensor as integers with scales, by its name in the file, `None` where it
+        grid: reads one tensor as integers with scales, by its name in the file, `None` where it
             has none; the file's last axis must be the inputs.
 
     Raises:
@@ -43,7 +43,7 @@ class WeightSource(Mapping[str, np.ndarray]):
         read: Callable[[str], np.ndarray],
         ignore: Callable[[str], bool] = lambda name: False,
         stored_as: Callable[[str], str | None] = lambda name: None,
-        lattice: Callable[[str], Lattice | None] = lambda name: None,
+        grid: Callable[[str], QuantizedGrid | None] = lambda name: None,
         *,
         read_rows: Callable[[str, int, int], np.ndarray],
     ) -> None:
@@ -53,7 +53,7 @@ class WeightSource(Mapping[str, np.ndarray]):
         self._read = read
         self._read_rows = read_rows
         self._stored_as = stored_as
-        self._lattice = lattice
+        self._grid = grid
         left_over = {name for name in file_shapes if not ignore(name)}
         for spec in self.specs.values():
             self._check(spec, file_shapes)
@@ -110,7 +110,7 @@ class WeightSource(Mapping[str, np.ndarray]):
         """In what type of few bits the file holds a weight, such as `Q4_0`; `None` for floats."""
         return self._stored_as(self.specs[name].file_name(self._format))
 
-    def lattice(self, name: str) -> Lattice | None:
+    def grid(self, name: str) -> QuantizedGrid | None:
         """A matrix or table as the integers that the file holds; `None` if it holds none known.
 
         Rows are a matrix's outputs or a table's tokens; `values()` are to the bit what reading the
@@ -120,14 +120,14 @@ class WeightSource(Mapping[str, np.ndarray]):
             CheckpointError: a scale is not finite.
         """
         spec = self.specs[name]
-        lattice = None
+        grid = None
         if spec.kind != "norm":
-            lattice = self._lattice(spec.file_name(self._format))
-        if lattice is not None:
-            self._check_finite(spec, lattice.scales)
-            if lattice.offsets is not None:
-                self._check_finite(spec, lattice.offsets)
-        return lattice
+            grid = self._grid(spec.file_name(self._format))
+        if grid is not None:
+            self._check_finite(spec, grid.scales)
+            if grid.offsets is not None:
+                self._check_finite(spec, grid.offsets)
+        return grid
 
     def _check_finite(self, spec: WeightSpec, array: np.ndarray) -> None:
         if not np.isfinite(array).all():

@@ -89,7 +89,7 @@ def unfinished(
     def check() -> None:
         _check_target(target, overwrite=overwrite, is_replaceable=is_replaceable)
 
-    with _told_in_a_sentence(target):
+    with _disk_errors_as_sentences(target):
         check()
         _check_space(target, num_bytes + _SLACK)
         with whole_or_nothing(target, kind, check, kept) as partial:
@@ -236,7 +236,7 @@ def _remove(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _told_in_a_sentence(target: Path) -> Iterator[None]:
+def _disk_errors_as_sentences(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -59,7 +59,7 @@ def _without_piece(model: keras_hub.models.CausalLM) -> Callable[[Any], Any]:
     return without
 
 
-class Generation:
+class GenerateFunction:
     """The compiled functions of a model and its sampler.
 
     Args:

@@ -16,7 +16,7 @@ from keras import ops
 
 from gemma_keras.checkpoints.hf.config import named_config
 from gemma_keras.checkpoints.names import WeightSpec, weight_specs
-from gemma_keras.checkpoints.quantized_grid import Lattice
+from gemma_keras.checkpoints.quantized_grid import QuantizedGrid
 from gemma_keras.checkpoints.source import finite, row_pieces
 from gemma_keras.config import GemmaConfig
 from gemma_keras.errors import CheckpointError
@@ -255,7 +255,7 @@ class GemmaBackbone(keras_hub.models.Backbone):
 
         A weight that is not finite, as after a loss of NaN, is a `CheckpointError` when it is read.
         What `quantize` has made integers of is read as the numbers that they stand for. The
-        mapping is also a `gemma_keras.checkpoints.quantized_grid.LatticeSource`.
+        mapping is also a `gemma_keras.checkpoints.quantized_grid.GridSource`.
         """
         return _BackboneWeights(self)
 
@@ -320,11 +320,11 @@ class _BackboneWeights(Mapping[str, np.ndarray]):
         quantized = self._quantized(name)
         return None if quantized is None else f"Keras {quantized.mode}"
 
-    def lattice(self, name: str) -> Lattice | None:
+    def grid(self, name: str) -> QuantizedGrid | None:
         """A quantized weight's integers, a matrix's outputs or a table's tokens as rows; `None` if
         it holds none, or none in blocks of neighbouring inputs."""
         quantized = self._quantized(name)
-        return None if quantized is None else quantized.lattice()
+        return None if quantized is None else quantized.grid()
 
     def _quantized(self, name: str) -> QuantizedWeight | None:
         kind = self.specs[name].kind

@@ -1,4 +1,4 @@
-"""What Keras's quantized layers hold: integers with scales, read as floats or as a `Lattice`.
+"""What Keras's quantized layers hold: integers with scales, read as floats or as a `QuantizedGrid`.
 
 `model.quantize` (Keras 3.15) turns the kernel of a `Dense`, and the tables of a
 `ReversibleEmbedding`, into packed integers with
@@ -27,7 +27,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from gemma_keras.checkpoints.quantized_grid import Lattice
+from gemma_keras.checkpoints.quantized_grid import QuantizedGrid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,15 +65,17 @@ class QuantizedWeight:
             values += self.correction
         return values
 
-    def lattice(self) -> Lattice | None:
-        """The same as a lattice with blocks of neighbouring inputs; `None` where it is none: with
+    def grid(self) -> QuantizedGrid | None:
+        """The same as a grid with blocks of neighbouring inputs; `None` where it is none: with
         GPTQ that groups inputs by activation, AWQ's factors, or LoRA."""
         block_size = int((self.groups == 0).sum())
         if self.input_factors is not None or self.correction is not None or not block_size:
             return None
         if (self.groups != np.arange(len(self.groups)) // block_size).any():
             return None
-        return Lattice(self.levels, self.scales, self.zero_points, None, self.bits, block_size)
+        return QuantizedGrid(
+            self.levels, self.scales, self.zero_points, None, self.bits, block_size
+        )
 
 
 def quantized_weight(layer: keras.layers.Layer, reverse: bool = False) -> QuantizedWeight | None:

@@ -13,10 +13,10 @@ from edge_demo.bundle.reader import Bundle
 from edge_demo.cli.bench import as_json, as_markdown
 from edge_demo.errors import RequestError
 from edge_demo.evaluate import speed as bench_module
-from edge_demo.evaluate.speed import BenchReport, Test, Timing, run_tests
+from edge_demo.evaluate.speed import BenchCase, BenchReport, Timing, run_tests
 from tests.edge_demo.test_commands import edge_demo
 
-Test.__test__ = False  # no test case of pytest
+BenchCase.__test__ = False  # no test case of pytest
 
 KEYS = {
     "model", "recipe", "weights_bytes", "load_s", "ttft_s", "prefill_tokens_per_s",
@@ -80,7 +80,7 @@ def test_csv_and_json_say_the_same_in_their_ways(tiny, run):
 
 
 def test_mean_and_deviation_are_of_speeds(tiny):
-    timing = Timing(Test("tg", 100, 4096), 2, (2.0, 4.0))
+    timing = Timing(BenchCase("tg", 100, 4096), 2, (2.0, 4.0))
     assert timing.mean == pytest.approx(37.5)
     assert timing.deviation == pytest.approx(statistics.stdev([50, 25]))
     report = BenchReport((timing,), 1.0, 10**9, 61.5, "not throttled")
@@ -101,7 +101,12 @@ def test_what_is_timed_begins_at_its_depth(tiny_bundles, generation, monkeypatch
             held.append(list(self._engine.tokens))
 
     monkeypatch.setattr(bench_module, "_Runner", Runner)
-    tests = [Test("pp", 20), Test("tg", 9, 60), Test("pp", 30, 60), Test("tg", 5)]
+    tests = [
+        BenchCase("pp", 20),
+        BenchCase("tg", 9, 60),
+        BenchCase("pp", 30, 60),
+        BenchCase("tg", 5),
+    ]
     report = run_tests(bundle, tests, (1,), 2)
     assert [len(tokens) for tokens in held] == [0, 0, 60, 60, 60, 60, 0, 0]
     assert held[2] == held[3] == held[4]
@@ -111,19 +116,25 @@ def test_what_is_timed_begins_at_its_depth(tiny_bundles, generation, monkeypatch
 def test_progress_counts_all_runs(tiny):
     told = []
     run_tests(
-        Bundle.open(tiny), [Test("pp", 4), Test("tg", 2)], (1, 2), 3, lambda *n: told.append(n)
+        Bundle.open(tiny),
+        [BenchCase("pp", 4), BenchCase("tg", 2)],
+        (1, 2),
+        3,
+        lambda *n: told.append(n),
     )
     assert told == [(i, 12) for i in range(1, 13)]
 
 
 def test_the_whole_context_can_be_used_and_no_more(tiny_bundles):
     bundle = Bundle.open(tiny_bundles / "short")
-    report = run_tests(bundle, [Test("pp", 16), Test("tg", 1, 15), Test("pp", 6, 10)], (1,), 1)
+    report = run_tests(
+        bundle, [BenchCase("pp", 16), BenchCase("tg", 1, 15), BenchCase("pp", 6, 10)], (1,), 1
+    )
     assert len(report.timings) == 3
     with pytest.raises(RequestError, match="12 \\+ 5 tokens do not fit the context of 16"):
-        run_tests(bundle, [Test("tg", 5, 12)])
+        run_tests(bundle, [BenchCase("tg", 5, 12)])
     with pytest.raises(RequestError, match="17 tokens do not fit the context of 16"):
-        run_tests(bundle, [Test("pp", 17)])
+        run_tests(bundle, [BenchCase("pp", 17)])
 
 
 @pytest.mark.parametrize(

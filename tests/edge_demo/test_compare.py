@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from edge_demo.bundle.reader import Bundle
 from edge_demo.engine.runner import Engine
 from edge_demo.errors import RequestError
-from edge_demo.evaluate.compare import Estimate, as_table, check_comparable, compare, summarize
+from edge_demo.evaluate.compare import MeanWithError, as_table, check_comparable, compare, summarize
 from edge_demo.evaluate.perplexity import kl_divergence, token_log_probabilities
 from tests.edge_demo.bundle_files import copy_bundle, edit_manifest, rewrite
 from tests.models import VOCABULARY_SIZE, chat_tokenizer_model
@@ -24,7 +24,7 @@ LN2 = math.log(2)
 
 
 def near(value, error):
-    return Estimate(pytest.approx(value, abs=1e-6), pytest.approx(error, abs=1e-6))
+    return MeanWithError(pytest.approx(value, abs=1e-6), pytest.approx(error, abs=1e-6))
 
 
 def test_the_figures_of_four_positions_worked_out_by_hand():
@@ -67,7 +67,7 @@ def test_standard_errors_are_those_of_llama_cpps_sums(count, seed):
     assert found.log_ratio.error == pytest.approx(ratio)
     assert found.perplexity.error == pytest.approx(math.exp(nll.mean()) * uncertainty(nll))
     assert found.probability_difference.error == pytest.approx(uncertainty(difference))
-    assert found.rms_probability_difference == Estimate(
+    assert found.rms_probability_difference == MeanWithError(
         pytest.approx(rms), pytest.approx(0.5 / rms * uncertainty(difference**2))
     )
     assert found.same_top_token.error == pytest.approx(math.sqrt(share * (1 - share) / (count - 1)))
@@ -160,10 +160,10 @@ def test_a_comparison_is_that_of_the_slow_computation(engines, length, first):
 def test_a_bundle_is_no_distance_from_itself(tiny_bundles, engines):
     twin = Engine(Bundle.open(tiny_bundles / "gemma3-fp32"), threads=1)
     found = compared(engines[0], twin, BOS, text(80), 40).second_halves
-    assert found.same_top_token == Estimate(1.0, 0.0)
+    assert found.same_top_token == MeanWithError(1.0, 0.0)
     assert found.perplexity == found.reference_perplexity
-    assert found.log_ratio == found.probability_difference == Estimate(0.0, 0.0)
-    assert found.rms_probability_difference == Estimate(0.0, 0.0)
+    assert found.log_ratio == found.probability_difference == MeanWithError(0.0, 0.0)
+    assert found.rms_probability_difference == MeanWithError(0.0, 0.0)
     assert abs(found.kl.value) < 1e-12 and found.kl_quantiles[-1][1] < 1e-12
 
 

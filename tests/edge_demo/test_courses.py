@@ -11,9 +11,9 @@ from edge_demo.bundle.reader import Bundle
 from edge_demo.engine import cache_size, float_prompts, prompt_chunks
 from edge_demo.engine.cache_size import SLACK
 from edge_demo.engine.candidates import Candidates
-from edge_demo.engine.prompt_chunks import UNIT, Course, end_of_piece
+from edge_demo.engine.prompt_chunks import UNIT, PromptRun, end_of_piece
 from edge_demo.engine.runner import CandidateEngine, Engine
-from edge_demo.text.generator import Generation, Generator
+from edge_demo.text.generator import Completion, Generator
 from edge_demo.text.prompt_cache import PromptCache
 from edge_demo.text.sampling import Sampler
 from edge_demo.text.tokenizer import Tokenizer
@@ -72,17 +72,17 @@ def text(length: int, *seed: int) -> list[int]:
 def answer(generator, prompt, count=4, seed=0, **options):
     """The logits before each token of an answer, to the bit, and how it was come by."""
     script = Script(*text(count, seed, 7))
-    generation = Generation(list(prompt))
-    for _ in generator.stream(prompt, script, count, generation, **options):
+    completion = Completion(list(prompt))
+    for _ in generator.stream(prompt, script, count, completion, **options):
         pass
     assert len(script.logits) == count
-    return script.logits, generation
+    return script.logits, completion
 
 
 def alone(fresh, prompt, count=4, seed=0):
     fresh.engine.rewind(0)
-    logits, generation = answer(fresh, prompt, count, seed)
-    assert generation.reused_tokens == 0
+    logits, completion = answer(fresh, prompt, count, seed)
+    assert completion.reused_tokens == 0
     return logits
 
 
@@ -90,7 +90,7 @@ def holds(engine):
     return {name: array.tobytes() for name, array in engine.snapshot().filled.items()}
 
 
-# --- any course of things -------------------------------------------------------------------------
+# --- any prompt_run of things -------------------------------------------------------------------------
 
 SHARE = st.floats(0, 1)
 STEPS = st.one_of(
@@ -282,9 +282,9 @@ def conversation(generator, system, turns=3, load=None, keep=None, rude=None):
             stream.close()
             prompt = prompt + text(9, turn, 7)[:5]
             continue
-        logits, generation = answer(generator, prompt, 9, turn, goes_on=True)
-        found.append((logits, generation.reused_tokens))
-        prompt = prompt + generation.ids
+        logits, completion = answer(generator, prompt, 9, turn, goes_on=True)
+        found.append((logits, completion.reused_tokens))
+        prompt = prompt + completion.ids
     return found
 
 
@@ -349,8 +349,8 @@ def test_pieces_end_at_units_and_no_row_is_left_over(held, new, most):
     same=st.integers(0, 300), floats=st.tuples(st.booleans(), st.booleans()),
 )  # fmt: skip
 def test_what_two_prompts_share_is_whole_or_all(length, left, wanted, same, floats):
-    held = Course(length, floats[0], length).cut(left)
-    shared = held.shared(Course(wanted, floats[1]), same)
+    held = PromptRun(length, floats[0], length).cut(left)
+    shared = held.shared(PromptRun(wanted, floats[1]), same)
     assert shared <= min(length, left, wanted, same)
     if floats[0] != floats[1]:
         assert shared == 0

@@ -11,7 +11,7 @@ import pytest
 from edge_demo.bundle.graph_weights import bytes_per_token
 from edge_demo.bundle.reader import Bundle
 from edge_demo.cli.device_report import LIKELY_SHARE, describe, examine
-from edge_demo.device.memory_limits import rooms
+from edge_demo.device.memory_limits import memory_limits
 from edge_demo.engine import memory
 from tests.edge_demo.test_device import pi_5
 from tests.edge_demo.test_memory import MB, limited, linux
@@ -68,7 +68,7 @@ def test_without_a_bundle_common_sizes_are_judged(run, run_json):
         for recipe in ("int4", "int8")
     }
     for size in sizes:
-        assert size["fits"] in (True, False) or rooms() == []
+        assert size["fits"] in (True, False) or memory_limits() == []
     out = run("doctor")[1]
     assert "What fits" in out and "Gemma 3 1B" in out
 

@@ -1,4 +1,4 @@
-"""Rows of the embedding table as the device reads them, against what onnxruntime makes of them."""
+"""BatchDecoder of the embedding table as the device reads them, against what onnxruntime makes of them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from edge_demo.bundle.embedding import EmbeddingTable
 from edge_demo.bundle.manifest import EmbeddingSpec, StoredPart
 from edge_demo.bundle.reader import Bundle
-from edge_demo.engine.batch_decoder import Rows
+from edge_demo.engine.batch_decoder import BatchDecoder
 from edge_demo.engine.runner import CandidateEngine, Engine
 from edge_demo.errors import BundleError, EdgeError, RequestError
 from tests.models import GENERATIONS, VOCABULARY_SIZE
@@ -192,7 +192,7 @@ def test_rows_of_texts_refuse_such_an_id_before_anything_runs(tiny_bundles):
     for kind in (Engine, CandidateEngine):
         engine = kind(bundle, threads=1)
         engine.prefill([5, 6, 7])
-        rows = Rows(engine, 2)
+        rows = BatchDecoder(engine, 2)
         for row in range(2):
             rows.put(row, engine.snapshot())
         with pytest.raises(RequestError, match=f"token id {VOCABULARY_SIZE} is outside"):

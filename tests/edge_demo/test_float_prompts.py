@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from edge_demo.bundle.reader import Bundle
-from edge_demo.device.memory_limits import Room
+from edge_demo.device.memory_limits import MemoryLimit
 from edge_demo.engine import float_prompts, memory
 from edge_demo.engine.runner import CandidateEngine, Engine
 from edge_demo.errors import BundleError, EdgeError
@@ -110,7 +110,7 @@ def test_fewer_tokens_are_run_as_they_are_decoded(bundle, asked):
     assert found._prompts is not None
 
 
-def test_progress_is_told_of_every_token_once(bundle, asked):
+def test_progress_is_called_for_every_token_once(bundle, asked):
     told = []
     with short_boundaries(step=16, slack=5, chunk=CHUNK):
         engine = Engine(bundle, threads=1)
@@ -189,10 +189,10 @@ def test_it_is_left_where_memory_would_not_hold_the_weights_twice(tiny_bundles, 
         (more.resident + more.read_again, (memory.FLOAT_CHUNK, True)),
         (more.resident + more.read_again - 1, (memory.CHUNKS[0], False)),
     ):
-        room = Room("here", "resident", free)
+        room = MemoryLimit("here", "resident", free)
         monkeypatch.setattr(memory, "rooms", lambda room=room: [room])
         monkeypatch.setattr(memory, "read_sizes", lambda text: {})
-        assert memory.admit(bundle, bundle.engine) == expected
+        assert memory.check_fits(bundle, bundle.engine) == expected
 
 
 def test_what_other_models_hold_is_no_room_for_it(tiny_bundles, monkeypatch):
@@ -200,11 +200,11 @@ def test_what_other_models_hold_is_no_room_for_it(tiny_bundles, monkeypatch):
     bundle = Bundle.open(tiny_bundles / "gemma3-int8")
     more = memory.estimate(bundle, bundle.engine, in_float=True)
     monkeypatch.setattr(memory, "read_sizes", lambda text: {"RssAnon": 10**12})
-    monkeypatch.setattr(memory, "rooms", lambda: [Room("here", "resident", free)])
+    monkeypatch.setattr(memory, "rooms", lambda: [MemoryLimit("here", "resident", free)])
     free = more.resident + more.read_again - more.process - memory._LIBRARIES
-    assert memory.admit(bundle, bundle.engine)[1]
+    assert memory.check_fits(bundle, bundle.engine)[1]
     free -= 1
-    assert not memory.admit(bundle, bundle.engine)[1]
+    assert not memory.check_fits(bundle, bundle.engine)[1]
 
 
 def test_a_graph_that_cannot_be_read_does_not_undo_what_memory_allows(
@@ -215,12 +215,12 @@ def test_a_graph_that_cannot_be_read_does_not_undo_what_memory_allows(
     file = bundle.path / "engine.onnx"
     for damage in (lambda: file.write_bytes(file.read_bytes()[:-1000]), file.unlink):
         damage()
-        assert memory.admit(bundle, bundle.candidates) == (memory.CHUNKS[0], False)
+        assert memory.check_fits(bundle, bundle.candidates) == (memory.CHUNKS[0], False)
         with monkeypatch.context() as patch:
-            patch.setattr(memory, "rooms", lambda: [Room("here", "resident", 10**6)])
+            patch.setattr(memory, "rooms", lambda: [MemoryLimit("here", "resident", 10**6)])
             patch.setattr(memory, "read_sizes", lambda text: {})
             with pytest.raises(EdgeError, match="1 MB can be had here"):
-                memory.admit(bundle, bundle.candidates)
+                memory.check_fits(bundle, bundle.candidates)
 
 
 def test_a_graph_with_other_keys_and_values_is_refused(tiny_bundles, asked):

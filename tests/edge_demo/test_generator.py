@@ -1,4 +1,4 @@
-"""Generation against a plain loop over the engine."""
+"""Completion against a plain loop over the engine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from edge_demo.bundle.reader import Bundle
 from edge_demo.engine.runner import Engine
 from edge_demo.errors import RequestError
-from edge_demo.text.generator import Generation, Generator
+from edge_demo.text.generator import Completion, Generator
 from edge_demo.text.sampling import Sampler
 from tests.edge_demo.conftest import generator, short_boundaries
 from tests.edge_demo.make_bundles import SHORT_CONTEXT
@@ -74,10 +74,10 @@ def test_greedy_continuation_is_that_of_the_plain_loop(tiny, length):
 
 
 def test_streamed_pieces_join_to_the_text(tiny):
-    generation = Generation(text(7))
-    pieces = list(tiny.stream(generation.prompt_ids, Sampler(1.0, seed=3), 40, generation))
-    assert "".join(pieces) == generation.text == tiny.tokenizer.decode(generation.ids)
-    assert len(generation.ids) > 20
+    completion = Completion(text(7))
+    pieces = list(tiny.stream(completion.prompt_ids, Sampler(1.0, seed=3), 40, completion))
+    assert "".join(pieces) == completion.text == tiny.tokenizer.decode(completion.ids)
+    assert len(completion.ids) > 20
 
 
 def test_a_seed_repeats_a_text_on_a_used_engine(tiny):
@@ -99,9 +99,9 @@ def test_a_split_character_comes_out_whole_and_an_unfinished_one_marked(tiny):
 )
 def test_a_stop_token_ends_the_text_and_is_not_part_of_it(tiny_bundles, model, stop):
     tiny = generator(tiny_bundles / model)
-    generation = tiny.generate(text(5), Script(7, 8, stop), 10)
-    assert generation.ids == [7, 8] and generation.finish_reason == "stop"
-    assert generation.text == tiny.tokenizer.decode([7, 8])
+    completion = tiny.generate(text(5), Script(7, 8, stop), 10)
+    assert completion.ids == [7, 8] and completion.finish_reason == "stop"
+    assert completion.text == tiny.tokenizer.decode([7, 8])
     assert tiny.generate(text(5), Script(stop), 10).ids == []
 
 
@@ -111,10 +111,10 @@ def test_a_base_model_does_not_stop_at_the_end_of_a_turn(tiny):
 
 @pytest.mark.parametrize("max_tokens", [1, 2, 9])
 def test_max_tokens_are_not_exceeded(tiny, max_tokens):
-    generation = tiny.generate(text(5), GREEDY, max_tokens)
-    assert len(generation.ids) == max_tokens and generation.finish_reason == "length"
-    assert (generation.decode_tokens_per_s is None) == (max_tokens == 1)
-    assert generation.prefill_s > 0
+    completion = tiny.generate(text(5), GREEDY, max_tokens)
+    assert len(completion.ids) == max_tokens and completion.finish_reason == "length"
+    assert (completion.decode_tokens_per_s is None) == (max_tokens == 1)
+    assert completion.prefill_s > 0
 
 
 @pytest.mark.parametrize("max_tokens", [0, -1])
@@ -126,15 +126,15 @@ def test_a_request_for_no_tokens_is_refused(tiny, max_tokens):
 @pytest.mark.parametrize("length", [1, 10, SHORT_CONTEXT - 1, SHORT_CONTEXT])
 def test_the_end_of_the_context_ends_the_text(short, length):
     ids = text(length)
-    generation = short.generate(ids, GREEDY, 100)
+    completion = short.generate(ids, GREEDY, 100)
     # The token after the last that fits is still known: it needs no place itself.
-    assert len(generation.ids) == SHORT_CONTEXT - length + 1
-    assert generation.finish_reason == "context"
+    assert len(completion.ids) == SHORT_CONTEXT - length + 1
+    assert completion.finish_reason == "context"
     expected = []
     for end in range(length, SHORT_CONTEXT + 1):
         short.engine.rewind(0)
         expected.append(int(short.engine.prefill((ids + expected)[:end]).argmax()))
-    assert generation.ids == expected
+    assert completion.ids == expected
 
 
 def test_a_prompt_that_does_not_fit_is_refused_and_the_next_one_answered(short):
@@ -190,7 +190,7 @@ def test_the_second_turn_of_a_conversation_computes_only_what_is_new(tiny, tiny_
     used = Generator(engine, tiny.tokenizer)
     first = used.generate(text(20), GREEDY, 10)
     longer = [*first.prompt_ids, *first.ids, 9, 8, 7]
-    second = Generation(longer)
+    second = Completion(longer)
     list(used.stream(longer, GREEDY, 5, second, goes_on=True))
     # The last token of the first answer was never run.
     assert second.reused_tokens == 29
@@ -207,13 +207,13 @@ def test_the_same_prompt_again_computes_one_token(tiny):
 @pytest.mark.parametrize("pieces", [0, 1, 5])
 def test_a_stream_left_in_the_middle_leaves_the_engine_usable(tiny, pieces):
     expected = tiny.generate(text(9), GREEDY, 12).ids
-    generation = Generation(text(9))
-    stream = tiny.stream(generation.prompt_ids, GREEDY, 12, generation)
+    completion = Completion(text(9))
+    stream = tiny.stream(completion.prompt_ids, GREEDY, 12, completion)
     for _ in range(pieces):
         next(stream)
     stream.close()
-    assert generation.ids == expected[:pieces]
-    assert generation.finish_reason == "interrupted"
+    assert completion.ids == expected[:pieces]
+    assert completion.finish_reason == "interrupted"
     held = tiny.engine.tokens
     assert held == (text(9) + expected)[: len(held)]
     assert tiny.generate(text(9), GREEDY, 12).ids == expected
@@ -233,8 +233,8 @@ CONTINUED = {
 @pytest.mark.parametrize("prompt", CONTINUED)
 def test_the_real_model_knows_how_it_goes_on(sample_generator, prompt):
     ids = sample_generator.tokenizer.encode(prompt)
-    generation = sample_generator.generate(ids, GREEDY, 16)
-    assert generation.text == CONTINUED[prompt]
+    completion = sample_generator.generate(ids, GREEDY, 16)
+    assert completion.text == CONTINUED[prompt]
 
 
 @pytest.mark.sample

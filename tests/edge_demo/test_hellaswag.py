@@ -113,9 +113,9 @@ def test_an_endings_score_is_the_mean_over_its_own_tokens(
 
 def test_the_beginning_is_run_once(engine, monkeypatch):
     given = []
-    run = engine_module.Call.run
+    run = engine_module.Binding.run
     monkeypatch.setattr(
-        engine_module.Call, "run",
+        engine_module.Binding, "run",
         lambda self, ids, at: (given.append(len(ids)), run(self, ids, at))[1],
     )  # fmt: skip
     ending_scores(engine, [[2, 9, 8, 7, 30 + i, 31] for i in range(4)])

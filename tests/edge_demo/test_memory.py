@@ -12,7 +12,7 @@ import pytest
 
 from edge_demo.bundle.graph_weights import stored_weights
 from edge_demo.bundle.reader import Bundle
-from edge_demo.device.memory_limits import _VERSION_1, control_group_rooms, rooms
+from edge_demo.device.memory_limits import _VERSION_1, control_group_limits, memory_limits
 from edge_demo.device.system_files import read_sizes
 from edge_demo.engine import float_prompts, low_plane, memory
 from edge_demo.engine.cache_size import cache_bytes
@@ -164,12 +164,12 @@ def test_the_tightest_of_nested_control_groups_counts(tmp_path):
     ):
         files |= {f"sys/fs/cgroup/{folder}{name}": text for name, text in found.items()}
     root = fake(tmp_path, files)
-    assert [r for r in control_group_rooms(root) if r is not None] == [300 * MB]
-    by_bound = {room.bound: room.free for room in rooms(root)}
+    assert [r for r in control_group_limits(root) if r is not None] == [300 * MB]
+    by_bound = {room.bound: room.free for room in memory_limits(root)}
     assert by_bound["in its control group"] == 300 * MB
     assert by_bound["of the device"] == 2921036 * 1024
     (root / "sys/fs/cgroup/user.slice/service/memory.max").write_text(f"{150 * MB}\n")
-    assert min(r for r in control_group_rooms(root) if r is not None) == 50 * MB
+    assert min(r for r in control_group_limits(root) if r is not None) == 50 * MB
 
 
 def test_control_groups_of_version_1_are_read_too(tmp_path):
@@ -180,7 +180,7 @@ def test_control_groups_of_version_1_are_read_too(tmp_path):
         ("box/inner/", group(9223372036854771712, 10 * MB, version=1)),
     ):
         files |= {f"sys/fs/cgroup/memory/{folder}{name}": text for name, text in found.items()}
-    assert [r for r in control_group_rooms(fake(tmp_path, files)) if r] == [292 * MB]
+    assert [r for r in control_group_limits(fake(tmp_path, files)) if r] == [292 * MB]
 
 
 def test_a_full_group_has_no_room_and_a_strange_one_is_passed_over(tmp_path):
@@ -189,13 +189,13 @@ def test_a_full_group_has_no_room_and_a_strange_one_is_passed_over(tmp_path):
         {"proc/self/cgroup": "nonsense\n0::/a\n"}
         | {f"sys/fs/cgroup/a/{name}": text for name, text in group(10 * MB, 11 * MB).items()},
     )
-    assert [r for r in control_group_rooms(root) if r is not None] == [0]
+    assert [r for r in control_group_limits(root) if r is not None] == [0]
     (root / "sys/fs/cgroup/a/memory.current").write_text("many\n")
-    assert [r for r in control_group_rooms(root) if r is not None] == []
+    assert [r for r in control_group_limits(root) if r is not None] == []
 
 
 def test_a_system_without_proc_is_no_reason_to_refuse(tmp_path):
-    bounds = [room.bound for room in rooms(tmp_path)]
+    bounds = [room.bound for room in memory_limits(tmp_path)]
     assert "of the device" not in bounds and "in its control group" not in bounds
 
 

@@ -118,7 +118,7 @@ def test_within_reach_the_likeliest_are_enough(
             presence_penalty=presence, frequency_penalty=frequency,
         )  # fmt: skip
 
-    logits, reach = np.array(logits, np.float32), sampler().reach
+    logits, reach = np.array(logits, np.float32), sampler().effective_top_k
     if not reach:
         assert last_n < 0 or min(repeat - 1, presence, frequency) < 0
         return

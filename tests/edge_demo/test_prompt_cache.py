@@ -259,8 +259,8 @@ CRAFTED = {
     "bundle": (lambda h: h["__metadata__"].update(bundle="0" * 64), "another bundle"),
     "onnxruntime": (lambda h: h["__metadata__"].update(onnxruntime="1.0"), "onnxruntime '1.0'"),
     "processor": (lambda h: h["__metadata__"].update(processor="x86_64 486"), "another processor"),
-    "no course": (lambda h: h["__metadata__"].pop("run_as_prompt"), "how its tokens were run"),
-    "long course": (
+    "no prompt_run": (lambda h: h["__metadata__"].pop("run_as_prompt"), "how its tokens were run"),
+    "long prompt_run": (
         lambda h: h["__metadata__"].update(run_as_prompt="21 of 30 tokens"),
         "tells of more tokens",
     ),

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_demo.bundle.reader import Bundle
-from edge_demo.engine.batch_decoder import Rows
+from edge_demo.engine.batch_decoder import BatchDecoder
 from edge_demo.engine.runner import CandidateEngine, Engine
 from edge_demo.errors import RequestError
 from tests.edge_demo.conftest import short_boundaries
@@ -76,7 +76,7 @@ def together(engine, rows, texts, steps):
 def test_rows_are_what_each_is_alone_at_every_boundary(engines, kind, length):
     engine = engines[kind]
     texts = {0: text(length), 1: text(1, 1), 2: text(33, 2), 3: text(length, 3)}
-    found, new = together(engine, Rows(engine, 4), texts, WINDOW + 2 * SLACK)
+    found, new = together(engine, BatchDecoder(engine, 4), texts, WINDOW + 2 * SLACK)
     for row, ids in texts.items():
         expected = alone(engine, ids, new[row])
         np.testing.assert_allclose(found[row], expected, rtol=0, atol=TOLERANCE)
@@ -92,7 +92,7 @@ def test_rows_are_what_each_is_alone_at_every_boundary(engines, kind, length):
 )  # fmt: skip
 def test_rows_that_come_and_go_are_what_each_is_alone(engines, count, rounds):
     engine = engines[Engine]
-    rows = Rows(engine, count)
+    rows = BatchDecoder(engine, count)
     for number, (lengths, steps) in enumerate(rounds):
         texts = {row % count: text(n, [number, row]) for row, n in lengths.items()}
         found, new = together(engine, rows, texts, steps if texts else 0)
@@ -110,7 +110,7 @@ def test_a_row_does_not_know_its_place_nor_its_neighbours(tiny_bundles, recipe, 
     for row in range(count):
         for others in ((), range(count)):
             texts = {other: text(3 + 11 * other, other) for other in others} | {row: text(20)}
-            rows = Rows(engine, count)
+            rows = BatchDecoder(engine, count)
             for other, ids in texts.items():
                 put(rows, other, engine, ids)
             found = []
@@ -123,7 +123,7 @@ def test_a_row_does_not_know_its_place_nor_its_neighbours(tiny_bundles, recipe, 
 
 def test_a_row_can_fill_the_context_and_no_more(tiny_bundles):
     engine = Engine(Bundle.open(tiny_bundles / "short"), threads=1)
-    rows = Rows(engine, 2)
+    rows = BatchDecoder(engine, 2)
     put(rows, 0, engine, text(SHORT_CONTEXT - 1))
     put(rows, 1, engine, text(4))
     found = rows.decode({0: 5, 1: 6})
@@ -138,7 +138,7 @@ def test_a_row_can_fill_the_context_and_no_more(tiny_bundles):
 
 def test_the_engine_keeps_what_it_holds(engines):
     engine = engines[Engine]
-    rows = Rows(engine, 2)
+    rows = BatchDecoder(engine, 2)
     put(rows, 1, engine, text(30))
     expected = alone(engine, text(20, 5), [1, 2])
     engine.rewind(0)

@@ -56,14 +56,14 @@ def random_ids(seed=1):
 
 
 def moments_of(config, weights, ids):
-    """Matrix name to the moments of its inputs, on one row of tokens."""
+    """Matrix name to the statistics of its inputs, on one row of tokens."""
     x = embedded(config, weights, ids[None])
     blocks = enumerate(observe(config, weights, x))
     return {f"layers.{i}.{name}": m for i, found in blocks for name, m in found.items()}
 
 
 def channel_rms(config, weights, ids):
-    return {name: moments.rms for name, moments in moments_of(config, weights, ids).items()}
+    return {name: statistics.rms for name, statistics in moments_of(config, weights, ids).items()}
 
 
 def logits_of(config, weights):
@@ -217,11 +217,11 @@ def test_moments_are_of_what_flows_through_transformers_model(tiny, generation):
     found = moments_of(model.config, model.weights, random_ids())
     expected = reference_moments(model)
     assert found.keys() == expected.keys() == dict(widths(model.config)).keys()
-    for name, moments in expected.items():
+    for name, statistics in expected.items():
         (square,) = found[name].squares
-        scale = np.diag(moments).max()
-        np.testing.assert_allclose(square, moments, rtol=1e-4, atol=1e-5 * scale, err_msg=name)
-        rms = np.sqrt(np.diag(moments))
+        scale = np.diag(statistics).max()
+        np.testing.assert_allclose(square, statistics, rtol=1e-4, atol=1e-5 * scale, err_msg=name)
+        rms = np.sqrt(np.diag(statistics))
         np.testing.assert_allclose(found[name].rms, rms, rtol=1e-4, atol=1e-5 * rms.max())
         assert square.dtype == np.float32
 

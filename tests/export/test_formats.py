@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 
 from export.errors import ExportRequestError
 from export.formats.formats import BITS, BLOCK_SIZES, Format, plan_bytes, rows_and_inputs
-from export.formats.fused_matrices import joined_matrices
+from export.formats.fused_matrices import fused_matrices
 from export.formats.packing import (
     Quantized,
     pack_bits,
@@ -239,7 +239,7 @@ def test_levels_are_in_range_and_errors_at_most_half_a_step(fmt, data):
     np.testing.assert_array_equal(values, values_slowly(quantized, fmt, num_inputs))
     steps = np.abs(np.repeat(quantized.scales, fmt.block_size, axis=1)[:, :num_inputs])
     errors = np.abs(values - rows)
-    # Reaching both ends: half a step. A symmetric lattice of 2 or 4 bits reaches -8 .. 7, so the
+    # Reaching both ends: half a step. A symmetric grid of 2 or 4 bits reaches -8 .. 7, so the
     # end that is not the greatest magnitude may be cut by a step.
     most = 0.5 if fmt.bits == 8 or not fmt.symmetric else 1.0
     if not fmt.symmetric:
@@ -451,7 +451,7 @@ def test_plan_bytes_is_the_size_of_what_is_stored(recipe, config, tmp_path_facto
 def test_stored_tensors_lie_aligned_one_after_the_other(recipe, tmp_path):
     config = config_of(tied=False)
     _, plan, file = store(tmp_path / "weights", config, recipe)
-    joined = joined_matrices(config, plan)
+    joined = fused_matrices(config, plan)
     assert len(joined) == (2 * len(config.layers) if plan["head"].quantized else 0)
     parts = {
         t.offset: t.num_bytes

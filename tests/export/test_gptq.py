@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from export.calibrate.gptq import feedbacks, gptq
-from export.calibrate.input_statistics import Moments
+from export.calibrate.input_statistics import InputStatistics
 from export.formats.formats import Format
 from export.formats.round_to_nearest import best_scales, round_to_nearest
 
@@ -26,7 +26,7 @@ def problem(num_rows, num_inputs, seed, spread=1.0):
 
 
 def moments_of(inputs):
-    return Moments([inputs.T @ inputs / np.float32(len(inputs))])
+    return InputStatistics([inputs.T @ inputs / np.float32(len(inputs))])
 
 
 def output_error(quantized, fmt, rows, inputs):
@@ -60,9 +60,9 @@ def gptq_slowly(rows, hessian, fmt):
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 def test_levels_are_those_of_the_slow_algorithm(fmt):
     rows, inputs = problem(24, 192, seed=1)
-    moments = moments_of(inputs)
-    found = gptq(rows, feedbacks(moments), fmt)
-    expected = gptq_slowly(rows, moments.squares[0], fmt)
+    statistics = moments_of(inputs)
+    found = gptq(rows, feedbacks(statistics), fmt)
+    expected = gptq_slowly(rows, statistics.squares[0], fmt)
     # A value within float32's error of the middle between two levels may go either way, and what
     # follows in its row then differs by as little.
     different = found.levels.reshape(rows.shape) != expected
@@ -95,10 +95,10 @@ def test_any_shape_and_any_moments_give_levels_in_range(fmt, num_rows, num_input
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_a_matrix_rounded_in_pieces_is_the_same(fmt, monkeypatch):
     rows, inputs = problem(23, 70, 3)
-    moments = moments_of(inputs)
-    whole = gptq(rows, feedbacks(moments), fmt)
+    statistics = moments_of(inputs)
+    whole = gptq(rows, feedbacks(statistics), fmt)
     monkeypatch.setattr("export.calibrate.gptq._PIECE_BYTES", 4 * 70 * 5)
-    pieces = gptq(rows, feedbacks(moments), fmt)
+    pieces = gptq(rows, feedbacks(statistics), fmt)
     # A product of fewer rows may add up in another order, which flips a level now and then.
     assert (pieces.levels != whole.levels).mean() < 0.01
     np.testing.assert_array_equal(pieces.scales, whole.scales)
@@ -110,9 +110,11 @@ def test_feedback_stays_within_the_squares_of_a_wide_matrix():
     rows, inputs = problem(8, 256, seed=3)
     fmt = FORMATS[0]
     halves = [moments_of(inputs[:, :128]).squares[0], moments_of(inputs[:, 128:]).squares[0]]
-    whole = gptq(rows, feedbacks(Moments(halves)), fmt)
+    whole = gptq(rows, feedbacks(InputStatistics(halves)), fmt)
     for number, square in enumerate(halves):
-        part = gptq(rows[:, 128 * number : 128 * (number + 1)], feedbacks(Moments([square])), fmt)
+        part = gptq(
+            rows[:, 128 * number : 128 * (number + 1)], feedbacks(InputStatistics([square])), fmt
+        )
         np.testing.assert_array_equal(whole.levels[:, 4 * number : 4 * (number + 1)], part.levels)
 
 

@@ -26,7 +26,7 @@ from gemma_keras import open_checkpoint
 from gemma_keras.checkpoints.gguf.config import config_from_gguf
 from gemma_keras.checkpoints.gguf.file import GGUFFile
 from gemma_keras.checkpoints.names import weight_specs
-from gemma_keras.checkpoints.quantized_grid import Lattice
+from gemma_keras.checkpoints.quantized_grid import QuantizedGrid
 from tests import gguf_files
 
 TWO_PLANES = Format(8, 32, symmetric=False, planes=2)
@@ -46,32 +46,32 @@ def by_name(kind):
 
 
 @pytest.fixture
-def lattice_of(tmp_path):
-    """Raw blocks to what they are as a lattice."""
+def grid_of(tmp_path):
+    """Raw blocks to what they are as a grid."""
 
     def read(kind, blocks):
-        return GGUFFile(gguf_files.write_raw_blocks(tmp_path / "t.gguf", kind, blocks)).lattice("t")
+        return GGUFFile(gguf_files.write_raw_blocks(tmp_path / "t.gguf", kind, blocks)).grid("t")
 
     return read
 
 
 def of_levels(levels, scales, zero_points, bits, block_size):
-    """A lattice without offsets of `[rows, inputs]` levels."""
+    """A grid without offsets of `[rows, inputs]` levels."""
     levels, scales = np.asarray(levels, np.uint8), np.asarray(scales, np.float32)
     zeros = np.broadcast_to(np.asarray(zero_points, np.int16), scales.shape)
-    return Lattice(levels, scales, zeros, None, bits, block_size)
+    return QuantizedGrid(levels, scales, zeros, None, bits, block_size)
 
 
-def is_kept(lattice: Lattice, fmt: Format) -> Quantized:
+def is_kept(grid: QuantizedGrid, fmt: Format) -> Quantized:
     """Assert that a format keeps every value, in valid levels; what it keeps."""
-    kept = keep(lattice, fmt)
+    kept = keep(grid, fmt)
     assert kept is not None
-    np.testing.assert_array_equal(kept.values(fmt, lattice.num_inputs), lattice.values())
+    np.testing.assert_array_equal(kept.values(fmt, grid.num_inputs), grid.values())
     assert (kept.levels < 1 << fmt.bits).all()
     assert (kept.zero_points is None) == fmt.symmetric
     flat = kept.levels.reshape(len(kept.levels), -1)
     zero = fmt.middle if kept.zero_points is None else kept.zero_points[:, -1:]
-    assert (flat[:, lattice.num_inputs :] == zero).all()  # padding stands for 0
+    assert (flat[:, grid.num_inputs :] == zero).all()  # padding stands for 0
     return kept
 
 
@@ -80,17 +80,17 @@ def is_kept(lattice: Lattice, fmt: Format) -> Quantized:
 
 @pytest.mark.parametrize("kind", SYMMETRIC, ids=by_name)
 @pytest.mark.parametrize("seed", range(5))
-def test_symmetric_types_are_kept_in_the_smallest_format(kind, seed, lattice_of):
-    lattice = lattice_of(kind, gguf_files.random_blocks(kind, 5, 3, seed))
-    assert best_format(lattice) == SYMMETRIC[kind]
-    is_kept(lattice, SYMMETRIC[kind])
-    fewer = best_format(lattice, most_bits=4)
+def test_symmetric_types_are_kept_in_the_smallest_format(kind, seed, grid_of):
+    grid = grid_of(kind, gguf_files.random_blocks(kind, 5, 3, seed))
+    assert best_format(grid) == SYMMETRIC[kind]
+    is_kept(grid, SYMMETRIC[kind])
+    fewer = best_format(grid, most_bits=4)
     assert fewer == (SYMMETRIC[kind] if kind == Type.Q4_0 else None)
 
 
-def test_levels_and_scales_of_q4_0_are_stored_as_they_are(lattice_of):
+def test_levels_and_scales_of_q4_0_are_stored_as_they_are(grid_of):
     blocks = gguf_files.random_blocks(Type.Q4_0, 4, 2)
-    kept = is_kept(lattice_of(Type.Q4_0, blocks), Format(4, 32))
+    kept = is_kept(grid_of(Type.Q4_0, blocks), Format(4, 32))
     raw = blocks.reshape(4, 2, 18)
     scales = raw[..., :2].copy().view("<f2")[..., 0].astype(np.float32)
     np.testing.assert_array_equal(np.abs(kept.scales), np.abs(scales))
@@ -100,15 +100,15 @@ def test_levels_and_scales_of_q4_0_are_stored_as_they_are(lattice_of):
 
 
 @pytest.mark.parametrize("kind", WITH_MINIMA, ids=by_name)
-def test_minima_that_are_no_multiple_of_the_scale_fit_no_format(kind, lattice_of):
-    lattice = lattice_of(kind, gguf_files.random_blocks(kind, 3, 2))
-    assert best_format(lattice) is None
+def test_minima_that_are_no_multiple_of_the_scale_fit_no_format(kind, grid_of):
+    grid = grid_of(kind, gguf_files.random_blocks(kind, 3, 2))
+    assert best_format(grid) is None
     for fmt in (Format(4, 32, symmetric=False), Format(8, 32, symmetric=False), Format(8, 16)):
-        assert keep(lattice, fmt) is None
+        assert keep(grid, fmt) is None
 
 
 @pytest.mark.parametrize("zero_point", [0, 3, 15])
-def test_minima_that_are_zero_points_are_kept(zero_point, lattice_of):
+def test_minima_that_are_zero_points_are_kept(zero_point, grid_of):
     rng = np.random.default_rng(zero_point)
     raw = gguf_files.random_blocks(Type.Q4_1, 3, 2).reshape(-1, 20)
     raw[:, 4:] = rng.integers(0, 256, (6, 16))
@@ -117,28 +117,28 @@ def test_minima_that_are_zero_points_are_kept(zero_point, lattice_of):
     scales = scales.view("<f2")
     raw[:, :2] = scales[:, None].view(np.uint8)
     raw[:, 2:4] = (scales * np.float16(-zero_point))[:, None].view(np.uint8)
-    lattice = lattice_of(Type.Q4_1, raw.reshape(3, -1))
-    assert best_format(lattice) == Format(4, 32, symmetric=False)
-    kept = is_kept(lattice, Format(4, 32, symmetric=False))
+    grid = grid_of(Type.Q4_1, raw.reshape(3, -1))
+    assert best_format(grid) == Format(4, 32, symmetric=False)
+    kept = is_kept(grid, Format(4, 32, symmetric=False))
     assert (kept.zero_points == zero_point).all()
 
 
-def test_q4_k_is_kept_where_its_minima_are_zero_points(lattice_of):
+def test_q4_k_is_kept_where_its_minima_are_zero_points(grid_of):
     raw = gguf_files.random_blocks(Type.Q4_K, 2, 2).reshape(-1, 144)
     raw[:, 2:4] = raw[:, :2]  # the factors of scales and minima are multiples of one number
     raw[:, 4:8] = 1  # scales are once that
     raw[:, 8:12] = 6  # minima 6 times
     raw[:, 12:16] = 6 << 4 | 1
-    lattice = lattice_of(Type.Q4_K, raw.reshape(2, -1))
-    kept = is_kept(lattice, Format(4, 32, symmetric=False))
+    grid = grid_of(Type.Q4_K, raw.reshape(2, -1))
+    kept = is_kept(grid, Format(4, 32, symmetric=False))
     assert (kept.zero_points == 6).all()
 
 
-# --- any lattice ---------------------------------------------------------------------------------
+# --- any grid ---------------------------------------------------------------------------------
 
 
 @st.composite
-def lattices(draw, bits=(2, 3, 4, 8)):
+def grids(draw, bits=(2, 3, 4, 8)):
     """Any levels, scales and zero points, with blocks that seldom divide the row."""
     bits, num_inputs = draw(st.sampled_from(bits)), draw(st.integers(1, 150))
     block_size = draw(st.sampled_from([16, 32, 48, 64, 128, 512]))
@@ -152,23 +152,23 @@ def lattices(draw, bits=(2, 3, 4, 8)):
 
 
 @settings(max_examples=200, deadline=None)
-@given(lattices())
-def test_integer_zero_points_in_range_always_find_a_format(lattice):
-    fmt = best_format(lattice)
+@given(grids())
+def test_integer_zero_points_in_range_always_find_a_format(grid):
+    fmt = best_format(grid)
     assert fmt is not None
-    assert fmt.bits == {2: 2, 3: 4, 4: 4, 8: 8}[lattice.bits]
-    assert lattice.block_size % fmt.block_size == 0 or lattice.block_size >= lattice.num_inputs
-    is_kept(lattice, fmt)
+    assert fmt.bits == {2: 2, 3: 4, 4: 4, 8: 8}[grid.bits]
+    assert grid.block_size % fmt.block_size == 0 or grid.block_size >= grid.num_inputs
+    is_kept(grid, fmt)
 
 
 @settings(max_examples=150, deadline=None)
-@given(lattices(), st.sampled_from([INT4, INT8, TWO_PLANES, Format(4, 16), Format(2, 64)]))
-def test_what_a_format_cannot_hold_is_rounded_as_always(lattice, fmt):
-    found, again = keep_or_round(lattice, fmt)
-    rounded = round_to_nearest(lattice.values(), fmt)
-    values = lattice.values()
-    kept = np.pad(found.values(fmt, lattice.num_inputs) == values, ((0, 0), (0, fmt.block_size)))
-    assert (keep(lattice, fmt) is not None) == (again == 0)
+@given(grids(), st.sampled_from([INT4, INT8, TWO_PLANES, Format(4, 16), Format(2, 64)]))
+def test_what_a_format_cannot_hold_is_rounded_as_always(grid, fmt):
+    found, again = keep_or_round(grid, fmt)
+    rounded = round_to_nearest(grid.values(), fmt)
+    values = grid.values()
+    kept = np.pad(found.values(fmt, grid.num_inputs) == values, ((0, 0), (0, fmt.block_size)))
+    assert (keep(grid, fmt) is not None) == (again == 0)
     assert 0 <= again <= 1
     for row, block in np.ndindex(found.scales.shape):
         inputs = slice(block * fmt.block_size, min((block + 1) * fmt.block_size, values.shape[1]))
@@ -179,17 +179,17 @@ def test_what_a_format_cannot_hold_is_rounded_as_always(lattice, fmt):
 
 def test_zero_points_beyond_four_bits_take_eight():
     # What Keras's GPTQ makes of a group without a positive value.
-    lattice = of_levels(np.arange(32)[None] % 16, [[0.25]], 150, 4, 32)
-    assert best_format(lattice, most_bits=4) is None
-    assert best_format(lattice) == Format(8, 32, symmetric=False)
-    is_kept(lattice, Format(8, 32, symmetric=False))
+    grid = of_levels(np.arange(32)[None] % 16, [[0.25]], 150, 4, 32)
+    assert best_format(grid, most_bits=4) is None
+    assert best_format(grid) == Format(8, 32, symmetric=False)
+    is_kept(grid, Format(8, 32, symmetric=False))
 
 
 def test_blocks_of_several_scales_cannot_be_kept():
-    lattice = of_levels(np.full((1, 64), 9), [[1, 2, 3, 4]], 8, 4, 16)
-    assert keep(lattice, Format(8, 32)) is None
-    assert keep_or_round(lattice, Format(8, 32))[1] == 1
-    assert best_format(lattice) == Format(4, 16)
+    grid = of_levels(np.full((1, 64), 9), [[1, 2, 3, 4]], 8, 4, 16)
+    assert keep(grid, Format(8, 32)) is None
+    assert keep_or_round(grid, Format(8, 32))[1] == 1
+    assert best_format(grid) == Format(4, 16)
     assert best_format(of_levels(np.full((1, 48), 9), np.ones((1, 6)), 8, 4, 8)) is None
 
 
@@ -200,8 +200,8 @@ def in_planes(levels):
     """One block of 32 about 128, in two planes: what is stored, and the share rounded again."""
     block = np.full((1, 32), 128)
     block[0, : len(levels)] = np.asarray(levels) + 128
-    lattice = of_levels(block, [[0.5]], 128, 8, 32)
-    return lattice, *keep_or_round(lattice, TWO_PLANES)
+    grid = of_levels(block, [[0.5]], 128, 8, 32)
+    return grid, *keep_or_round(grid, TWO_PLANES)
 
 
 @pytest.mark.parametrize(
@@ -218,9 +218,9 @@ def in_planes(levels):
     ],
 )
 def test_all_that_8_bits_hold_is_kept_in_two_planes(levels, negated, zero_point):
-    lattice, kept, again = in_planes(levels)
+    grid, kept, again = in_planes(levels)
     assert again == 0
-    np.testing.assert_array_equal(kept.values(TWO_PLANES, 32), lattice.values())
+    np.testing.assert_array_equal(kept.values(TWO_PLANES, 32), grid.values())
     assert (kept.scales < 0) == negated
     assert kept.zero_points == zero_point
     split_planes(kept.levels, kept.zero_points)
@@ -230,15 +230,15 @@ def test_all_that_8_bits_hold_is_kept_in_two_planes(levels, negated, zero_point)
     ("levels", "gain"), [([7, -8], 16), ([59, 1], 2), ([60, -60], 2), ([65, 1], 1)]
 )
 def test_small_levels_are_stretched_for_the_high_plane(levels, gain):
-    lattice, kept, again = in_planes(levels)
+    grid, kept, again = in_planes(levels)
     assert again == 0
     assert np.abs(kept.scales) == 0.5 / gain
-    np.testing.assert_array_equal(kept.values(TWO_PLANES, 32), lattice.values())
+    np.testing.assert_array_equal(kept.values(TWO_PLANES, 32), grid.values())
 
 
-def test_the_high_plane_of_a_q4_0_table_is_the_table(lattice_of):
-    lattice = lattice_of(Type.Q4_0, gguf_files.random_blocks(Type.Q4_0, 6, 3))
-    kept = is_kept(lattice, TWO_PLANES)
+def test_the_high_plane_of_a_q4_0_table_is_the_table(grid_of):
+    grid = grid_of(Type.Q4_0, gguf_files.random_blocks(Type.Q4_0, 6, 3))
+    kept = is_kept(grid, TWO_PLANES)
     high, low, zero_points = split_planes(kept.levels, kept.zero_points)
     assert (low == zero_points[..., None]).all()
     assert np.unique(high).size > 8
@@ -253,11 +253,11 @@ def test_a_q8_0_table_in_two_planes_is_what_rounding_makes_of_it(seed):
     blocks = gguf.quantize(rows.astype(np.float32), Type.Q8_0).reshape(4, 3, 34)
     scales = blocks[..., :2].copy().view("<f2")[..., 0]
     levels = (blocks[..., 2:] ^ np.uint8(128)).reshape(4, 96)
-    lattice = of_levels(levels, scales, 128, 8, 32)
+    grid = of_levels(levels, scales, 128, 8, 32)
     # not scales so small that float16 rounds them much
     assume((np.abs(levels.reshape(4, 3, 32).astype(int) - 128).max(axis=-1) == 127).all())
-    kept = is_kept(lattice, TWO_PLANES)
-    rounded = round_to_nearest(lattice.values(), TWO_PLANES)
+    kept = is_kept(grid, TWO_PLANES)
+    rounded = round_to_nearest(grid.values(), TWO_PLANES)
     np.testing.assert_array_equal(kept.levels, rounded.levels)
     np.testing.assert_array_equal(kept.zero_points, rounded.zero_points)
     np.testing.assert_array_equal(kept.scales, rounded.scales)
@@ -295,11 +295,11 @@ def multiplied(quantized: Quantized, fmt: Format, num_inputs: int) -> np.ndarray
 
 
 @pytest.mark.parametrize("kind", SYMMETRIC, ids=by_name)
-def test_onnxruntime_multiplies_by_what_the_source_holds(kind, lattice_of):
-    lattice = lattice_of(kind, gguf_files.random_blocks(kind, 6, 3))
+def test_onnxruntime_multiplies_by_what_the_source_holds(kind, grid_of):
+    grid = grid_of(kind, gguf_files.random_blocks(kind, 6, 3))
     fmt = SYMMETRIC[kind]
-    found = multiplied(is_kept(lattice, fmt), fmt, lattice.num_inputs)
-    np.testing.assert_array_equal(found, lattice.values())
+    found = multiplied(is_kept(grid, fmt), fmt, grid.num_inputs)
+    np.testing.assert_array_equal(found, grid.values())
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -307,17 +307,17 @@ def test_onnxruntime_multiplies_by_what_the_source_holds(kind, lattice_of):
 def test_onnxruntime_reads_zero_points_as_the_source_means_them(bits, block_size, num_inputs):
     rng = np.random.default_rng(bits)
     shape = 6, -(-num_inputs // block_size)
-    lattice = of_levels(
+    grid = of_levels(
         rng.integers(0, 1 << bits, (6, num_inputs)),
         rng.normal(size=shape),
         rng.integers(0, 1 << bits, shape),
         bits,
         block_size,
     )
-    fmt = best_format(lattice)
+    fmt = best_format(grid)
     assert not fmt.symmetric
-    found = multiplied(is_kept(lattice, fmt), fmt, num_inputs)
-    np.testing.assert_array_equal(found, lattice.values())
+    found = multiplied(is_kept(grid, fmt), fmt, num_inputs)
+    np.testing.assert_array_equal(found, grid.values())
 
 
 # --- a whole model -------------------------------------------------------------------------------

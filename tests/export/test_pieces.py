@@ -10,7 +10,7 @@ from edge_demo.bundle.reader import Bundle
 from edge_demo.engine.runner import Engine
 from export.errors import ExportError
 from export.graph.contract import INTERCHANGE_FILE, interchange_inputs
-from export.graph.run_in_chunks import cut_graph, logits_in_pieces, run_in_pieces, weight_bytes
+from export.graph.run_in_chunks import cut_graph, logits_in_chunks, run_in_pieces, weight_bytes
 from gemma_keras import open_checkpoint
 from tests.models import GENERATIONS, VOCABULARY_SIZE
 
@@ -39,7 +39,7 @@ def test_pieces_of_any_size_give_the_engines_logits(
 ):
     folder = tiny_bundles / f"{generation}-{recipe}"
     told = []
-    found = logits_in_pieces(
+    found = logits_in_chunks(
         folder, config, IDS, POSITIONS, lambda *at: told.append(at), piece_bytes
     )
     engine = Engine(Bundle.open(folder))
@@ -94,4 +94,4 @@ def test_what_is_picked_is_not_what_later_pieces_read(tiny_bundles, generation, 
 def test_a_graph_that_does_not_run_is_told(tiny_bundles, config, generation):
     ids = np.full((1, 4), VOCABULARY_SIZE, np.int32)  # there is no such token
     with pytest.raises(ExportError, match="does not run"):
-        logits_in_pieces(tiny_bundles / f"{generation}-fp32", config, ids, np.array([0]))
+        logits_in_chunks(tiny_bundles / f"{generation}-fp32", config, ids, np.array([0]))

@@ -41,7 +41,7 @@ from export.formats.recipes import INT4, INT8, in_one_plane
 from export.graph import traced
 from export.graph.contract import WEIGHTS_FILE, engine_contract, interchange_contract, ropes
 from export.graph.fused import build_graph
-from export.graph.run_in_chunks import logits_in_pieces
+from export.graph.run_in_chunks import logits_in_chunks
 from export.graph.store_weights import embedding_spec, store_weights
 from export.graph.traced import build_traced_graph
 from export.graph.weights_file import StoredTensor, WeightsFile
@@ -549,7 +549,7 @@ def test_the_engine_says_the_same_with_either_bundle(bundles):
 def test_pieces_of_a_traced_graph_give_what_the_engine_gives(bundles):
     ids, config = random_ids(1), config_of("gemma2")
     positions = np.arange(ids.shape[1])
-    found = logits_in_pieces(bundles["traced"], config, ids, positions, piece_bytes=50_000)
+    found = logits_in_chunks(bundles["traced"], config, ids, positions, piece_bytes=50_000)
     engine = Engine(Bundle.open(bundles["traced"]), threads=1)
     expected = np.concatenate(list(engine.all_logits(ids[0].tolist())))
     assert difference(found, expected) < TOLERANCE
@@ -606,7 +606,7 @@ def test_a_format_without_standard_operators_is_refused(stored, fmt, words):
     ],
     ids=["package", "error", "signal", "silent"],
 )  # fmt: skip
-def test_a_trace_that_fails_is_told_in_a_sentence(monkeypatch, tmp_path, script, reason):
+def test_a_trace_that_fails_is_disk_errors_as_sentences(monkeypatch, tmp_path, script, reason):
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\n{script}\n")
     python.chmod(0o755)

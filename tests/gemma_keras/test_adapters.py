@@ -299,10 +299,10 @@ def test_a_weight_that_an_adapter_changes_is_not_on_the_bases_grid(tmp_path):
     save(adapter_of(model, target_modules=["q_proj"]), tmp_path / "adapter")
     weights = open_checkpoint(tmp_path / "adapter", base=path).weights
     assert weights.stored_as("layers.1.attention.key") == "Q8_0"
-    kept = weights.lattice("layers.1.attention.key")
+    kept = weights.grid("layers.1.attention.key")
     np.testing.assert_array_equal(kept.values(), weights["layers.1.attention.key"].T)
     assert weights.stored_as("layers.1.attention.query") is None
-    assert weights.lattice("layers.1.attention.query") is None
+    assert weights.grid("layers.1.attention.query") is None
 
 
 # --- in the model and in a bundle ----------------------------------------------------------------

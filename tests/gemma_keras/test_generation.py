@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from keras import ops
 
 from gemma_keras import GemmaCausalLM
-from gemma_keras.generate.loop import Generation, bucket
+from gemma_keras.generate.loop import GenerateFunction, bucket
 from gemma_keras.text.chat import encode_chat
 from gemma_keras.text.stream import decode_stream, encode, processor
 from gemma_keras.tokenizer import GemmaCausalLMPreprocessor, GemmaTokenizer
@@ -302,7 +302,7 @@ def test_a_tuned_model_stops_where_it_ends_its_turn(tiny, monkeypatch):
     tuned = with_turns(tiny())
     given = []
     monkeypatch.setattr(
-        Generation,
+        GenerateFunction,
         "__call__",
         lambda self, inputs, stop_token_ids: given.append(stop_token_ids) or inputs,
     )

@@ -12,7 +12,7 @@ from gemma_keras import open_checkpoint
 from gemma_keras.checkpoints.gguf import file as reader
 from gemma_keras.checkpoints.gguf.file import GGUFFile
 from gemma_keras.checkpoints.opening.sample import sample_path
-from gemma_keras.checkpoints.quantized_grid import GGUF_TYPES, LatticeSource
+from gemma_keras.checkpoints.quantized_grid import GGUF_TYPES, GridSource
 from gemma_keras.errors import CheckpointError
 from tests import gguf_files
 from tests.models import write_tiny_hf
@@ -50,30 +50,30 @@ def test_values_are_those_of_the_package_to_the_bit(
     path = gguf_files.write_raw_blocks(tmp_path_factory.mktemp("t") / "t.gguf", kind, blocks)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reader, "_DEQUANTIZE_BYTES", stretch)
-        lattice = GGUFFile(path).lattice("t")
+        grid = GGUFFile(path).grid("t")
     with np.errstate(all="ignore"):
-        equal_bits(lattice.values(), expected)
+        equal_bits(grid.values(), expected)
     known = GGUF_TYPES[kind.name]
-    assert (lattice.bits, lattice.block_size) == (known.bits, known.block_size)
-    assert lattice.levels.dtype == np.uint8
-    assert lattice.levels.max() < 1 << known.bits
-    assert lattice.scales.shape == (num_rows, expected.shape[1] // known.block_size)
+    assert (grid.bits, grid.block_size) == (known.bits, known.block_size)
+    assert grid.levels.dtype == np.uint8
+    assert grid.levels.max() < 1 << known.bits
+    assert grid.scales.shape == (num_rows, expected.shape[1] // known.block_size)
 
 
-def test_some_rows_are_the_same_lattice(tmp_path):
+def test_some_rows_are_the_same_grid(tmp_path):
     blocks = gguf_files.random_blocks(Type.Q5_K, 9, 2)
-    lattice = GGUFFile(gguf_files.write_raw_blocks(tmp_path / "t", Type.Q5_K, blocks)).lattice("t")
-    np.testing.assert_array_equal(lattice.rows(slice(3, 5)).values(), lattice.values()[3:5])
+    grid = GGUFFile(gguf_files.write_raw_blocks(tmp_path / "t", Type.Q5_K, blocks)).grid("t")
+    np.testing.assert_array_equal(grid.rows(slice(3, 5)).values(), grid.values()[3:5])
 
 
 @pytest.mark.parametrize("kind", [Type.F32, Type.F16, Type.BF16, Type.Q3_K, Type.IQ4_NL])
-def test_other_types_have_no_lattice(kind, tmp_path):
+def test_other_types_have_no_grid(kind, tmp_path):
     _, block_bytes = gguf.GGML_QUANT_SIZES[kind]
     blocks = np.zeros((2, 4 * block_bytes), np.uint8)
     if kind == Type.F32:
         blocks = blocks.view(np.float32)
     file = GGUFFile(gguf_files.write_raw_blocks(tmp_path / "t.gguf", kind, blocks))
-    assert file.lattice("t") is None
+    assert file.grid("t") is None
     assert file.stored_as("t") == (kind.name if kind in (Type.Q3_K, Type.IQ4_NL) else None)
 
 
@@ -86,23 +86,23 @@ def test_rows_are_outputs_of_a_matrix_and_tokens_of_a_table(kind, tmp_path):
     arrays = gguf_files.tensors(meta, tied=False)
     path = gguf_files.write_gguf(tmp_path / "m.gguf", meta, arrays, kind)
     weights = open_checkpoint(path).weights
-    assert isinstance(weights, LatticeSource)
+    assert isinstance(weights, GridSource)
     for name, spec in weights.specs.items():
-        lattice = weights.lattice(name)
+        grid = weights.grid(name)
         if spec.kind == "norm":
-            assert lattice is None
+            assert grid is None
             assert weights.stored_as(name) is None
             continue
         assert weights.stored_as(name) == kind.name
-        values = lattice.values()
+        values = grid.values()
         equal_bits(values.T if spec.kind == "matrix" else values, weights[name])
 
 
-def test_floats_have_no_lattice(tmp_path):
+def test_floats_have_no_grid(tmp_path):
     write_tiny_hf(tmp_path, "gemma")
     weights = open_checkpoint(tmp_path).weights
     assert {weights.stored_as(name) for name in weights} == {None}
-    assert {weights.lattice(name) for name in weights} == {None}
+    assert {weights.grid(name) for name in weights} == {None}
 
 
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
@@ -115,7 +115,7 @@ def test_a_scale_that_is_no_number_is_refused_by_name(kind, at, bad, tmp_path):
         file.seek(start + 3 * gguf.GGML_QUANT_SIZES[kind][1] + at)
         file.write(np.float16(bad).tobytes())
     weights = open_checkpoint(path).weights
-    for read in (weights.lattice, weights.__getitem__):
+    for read in (weights.grid, weights.__getitem__):
         with pytest.raises(CheckpointError, match=r"blk\.0\.ffn_up\.weight holds values that are"):
             read("layers.0.mlp.up")
 
@@ -130,4 +130,4 @@ def test_a_tensor_of_each_type_of_the_sample_keeps_its_values():
         "blk.9.attn_output.weight": "Q4_K",
     }.items():
         assert file.stored_as(name) == kind
-        equal_bits(file.lattice(name).values(), file.read(name))
+        equal_bits(file.grid(name).values(), file.read(name))

@@ -55,13 +55,13 @@ def close(found, expected):
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-7)
 
 
-def is_kept(lattice, values) -> None:
-    """The values are to the bit those of the lattice, and of the format it is kept in."""
-    np.testing.assert_array_equal(lattice.values(), values)
-    fmt = best_format(lattice)
-    assert fmt.bits == lattice.bits
-    assert fmt.block_size == (32 if lattice.block_size >= values.shape[1] else lattice.block_size)
-    np.testing.assert_array_equal(keep(lattice, fmt).values(fmt, values.shape[1]), values)
+def is_kept(grid, values) -> None:
+    """The values are to the bit those of the grid, and of the format it is kept in."""
+    np.testing.assert_array_equal(grid.values(), values)
+    fmt = best_format(grid)
+    assert fmt.bits == grid.bits
+    assert fmt.block_size == (32 if grid.block_size >= values.shape[1] else grid.block_size)
+    np.testing.assert_array_equal(keep(grid, fmt).values(fmt, values.shape[1]), values)
 
 
 # --- layers --------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ def test_a_matrix_is_what_the_layer_multiplies_by(mode):
     close(weight.values(), multiplied_by(layer, 40).T)
     steps = np.abs(before).max() / (127 if mode == "int8" else 7)
     assert np.abs(weight.values() - before).max() < 1.2 * steps
-    is_kept(weight.lattice(), weight.values())
+    is_kept(weight.grid(), weight.values())
 
 
 @each_mode
@@ -98,13 +98,13 @@ def test_a_table_is_what_both_directions_multiply_by(mode, tied, width):
     close(head.values(), multiplied_by(layer, width, reverse=True).T)
     assert (table.values() == head.values()).all() == tied
     for weight in (table, head):
-        is_kept(weight.lattice(), weight.values())
+        is_kept(weight.grid(), weight.values())
         if mode != "int8":  # which may reach 127 on both sides
-            assert keep_or_round(weight.lattice(), TWO_PLANES)[1] == 0
+            assert keep_or_round(weight.grid(), TWO_PLANES)[1] == 0
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4 in blocks"])
-def test_lora_is_merged_into_a_matrix_and_lies_on_no_lattice(mode):
+def test_lora_is_merged_into_a_matrix_and_lies_on_no_grid(mode):
     layer = dense()
     layer.quantize(**MODES[mode])
     before = quantized_weight(layer).values()
@@ -113,7 +113,7 @@ def test_lora_is_merged_into_a_matrix_and_lies_on_no_lattice(mode):
     weight = quantized_weight(layer)
     assert np.abs(weight.values() - before).max() > 0.1
     close(weight.values(), multiplied_by(layer, 40).T)
-    assert weight.lattice() is None
+    assert weight.grid() is None
 
 
 def test_lora_is_merged_into_a_table():
@@ -124,7 +124,7 @@ def test_lora_is_merged_into_a_table():
     layer.lora_embeddings_b.assign(np.random.default_rng(0).normal(size=(2, 33)))
     weight = quantized_weight(layer)
     close(weight.values(), ops.convert_to_numpy(layer(np.arange(20, dtype="int32"))))
-    assert weight.lattice() is None
+    assert weight.grid() is None
 
 
 @pytest.mark.parametrize(("bits", "group_size"), [(4, 16), (8, -1), (2, 32), (3, 64)])
@@ -147,17 +147,17 @@ def test_what_gptq_stores_is_kept_unless_it_groups_by_activation(bits, group_siz
     layer.is_gptq_calibrated = True
     weight = quantized_weight(layer)
     close(weight.values(), multiplied_by(layer, 40).T)
-    lattice = weight.lattice()
-    assert lattice.bits == bits
-    np.testing.assert_array_equal(lattice.values(), weight.values())
-    fmt = best_format(lattice)
+    grid = weight.grid()
+    assert grid.bits == bits
+    np.testing.assert_array_equal(grid.values(), weight.values())
+    fmt = best_format(grid)
     assert fmt.bits == (4 if bits == 3 else bits)
-    np.testing.assert_array_equal(keep(lattice, fmt).values(fmt, 40), weight.values())
+    np.testing.assert_array_equal(keep(grid, fmt).values(fmt, 40), weight.values())
     if len(np.unique(groups.astype(int))) > 1:
         layer.g_idx.assign(rng.permutation(groups))
         weight = quantized_weight(layer)
         close(weight.values(), multiplied_by(layer, 40).T)
-        assert weight.lattice() is None
+        assert weight.grid() is None
 
 
 def test_what_awq_stores_is_kept_unless_inputs_have_factors():
@@ -173,11 +173,11 @@ def test_what_awq_stores_is_kept_unless_inputs_have_factors():
     layer.is_awq_calibrated = True
     weight = quantized_weight(layer)
     close(weight.values(), multiplied_by(layer, 40).T)
-    is_kept(weight.lattice(), weight.values())
+    is_kept(weight.grid(), weight.values())
     layer.awq_scales.assign(rng.uniform(0.5, 2, 40))
     weight = quantized_weight(layer)
     close(weight.values(), multiplied_by(layer, 40).T)
-    assert weight.lattice() is None
+    assert weight.grid() is None
 
 
 # --- a model -------------------------------------------------------------------------------------
@@ -229,7 +229,7 @@ def test_each_weight_is_read_from_its_own_layer(model):
             np.testing.assert_array_equal(array, weight.values().T)
         stored[name] = weights.stored_as(f"layers.0.{name}")
         if stored[name]:
-            is_kept(weights.lattice(f"layers.0.{name}"), array.T)
+            is_kept(weights.grid(f"layers.0.{name}"), array.T)
     assert list(stored.values()) == [
         "Keras int8",
         "Keras int4",
@@ -241,10 +241,10 @@ def test_each_weight_is_read_from_its_own_layer(model):
     for name, reverse in (("token_embedding", False), ("head", True)):
         np.testing.assert_array_equal(weights[name], quantized_weight(embedding, reverse).values())
     for name in ("token_embedding", "head"):
-        is_kept(weights.lattice(name), weights[name])
+        is_kept(weights.grid(name), weights[name])
     for name in ("final_norm", "layers.0.pre_ffw_norm", "layers.0.mlp.down"):
         np.testing.assert_array_equal(weights[name], before[name])
-        assert weights.lattice(name) is None
+        assert weights.grid(name) is None
 
 
 def test_people_are_told_how_keras_has_quantized(model):
@@ -304,4 +304,4 @@ def test_a_model_calibrated_by_keras_is_kept(name, config, model):
     assert weights.stored_as(name) == f"Keras {config.mode}"
     close(array, multiplied_by(layer, len(array)))
     assert np.abs(array - before[name]).max() < np.abs(before[name]).max() / 7
-    is_kept(weights.lattice(name), array.T)
+    is_kept(weights.grid(name), array.T)

@@ -23,7 +23,7 @@ import onnxruntime
 from edge_demo.bundle.reader import Bundle
 from edge_demo.device.memory_limits import peak_rss_bytes
 from edge_demo.engine.runner import Engine
-from edge_demo.text.generator import Generation, Generator, engine_for
+from edge_demo.text.generator import Completion, Generator, engine_for
 from edge_demo.text.sampling import Sampler
 from edge_demo.text.tokenizer import Tokenizer
 
@@ -104,7 +104,7 @@ def observe(bundle: Bundle, max_tokens: int, positions: int, threads: int) -> di
         The fields of an `Observation`.
     """
     tokenizer = Tokenizer(bundle)
-    answers: list[Generation] = []
+    answers: list[Completion] = []
     margins: list[list[float]] = []
     generator = Generator(engine_for(bundle, Sampler(), threads), tokenizer)
     for prompt in PROMPTS:

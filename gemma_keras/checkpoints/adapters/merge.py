@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from gemma_keras.checkpoints.names import WeightSpec, weight_specs
-from gemma_keras.checkpoints.quantized_grid import Lattice, LatticeSource
+from gemma_keras.checkpoints.quantized_grid import GridSource, QuantizedGrid
 from gemma_keras.checkpoints.source import Checkpoint, WeightSource
 from gemma_keras.config import GemmaConfig
 from gemma_keras.errors import CheckpointError
@@ -145,7 +145,7 @@ def adapted(
         {name: spec.file_shape for name, spec in by_file_name.items()},
         lambda name: merged.rows(by_file_name[name], 0, by_file_name[name].file_shape[0]),
         stored_as=lambda name: merged.stored_as(by_file_name[name]),
-        lattice=lambda name: merged.lattice(by_file_name[name]),
+        grid=lambda name: merged.grid(by_file_name[name]),
         read_rows=lambda name, first, last: merged.rows(by_file_name[name], first, last),
     )
     remarks = base.remarks
@@ -227,11 +227,11 @@ class _Merged:
         return spec.to_file(self.base[name], "hf")[first:last]
 
     def stored_as(self, spec: WeightSpec) -> str | None:
-        if spec.name in self.changes or not isinstance(self.base, LatticeSource):
+        if spec.name in self.changes or not isinstance(self.base, GridSource):
             return None
         return self.base.stored_as(self.source_of[spec.name])
 
-    def lattice(self, spec: WeightSpec) -> Lattice | None:
-        if spec.name in self.changes or not isinstance(self.base, LatticeSource):
+    def grid(self, spec: WeightSpec) -> QuantizedGrid | None:
+        if spec.name in self.changes or not isinstance(self.base, GridSource):
             return None
-        return self.base.lattice(self.source_of[spec.name])
+        return self.base.grid(self.source_of[spec.name])

@@ -27,13 +27,13 @@ from gemma_keras.checkpoints.hf.peft_names import is_adapters_tensor, parse
 from gemma_keras.checkpoints.hf.reader import (
     StoredTensor,
     check_types,
+    explain_pickles,
     read_json,
     read_rows,
     read_tensor,
     stored_in,
     stored_tensors,
     text_side,
-    told_of_pickles,
 )
 from gemma_keras.checkpoints.names import weight_specs
 from gemma_keras.checkpoints.source import Checkpoint
@@ -86,7 +86,7 @@ def open_adapter(folder: Path) -> PeftAdapter:
     if not tensors:
         raise CheckpointError(
             f"{folder} has {PEFT_CONFIG} but no {WEIGHTS_FILE} with tensors"
-            f"{told_of_pickles(folder)}"
+            f"{explain_pickles(folder)}"
         )
     return PeftAdapter(folder, config, tensors)
 

@@ -21,8 +21,8 @@ from typing import Any
 import gguf
 import numpy as np
 
-from gemma_keras.checkpoints.first_bytes import told_of_pointer
-from gemma_keras.checkpoints.quantized_grid import GGUF_TYPES, Lattice
+from gemma_keras.checkpoints.first_bytes import explain_pointer
+from gemma_keras.checkpoints.quantized_grid import GGUF_TYPES, QuantizedGrid
 from gemma_keras.errors import CheckpointError
 
 _SCALARS: dict[int, tuple[str, type | str]] = {
@@ -83,7 +83,7 @@ class GGUFFile:
         magic, version, num_tensors, num_keys = struct.unpack_from("<4sIQQ", self._bytes)
         if magic != b"GGUF":
             raise CheckpointError(
-                told_of_pointer(self.path)
+                explain_pointer(self.path)
                 or f"{self.path} is not a GGUF file: it begins with {magic!r}"
             )
         if version & 0xFFFF == 0:
@@ -171,7 +171,7 @@ class GGUFFile:
         kind = self.tensors[name].type
         return kind.name if gguf.GGML_QUANT_SIZES[kind][0] > 1 else None
 
-    def lattice(self, name: str) -> Lattice | None:
+    def grid(self, name: str) -> QuantizedGrid | None:
         """The tensor's integers and scales, its last axis the inputs; `None` if its type is not one
         of `GGUF_TYPES`.
 
@@ -199,7 +199,7 @@ class GGUFFile:
                 offsets[piece] = blocks.offsets
         num_inputs = info.shape[-1]
         scales = scales.reshape(-1, num_inputs // kind.block_size)
-        return Lattice(
+        return QuantizedGrid(
             levels.reshape(-1, num_inputs),
             scales,
             np.broadcast_to(np.int16(kind.zero_point), scales.shape),

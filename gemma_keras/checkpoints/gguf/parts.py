@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from gemma_keras.checkpoints.gguf.file import GGUFFile, TensorInfo
-from gemma_keras.checkpoints.quantized_grid import Lattice
+from gemma_keras.checkpoints.quantized_grid import QuantizedGrid
 from gemma_keras.errors import CheckpointError
 
 _PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
@@ -62,9 +62,9 @@ class GGUFParts:
         """As `GGUFFile.stored_as`."""
         return self._part_of[name].stored_as(name)
 
-    def lattice(self, name: str) -> Lattice | None:
-        """As `GGUFFile.lattice`."""
-        return self._part_of[name].lattice(name)
+    def grid(self, name: str) -> QuantizedGrid | None:
+        """As `GGUFFile.grid`."""
+        return self._part_of[name].grid(name)
 
 
 def _paths(given: GGUFFile) -> list[Path]:

@@ -54,7 +54,7 @@ def read_gguf(path: str | os.PathLike[str]) -> Checkpoint:
         file.read,
         ignore=lambda name: name == _ROPE_FACTORS or name.startswith(_IMAGES),
         stored_as=file.stored_as,
-        lattice=file.lattice,
+        grid=file.grid,
         read_rows=file.read_rows,
     )
     tokenizer_model = build_sentencepiece_model(file.metadata)
@@ -76,11 +76,11 @@ def read_gguf(path: str | os.PathLike[str]) -> Checkpoint:
         stop=gguf_stops(file.metadata),
         turns=turns,
         chat_template=template,
-        remarks=(*_told_of_images(file, images), *remarks),
+        remarks=(*_explain_images(file, images), *remarks),
     )
 
 
-def _told_of_images(file: GGUFParts, names: list[str]) -> tuple[str, ...]:
+def _explain_images(file: GGUFParts, names: list[str]) -> tuple[str, ...]:
     if not names:
         return ()
     return (

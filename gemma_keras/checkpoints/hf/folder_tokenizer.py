@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gemma_keras.checkpoints.first_bytes import told_of_pointer
+from gemma_keras.checkpoints.first_bytes import explain_pointer
 from gemma_keras.checkpoints.hf.added_tokens import (
     AddedToken,
     add_tokens,
@@ -101,7 +101,7 @@ def _pieces(
     file that is this message; `None` for what is not there."""
     path = folder / _MODEL
     if path.exists():
-        if what := told_of_pointer(path):
+        if what := explain_pointer(path):
             raise CheckpointError(what)
         own = path.read_bytes()
         parsed = parse_model(own, str(path))

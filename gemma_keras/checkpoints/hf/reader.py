@@ -14,7 +14,7 @@ import numpy as np
 import safetensors
 
 from gemma_keras.checkpoints.chat_templates import read_folder_template, turns_of
-from gemma_keras.checkpoints.first_bytes import told_of_pointer
+from gemma_keras.checkpoints.first_bytes import explain_pointer
 from gemma_keras.checkpoints.hf.config import config_from_hf
 from gemma_keras.checkpoints.hf.folder_tokenizer import read_folder_tokenizer
 from gemma_keras.checkpoints.hf.peft_names import bases_name, is_adapters_tensor
@@ -281,7 +281,7 @@ def opened(shard: Path) -> Iterator[Any]:
         with safetensors.safe_open(shard, framework="numpy") as file:
             yield file
     except (safetensors.SafetensorError, OSError) as error:
-        what = told_of_pointer(shard) or f"{shard} cannot be read as safetensors: {error}"
+        what = explain_pointer(shard) or f"{shard} cannot be read as safetensors: {error}"
         raise CheckpointError(what) from error
 
 
@@ -295,7 +295,7 @@ def _shards(folder: Path) -> dict[Path, list[str]]:
     shards = sorted(folder.glob("model-*-of-*.safetensors"))
     if not shards:
         raise CheckpointError(
-            f"{folder} has neither model.safetensors nor {_INDEX}{told_of_pickles(folder)}"
+            f"{folder} has neither model.safetensors nor {_INDEX}{explain_pickles(folder)}"
         )
     _, _, last = shards[0].stem.rpartition("-of-")
     if not last.isdecimal() or len(last) > 5:
@@ -323,7 +323,7 @@ def _indexed_shards(folder: Path, index: Path) -> dict[Path, list[str]]:
     return dict(sorted(shards.items()))
 
 
-def told_of_pickles(folder: Path) -> str:
+def explain_pickles(folder: Path) -> str:
     """What to say of weights that are there as a pickle."""
     pickles = sorted(
         (p.name for p in folder.glob("*") if p.suffix in _PICKLES and p.name not in _NOT_WEIGHTS),

@@ -10,7 +10,7 @@ from gemma_keras.checkpoints.adapters.base import Adapter, Source
 from gemma_keras.checkpoints.adapters.find import find_adapter
 from gemma_keras.checkpoints.first_bytes import begins_as_gguf
 from gemma_keras.checkpoints.hub import is_keras_hub_preset, is_own_preset, local_or_downloaded
-from gemma_keras.checkpoints.opening.misplaced import told_of_file, told_of_folder
+from gemma_keras.checkpoints.opening.misplaced import explain_file, explain_folder
 from gemma_keras.errors import CheckpointError
 
 _SOURCES = (
@@ -64,9 +64,9 @@ def classify(source: Source) -> Classified:
     if is_own_preset(path):
         return Classified(source, Kind.OWN_PRESET, path)
     if path.is_dir():
-        kind, told = Kind.HF_FOLDER, told_of_folder(path)
+        kind, message = Kind.HF_FOLDER, explain_folder(path)
     else:
-        kind, told = Kind.GGUF_FILE, None if begins_as_gguf(path) else told_of_file(path)
-    if told is not None:
-        raise CheckpointError(told)
+        kind, message = Kind.GGUF_FILE, None if begins_as_gguf(path) else explain_file(path)
+    if message is not None:
+        raise CheckpointError(message)
     return Classified(source, kind, path)

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from gemma_keras.checkpoints.adapters.base import folder_with_adapter
-from gemma_keras.checkpoints.first_bytes import told_of_pointer
+from gemma_keras.checkpoints.first_bytes import explain_pointer
 
 _TRAINER = re.compile(r"checkpoint-(\d+)")
 _IN_A_FOLDER = ("config.json", "adapter_config.json", "tokenizer.model", "tokenizer.json")
@@ -29,12 +29,12 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _MOST_LISTED = 10_000  # entries of a folder that are looked at
 
 
-def told_of_file(path: Path) -> str | None:
+def explain_file(path: Path) -> str | None:
     """What a file is that is no GGUF; `None` if that is not known."""
-    if what := told_of_pointer(path):
+    if what := explain_pointer(path):
         return what
     if path.name == "bundle.json":
-        return _told_of_bundle(path.parent)
+        return _explain_bundle(path.parent)
     kind = path.suffix.lower()
     if kind in _PICKLES:
         return (
@@ -46,14 +46,14 @@ def told_of_file(path: Path) -> str | None:
     return None
 
 
-def told_of_folder(folder: Path) -> str | None:
+def explain_folder(folder: Path) -> str | None:
     """What a folder is that holds no checkpoint; `None` if it may be one."""
     if (folder / "bundle.json").exists() and not any(folder.glob("*.safetensors")):
-        return _told_of_bundle(folder)
+        return _explain_bundle(folder)
     if (folder / "config.json").exists():
         return None
     if (folder / "snapshots").is_dir():
-        return _told_of_inner(folder, "is an entry of the Hugging Face Hub's cache", "snapshots/*")
+        return _explain_inner(folder, "is an entry of the Hugging Face Hub's cache", "snapshots/*")
     if (folder / "zero_to_fp32.py").exists():
         return (
             f"{folder} holds the pieces of DeepSpeed; put them together with: "
@@ -62,8 +62,8 @@ def told_of_folder(folder: Path) -> str | None:
     ggufs = sorted(path.name for path in folder.glob("*.gguf"))
     if ggufs:
         return f"{folder} holds GGUF files; give one of them, such as {folder / ggufs[0]}"
-    if told := _told_of_inner(folder, "holds folders of checkpoints and is none itself", "*"):
-        return told
+    if message := _explain_inner(folder, "holds folders of checkpoints and is none itself", "*"):
+        return message
     if any(folder.glob("*.safetensors")):
         return f"{folder} holds weights and no config.json; put the model's config.json beside them"
     if (folder / "tokenizer.model").exists() or (folder / "tokenizer.json").exists():
@@ -71,14 +71,14 @@ def told_of_folder(folder: Path) -> str | None:
     return None
 
 
-def _told_of_bundle(folder: Path) -> str:
+def _explain_bundle(folder: Path) -> str:
     return (
         f"{folder} is a bundle that export-onnx made, which cannot be exported again; run it with "
         f"edge-demo (edge-demo chat {folder}), or give the checkpoint it was made of"
     )
 
 
-def _told_of_inner(folder: Path, what: str, pattern: str) -> str | None:
+def _explain_inner(folder: Path, what: str, pattern: str) -> str | None:
     """Name the newest of the checkpoints that lie in a folder: by number, else by time."""
     inner = []
     for number, path in enumerate(folder.glob(pattern)):
