@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING, Any
 from edge_demo import telemetry
 
 if TYPE_CHECKING:
+    from export.options import ExportOptions
     from export.pipeline import ExportResult, export_onnx
 
 telemetry.turn_off()  # before anything here imports onnxruntime
 
-__all__ = ["ExportResult", "export_onnx"]
+__all__ = ["ExportOptions", "ExportResult", "export_onnx"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'export' has no attribute {name!r}")
-    from export import pipeline
+    from export import options, pipeline
 
-    return getattr(pipeline, name)
+    return getattr(options if name == "ExportOptions" else pipeline, name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from export.calibrate.self_sample import memory_needed, self_sample
 from export.calibrate.sensitivity import group_members, sensitivities
 from export.calibrate.text import ROW_LENGTH, CalibrationText, page, split_rows, text_file
 from export.calibrate.workspace import Workspace, fingerprint
+from export.calibration_source import CalibrationSource, OwnPage, TextFile, identity
 from export.errors import ExportRequestError
 from export.formats.formats import BLOCK_SIZES, Format, Plan, plan_to_json
 from export.formats.keep_source import KeptWeights
@@ -61,7 +61,7 @@ def round_weights(
     checkpoint: Checkpoint,
     plan: Plan,
     kept: KeptWeights,
-    text: str | os.PathLike[str],
+    text: CalibrationSource,
     folder: Path,
     on_progress: Progress,
 ) -> Rounding:
@@ -71,7 +71,7 @@ def round_weights(
         checkpoint: the model.
         plan: canonical name to format.
         kept: what the source holds on a grid already and stays as it is.
-        text: `"self"`, `"text"`, or a file.
+        text: what to calibrate on.
         folder: where results are kept until the export is done.
         on_progress: called with (stage, share of it that is done).
 
@@ -79,11 +79,11 @@ def round_weights(
         ExportRequestError: the text cannot be used.
     """
     config = checkpoint.config
-    if text == "text":  # a page is soon read again; what takes minutes is kept
+    if text == OwnPage():  # a page is soon read again; what takes minutes is kept
         workspace = Workspace(None, "")
     else:
         on_progress("fingerprint", 0)
-        key = fingerprint(config, checkpoint.weights, _METHOD, _identity(text), plan_to_json(plan))
+        key = fingerprint(config, checkpoint.weights, _METHOD, identity(text), plan_to_json(plan))
         workspace = Workspace(folder, key)
     chosen = _calibration_text(checkpoint, text, workspace, folder, on_progress)
     on_progress("calibration", 0)
@@ -261,30 +261,18 @@ def _search(attempt: Callable[[float], _Attempt], budget: float, total: float) -
     return tried
 
 
-def _identity(text: str | os.PathLike[str]) -> tuple[str, int, int]:
-    if text in ("self", "text"):
-        return str(text), 0, 0
-    try:
-        stat = os.stat(text)
-    except OSError as error:
-        raise ExportRequestError(
-            f"the calibration text {text} cannot be read: {error.strerror}"
-        ) from error
-    return os.fspath(text), stat.st_size, stat.st_mtime_ns
-
-
 def _calibration_text(
     checkpoint: Checkpoint,
-    text: str | os.PathLike[str],
+    text: CalibrationSource,
     workspace: Workspace,
     folder: Path,
     on_progress: Progress,
 ) -> CalibrationText:
     config, tokenizer = checkpoint.config, open_tokenizer(checkpoint)
-    if text == "text":
+    if text == OwnPage():
         return page(tokenizer, config.context_length)
-    if text != "self":
-        return text_file(Path(text), tokenizer, config.context_length)
+    if isinstance(text, TextFile):
+        return text_file(text.path, tokenizer, config.context_length)
     needed, free = memory_needed(config), free_memory()
     if config.hidden_dim % BLOCK_SIZES[0] or (free is not None and needed > free):
         return page(tokenizer, config.context_length)

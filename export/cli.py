@@ -156,29 +156,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    plan = None if arguments.plan is None else _read_plan(arguments.plan)
+    from export.options import ExportOptions
     from export.progress import ShowProgress
+
+    if arguments.plan is not None:
+        arguments.plan = _read_plan(arguments.plan)
+    fields = (field.name for field in dataclasses.fields(ExportOptions))
+    options = ExportOptions(**{name: getattr(arguments, name) for name in fields})
 
     with ShowProgress() as show:
         show.stage("opening")
         from export.pipeline import export_onnx
 
         result = export_onnx(
-            arguments.source,
-            arguments.out,
-            arguments.recipe,
-            base=arguments.base,
-            instruction_tuned=arguments.instruction_tuned,
-            kl_budget=arguments.kl_budget,
-            calibration=arguments.calibration,
-            plan=plan,
-            lowering=arguments.lowering,
-            kv_cache_dtype=arguments.kv_cache_dtype,
-            max_context=arguments.max_context,
-            overwrite=arguments.overwrite,
-            verify=arguments.verify,
-            report=arguments.report,
-            on_progress=show,
+            arguments.source, arguments.out, arguments.recipe, options=options, on_progress=show
         )
     for remark in result.remarks:
         print(f"export-onnx: note: {remark}", file=sys.stderr)

@@ -12,13 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 from edge_demo.device.memory_limits import free_memory
 from export.bundle import writer
-from export.bundle.draft import KV_CACHE_DTYPES, BundleDraft, Progress, lowering_named
-from export.calibrate.text import Windows, read_windows
+from export.bundle.draft import BundleDraft, Progress
+from export.calibrate.text import read_windows
 from export.calibrate.workspace import kept_work, workspace_path
+from export.calibration_source import CalibrationSource, NoCalibration
 from export.errors import ExportError, ExportRequestError
 from export.formats.formats import Plan, plan_bytes
 from export.formats.keep_source import MOST_BITS_KEPT, KeptWeights, kept_weights
-from export.formats.recipes import in_one_plane, plan_for_recipe, plan_from_json, recipe_named
+from export.formats.recipes import (
+    Recipe,
+    in_one_plane,
+    plan_for_recipe,
+    plan_from_json,
+    recipe_named,
+)
+from export.options import ExportOptions
 from export.start_keras import start_keras
 from gemma_keras.checkpoints.hub import opens_with_keras
 from gemma_keras.checkpoints.source import Checkpoint
@@ -56,18 +64,9 @@ def export_onnx(
     out: str | os.PathLike[str],
     recipe: str = "int8",
     *,
-    base: str | os.PathLike[str] | None = None,
-    instruction_tuned: bool | None = None,
-    kl_budget: float | None = None,
-    calibration: str | os.PathLike[str] | None = None,
-    plan: Mapping[str, Mapping[str, Any]] | None = None,
-    lowering: str = "fused",
-    kv_cache_dtype: str = "float32",
-    max_context: int | None = None,
-    overwrite: bool = False,
-    verify: bool = True,
-    report: str | os.PathLike[str] | None = None,
+    options: ExportOptions | None = None,
     on_progress: Progress = lambda stage, share: None,
+    **fields: Any,
 ) -> ExportResult:
     """Write a bundle that `edge-demo` runs.
 
@@ -76,52 +75,37 @@ def export_onnx(
             Gemma.
         out: the folder to write; it gets this name only when it is complete.
         recipe: `int4`, `int8`, `fp16` or `fp32`.
-        base: the model that a LoRA adapter is for, where its folder does not say it.
-        instruction_tuned: whether the model follows a turn template; by default what its chat
-            template says.
-        kl_budget: for `int4`, the mean KL divergence from the float model, in nats, that the
-            bundle may lose on text it was not calibrated on: matrices get 8 bits until it does
-            not; the recipe's own by default.
-        calibration: a UTF-8 text file that shows what the model will be used for; `"self"`, text
-            that the model writes; `"none"`, no calibration. By default the recipe's own.
-        plan: weight name to format, as `bundle.json` has it, in place of the recipe's formats for
-            the weights it names; nothing is chosen by measurement then.
-        lowering: `fused`, graphs of onnxruntime's operators, or `traced`, graphs of standard
-            operators made from the Keras code, which any ONNX runtime can run.
-        kv_cache_dtype: how the engine keeps keys and values of layers that see the whole text:
-            `float32`, or `int8`, which makes long texts faster and smaller in memory.
-        max_context: the longest sequence the bundle is for, in tokens; the model's by default.
-        overwrite: whether a bundle that stands there is replaced.
-        verify: whether the bundle is run and compared with the Keras layers.
-        report: a UTF-8 text file on which the bundle is measured against the float model, as
-            `edge-demo compare` does, for the model card.
+        options: all that else can be chosen.
         on_progress: called with (stage, share of it that is done, 0 to 1).
+        **fields: fields of `ExportOptions`, in place of those of `options`, such as
+            `kl_budget=0.02` or `overwrite=True`.
 
     Raises:
-        ExportRequestError: the recipe, the lowering, the plan, the budget, the text, the context
-            or the output folder cannot be used.
+        ExportRequestError: the recipe, an option or the output folder cannot be used.
         ModelError: the source cannot be used.
         ExportError: no space or memory, or the bundle differs from the model.
+        TypeError: `ExportOptions` has no such field.
     """
+    options = dataclasses.replace(options or ExportOptions(), **fields)
     out = Path(os.path.realpath(out))  # a link to a bundle stays, what it points at is replaced
     with _disk_errors_as_sentences(out):
-        writer.check_out(out, overwrite=overwrite)
-    checkpoint = _open(source, base)
-    if instruction_tuned is not None:
-        checkpoint = dataclasses.replace(checkpoint, instruction_tuned=instruction_tuned)
+        writer.check_out(out, overwrite=options.overwrite)
+    checkpoint = _open(source, options.base)
+    if options.instruction_tuned is not None:
+        checkpoint = dataclasses.replace(checkpoint, instruction_tuned=options.instruction_tuned)
     config = checkpoint.config
     config.require_causal("an ONNX bundle")
-    lowering_named(lowering)
-    _check_kv_cache_dtype(kv_cache_dtype, lowering)
     chosen = recipe_named(recipe)
-    formats = plan_for_recipe(recipe, config) | plan_from_json(plan or {}, config)
-    if lowering == "traced":
+    formats = plan_for_recipe(recipe, config) | plan_from_json(options.plan or {}, config)
+    if options.lowering == "traced":
         formats = in_one_plane(formats)
-    budget = _check_budget(kl_budget, recipe, plan)
-    max_context = _check_context(max_context, config)
-    text = chosen.calibration if calibration is None else calibration
-    _check_calibration(calibration, formats)
-    windows = None if report is None else _read_report(report, checkpoint, max_context)
+    budget = _budget(options, recipe)
+    max_context = _check_context(options.max_context, config)
+    text = _calibration(options, chosen, formats)
+    windows = None
+    if options.report is not None:  # read before anything slow begins
+        tokenizer = writer.open_tokenizer(checkpoint)
+        windows = read_windows(Path(options.report), tokenizer, max_context)
     needed = plan_bytes(formats, config)
     if budget is not None:  # it may end with 8 bits everywhere, and keeps both until it is done
         needed += plan_bytes(plan_for_recipe("int8", config), config)
@@ -133,20 +117,26 @@ def export_onnx(
     try:
         with (
             _disk_errors_as_sentences(out),
-            writer.unfinished_folder(out, overwrite=overwrite) as folder,
+            writer.unfinished_folder(out, overwrite=options.overwrite) as folder,
         ):
             draft = BundleDraft(
-                folder, checkpoint, recipe, lowering, max_context, kv_cache_dtype, on_progress
+                folder,
+                checkpoint,
+                recipe,
+                options.lowering,
+                max_context,
+                options.kv_cache_dtype,
+                on_progress,
             )
-            if verify or windows is not None or text not in (None, "none"):
+            if options.verify or windows is not None or text != NoCalibration():
                 on_progress("keras", 0)
                 start_keras(config)
             # Few bits that a source already holds exactly are not rounded a second time.
-            few = chosen.matrices.bits <= MOST_BITS_KEPT and plan is None
+            few = chosen.matrices.bits <= MOST_BITS_KEPT and options.plan is None
             kept = kept_weights(config, checkpoint.weights, MOST_BITS_KEPT if few else 0)
             rounding = _round(draft, formats, kept, text, budget, workspace, on_progress)
             quality = None
-            if verify:
+            if options.verify:
                 from export.bundle.verify import verify as verify_bundle
 
                 on_progress("verification", 0)
@@ -181,7 +171,7 @@ def _round(
     draft: BundleDraft,
     formats: Plan,
     kept: KeptWeights,
-    text: str | os.PathLike[str] | None,
+    text: CalibrationSource,
     budget: float | None,
     workspace: Path,
     on_progress: Progress,
@@ -191,13 +181,13 @@ def _round(
     summary = {}
     if kept.sentence and any(fmt.quantized for fmt in formats.values()):
         summary["source"] = kept.sentence
-    if budget is None and text in (None, "none"):
+    if budget is None and text == NoCalibration():
         draft.store(draft.checkpoint.weights, formats, kept.matrix)
         return summary
     from export.choose_formats import Rounding, round_weights, round_within  # they need Keras
 
     rounding = Rounding(draft.checkpoint.weights, kept.matrix, summary=summary)
-    if text not in (None, "none"):
+    if text != NoCalibration():
         rounding = round_weights(draft.checkpoint, formats, kept, text, workspace, on_progress)
         rounding = dataclasses.replace(rounding, summary=summary | dict(rounding.summary))
     if budget is None:
@@ -221,54 +211,27 @@ def _open(source, base: str | os.PathLike[str] | None) -> Checkpoint:
     return read_keras_hub(source)
 
 
-def _check_kv_cache_dtype(dtype: str, lowering: str) -> None:
-    if dtype not in KV_CACHE_DTYPES:
-        raise ExportRequestError(
-            f"keys and values are kept as {' or '.join(KV_CACHE_DTYPES)}, not as {dtype!r}"
-        )
-    if dtype != "float32" and lowering != "fused":
-        raise ExportRequestError(
-            f"{lowering} graphs keep keys and values as float32; use --lowering fused"
-        )
-
-
-def _check_budget(
-    kl_budget: float | None, recipe: str, plan: Mapping[str, Any] | None
-) -> float | None:
+def _budget(options: ExportOptions, recipe: str) -> float | None:
+    """The KL budget to keep; `None` for formats that are fixed."""
     own = recipe_named(recipe).kl_budget
-    if kl_budget is None:
-        return own if plan is None else None
-    if own is None or plan is not None:
+    if options.kl_budget is None:
+        return own if options.plan is None else None
+    if own is None:
         raise ExportRequestError(
             "a KL budget chooses between 4 and 8 bits, so it goes with --recipe int4 and without "
             "a plan"
         )
-    if not 0 < kl_budget < float("inf"):
-        raise ExportRequestError(f"the KL budget must be a positive number, not {kl_budget}")
-    return kl_budget
+    return options.kl_budget
 
 
-def _read_report(path: str | os.PathLike[str], checkpoint: Checkpoint, max_context: int) -> Windows:
-    """The text of the report, read before anything slow begins."""
-    _check_file(path, "text of the report")
-    return read_windows(Path(path), writer.open_tokenizer(checkpoint), max_context)
-
-
-def _check_calibration(calibration: str | os.PathLike[str] | None, formats: Plan) -> None:
-    """Refuse what cannot be calibrated on before anything slow begins."""
-    if calibration in (None, "none"):
-        return
-    if not any(fmt.quantized for fmt in formats.values()):
+def _calibration(options: ExportOptions, recipe: Recipe, formats: Plan) -> CalibrationSource:
+    """What to calibrate on."""
+    asked = options.calibration_source
+    if asked is None:
+        return recipe.calibration
+    if asked != NoCalibration() and not any(fmt.quantized for fmt in formats.values()):
         raise ExportRequestError("floats are not calibrated: leave --calibration, or use int4")
-    if calibration in ("self", "text"):
-        return
-    _check_file(calibration, "calibration text")
-
-
-def _check_file(path: str | os.PathLike[str], what: str) -> None:
-    if not Path(path).is_file():
-        problem = "is not a file" if Path(path).exists() else "does not exist"
-        raise ExportRequestError(f"the {what} {path} {problem}")
+    return asked
 
 
 def _check_context(max_context: int | None, config: GemmaConfig) -> int:

@@ -105,7 +105,11 @@ FLOORS = {
     ),
     "export": (
         ("export.errors", "export.progress", "export.start_keras"),
-        ("export.formats",),
+        ("export.calibration_source",),
+        (
+            "export.options",
+            "export.formats",
+        ),
         ("export.graph",),
         ("export.calibrate",),
         ("export.bundle",),

@@ -200,14 +200,21 @@ SHOWN: dict[str, dict[str, str]] = {
         "base": f"{K}adapters.py::test_an_adapter_alone_is_merged_into_what_it_names",
         "instruction_tuned": f"{K}gguf_parts.py::test_from_preset_is_told_whether_a_gguf_is_tuned",
     },
+    "named_config": {
+        "name": f"{K}config.py::test_an_unknown_size_is_refused_with_those_that_are_known"
+    },
     "export_onnx": {
         "source": f"{E}bad_input.py::test_a_missing_source",
+        "out": f"{E}fused.py::test_export_of_the_keras_model_writes_the_same_weights",
+        "recipe": f"{E}fused.py::test_graph_keeps_its_contract",
+        "options": f"{E}options.py::test_fields_stand_in_place_of_those_of_options",
+        "on_progress": f"{E}report.py::test_a_text_that_cannot_be_used_is_refused",
+    },
+    "ExportOptions.__init__": {
         "base": f"{K}adapters.py::test_from_preset_and_export_onnx_merge_an_adapter",
         "instruction_tuned": (
             f"{K}gguf_parts.py::test_export_onnx_says_what_it_passed_over_and_is_told_what_it_cannot_know"
         ),
-        "out": f"{E}fused.py::test_export_of_the_keras_model_writes_the_same_weights",
-        "recipe": f"{E}fused.py::test_graph_keeps_its_contract",
         "kl_budget": f"{E}rounding.py::test_int4_keeps_its_budget_and_says_what_it_chose",
         "calibration": f"{E}rounding.py::test_int4_keeps_its_budget_and_says_what_it_chose",
         "plan": f"{E}rounding.py::test_a_plan_of_ones_own_is_followed",
@@ -217,7 +224,6 @@ SHOWN: dict[str, dict[str, str]] = {
         "overwrite": f"{E}bad_input.py::test_overwrite_replaces_a_bundle",
         "verify": f"{E}traced.py::test_export_of_a_keras_model_on_any_backend",
         "report": f"{E}report.py::test_the_card_shows_it",
-        "on_progress": f"{E}report.py::test_a_text_that_cannot_be_used_is_refused",
     },
 }
 # Data, and what reads and writes data: their fields are the model's, and their tests compare it.

@@ -16,7 +16,6 @@ from export.bundle import writer
 from export.bundle.ecosystem import write_ecosystem_files
 from export.calibrate.kv_scales import measure_kv_scales
 from export.calibrate.text import page
-from export.errors import ExportRequestError
 from export.formats.formats import Format, Plan
 from export.formats.packing import Quantized
 from export.graph.contract import (
@@ -39,23 +38,10 @@ from gemma_keras.config import GemmaConfig
 
 Progress = Callable[[str, float], None]
 
-KV_CACHE_DTYPES = ("float32", "int8")
 _KV_ROWS = 8  # of the page of text that the scales of keys and values are measured on
 
+# A function for each of `export.options.LOWERINGS`.
 LOWERINGS = {"fused": build_graph, "traced": build_traced_graph}
-
-
-def lowering_named(name: str):
-    """The function that builds graphs under a lowering.
-
-    Raises:
-        ExportRequestError: there is none of that name.
-    """
-    if name not in LOWERINGS:
-        raise ExportRequestError(
-            f"no lowering is called {name!r}; choose one of {', '.join(LOWERINGS)}"
-        )
-    return LOWERINGS[name]
 
 
 def _low_plane_apart(config: GemmaConfig, plan: Plan) -> bool:
@@ -73,7 +59,8 @@ class BundleDraft:
         recipe: its name.
         lowering: the name of the way to graphs.
         max_context: the longest sequence the bundle is for, in tokens.
-        kv_cache_dtype: one of `KV_CACHE_DTYPES`: how the engine's graphs keep keys and values of
+        kv_cache_dtype: one of `export.options.KV_CACHE_DTYPES`: how the engine's graphs keep keys
+        and values of
             layers that keep those of the whole text.
         on_progress: called with (stage, share of it that is done).
     """
@@ -134,7 +121,7 @@ class BundleDraft:
             rounded: what is on a grid already, by name and format.
         """
         config = self.checkpoint.config
-        build = lowering_named(self.lowering)
+        build = LOWERINGS[self.lowering]
         self._plan = plan
         self._on_progress("weights", 0)
         with WeightsFile(self.folder / WEIGHTS_FILE) as file:

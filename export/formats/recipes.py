@@ -7,6 +7,7 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
+from export.calibration_source import CalibrationSource, NoCalibration, OwnPage, SelfWritten
 from export.errors import ExportRequestError
 from export.formats.formats import BLOCK_SIZES, Format, Plan, rows_and_inputs
 from gemma_keras.checkpoints.names import weight_specs
@@ -34,17 +35,16 @@ class Recipe:
         finer: the format of some matrices in place of `matrices`, by their name within a block.
         kl_budget: for a recipe that chooses formats by measurement: the mean KL divergence from
             the float model that it may lose, in nats; `None` for a fixed one.
-        calibration: what the model is calibrated on unless it is told otherwise: `"self"` for text
-            that it writes itself, `"text"` for a page that comes with this package, `None` for
-            nothing. With any, activations are balanced (`export.calibrate.balance`) and matrices of
-            few bits are rounded with error feedback (`export.calibrate.gptq`).
+        calibration: what the model is calibrated on by default. With any text, activations are
+            balanced (`export.calibrate.balance`) and matrices of few bits are rounded with error
+            feedback (`export.calibrate.gptq`).
     """
 
     matrices: Format
     table: Format
     finer: Mapping[str, Format] = dataclasses.field(default_factory=dict)
     kl_budget: float | None = None
-    calibration: str | None = None
+    calibration: CalibrationSource = dataclasses.field(default_factory=NoCalibration)
 
     def matrix_format(self, name: str) -> Format:
         """The format of a matrix by its canonical name, such as `layers.3.mlp.down`."""
@@ -53,13 +53,13 @@ class Recipe:
 
 
 RECIPES = {
-    "int4": Recipe(INT4, TWO_PLANES, kl_budget=0.045, calibration="self"),
+    "int4": Recipe(INT4, TWO_PLANES, kl_budget=0.045, calibration=SelfWritten()),
     # These three lose most for their size: blocks of 16 in them take a sixth of the whole loss.
     "int8": Recipe(
         INT8,
         dataclasses.replace(TWO_PLANES, block_size=32),
         finer=dict.fromkeys(("attention.key", "attention.value", "mlp.down"), _FINE_INT8),
-        calibration="text",
+        calibration=OwnPage(),
     ),
     "fp16": Recipe(Format(16), Format(16)),
     "fp32": Recipe(Format(32), Format(32)),
