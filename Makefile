@@ -1,5 +1,6 @@
 # make demo    export the real sample model and let it speak
-# make test    the whole test suite, on JAX, TensorFlow and PyTorch
+# make test    the tests, on JAX, TensorFlow and PyTorch
+# make test-all  the slow ones too (tests/slow.py): what CI runs
 # make check   format, lint and types, then the tests: what CI runs
 # make clean   remove what these made
 # make test-arm64   run the device's side on the processors of two boards, emulated (needs qemu)
@@ -12,7 +13,7 @@ SAMPLING ?= --max-tokens 64 --temperature 0.7 --top-k 40 --seed 3
 BUNDLE := build/sample-int8
 CODE   := $(shell find export gemma_keras edge_demo -name '*.py')
 
-.PHONY: demo test test-arm64 smoke-arm64 check lint format clean
+.PHONY: demo test test-all test-arm64 smoke-arm64 check lint format clean
 
 demo: $(BUNDLE)/bundle.json
 	@echo "==> Speaking: edge-demo generate $(BUNDLE) --prompt \"$(PROMPT)\""
@@ -38,6 +39,9 @@ KERAS_PART = --tx popen//id=$(1)//env:KERAS_BACKEND=$(1)//env:GEMMA_TEST_PART=ke
 PARTS := --dist=each -o console_output_style=classic $(foreach backend,jax tensorflow torch,$(call KERAS_PART,$(backend))) \
          --tx popen//id=rest//env:GEMMA_TEST_PART=rest
 test: $(VENV)/installed-dev
+	@$(BIN)/pytest $(PARTS) -m "not slow" $(PYTEST_ARGS)
+
+test-all: $(VENV)/installed-dev
 	@$(BIN)/pytest $(PARTS) $(PYTEST_ARGS)
 
 # The device's side on a Raspberry Pi 5 and 4, emulated by qemu: see tools/arm64.
@@ -64,7 +68,7 @@ build/tiny-bundles/made: $(CODE) tests/models.py tests/edge_demo/make_bundles.py
 	@mv build/tiny-bundles.partial build/tiny-bundles
 	@touch $@
 
-check: lint test
+check: lint test-all
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .

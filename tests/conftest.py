@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import signal
 import sys
 from collections import Counter, defaultdict
@@ -17,6 +18,7 @@ import pytest
 
 from edge_demo import telemetry
 from tests.models import GENERATIONS
+from tests.slow import is_slow
 
 BACKENDS = ("jax", "tensorflow", "torch")
 telemetry.turn_off()  # tests import onnxruntime themselves
@@ -34,10 +36,28 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_ignore_collect(collection_path):
+    """In a worker, leave the files of other parts unread: importing them all takes a minute."""
+    if not PART or not re.fullmatch(r"test_\w+\.py", collection_path.name):
+        return None
+    text = collection_path.read_text(encoding="utf-8")
+    _, _, marks = text.partition("\npytestmark = ")
+    of_all = marks.partition("\n\n")[0]  # what every test of the file is marked with
+    if PART == "rest":
+        return True if "mark.keras" in of_all else None
+    backends = re.search(r"mark\.backends\(([^)]*)\)", of_all)
+    elsewhere = backends is not None and os.environ["KERAS_BACKEND"] not in backends[1]
+    return True if elsewhere or "mark.keras" not in text else None
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     """Keep the tests that have a meaning on this backend; in a worker, those of its part, and of
     those marked `spread` its generation's."""
     backend = _running_backend()
+    for item in items:
+        if is_slow(item.nodeid, backend):
+            item.add_marker("slow")
     wanted = [item for item in items if _has_a_meaning(item, backend)]
     if "walk" not in config.option.markexpr:  # takes minutes, and differs little from its like
         wanted = [item for item in wanted if "walk" not in item.keywords]

@@ -50,6 +50,11 @@ class EmbeddingTable:
             self._levels_of_byte = _levels_of_byte(bits)
             self._middle = np.float32(1 << bits - 1)
 
+    @property
+    def width(self) -> int:
+        """Numbers in a row."""
+        return self._spec.width
+
     def rows(self, ids: Sequence[int]) -> np.ndarray:
         """Embeddings as the graphs take them, to the last bit what `model.onnx` computes.
 

@@ -69,16 +69,17 @@ class Answering:
     def load(self) -> tuple[Bundle, Generator, Drafter | None]:
         """Open the bundle, and the draft's; errors as `Engine`, `Tokenizer` and `check_draft`."""
         start = time.perf_counter()
-        threads = self._arguments.threads
+        threads, force = self._arguments.threads, self._arguments.force
         bundle = Bundle.open(self._arguments.bundle)
         tokenizer = open_tokenizer(bundle)
-        generator = Generator(engine_for(bundle, self.sampler, threads, tokenizer), tokenizer)
+        engine = engine_for(bundle, self.sampler, threads, tokenizer, force)
+        generator = Generator(engine, tokenizer)
         self.load_s = time.perf_counter() - start
         drafter: Drafter | None = PromptLookup() if self._arguments.lookup else None
         if self._arguments.draft is not None:
             draft = Bundle.open(self._arguments.draft)
             check_draft(bundle, draft)
-            engine = engine_for(draft, Sampler(), threads, tokenizer)
+            engine = engine_for(draft, Sampler(), threads, tokenizer, force)
             drafter = DraftModel(engine, tokenizer.num_pieces)
         return bundle, generator, drafter
 

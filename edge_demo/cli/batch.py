@@ -56,7 +56,8 @@ def run_batch(arguments: argparse.Namespace) -> int:
     start = time.perf_counter()
     rows = arguments.batch_size or _ROWS
     # before the results are touched: what is refused must not cost those of an earlier run
-    runner = BatchRunner(bundle, open_tokenizer(bundle), items, rows, arguments.threads)
+    tokenizer, threads = open_tokenizer(bundle), arguments.threads
+    runner = BatchRunner(bundle, tokenizer, items, rows, threads, arguments.force)
     keys = [item.key(bundle.fingerprint) for item in items]
     tokens = interrupted = 0
     with Results(arguments.out, keys, arguments.overwrite) as results:

@@ -92,7 +92,9 @@ def run(arguments: argparse.Namespace) -> int:
     if 0 in arguments.threads:
         raise RequestError("threads must be positive, not 0")
     bundle = Bundle.open(arguments.bundle)
-    report = run_tests(bundle, tests, arguments.threads, arguments.repeats, Progress("run"))
+    report = run_tests(
+        bundle, tests, arguments.threads, arguments.repeats, Progress("run"), arguments.force
+    )
     output = "json" if arguments.json else arguments.output
     if output == "json":
         print(json.dumps(as_json(bundle, report, arguments.repeats)))

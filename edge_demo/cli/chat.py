@@ -16,9 +16,8 @@ if TYPE_CHECKING:
     from edge_demo.bundle.reader import Bundle
     from edge_demo.cli.answering import Answering
     from edge_demo.text.answer import Completion
-    from edge_demo.text.conversation import Conversation
-    from edge_demo.text.generator import Generator
-    from edge_demo.text.speculate import Drafter
+    from edge_demo.text.generator import CompletionStream, Generator
+    from edge_demo.text.session import ChatSession
 
 TEXT = "Talk in turns, or, with a base model, continue text in turns."
 _HELP = """\
@@ -55,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Talk in turns."""
     from edge_demo.cli.answering import Answering
     from edge_demo.cli.terminal import note
-    from edge_demo.text.conversation import Conversation
+    from edge_demo.text.session import ChatSession
 
     if arguments.prompt is not None and not arguments.prompt.strip():
         raise RequestError("--prompt is empty; give a message, or leave it out")
@@ -70,12 +69,17 @@ def run(arguments: argparse.Namespace) -> int:
         raise RequestError(
             f"{bundle.name} is a base model: it has no place for --system; leave it out"
         )
-    system_ids = _run_system(answering, generator, arguments.system)
-    note(_greeting(bundle))
-    conversation = Conversation(
-        generator.tokenizer, bundle.context_length, arguments.max_tokens, arguments.system
+    session = ChatSession(
+        generator,
+        answering.sampler,
+        arguments.max_tokens,
+        arguments.system,
+        drafter,
+        answering.stop,
     )
-    talk = _Talk(arguments, answering, generator, drafter, conversation, system_ids)
+    _run_system(answering, generator, session.system_ids)
+    note(_greeting(bundle))
+    talk = _Talk(arguments, answering, generator, session)
     for number, message in enumerate(messages):
         typed = sys.stdin.isatty() and (number > 0 or arguments.prompt is None)
         if typed and (command := _command(message)):
@@ -145,38 +149,31 @@ def _command(message: str) -> str | None:
     return match[1].lower() if match and "\n" not in message.strip() else None
 
 
-def _run_system(answering: Answering, generator: Generator, system: str) -> list[int]:
-    """Have the engine hold what every conversation begins with; its tokens."""
+def _run_system(answering: Answering, generator: Generator, ids: list[int]) -> None:
+    """Have the engine hold the tokens that every conversation begins with."""
     cache, engine = answering.cache, generator.engine
-    ids = generator.tokenizer.encode_system(system) if system else []
     if ids:
         engine.check(ids)
     cache.load(engine)
     if ids and generator.prepare(ids) < len(ids):
         cache.save(engine)
         cache.tell()
-    return ids
 
 
 class _Talk:
-    """The turns of a conversation: each is run and shown."""
+    """A chat at a terminal or in a pipe: each turn is run and shown."""
 
     def __init__(
         self,
         arguments: argparse.Namespace,
         answering: Answering,
         generator: Generator,
-        drafter: Drafter | None,
-        conversation: Conversation,
-        system_ids: list[int],
+        session: ChatSession,
     ) -> None:
         self._json = arguments.json
-        self._max_tokens = arguments.max_tokens
         self._answering = answering
-        self._generator = generator
-        self._drafter = drafter
-        self._conversation = conversation
-        self._system_ids = system_ids
+        self._engine = generator.engine
+        self._session = session
         self._keeps_first = not arguments.system  # in the prompt cache
 
     def obey(self, command: str) -> None:
@@ -184,8 +181,7 @@ class _Talk:
         from edge_demo.cli.terminal import note
 
         if command in ("clear", "reset"):
-            self._conversation.clear()
-            self._generator.prepare(self._system_ids)  # as if it had just been started
+            self._session.clear()
             note("a new conversation begins")
         elif command in ("help", "?"):
             note(_HELP)
@@ -202,72 +198,57 @@ class _Talk:
             EdgeError: there can be no answer; at a terminal a message too long gets a note.
         """
         from edge_demo.cli.terminal import note, show
-        from edge_demo.text.answer import Completion
 
-        completion, stopped = None, False
+        stream, stopped = None, False
         try:
-            completion = Completion(self._conversation.ask(message))
-            self._show(completion)
+            stream = self._begin(message)
+            for piece in stream:
+                if not self._json:
+                    show(piece.text)
         except KeyboardInterrupt:
             stopped = True
         except RequestError as error:
-            if completion is not None:
-                self._conversation.take_back()
+            if stream is not None:
+                self._session.take_back()
             if not sys.stdin.isatty():
                 raise
             note(f"{error}. The message was left out")
             return True
         except EdgeError:
-            if completion is not None and completion.ids and not self._json:
+            if stream is not None and stream.completion.ids and not self._json:
                 show("\n")  # what is said next begins a line
             raise
-        if completion is not None:
-            self._keep(completion)
+        if stream is not None:
+            self._keep(stream.completion)
         return sys.stdin.isatty() or not stopped
 
-    def _show(self, completion: Completion) -> None:
-        from edge_demo.cli.terminal import Progress, note, show
+    def _begin(self, message: str) -> CompletionStream:
+        from edge_demo.cli.terminal import Progress, note
 
-        engine = self._generator.engine
-        if self._conversation.dropped:
-            note(_dropped(self._conversation.dropped, engine.context_length))
-            self._generator.prepare(self._system_ids)
-        pieces = self._generator.stream(
-            completion.prompt_ids,
-            self._answering.sampler,
-            self._max_tokens,
-            completion,
-            self._drafter,
+        stream = self._session.send(
+            message,
             Progress("prompt token", vanishes=True),
-            self._answering.stop,
             on_held=self._save_first if self._keeps_first else None,
-            goes_on=True,
         )
-        for piece in pieces:
-            if not self._json:
-                show(piece)
+        if self._session.dropped:
+            note(_dropped(self._session.dropped, self._engine.context_length))
+        return stream
 
     def _save_first(self, held: Completion) -> None:
         self._keeps_first = False
-        self._answering.cache.save_prompt(self._generator.engine, held)
+        self._answering.cache.save_prompt(self._engine, held)
 
     def _keep(self, completion: Completion) -> None:
-        """Make the answer a turn, or, where it was stopped before its first token, forget both."""
+        """Make the answer a turn, and say how it ended."""
         from edge_demo.cli.terminal import note, show
 
-        left_out = completion.finish_reason == "interrupted" and not completion.ids
-        if left_out:
-            self._conversation.take_back()
-        else:
-            self._conversation.answer(completion.text)
+        kept = self._session.keep(completion)
         if self._json:
             print(json.dumps(self._answering.report(completion)), flush=True)
         else:
             show("\n")
-            note(
-                f"[{completion.finish_reason}] "
-                + ("the message was left out" if left_out else f"{len(completion.ids):,} tokens")
-            )
+            length = f"{len(completion.ids):,} tokens" if kept else "the message was left out"
+            note(f"[{completion.finish_reason}] {length}")
         self._answering.cache.tell()
 
 

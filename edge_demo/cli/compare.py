@@ -35,7 +35,9 @@ def run(arguments: argparse.Namespace) -> int:
     text = read_text(arguments.text)
     bundles = [Bundle.open(path) for path in (arguments.reference, arguments.bundle)]
     check_comparable(*bundles)
-    reference, engine = (Engine(bundle, arguments.threads) for bundle in bundles)
+    reference, engine = (
+        Engine(bundle, arguments.threads, force=arguments.force) for bundle in bundles
+    )
     tokenizer = Tokenizer(bundles[0])
     (result,) = compare(
         reference,

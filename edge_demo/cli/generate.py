@@ -47,7 +47,6 @@ def _refuse_with(arguments: argparse.Namespace, names: tuple[str, ...], why: str
 def _continue_prompt(arguments: argparse.Namespace) -> int:
     from edge_demo.cli.answering import Answering
     from edge_demo.cli.terminal import Progress, note, show
-    from edge_demo.text.answer import Completion
 
     answering = Answering(arguments)
     prompt = _prompt_on_stdin() if arguments.prompt is None else arguments.prompt
@@ -55,24 +54,22 @@ def _continue_prompt(arguments: argparse.Namespace) -> int:
     cache = answering.cache
     if mark := generator.tokenizer.mark_in(prompt):
         note(f"The prompt holds {mark}, which is read as text, not as the token; see chat.")
-    completion = Completion(generator.tokenizer.encode(prompt))
-    pieces = generator.stream(
-        completion.prompt_ids,
+    stream = generator.stream(
+        generator.tokenizer.encode(prompt),
         answering.sampler,
         arguments.max_tokens,
-        completion,
         drafter,
         Progress("prompt token", vanishes=True),
         answering.stop,
         on_held=lambda held: cache.save_prompt(generator.engine, held),
     )
+    completion = stream.completion
     status = 0
-    generator.engine.check(completion.prompt_ids)
     cache.load(generator.engine)
     try:
-        for number, piece in enumerate(pieces):
+        for number, piece in enumerate(stream):
             if not arguments.json:
-                show(piece if number else prompt + piece)
+                show(piece.text if number else prompt + piece.text)
     except KeyboardInterrupt:
         status = INTERRUPTED
     except EdgeError:

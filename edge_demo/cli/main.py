@@ -30,7 +30,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv is None and huge_pages.of_use() and _runs_well_in_huge_pages(arguments):
             huge_pages.restart_with_huge_pages()
-        _heed_force(arguments)
         run: Callable[[argparse.Namespace], int] = arguments.run
         status = run(arguments)
         sys.stdout.flush()
@@ -72,13 +71,6 @@ def _runs_well_in_huge_pages(arguments: argparse.Namespace) -> bool:
     from edge_demo.engine.memory import is_short
 
     return not is_short(arguments.bundle)
-
-
-def _heed_force(arguments: argparse.Namespace) -> None:
-    if getattr(arguments, "force", False):
-        from edge_demo.engine.memory import FORCE
-
-        os.environ[FORCE] = "1"
 
 
 def _prepare_streams() -> None:

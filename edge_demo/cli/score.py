@@ -78,7 +78,7 @@ def _load_for_scoring(arguments: argparse.Namespace) -> tuple[Engine, Tokenizer]
     from edge_demo.text.tokenizer import Tokenizer
 
     bundle = Bundle.open(arguments.bundle)
-    return Engine(bundle, arguments.threads), Tokenizer(bundle)
+    return Engine(bundle, arguments.threads, force=arguments.force), Tokenizer(bundle)
 
 
 def _refuse_options(given: dict[str, int | None], belong_to: str) -> None:

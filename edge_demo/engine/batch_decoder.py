@@ -13,9 +13,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from edge_demo.engine.binding import Binding
 from edge_demo.engine.candidates import Candidates
 from edge_demo.engine.kv_cache import KVCache, Snapshot
-from edge_demo.engine.runner import Binding, CandidateEngine, Engine
+from edge_demo.engine.runner import CandidateEngine, Engine
 from edge_demo.errors import RequestError
 
 
@@ -36,7 +37,7 @@ class BatchDecoder:
         self._cache = KVCache(
             engine.graph, bundle.ropes, bundle.windows, bundle.context_length, count
         )
-        self._call: Binding | None = None
+        self._binding: Binding | None = None
         self.lengths = [0] * count
 
     def put(self, row: int, snapshot: Snapshot) -> None:
@@ -63,11 +64,12 @@ class BatchDecoder:
         if max(totals) > self._engine.context_length:
             raise RequestError(f"a text fills the context of {self._engine.context_length:,}")
         self._reserve(max(totals))
-        if self._call is None:
-            self._call = Binding(self._engine, 1, 1, self._cache)
+        if self._binding is None:
+            self._binding = self._engine.bind_rows(self._cache)
         # A row that is not asked for runs a token at position 0, which is nobody's.
         ids = [tokens.get(row, 0) for row in range(len(totals))]
-        found = self._call.step(ids, totals)
+        self._binding.fill(ids, totals, [0])
+        found = [array[:, 0] for array in self._binding.run()]
         for row in tokens:
             self.lengths[row] += 1
         if isinstance(self._engine, CandidateEngine):
@@ -76,4 +78,4 @@ class BatchDecoder:
 
     def _reserve(self, tokens: int) -> None:
         if self._cache.reserve(tokens):
-            self._call = None  # it is bound to buffers that are now replaced
+            self._binding = None  # it is bound to buffers that are now replaced

@@ -29,7 +29,6 @@ from edge_demo.engine.cache_size import cache_bytes
 from edge_demo.errors import BundleError, EdgeError
 from edge_demo.units import megabytes
 
-FORCE = "EDGE_DEMO_FORCE"  # set to anything: load even what seems not to fit
 CHUNKS = (256, 128, 64)  # tokens of a prompt run at once: as many as there is memory for
 FLOAT_CHUNK = 512  # the same in float32, which is chosen only where memory is plenty
 _CONTEXT = 1024  # tokens that must fit, or all of a shorter context
@@ -268,26 +267,28 @@ def fitting(
     return needed, short
 
 
-def check_fits(bundle: Bundle, graph: GraphSpec, texts: int = 1) -> tuple[int, bool]:
+def check_fits(
+    bundle: Bundle, graph: GraphSpec, texts: int = 1, force: bool = False
+) -> tuple[int, bool]:
     """How to run prompts on this device.
 
     Args:
         bundle: opened.
         graph: to run.
         texts: whose keys and values are held at once.
+        force: whether to run what seems not to fit.
 
     Returns:
         How many tokens to run at once, and whether in float32.
 
     Raises:
-        EdgeError: there is not enough memory for any number, and the environment does not have
-            `EDGE_DEMO_FORCE`.
+        EdgeError: there is not enough memory for any number.
     """
     try:
         needed, short = fitting(bundle, graph, texts)
     except BundleError:
         return CHUNKS[0], False  # onnxruntime will say what is wrong with it
-    if short is None or os.environ.get(FORCE):
+    if short is None or force:
         return needed.chunk, needed.in_float
     raise EdgeError(
         f"{bundle.name} ({bundle.recipe}) takes about {megabytes(getattr(needed, short.counts))} "

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
 from edge_demo.bundle.embedding import EmbeddingTable
 from edge_demo.bundle.manifest import GraphSpec, TensorSpec
 from edge_demo.bundle.reader import Bundle
 from edge_demo.engine import float_prompts, memory, prompt_chunks, sessions
+from edge_demo.engine.binding import Binding, present_name
 from edge_demo.engine.candidates import Candidates
 from edge_demo.engine.kv_cache import KVCache, Snapshot
 from edge_demo.engine.low_plane import LowPlane
 from edge_demo.engine.prompt_chunks import PromptRun
-from edge_demo.errors import BundleError, EdgeError, RequestError, brief
+from edge_demo.errors import BundleError, RequestError, brief
 
 OnProgress = Callable[[int, int], None]
 
@@ -38,7 +37,8 @@ class TokenRunner:
         outputs: what it returns beside the keys and values, which are updated in place.
         threads: for one operator; `None` lets onnxruntime take the physical cores.
         texts: whose keys and values memory must hold at once, this one's and those of
-        `BatchDecoder`.
+            `BatchDecoder`.
+        force: whether to run what seems not to fit into memory.
 
     Attributes:
         tokens: the ids whose keys and values are in the buffers.
@@ -56,13 +56,14 @@ class TokenRunner:
         outputs: Sequence[TensorSpec],
         threads: int | None = None,
         texts: int = 1,
+        force: bool = False,
     ) -> None:
         if threads is not None and not 1 <= threads <= _MOST_THREADS:
             raise RequestError(
                 f"threads must be 1 to {_MOST_THREADS:,}, not {brief(f'{threads:,}')}"
             )
         bundle.verify()
-        self._prefill_chunk, in_float = memory.check_fits(bundle, graph, texts)
+        self._prefill_chunk, in_float = memory.check_fits(bundle, graph, texts, force)
         self.bundle = bundle
         self.graph = graph
         self.tokens: list[int] = []
@@ -75,7 +76,7 @@ class TokenRunner:
             self._check_contract(self._prompts, bundle.engine)
         self._cache = KVCache(graph, bundle.ropes, bundle.windows, bundle.context_length)
         self._prompt_run = PromptRun()
-        self._calls: dict[int, Binding] = {}
+        self._bindings: dict[int, Binding] = {}
 
     def _check_contract(self, session: sessions.Session, graph: GraphSpec) -> None:
         for found, specs, bound in zip(
@@ -141,7 +142,7 @@ class TokenRunner:
             ]
             if prompt_run.in_float and len(piece) > 1:  # one alone is decoded, which is much faster
                 self._reserve(len(piece))
-                Binding(self, len(piece), 0, session=self._prompts).run(piece, range(0))
+                self._run_bound(self._bind(len(piece), 0, self._prompts), piece, range(0))
             else:  # the graph of candidates takes no piece of which no row is wanted
                 self._run(piece, range(len(piece) - 1, len(piece)))
             if end == prompt_run.length:
@@ -167,9 +168,9 @@ class TokenRunner:
         """Run a few tokens in a binding that is kept; one row of outputs for each."""
         self.check_prompt(ids)
         self._reserve(len(ids))
-        if len(ids) not in self._calls:
-            self._calls[len(ids)] = Binding(self, len(ids), len(ids))
-        return self._calls[len(ids)].run(ids, range(len(ids)))
+        if len(ids) not in self._bindings:
+            self._bindings[len(ids)] = self._bind(len(ids), len(ids))
+        return self._run_bound(self._bindings[len(ids)], ids, range(len(ids)))
 
     def retractable(self, count: int) -> int:
         """How many tokens, at most `count`, can follow one more and be taken back afterwards."""
@@ -265,12 +266,42 @@ class TokenRunner:
         self._recover()
         needed = len(self.tokens) + more
         if needed > self._cache.capacity:
-            self._calls.clear()  # they are bound to buffers that are now replaced
+            self._bindings.clear()  # they are bound to buffers that are now replaced
             self._cache.reserve(needed)
 
     def _run(self, ids: Sequence[int], positions: range) -> list[np.ndarray]:
         self._reserve(len(ids))
-        return Binding(self, len(ids), len(positions)).run(ids, positions)
+        return self._run_bound(self._bind(len(ids), len(positions)), ids, positions)
+
+    def _bind(
+        self, length: int, num_logits: int, session: sessions.Session | None = None
+    ) -> Binding:
+        cache = self._cache
+        return Binding(
+            session or self._session,
+            self._embedding,
+            cache.buffers,
+            cache.tables,
+            length,
+            num_logits,
+        )
+
+    def _run_bound(
+        self, binding: Binding, ids: Sequence[int], positions: Sequence[int]
+    ) -> list[np.ndarray]:
+        """Add tokens to the text; the outputs have a row for each position."""
+        total = len(self.tokens) + len(ids)
+        binding.fill(ids, [total], positions)
+        self._cache.reached = total  # what an interrupted run has written is known by it
+        outputs = binding.run()
+        self.tokens.extend(ids)
+        return [array[0] for array in outputs]
+
+    def bind_rows(self, cache: KVCache) -> Binding:
+        """The same graph over another cache: one token for each of its texts."""
+        return Binding(
+            self._session, self._embedding, cache.buffers, cache.tables, 1, 1, cache.batch
+        )
 
 
 class Engine(TokenRunner):
@@ -287,8 +318,11 @@ class Engine(TokenRunner):
         RequestError: `threads` is out of range.
     """
 
-    def __init__(self, bundle: Bundle, threads: int | None = None, texts: int = 1) -> None:
-        super().__init__(bundle, bundle.engine, [sessions.all_logits(bundle)], threads, texts)
+    def __init__(
+        self, bundle: Bundle, threads: int | None = None, texts: int = 1, force: bool = False
+    ) -> None:
+        outputs = [sessions.all_logits(bundle)]
+        super().__init__(bundle, bundle.engine, outputs, threads, texts, force)
 
     def prefill(self, ids: Sequence[int], on_progress: OnProgress | None = None) -> np.ndarray:
         """Add tokens after those it holds, the last one alone; see
@@ -344,11 +378,13 @@ class CandidateEngine(TokenRunner):
         RequestError: `threads` is out of range.
     """
 
-    def __init__(self, bundle: Bundle, threads: int | None = None, texts: int = 1) -> None:
+    def __init__(
+        self, bundle: Bundle, threads: int | None = None, texts: int = 1, force: bool = False
+    ) -> None:
         graph = bundle.candidates
         if graph is None:
             raise BundleError(f"the bundle {bundle.path} has no graph that returns candidates")
-        super().__init__(bundle, graph, sessions.candidates(bundle), threads, texts)
+        super().__init__(bundle, graph, sessions.candidates(bundle), threads, texts, force)
         self._low_plane = LowPlane.of(bundle)
 
     def prefill(self, ids: Sequence[int], on_progress: OnProgress | None = None) -> Candidates:
@@ -422,92 +458,5 @@ def _bound_tensors(
         TensorSpec("total_sequence_length", "int32", ()),
         TensorSpec("logit_positions", "int64", ("num_logits",)),
     ]
-    present = [dataclasses.replace(s, name=_present(s.name)) for s in past]
+    present = [dataclasses.replace(s, name=present_name(s.name)) for s in past]
     return [*inputs, *tables, *past], [*outputs, *present]
-
-
-def _present(past: str) -> str:
-    return past.replace("past_key_values.", "present.")
-
-
-class Binding:
-    """One binding of the session to buffers for `length` tokens and `num_logits` output rows."""
-
-    def __init__(
-        self,
-        engine: TokenRunner,
-        length: int,
-        num_logits: int,
-        cache: KVCache | None = None,
-        session: sessions.Session | None = None,
-    ) -> None:
-        cache = engine._cache if cache is None else cache
-        session = engine._session if session is None else session
-        self._engine = engine
-        self._session = session.run
-        batch = cache.batch
-        width = engine.bundle.embedding.width
-        self._inputs_embeds = np.zeros((batch, length, width), np.float32)
-        self._seqlens_k = np.zeros(batch, np.int32)
-        self._total = np.zeros((), np.int32)
-        self._positions = np.zeros(num_logits, np.int64)
-        self._outputs = [
-            np.empty(
-                (batch, num_logits, *(d for d in spec.shape if isinstance(d, int))), spec.dtype
-            )
-            for spec in session.outputs
-        ]
-        self._binding = self._session.io_binding()
-        inputs: dict[str, np.ndarray] = {
-            "inputs_embeds": self._inputs_embeds,
-            "seqlens_k": self._seqlens_k,
-            "total_sequence_length": self._total,
-            "logit_positions": self._positions,
-            **cache.tables,
-        }
-        # An OrtValue on the CPU shares the array's memory: what is written there is what is read.
-        self._values: list[Any] = []
-        for name, array in inputs.items():
-            self._binding.bind_ortvalue_input(name, self._share(array))
-        for name, array in cache.buffers.items():
-            value = self._share(array)
-            self._binding.bind_ortvalue_input(name, value)
-            self._binding.bind_ortvalue_output(_present(name), value)
-        for spec, array in zip(session.outputs, self._outputs, strict=True):
-            self._binding.bind_ortvalue_output(spec.name, self._share(array))
-
-    def _share(self, array: np.ndarray) -> Any:
-        value = ort.OrtValue.ortvalue_from_numpy(array)
-        self._values.append(value)
-        return value
-
-    def run(self, ids: Sequence[int], positions: range) -> list[np.ndarray]:
-        """Add tokens to the one text that the engine holds."""
-        tokens = self._engine.tokens
-        total = len(tokens) + len(ids)
-        self._inputs_embeds[0] = self._engine._embedding.rows(ids)
-        self._seqlens_k[0] = total - 1
-        self._total[...] = total
-        self._positions[:] = positions
-        self._engine._cache.reached = total
-        self._run_session()
-        tokens.extend(ids)
-        return [array[0] for array in self._outputs]
-
-    def step(self, tokens: Sequence[int], totals: Sequence[int]) -> list[np.ndarray]:
-        """Add a token to each of a batch of texts, which then have `totals` tokens.
-
-        Raises:
-            RequestError: an id is outside the vocabulary; nothing was run.
-        """
-        self._inputs_embeds[:, 0] = self._engine._embedding.rows(tokens)
-        self._seqlens_k[:] = np.array(totals) - 1
-        self._total[...] = max(totals)
-        self._run_session()
-        return [array[:, 0] for array in self._outputs]
-
-    def _run_session(self) -> None:
-        try:
-            self._session.run_with_iobinding(self._binding)
-        except Exception as error:  # onnxruntime's errors share no base class of their own
-            raise EdgeError(f"onnxruntime could not run the model: {error}") from error

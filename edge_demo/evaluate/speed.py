@@ -97,6 +97,7 @@ def run_tests(
     threads: Sequence[int | None] = (None,),
     repeats: int = 5,
     progress: Callable[[int, int], None] | None = None,
+    force: bool = False,
 ) -> BenchReport:
     """Load the bundle once for each number of threads and time each test.
 
@@ -106,6 +107,7 @@ def run_tests(
         threads: for one operator; `None` is the physical cores.
         repeats: of each test.
         progress: called with (runs done, all of them).
+        force: as of `Engine`.
 
     Raises:
         RequestError: there are no tests, or one does not fit the context.
@@ -117,7 +119,7 @@ def run_tests(
     runs, done = len(threads) * len(tests) * repeats, 0
     timings, loads, temperatures = [], [], [hardware.celsius()]
     for number in threads:
-        runner = _Runner(bundle, number)
+        runner = _Runner(bundle, number, force)
         loads.append(runner.load_s)
         for test in tests:
             timed = runner.prefill_s if test.kind == "pp" else runner.decode_s
@@ -151,10 +153,11 @@ def _check_fits(bundle: Bundle, before: int, tokens: int) -> None:
 class _Runner:
     """An engine that has run once, so that its weights are in memory, and random tokens for it."""
 
-    def __init__(self, bundle: Bundle, threads: int | None) -> None:
+    def __init__(self, bundle: Bundle, threads: int | None, force: bool) -> None:
         start = time.perf_counter()
         self._sampler = Sampler()
-        self._engine: Engine | CandidateEngine = engine_for(bundle, self._sampler, threads)
+        engine = engine_for(bundle, self._sampler, threads, force=force)
+        self._engine: Engine | CandidateEngine = engine
         self.load_s = time.perf_counter() - start
         random = np.random.default_rng(0)
         self._text: list[int] = random.integers(

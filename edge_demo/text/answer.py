@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from edge_demo.engine.candidates import Candidates, below
 from edge_demo.text.sampling import Sampler
 from edge_demo.text.stop_texts import StopTexts
-from edge_demo.text.tokenizer import TextStream, Tokenizer
+from edge_demo.text.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length", "context", "interrupted"]
+
+
+class TextPiece(NamedTuple):
+    """What one token adds to an answer.
+
+    Attributes:
+        text: that has become certain; it may be empty.
+        id: of the token; `None` of the rest that comes after the last one.
+    """
+
+    text: str
+    id: int | None
 
 
 @dataclasses.dataclass
@@ -81,7 +93,7 @@ class Writer:
         self._context = context
         self._ends = frozenset(tokenizer.spec.stop)
         self._penalized = [i for i in completion.prompt_ids if i not in self._ends]
-        self._stream = TextStream(tokenizer)
+        self._stream = tokenizer.stream()
         self._stop = StopTexts(stop)
 
     def add(self, logits: np.ndarray | Candidates) -> str | None:

@@ -53,6 +53,7 @@ class BatchRunner:
         items: all prompts of the file, whether they are to be answered or not.
         rows: how many are decoded at once, one of `SIZES`.
         threads: for one operator; `None` lets onnxruntime take the physical cores.
+        force: whether to run what seems not to fit into memory.
 
     Attributes:
         shared: the tokens that all prompts begin with, which are run once.
@@ -70,6 +71,7 @@ class BatchRunner:
         items: Sequence[Item],
         rows: int = 4,
         threads: int | None = None,
+        force: bool = False,
     ) -> None:
         if rows not in SIZES:
             sizes = ", ".join(map(str, SIZES))
@@ -77,7 +79,7 @@ class BatchRunner:
         self._tokenizer = tokenizer
         rows = min(rows, next((size for size in SIZES if size >= len(items)), rows))
         few = all(candidates_suffice(bundle, item.sampler(), tokenizer) for item in items)
-        self._engine = (CandidateEngine if few else Engine)(bundle, threads, texts=1 + rows)
+        self._engine = (CandidateEngine if few else Engine)(bundle, threads, 1 + rows, force)
         self._rows = BatchDecoder(self._engine, rows)
         self.shared = _beginning_of_all(tokenizer, items, bundle.context_length)
         self._beginning: Snapshot | None = None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections import abc
 from collections.abc import Callable, Iterator, Sequence
 
 from edge_demo.bundle.reader import Bundle
 from edge_demo.engine.runner import CandidateEngine, Engine, OnProgress, common_prefix
 from edge_demo.errors import RequestError
-from edge_demo.text.answer import Completion, Writer
+from edge_demo.text.answer import Completion, TextPiece, Writer
 from edge_demo.text.sampling import Sampler
 from edge_demo.text.speculate import Drafter, Speculator
 from edge_demo.text.stop_texts import check_stop_texts
@@ -20,6 +21,7 @@ def engine_for(
     sampler: Sampler,
     threads: int | None = None,
     tokenizer: Tokenizer | None = None,
+    force: bool = False,
 ) -> Engine | CandidateEngine:
     """The engine that does least for a sampler; errors as `Engine`.
 
@@ -28,9 +30,10 @@ def engine_for(
         sampler: that will choose.
         threads: as of `Engine`.
         tokenizer: of the same bundle, where ids without a piece are not to be chosen.
+        force: as of `Engine`.
     """
     few = candidates_suffice(bundle, sampler, tokenizer)
-    return (CandidateEngine if few else Engine)(bundle, threads)
+    return (CandidateEngine if few else Engine)(bundle, threads, force=force)
 
 
 def candidates_suffice(
@@ -40,6 +43,27 @@ def candidates_suffice(
     pieces = bundle.vocabulary_size if tokenizer is None else tokenizer.num_pieces
     without = bundle.vocabulary_size - pieces  # all of which may be likelier
     return 0 < sampler.effective_top_k <= bundle.num_candidates - without
+
+
+class CompletionStream(Iterator[TextPiece]):
+    """An answer that comes piece by piece.
+
+    Attributes:
+        completion: what has come so far, with why it ended and how long it took.
+    """
+
+    def __init__(
+        self, completion: Completion, pieces: abc.Generator[TextPiece, None, None]
+    ) -> None:
+        self.completion = completion
+        self._pieces = pieces
+
+    def __next__(self) -> TextPiece:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Give the answer up; the engine can be used again."""
+        self._pieces.close()
 
 
 class Generator:
@@ -92,20 +116,18 @@ class Generator:
         prompt_ids: Sequence[int],
         sampler: Sampler,
         max_tokens: int,
-        completion: Completion | None = None,
         drafter: Drafter | None = None,
         on_prefill: OnProgress | None = None,
         stop: Sequence[str] = (),
         on_held: Callable[[Completion], None] | None = None,
         goes_on: bool = False,
-    ) -> Iterator[str]:
-        """Yield the answer's text as it comes; pieces may be empty.
+    ) -> CompletionStream:
+        """Begin an answer; its text comes as the stream is iterated.
 
         Args:
             prompt_ids: to continue; at least one.
             sampler: chooses each token.
             max_tokens: the most to generate.
-            completion: filled in while the text is yielded.
             drafter: guesses tokens ahead; the text is the same up to rounding, and comes faster
                 if it guesses well; see `edge_demo.text.speculate`.
             on_prefill: called after each chunk of the prompt with (tokens run, all of them).
@@ -119,7 +141,7 @@ class Generator:
         Raises:
             RequestError: the prompt is empty or does not fit the context, or `stop` is as
                 `check_stop_texts` refuses it.
-            NotFiniteError: the model's logits are NaN or infinite.
+            NotFiniteError: the model's logits are NaN or infinite, while the stream is iterated.
         """
         if max_tokens < 1:
             raise RequestError(
@@ -127,9 +149,24 @@ class Generator:
             )
         stop = check_stop_texts(stop)
         self.engine.check(prompt_ids)
-        out = completion or Completion(list(prompt_ids))
+        completion = Completion(list(prompt_ids))
+        context = self.engine.context_length
+        writer = Writer(completion, self.tokenizer, sampler, max_tokens, context, stop)
+        pieces = self._pieces(completion, writer, drafter, on_prefill, on_held, goes_on)
+        return CompletionStream(completion, pieces)
+
+    def _pieces(
+        self,
+        out: Completion,
+        writer: Writer,
+        drafter: Drafter | None,
+        on_prefill: OnProgress | None,
+        on_held: Callable[[Completion], None] | None,
+        goes_on: bool,
+    ) -> abc.Generator[TextPiece, None, None]:
+        prompt_ids = out.prompt_ids
         start = time.perf_counter()
-        out.reused_tokens = self._run_before_last(list(prompt_ids), goes_on, on_prefill)
+        out.reused_tokens = self._run_before_last(prompt_ids, goes_on, on_prefill)
         if on_held is not None:
             on_held(out)
         logits = self.engine.decode(prompt_ids[-1])
@@ -137,8 +174,6 @@ class Generator:
             computed = len(prompt_ids) - out.reused_tokens
             on_prefill(computed, computed)
         since = start
-        context = self.engine.context_length
-        writer = Writer(out, self.tokenizer, sampler, max_tokens, context, stop)
         ahead = Speculator(self.engine, drafter, prompt_ids)
         try:
             while True:
@@ -150,7 +185,7 @@ class Generator:
                     break
                 if len(out.ids) > 1:
                     out.decode_s += now - since
-                yield piece
+                yield TextPiece(piece, out.ids[-1])
                 since = time.perf_counter()  # what a reader does with a piece is its own time
                 if out.finish_reason != "interrupted":
                     break
@@ -159,7 +194,7 @@ class Generator:
             self._turn = len(prompt_ids), len(prompt_ids) + max(0, len(out.ids) - 1)
         finally:
             ahead.settle()
-        yield writer.finish()
+        yield TextPiece(writer.finish(), None)
 
     def generate(
         self,
@@ -170,7 +205,7 @@ class Generator:
         stop: Sequence[str] = (),
     ) -> Completion:
         """The whole answer at once; arguments and errors as `stream`."""
-        completion = Completion(list(prompt_ids))
-        for _ in self.stream(prompt_ids, sampler, max_tokens, completion, drafter, stop=stop):
+        stream = self.stream(prompt_ids, sampler, max_tokens, drafter, stop=stop)
+        for _ in stream:
             pass
-        return completion
+        return stream.completion

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,19 +10,9 @@ import sentencepiece
 
 from edge_demo.bundle.manifest import ChatTemplate
 from edge_demo.bundle.reader import Bundle
+from edge_demo.detokenizer import Detokenizer, piece_of
 from edge_demo.errors import BundleError
-
-_SPACE = "\u2581"
-_BLANK_LINE = "\n\n"
-
-
-def _one_mark_a_byte(error: UnicodeError) -> tuple[str, int]:
-    """U+FFFD for every byte that is no UTF-8, as SentencePiece decodes them."""
-    assert isinstance(error, UnicodeDecodeError)
-    return "\ufffd", error.start + 1
-
-
-codecs.register_error("edge_demo.one_mark_a_byte", _one_mark_a_byte)
+from edge_demo.turns import BLANK_LINE, beginning, stretches
 
 
 def _clean(text: str) -> str:
@@ -124,11 +113,9 @@ class Tokenizer:
             BundleError: the bundle is not instruction-tuned.
         """
         chat = self._chat()
-        ids, before = self._beginning(system)
-        for who, text in turns:
-            role = chat.model if who == "model" else chat.user
-            ids += self._turn(role, before + (text.strip() if chat.strip else text))
-            before = ""
+        ids = [self.spec.bos]
+        for stretch in stretches(chat, turns, system):
+            ids += self._turn(stretch)
         return [*ids, chat.start_of_turn, *self.encode(f"{chat.model}\n", bos=False)]
 
     def encode_system(self, system: str) -> list[int]:
@@ -138,27 +125,20 @@ class Tokenizer:
             BundleError: the bundle is not instruction-tuned.
         """
         chat = self._chat()
-        ids, before = self._beginning(system)
+        whole, before = beginning(chat, system)
+        ids = [self.spec.bos]
+        for stretch in whole:
+            ids += self._turn(stretch)
         if before:
             # Without the blank line, which may be one token with what comes after it.
-            stretch = f"{chat.user}\n{before.removesuffix(_BLANK_LINE)}"
+            stretch = f"{chat.user}\n{before.removesuffix(BLANK_LINE)}"
             ids += [chat.start_of_turn, *self.encode(stretch, bos=False)]
         return ids
 
-    def _beginning(self, system: str) -> tuple[list[int], str]:
-        """The ids before the first message, and what stands in front of its text."""
+    def _turn(self, stretch: str) -> list[int]:
         chat = self._chat()
-        system = system or chat.default_system
-        ids = [self.spec.bos]
-        if not system or chat.system is None:
-            return ids, f"{system}{_BLANK_LINE}" if system else ""
-        return ids + self._turn(chat.system, system.strip() if chat.strip else system), ""
-
-    def _turn(self, role: str, text: str) -> list[int]:
-        chat = self._chat()
-        # The role and the text are one stretch, as one string would be tokenized.
-        stretch = self.encode(f"{role}\n{text}", bos=False)
-        return [chat.start_of_turn, *stretch, chat.end_of_turn, *self.encode("\n", bos=False)]
+        ids = self.encode(stretch, bos=False)
+        return [chat.start_of_turn, *ids, chat.end_of_turn, *self.encode("\n", bos=False)]
 
     def _chat(self) -> ChatTemplate:
         if self.spec.chat is None:
@@ -167,42 +147,14 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids; control tokens are empty."""
-        stream = TextStream(self)
+        stream = self.stream()
         return "".join(stream.push(i) for i in ids) + stream.flush()
+
+    def stream(self) -> Detokenizer:
+        """Turns ids into text as they come."""
+        return Detokenizer(self._model)
 
     def piece(self, token: int) -> str | bytes:
         """One token: its text, its byte for a byte piece, or `""` for a control token and for what
         no piece stands for."""
-        model = self._model
-        if token >= model.vocab_size() or model.is_control(token) or model.is_unused(token):
-            return ""
-        if self._model.is_byte(token):
-            return bytes([int(self._model.id_to_piece(token)[1:-1], 16)])
-        if self._model.is_unknown(token):
-            return "\u2047"
-        return self._model.id_to_piece(token).replace(_SPACE, " ")
-
-
-class TextStream:
-    """Turns ids into text as they come; a character is given out when all its bytes are there.
-
-    Args:
-        tokenizer: whose ids they are.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")("edge_demo.one_mark_a_byte")
-
-    def push(self, token: int) -> str:
-        """The text that this token completes; may be empty."""
-        piece = self.tokenizer.piece(token)
-        if isinstance(piece, bytes):
-            return self._decoder.decode(piece)
-        return self.flush() + piece
-
-    def flush(self) -> str:
-        """What is left when no more comes: U+FFFD for each byte of an unfinished character."""
-        text = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return text
+        return piece_of(self._model, token)

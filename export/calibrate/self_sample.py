@@ -17,6 +17,8 @@ import onnxruntime as ort
 
 from edge_demo.bundle.embedding import EmbeddingTable
 from edge_demo.bundle.manifest import RopeSpec
+from edge_demo.engine.binding import Binding
+from edge_demo.engine.sessions import Session
 from export.formats.formats import plan_bytes
 from export.formats.recipes import INT8, table_format
 from export.graph.contract import WEIGHTS_FILE, candidates_contract, ropes
@@ -62,7 +64,9 @@ def self_sample(
             store_weights(config, weights, plan, file, lambda done, total: None)
         graph = build_graph(config, plan, file, contract, shape[1])
         ir.save(graph, own / contract.file)
-        session = ort.InferenceSession(str(own / contract.file), providers=["CPUExecutionProvider"])
+        run = ort.InferenceSession(str(own / contract.file), providers=["CPUExecutionProvider"])
+        outputs = [spec for spec in contract.outputs if spec.name.startswith("candidate_")]
+        session = Session(run, tuple(outputs))
         table = EmbeddingTable(file.path, embedding_spec(config, plan, file))
     return _sample(session, table, list(ropes(config).values()), bos, shape, seed, on_progress)
 
@@ -74,7 +78,7 @@ def memory_needed(config: GemmaConfig) -> int:
 
 
 def _sample(
-    session: ort.InferenceSession,
+    session: Session,
     embedding: EmbeddingTable,
     tables: list[RopeSpec],
     bos: int,
@@ -85,42 +89,23 @@ def _sample(
     rows, length = shape
     random = np.random.default_rng(seed)
     ids = np.full(shape, bos, np.int32)
-    feed: dict[str, np.ndarray] = {"logit_positions": np.zeros(1, np.int64)}
+    rotary: dict[str, np.ndarray] = {}
     for rope in tables:
         frequencies = rope.theta ** (-np.arange(rope.dims) / rope.dims) / rope.scale
         angles = np.arange(length)[:, None] * frequencies
-        feed[f"{rope.name}.cos"] = np.cos(angles).astype(np.float32)
-        feed[f"{rope.name}.sin"] = np.sin(angles).astype(np.float32)
-    binding = session.io_binding()
-    kept = []  # an OrtValue shares the memory of its array
-    for spec in session.get_inputs():
-        if spec.name.startswith("past_key_values."):
-            _, heads, _, head_dim = spec.shape
-            buffer = np.zeros((rows, heads, length, head_dim), np.float32)
-            value = ort.OrtValue.ortvalue_from_numpy(buffer)
-            kept += [buffer, value]
-            binding.bind_ortvalue_input(spec.name, value)
-            binding.bind_ortvalue_output(spec.name.replace("past_key_values", "present"), value)
-    found: dict[str, np.ndarray] = {}
-    for spec in session.get_outputs():
-        if spec.name.startswith("candidate_"):
-            dtype = np.int64 if spec.name == "candidate_ids" else np.float32
-            found[spec.name] = np.empty((rows, 1, spec.shape[-1]), dtype)
-            value = ort.OrtValue.ortvalue_from_numpy(found[spec.name])
-            kept.append(value)
-            binding.bind_ortvalue_output(spec.name, value)
+        rotary[f"{rope.name}.cos"] = np.cos(angles).astype(np.float32)
+        rotary[f"{rope.name}.sin"] = np.sin(angles).astype(np.float32)
+    buffers = {
+        spec.name: np.zeros((rows, spec.shape[1], length, spec.shape[3]), np.float32)
+        for spec in session.run.get_inputs()
+        if spec.name.startswith("past_key_values.")
+    }
+    binding = Binding(session, embedding, buffers, rotary, 1, 1, rows)
     for position in range(length - 1):
-        feed |= {
-            "inputs_embeds": embedding.rows(ids[:, position].tolist())[:, None],
-            "seqlens_k": np.full(rows, position, np.int32),
-            "total_sequence_length": np.array(position + 1, np.int32),
-        }
-        for name, array in feed.items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(array))
-        session.run_with_iobinding(binding)
+        binding.fill(ids[:, position].tolist(), [position + 1] * rows, [0])
+        candidates, logits = (array[:, 0] for array in binding.run())
         # Gumbel noise on the logits draws from their softmax.
-        logits = found["candidate_logits"][:, 0]
         drawn = (logits + random.gumbel(size=logits.shape)).argmax(axis=-1)
-        ids[:, position + 1] = found["candidate_ids"][np.arange(rows), 0, drawn]
+        ids[:, position + 1] = candidates[np.arange(rows), drawn]
         on_progress(position + 2, length)
     return ids

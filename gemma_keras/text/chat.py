@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
+from edge_demo.turns import stretches
 from gemma_keras.text.stream import encode, processor
 
 
@@ -50,22 +51,17 @@ class TurnTemplate:
                 raise ValueError(
                     f"a message needs a role and a content that is text, found {turn!r}"
                 )
-        system = self.default_system
+        system = ""
         if turns and turns[0].get("role") == "system":
-            system = self._text(turns.pop(0)["content"])
+            system = turns.pop(0)["content"]
         expected = ["user", "model"] * (len(turns) // 2) + ["user"]
         if [_ROLES.get(turn.get("role", "")) for turn in turns] != expected:
             found = ", ".join(str(message.get("role")) for message in messages)
             raise ValueError(
                 f"user and model must speak in turn, the user first and last; found {found}"
             )
-        before = f"{system}\n\n" if system and self.system is None else ""
-        stretches = [f"{self.system}\n{system}"] if system and self.system is not None else []
-        for role, turn in zip(expected, turns, strict=True):
-            name = self.user if role == "user" else self.model
-            stretches.append(f"{name}\n{before}{self._text(turn['content'])}")
-            before = ""
-        return stretches
+        said = [turn["content"] for turn in turns]
+        return stretches(self, zip(expected, said, strict=True), system)
 
     def text(self, messages: Sequence[Mapping[str, str]], beginning: str) -> str:
         """A conversation as text, ready for the model's next turn, after `beginning`."""
@@ -74,9 +70,6 @@ class TurnTemplate:
             for stretch in self.stretches(messages)
         ]
         return beginning + "".join(turns) + f"{self.start_of_turn}{self.model}\n"
-
-    def _text(self, content: str) -> str:
-        return content.strip() if self.strip else content
 
 
 GEMMA_TURNS = TurnTemplate()

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import codecs
 import functools
 from collections.abc import Iterable, Iterator
 
 import sentencepiece
 
-_SPACE = "\u2581"
-_UNKNOWN = "\u2047"  # as SentencePiece decodes it, less the spaces around it
-
-
-def _one_mark_a_byte(error: UnicodeError) -> tuple[str, int]:
-    assert isinstance(error, UnicodeDecodeError)
-    return "\ufffd", error.start + 1
-
-
-codecs.register_error("gemma_keras.one_mark_a_byte", _one_mark_a_byte)
+from edge_demo.detokenizer import Detokenizer
 
 
 @functools.lru_cache(maxsize=4)
@@ -37,18 +27,9 @@ def decode_stream(proto: bytes, ids: Iterable[int]) -> Iterator[str]:
     Control tokens have no text; each byte of what is no character becomes U+FFFD, as in
     SentencePiece's own decoding.
     """
-    model = processor(proto)
-    decoder = codecs.getincrementaldecoder("utf-8")("gemma_keras.one_mark_a_byte")
+    stream = Detokenizer(processor(proto))
     for token in ids:
-        if model.is_control(token):
-            continue
-        if model.is_byte(token):
-            text = decoder.decode(bytes([int(model.id_to_piece(token)[1:-1], 16)]))
-        else:
-            piece = _UNKNOWN if model.is_unknown(token) else model.id_to_piece(token)
-            text = decoder.decode(b"", final=True) + piece.replace(_SPACE, " ")
-            decoder.reset()
-        if text:
+        if text := stream.push(token):
             yield text
-    if rest := decoder.decode(b"", final=True):
+    if rest := stream.flush():
         yield rest

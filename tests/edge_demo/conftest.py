@@ -21,7 +21,8 @@ import pytest
 from edge_demo.bundle.reader import Bundle
 from edge_demo.cli.main import main
 from edge_demo.engine import cache_size, memory, prompt_chunks
-from edge_demo.engine.runner import Binding, Engine
+from edge_demo.engine.binding import Binding
+from edge_demo.engine.runner import Engine
 from edge_demo.text.generator import Generator
 from edge_demo.text.tokenizer import Tokenizer
 from tests.edge_demo.bundle_files import copy_bundle
@@ -104,14 +105,14 @@ def short_boundaries(step: int, slack: int, chunk: int) -> Iterator[None]:
 @contextlib.contextmanager
 def interrupted_runs() -> Iterator[None]:
     """Ctrl-C, which is noticed when onnxruntime returns: the buffers have the new tokens already."""
-    run = Binding._run_session
+    run = Binding.run
 
-    def interrupted(call: Binding) -> None:
-        run(call)
+    def interrupted(binding: Binding) -> None:
+        run(binding)
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Binding, "_run_session", interrupted)
+        patch.setattr(Binding, "run", interrupted)
         yield
 
 

@@ -13,7 +13,7 @@ from edge_demo.engine.cache_size import SLACK
 from edge_demo.engine.candidates import Candidates
 from edge_demo.engine.prompt_chunks import UNIT, PromptRun, end_of_piece
 from edge_demo.engine.runner import CandidateEngine, Engine
-from edge_demo.text.generator import Completion, Generator
+from edge_demo.text.generator import Generator
 from edge_demo.text.prompt_cache import PromptCache
 from edge_demo.text.sampling import Sampler
 from edge_demo.text.tokenizer import Tokenizer
@@ -72,11 +72,11 @@ def text(length: int, *seed: int) -> list[int]:
 def answer(generator, prompt, count=4, seed=0, **options):
     """The logits before each token of an answer, to the bit, and how it was come by."""
     script = Script(*text(count, seed, 7))
-    completion = Completion(list(prompt))
-    for _ in generator.stream(prompt, script, count, completion, **options):
+    stream = generator.stream(prompt, script, count, **options)
+    for _ in stream:
         pass
     assert len(script.logits) == count
-    return script.logits, completion
+    return script.logits, stream.completion
 
 
 def alone(fresh, prompt, count=4, seed=0):

@@ -190,7 +190,7 @@ def test_it_is_left_where_memory_would_not_hold_the_weights_twice(tiny_bundles, 
         (more.resident + more.read_again - 1, (memory.CHUNKS[0], False)),
     ):
         room = MemoryLimit("here", "resident", free)
-        monkeypatch.setattr(memory, "rooms", lambda room=room: [room])
+        monkeypatch.setattr(memory, "memory_limits", lambda room=room: [room])
         monkeypatch.setattr(memory, "read_sizes", lambda text: {})
         assert memory.check_fits(bundle, bundle.engine) == expected
 
@@ -200,7 +200,7 @@ def test_what_other_models_hold_is_no_room_for_it(tiny_bundles, monkeypatch):
     bundle = Bundle.open(tiny_bundles / "gemma3-int8")
     more = memory.estimate(bundle, bundle.engine, in_float=True)
     monkeypatch.setattr(memory, "read_sizes", lambda text: {"RssAnon": 10**12})
-    monkeypatch.setattr(memory, "rooms", lambda: [MemoryLimit("here", "resident", free)])
+    monkeypatch.setattr(memory, "memory_limits", lambda: [MemoryLimit("here", "resident", free)])
     free = more.resident + more.read_again - more.process - memory._LIBRARIES
     assert memory.check_fits(bundle, bundle.engine)[1]
     free -= 1
@@ -217,7 +217,7 @@ def test_a_graph_that_cannot_be_read_does_not_undo_what_memory_allows(
         damage()
         assert memory.check_fits(bundle, bundle.candidates) == (memory.CHUNKS[0], False)
         with monkeypatch.context() as patch:
-            patch.setattr(memory, "rooms", lambda: [MemoryLimit("here", "resident", 10**6)])
+            patch.setattr(memory, "memory_limits", lambda: [MemoryLimit("here", "resident", 10**6)])
             patch.setattr(memory, "read_sizes", lambda text: {})
             with pytest.raises(EdgeError, match="1 MB can be had here"):
                 memory.check_fits(bundle, bundle.candidates)

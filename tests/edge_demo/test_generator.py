@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from edge_demo.bundle.reader import Bundle
 from edge_demo.engine.runner import Engine
 from edge_demo.errors import RequestError
-from edge_demo.text.generator import Completion, Generator
+from edge_demo.text.generator import Generator
 from edge_demo.text.sampling import Sampler
 from tests.edge_demo.conftest import generator, short_boundaries
 from tests.edge_demo.make_bundles import SHORT_CONTEXT
@@ -74,9 +74,11 @@ def test_greedy_continuation_is_that_of_the_plain_loop(tiny, length):
 
 
 def test_streamed_pieces_join_to_the_text(tiny):
-    completion = Completion(text(7))
-    pieces = list(tiny.stream(completion.prompt_ids, Sampler(1.0, seed=3), 40, completion))
-    assert "".join(pieces) == completion.text == tiny.tokenizer.decode(completion.ids)
+    stream = tiny.stream(text(7), Sampler(1.0, seed=3), 40)
+    pieces, completion = list(stream), stream.completion
+    whole = "".join(piece.text for piece in pieces)
+    assert whole == completion.text == tiny.tokenizer.decode(completion.ids)
+    assert [piece.id for piece in pieces] == [*completion.ids, None]
     assert len(completion.ids) > 20
 
 
@@ -88,7 +90,8 @@ def test_a_seed_repeats_a_text_on_a_used_engine(tiny):
 def test_a_split_character_comes_out_whole_and_an_unfinished_one_marked(tiny):
     emoji = [FIRST_BYTE + b for b in "😀".encode()]
     script = Script(*emoji, *emoji[:2])
-    assert list(tiny.stream([BOS], script, 6)) == ["", "", "", "😀", "", "", "\ufffd\ufffd"]
+    shown = [piece.text for piece in tiny.stream([BOS], script, 6)]
+    assert shown == ["", "", "", "😀", "", "", "\ufffd\ufffd"]
 
 
 # --- how it ends ---------------------------------------------------------------------------------
@@ -190,8 +193,9 @@ def test_the_second_turn_of_a_conversation_computes_only_what_is_new(tiny, tiny_
     used = Generator(engine, tiny.tokenizer)
     first = used.generate(text(20), GREEDY, 10)
     longer = [*first.prompt_ids, *first.ids, 9, 8, 7]
-    second = Completion(longer)
-    list(used.stream(longer, GREEDY, 5, second, goes_on=True))
+    stream = used.stream(longer, GREEDY, 5, goes_on=True)
+    assert len(list(stream)) == 6
+    second = stream.completion
     # The last token of the first answer was never run.
     assert second.reused_tokens == 29
     assert engine.computed == longer[29:-1]  # and then the last one
@@ -207,8 +211,8 @@ def test_the_same_prompt_again_computes_one_token(tiny):
 @pytest.mark.parametrize("pieces", [0, 1, 5])
 def test_a_stream_left_in_the_middle_leaves_the_engine_usable(tiny, pieces):
     expected = tiny.generate(text(9), GREEDY, 12).ids
-    completion = Completion(text(9))
-    stream = tiny.stream(completion.prompt_ids, GREEDY, 12, completion)
+    stream = tiny.stream(text(9), GREEDY, 12)
+    completion = stream.completion
     for _ in range(pieces):
         next(stream)
     stream.close()

@@ -113,11 +113,12 @@ def test_an_endings_score_is_the_mean_over_its_own_tokens(
 
 def test_the_beginning_is_run_once(engine, monkeypatch):
     given = []
-    run = engine_module.Binding.run
+    fill = engine_module.Binding.fill
     monkeypatch.setattr(
-        engine_module.Binding, "run",
-        lambda self, ids, at: (given.append(len(ids)), run(self, ids, at))[1],
-    )  # fmt: skip
+        engine_module.Binding,
+        "fill",
+        lambda self, ids, *rest: (given.append(len(ids)), fill(self, ids, *rest))[1],
+    )
     ending_scores(engine, [[2, 9, 8, 7, 30 + i, 31] for i in range(4)])
     assert given == [2, 1, 2, 2, 2, 2]
 

@@ -12,7 +12,7 @@ from edge_demo.bundle.reader import Bundle
 from edge_demo.engine import cache_size
 from edge_demo.engine.runner import CandidateEngine, Engine
 from edge_demo.errors import RequestError
-from edge_demo.text.generator import Completion, Generator
+from edge_demo.text.generator import Generator
 from edge_demo.text.sampling import Sampler
 from edge_demo.text.speculate import DraftModel, PromptLookup, Speculator, check_draft
 from edge_demo.text.tokenizer import Tokenizer
@@ -101,9 +101,8 @@ def test_an_answer_that_is_given_up_leaves_no_guesses(generators, kind):
     for one in (plain, guessing):
         one.engine.rewind(0)
     expected = plain.generate(text(6), Sampler(), 30)
-    completion = Completion(text(6))
     oracle = Oracle(text(6) + expected.ids)
-    pieces = guessing.stream(completion.prompt_ids, Sampler(), 30, completion, oracle)
+    pieces = guessing.stream(text(6), Sampler(), 30, oracle)
     for _ in range(9):
         next(pieces)
     pieces.close()

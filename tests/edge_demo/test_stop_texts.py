@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_demo.errors import RequestError
-from edge_demo.text.answer import Completion
 from edge_demo.text.sampling import Sampler
 from edge_demo.text.stop_texts import StopTexts, check_stop_texts
 from tests.edge_demo.conftest import generator
@@ -87,10 +86,9 @@ def script(text):
 )
 def test_a_stop_text_ends_the_answer_across_tokens(tiny, said, stop, shown, reason, tokens):
     prompt = tiny.tokenizer.encode(stop)  # what the prompt has does not count
-    completion = Completion(prompt)
-    limit = len(said.encode())
-    pieces = list(tiny.stream(prompt, script(said), limit, completion, stop=(stop,)))
-    assert "".join(pieces) == completion.text == shown
+    stream = tiny.stream(prompt, script(said), len(said.encode()), stop=(stop,))
+    whole, completion = "".join(piece.text for piece in stream), stream.completion
+    assert whole == completion.text == shown
     assert (completion.finish_reason, len(completion.ids)) == (reason, tokens)
     assert tiny.engine.tokens == [*prompt, *completion.ids][:-1]  # nothing more was run
 

@@ -12,7 +12,7 @@ from sentencepiece import sentencepiece_model_pb2 as proto
 
 from edge_demo.bundle.reader import Bundle
 from edge_demo.errors import BundleError
-from edge_demo.text.tokenizer import TextStream, Tokenizer
+from edge_demo.text.tokenizer import Tokenizer
 from tests.edge_demo.bundle_files import copy_bundle, edit_manifest, rewrite
 from tests.models import VOCABULARY_SIZE, chat_tokenizer_model
 
@@ -57,7 +57,7 @@ def byte(value):
 
 
 def streamed(tokenizer, ids):
-    stream = TextStream(tokenizer)
+    stream = tokenizer.stream()
     return [*(stream.push(i) for i in ids), stream.flush()]
 
 

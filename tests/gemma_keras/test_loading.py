@@ -175,7 +175,7 @@ SCRIPT = """
 import keras
 import numpy as np
 from edge_demo.device.memory_limits import peak_rss_bytes
-from gemma_keras import GemmaBackbone, GemmaConfig
+from gemma_keras import GemmaBackbone, GemmaConfig, named_config
 from gemma_keras.checkpoints.names import weight_specs
 from gemma_keras.model.loading import FromWeights
 
