@@ -39,25 +39,28 @@ class Point(NamedTuple):
 
 
 def points(markdown: str) -> list[Point]:
-    """What has both figures: the first column of each table names it, the bundle's size aside."""
-    kl = _column(markdown, "mean KL")
-    speed = _column(markdown, "decode, tokens/s")
-    return [Point(name, kl[name], speed[name]) for name in kl if name in speed]
+    """What has both figures: a bundle or an engine of the tables of quality and of speed."""
+    kl, speed = table(markdown, "mean KL"), table(markdown, "decode, tokens/s")
+    return [
+        Point(name, float(row["mean KL"]), float(speed[name]["decode, tokens/s"]))
+        for name, row in kl.items()
+        if name in speed
+    ]
 
 
-def _column(markdown: str, heading: str) -> dict[str, float]:
-    """The first table with that column, from the name in a row to the number."""
-    lines = iter(markdown.splitlines())
-    titles = next(cells for line in lines if heading in (cells := _cells(line)))
+def table(markdown: str, heading: str) -> dict[str, dict[str, str]]:
+    """The first table with that column: a row's name, without a bundle's size, to its cells."""
+    lines = map(_cells, markdown.splitlines())
+    titles = next(cells for cells in lines if heading in cells)
     next(lines)  # the rule
-    rows = itertools.takewhile(bool, map(_cells, lines))
-    place = titles.index(heading)
-    return {re.sub(r", \d+ MB$", "", row[0]): float(row[place]) for row in rows}
+    rows = (dict(zip(titles, cells, strict=True)) for cells in itertools.takewhile(bool, lines))
+    return {re.sub(r", \d+ MB$", "", row[titles[0]]): row for row in rows}
 
 
 def _cells(line: str) -> list[str]:
-    cells = line.replace("`", "").strip("|").split("|")
-    return [cell.strip() for cell in cells] if line.startswith("|") else []
+    """Of a row, without marks of code, emphasis and options; empty for another line."""
+    row = re.sub(r"[`*]|--recipe ", "", line).strip("|").split("|")
+    return [cell.strip() for cell in row] if line.startswith("|") else []
 
 
 def draw(rows: list[Point]) -> str:

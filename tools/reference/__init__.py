@@ -7,4 +7,4 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs" / "reference"
 COMMAND = "python -m tools.reference"
-HEADER = f"<!-- Made by `{COMMAND}`. Do not edit. -->\n\n"
+HEADER = f"<!-- Made by `{COMMAND}`. Do not edit. -->\n<!-- fmt: off -->\n\n"

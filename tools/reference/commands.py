@@ -16,7 +16,7 @@ from tools.reference import HEADER
 _INTRODUCTION = """# Commands
 
 This page lists every option of `export-onnx` and `edge-demo`. The
-[guides](../README.md#guides) show them in use.
+[guides](../../README.md#guides) show them in use.
 
 Every command takes `--json`: the last line on stdout is then one JSON object. Errors are one
 sentence on stderr. After an unexpected error, `--debug` shows the traceback.
