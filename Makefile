@@ -1,9 +1,4 @@
-# make demo    export the real sample model and let it speak
-# make test    the tests, on JAX, TensorFlow and PyTorch
-# make test-all  the slow ones too (tests/slow.py): what CI runs
-# make check   format, lint and types, then the tests: what CI runs
-# make clean   remove what these made
-# make test-arm64   run the device's side on the processors of two boards, emulated (needs qemu)
+# `make` alone runs the demo; `make help` lists the targets. A line of help stands behind `##`.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -13,11 +8,16 @@ SAMPLING ?= --max-tokens 64 --temperature 0.7 --top-k 40 --seed 3
 BUNDLE := build/sample-int8
 CODE   := $(shell find export gemma_keras edge_demo -name '*.py')
 
-.PHONY: demo test test-all test-arm64 smoke-arm64 check lint format clean
+.PHONY: demo help test test-all test-arm64 smoke-arm64 check lint format clean
 
-demo: $(BUNDLE)/bundle.json
+demo: $(BUNDLE)/bundle.json  ## export the real Gemma 3 270M, and continue a text with it
 	@echo "==> Speaking: edge-demo generate $(BUNDLE) --prompt \"$(PROMPT)\""
 	@$(BIN)/edge-demo generate $(BUNDLE) $(SAMPLING) --prompt "$(PROMPT)"
+
+help:  ## list the targets
+	@echo 'make TARGET, one of:'
+	@sed -n 's/^\([a-z0-9-]*\):[^#]*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
+	@echo 'make demo PROMPT="The capital of France is" continues another text.'
 
 $(BUNDLE)/bundle.json: $(CODE) | $(VENV)/installed-demo
 	@echo "==> Exporting: export-onnx sample $(BUNDLE)"
@@ -38,19 +38,19 @@ $(VENV)/installed-dev: pyproject.toml
 KERAS_PART = --tx popen//id=$(1)//env:KERAS_BACKEND=$(1)//env:GEMMA_TEST_PART=keras
 PARTS := --dist=each -o console_output_style=classic $(foreach backend,jax tensorflow torch,$(call KERAS_PART,$(backend))) \
          --tx popen//id=rest//env:GEMMA_TEST_PART=rest
-test: $(VENV)/installed-dev
+test: $(VENV)/installed-dev  ## run the quick tests on JAX, TensorFlow and PyTorch
 	@$(BIN)/pytest $(PARTS) -m "not slow" $(PYTEST_ARGS)
 
-test-all: $(VENV)/installed-dev
+test-all: $(VENV)/installed-dev  ## run all tests, the slow ones too (tests/slow.py)
 	@$(BIN)/pytest $(PARTS) $(PYTEST_ARGS)
 
 # The device's side on a Raspberry Pi 5 and 4, emulated by qemu: see tools/arm64.
 SAMPLES := $(foreach recipe,fp32 int8 int4,build/sample-$(recipe)/bundle.json)
-test-arm64: build/arm64 $(SAMPLES) build/tiny-bundles/made
+test-arm64: build/arm64 $(SAMPLES) build/tiny-bundles/made  ## run the device's side on two emulated boards (needs qemu)
 	@$(BIN)/python -m tools.arm64 build $(ARM64_ARGS)
 
 # Its short part: the command, on a small bundle, on both processors.
-smoke-arm64: build/arm64 build/tiny-bundles/made
+smoke-arm64: build/arm64 build/tiny-bundles/made  ## the short part of test-arm64
 	@$(BIN)/python -m tools.arm64 build --part command
 
 .PHONY: build/arm64
@@ -68,16 +68,16 @@ build/tiny-bundles/made: $(CODE) tests/models.py tests/edge_demo/make_bundles.py
 	@mv build/tiny-bundles.partial build/tiny-bundles
 	@touch $@
 
-check: lint test-all
+check: lint test-all  ## format, lint and types, then all tests: what CI runs
 
-lint: $(VENV)/installed-dev
+lint: $(VENV)/installed-dev  ## check format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-format: $(VENV)/installed-dev
+format: $(VENV)/installed-dev  ## repair format and lint
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-clean:
+clean:  ## remove what these targets made
 	rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis

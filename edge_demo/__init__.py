@@ -26,6 +26,10 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("gemma-keras")
     if name not in _HOMES:
         raise AttributeError(f"module 'edge_demo' has no attribute {name!r}")
     return getattr(import_module(f"edge_demo.{_HOMES[name]}"), name)

@@ -16,6 +16,10 @@ __all__ = ["ExportOptions", "ExportResult", "export_onnx"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("gemma-keras")
     if name not in __all__:
         raise AttributeError(f"module 'export' has no attribute {name!r}")
     from export import options, pipeline

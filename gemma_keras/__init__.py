@@ -46,6 +46,10 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("gemma-keras")
     if name not in _HOMES:
         raise AttributeError(f"module 'gemma_keras' has no attribute {name!r}")
     with said_what_is_missing(f"gemma_keras.{name}", "keras"):

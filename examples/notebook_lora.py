@@ -1,0 +1,39 @@
+"""Load a model, tune it with LoRA, generate, and export a bundle.
+
+python examples/notebook_lora.py sample tuned-bundle
+python examples/notebook_lora.py google/gemma-3-1b-it tuned-bundle --epochs 3
+"""
+
+import argparse
+
+from gemma_keras import GemmaCausalLM
+
+TEXTS = [
+    "Q: What do bees make? A: Honey.",
+    "Q: What do cows give? A: Milk.",
+    "Q: What do hens lay? A: Eggs.",
+    "Q: What do sheep give? A: Wool.",
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="a .gguf file, a Hugging Face folder or name, or 'sample'")
+    parser.add_argument("out", help="the bundle's folder, which must not exist")
+    parser.add_argument("--epochs", type=int, default=1)
+    arguments = parser.parse_args()
+
+    model = GemmaCausalLM.from_preset(arguments.model, sequence_length=64)
+    prompt = "Q: What do ducks lay? A:"
+    print("before:", model.generate(prompt, max_length=64))
+
+    model.backbone.enable_lora(rank=4)
+    model.fit(TEXTS, epochs=arguments.epochs, batch_size=2)
+    print("after:", model.generate(prompt, max_length=64))
+
+    result = model.export(arguments.out, format="onnx", recipe="int8")
+    print(f"wrote {result.path}: {result.num_bytes / 1e6:,.0f} MB")
+
+
+if __name__ == "__main__":
+    main()

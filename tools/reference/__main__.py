@@ -1,0 +1,12 @@
+"""Write the generated pages of `docs/reference/`: `python -m tools.reference`."""
+
+from __future__ import annotations
+
+from tools.reference import FOLDER, commands, python_api
+
+PAGES = {"commands.md": commands.page, "python-api.md": python_api.page}
+
+if __name__ == "__main__":
+    for name, page in PAGES.items():
+        (FOLDER / name).write_text(page())
+        print(f"wrote {FOLDER / name}")
