@@ -143,8 +143,8 @@ class EmbeddingTable:
             raise EdgeError(f"{self._path} cannot be read: {error.strerror}") from error
         if len(data) != len(ids) * size:
             raise BundleError(
-                f"{self._path} ends before the embeddings do: it has changed since it was opened; "
-                "export or copy it again"
+                f"{self._path} is too short for its embeddings: the file has changed since "
+                "it was opened; export or copy the bundle again"
             )
         return np.frombuffer(data, dtype).reshape(len(ids), -1)
 

@@ -55,7 +55,7 @@ def stored_weights(path: Path) -> list[StoredWeight]:
     try:
         return list(_stored_weights(path.read_bytes()))
     except (IndexError, ValueError, KeyError) as error:
-        raise BundleError(f"{path} is no ONNX graph: {error}") from error
+        raise BundleError(f"{path} is not a valid ONNX graph: {error}") from error
 
 
 def bytes_per_token(path: Path) -> int:
@@ -72,7 +72,7 @@ def _stored_weights(data: bytes) -> Iterator[StoredWeight]:
     view = memoryview(data)
     graphs = [value for number, value in _fields(view) if number == 7]
     if len(graphs) != 1 or not isinstance(graphs[0], memoryview):
-        raise ValueError("it holds no graph")
+        raise ValueError("it contains no graph")
     users: dict[str, set[str]] = {}
     tensors: list[memoryview] = []
     for number, value in _fields(graphs[0]):
@@ -115,9 +115,9 @@ def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
         elif kind in (_FIXED64, _FIXED32):
             size = 8 if kind == _FIXED64 else 4
         else:
-            raise ValueError(f"a field of kind {kind}")
+            raise ValueError(f"it has a field of the unknown wire type {kind}")
         if place + size > len(data):
-            raise ValueError("it is cut short")
+            raise ValueError("the file is truncated")
         yield number, data[place : place + size]
         place += size
 
@@ -130,7 +130,7 @@ def _varint(data: memoryview, place: int) -> tuple[int, int]:
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value, place
-    raise ValueError("a number without end")
+    raise ValueError("it has a variable-length integer that is too long")
 
 
 def _varints(data: memoryview) -> list[int]:
@@ -143,5 +143,5 @@ def _varints(data: memoryview) -> list[int]:
 
 def _text(value: int | memoryview) -> str:
     if isinstance(value, int):
-        raise ValueError("a number where a name should be")
+        raise ValueError("it has a number where a name is expected")
     return bytes(value).decode("utf-8")

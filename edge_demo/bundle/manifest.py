@@ -183,7 +183,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}")
     if path.stat().st_size > _MAX_MANIFEST:
-        raise BundleError(f"{path} is larger than a manifest can be")
+        raise BundleError(f"{path} is too large for a bundle manifest")
     try:
         manifest = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -193,9 +193,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     version = manifest.get("format_version")
     if type(version) is not int or version not in READABLE_VERSIONS:
         raise BundleError(
-            f"{path} has format version {reprlib.repr(version)}; this edge-demo reads "
-            f"{' and '.join(map(str, READABLE_VERSIONS))}; export it again, or run the one it was "
-            "made for"
+            f"{path} has format version {reprlib.repr(version)}, but this edge-demo reads "
+            f"{' and '.join(map(str, READABLE_VERSIONS))}. Export the bundle again, or "
+            "install the edge-demo version that matches it"
         )
     return manifest
 
@@ -269,10 +269,10 @@ def read_embedding(data: Mapping[str, Any]) -> EmbeddingSpec:
     if spec.planes != 1:
         good = good and (spec.planes, spec.bits, spec.symmetric) == (2, 8, False)
     if not good or not isinstance(spec.symmetric, bool):
-        raise ValueError("there is no such format of an embedding")
+        raise ValueError("the format of the embedding is not supported")
     dtypes = {name: dtype for name, (dtype, _) in spec.layout.items()}
     if dtypes != {name: part.dtype for name, part in spec.parts.items()}:
-        raise ValueError(f"an embedding of that format has the parts {', '.join(dtypes)}")
+        raise ValueError(f"the parts of an embedding in this format must be {', '.join(dtypes)}")
     return spec
 
 
@@ -285,7 +285,7 @@ def plain_name(name: Any) -> str:
     good = isinstance(name, str) and name.isprintable() and "\\" not in name
     if not good or name in ("", "..") or Path(name).name != name:
         raise BundleError(
-            f"the bundle names a file that cannot be in its folder: {reprlib.repr(name)}"
+            f"bundle.json names a file outside the bundle's folder: {reprlib.repr(name)}"
         )
     return name
 
@@ -300,14 +300,14 @@ def count(value: Any) -> int:
 def index(value: Any) -> int:
     """A whole number that is not negative. Raises `ValueError` if it is none."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 50:
-        raise ValueError(f"{reprlib.repr(value)} is not a size or an index")
+        raise ValueError(f"{reprlib.repr(value)} is not a valid size or index")
     return value
 
 
 def window_length(value: Any, context_length: int) -> int:
     """A window in tokens, shorter than the context. Raises `ValueError` if it is none."""
     if count(value) >= context_length:
-        raise ValueError(f"a sliding window of {value:,} tokens is not shorter than the context")
+        raise ValueError(f"a sliding window of {value:,} tokens must be shorter than the context")
     return value
 
 
@@ -319,5 +319,5 @@ def soft_cap(value: Any) -> float | None:
 def factor(value: Any) -> float:
     """A positive number of a size that can occur. Raises `ValueError` if it is none."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not 1e-6 < value < 1e12:
-        raise ValueError(f"{reprlib.repr(value)} is not a rotary base or a scale")
+        raise ValueError(f"{reprlib.repr(value)} is not a valid rotary base or scale")
     return float(value)

@@ -106,13 +106,16 @@ class Bundle:
         table, size = self.embedding, self.files[self.weights][0]
         wrong = None
         if table.rows != self.vocabulary_size:
-            wrong = f"{table.rows:,} rows for a vocabulary of {self.vocabulary_size:,}"
+            wrong = f"{table.rows:,} rows, but the vocabulary size is {self.vocabulary_size:,}"
         for graph in filter(None, (self.engine, self.candidates)):
             for spec in graph.inputs:
                 if spec.name == "inputs_embeds" and spec.shape[-1:] != (table.width,):
-                    wrong = f"rows of {table.width:,} numbers, which {graph.file} does not take"
+                    wrong = (
+                        f"rows of {table.width:,} numbers, which does not match the input of "
+                        f"{graph.file}"
+                    )
         if self.low_plane_apart and table.planes != 2:
-            wrong = "one plane, where the candidates graph leaves a second one to the device"
+            wrong = "one plane, but the candidates graph needs a second one"
         for name, (_, row_bytes) in table.layout.items():
             end = table.parts[name].offset + table.rows * row_bytes
             if end > size:

@@ -32,7 +32,7 @@ def stop_texts(arguments: argparse.Namespace) -> tuple[str, ...]:
     """Those of `--stop`; errors as `check_stop_texts`."""
     texts = check_stop_texts(arguments.stop)
     if any("\\n" in text for text in texts):
-        note("--stop has a backslash and an n, not a line break, which is $'\\n' in bash")
+        note("--stop contains a backslash and the letter n; in bash write a line break as $'\\n'")
     return texts
 
 

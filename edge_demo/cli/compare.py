@@ -8,7 +8,7 @@ import dataclasses
 from edge_demo.cli import options
 from edge_demo.cli.text_files import read_text
 
-TEXT = "How far a bundle's predictions are from a reference's: KL divergence, perplexities."
+TEXT = "Compare a bundle with a reference bundle: KL divergence and perplexity."
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +16,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "reference",
         metavar="REFERENCE",
-        help="the bundle to compare with, usually exported as fp32",
+        help="the reference bundle, usually exported as fp32",
     )
     options.add_bundle(parser)
     options.add_engine(parser)

@@ -63,9 +63,9 @@ def _kept(bundle: Bundle) -> str:
     integers = sum(s.dtype == "int8" for s in keys)
     parts = ["keys and values in float32"]
     if integers:
-        parts.append(f"of {integers} layers in int8")
+        parts.append(f"int8 in {integers} layers")
     if windowed:
-        parts.append(f"of {windowed} layers for a window only")
+        parts.append(f"sliding window in {windowed} layers")
     return ", ".join(parts)
 
 

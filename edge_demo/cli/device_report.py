@@ -174,7 +174,7 @@ def describe(found: dict[str, Any]) -> str:
         f"  system        {looked['system']} {looked['machine']}, {looked['bits']}-bit",
         f"  cores         {cores}",
         f"  instructions  {_instructions(looked)}",
-        f"  memory        {_size(sizes['total'])}, {_size(sizes['available'])} to be had",
+        f"  memory        {_size(sizes['total'])}, {_size(sizes['available'])} available",
     ]
     for bound in sizes["bounds"][1:]:
         lines.append(f"                {megabytes(bound['free'])} {bound['bound']}")
@@ -195,7 +195,11 @@ def describe(found: dict[str, Any]) -> str:
     for bundle in found["bundles"]:
         lines += ["", *_bundle_lines(bundle)]
     if found["sizes"]:
-        lines += ["", "What fits, and tokens/s of decoding: what memory allows at most (likely)"]
+        lines += [
+            "",
+            "Models that fit, with decode speed in tokens/s: upper limit from memory speed "
+            "(likely range)",
+        ]
         lines += [_size_line(size) for size in found["sizes"]]
     return "\n".join(lines)
 
@@ -203,7 +207,7 @@ def describe(found: dict[str, Any]) -> str:
 def _instructions(looked: dict[str, Any]) -> str:
     if not looked["instructions"] and not looked["missing"]:
         return "unknown"
-    has = ", ".join(looked["instructions"]) or "none of those that matter"
+    has = ", ".join(looked["instructions"]) or "none that speeds up inference"
     return has + (f"; not {', '.join(looked['missing'])}" if looked["missing"] else "")
 
 
@@ -216,7 +220,7 @@ def _swap(sizes: dict[str, Any]) -> str:
         return "unknown"
     if not sizes["swap"]:
         return "none"
-    return f"{megabytes(sizes['swap'])}, {_size(sizes['swap_free'])} free (slow: not counted on)"
+    return f"{megabytes(sizes['swap'])}, {_size(sizes['swap_free'])} free (slow: not counted)"
 
 
 def _pages(looked: dict[str, Any]) -> str:
@@ -256,8 +260,8 @@ def _bundle_lines(bundle: dict[str, Any]) -> list[str]:
     else:
         short = bundle["shortage"]
         fits = (
-            f"does not fit: takes {megabytes(bundle['needed'])}, "
-            f"{megabytes(short['free'])} can be had {short['bound']}"
+            f"does not fit: takes {megabytes(bundle['needed'])}, {megabytes(short['free'])} "
+            f"is available {short['bound']}"
         )
     all_logits = (
         f"                {megabytes(bundle['needed_for_all_logits'])} to sample without --top-k"

@@ -7,12 +7,14 @@ import json
 
 from edge_demo.cli import options
 
-TEXT = "What this device is, what fits on it, and how fast that may be."
+TEXT = "Show this device's hardware, which models fit, and their expected speed."
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What `doctor` takes."""
-    parser.add_argument("bundles", metavar="BUNDLE", nargs="*", help="bundles to judge too")
+    parser.add_argument(
+        "bundles", metavar="BUNDLE", nargs="*", help="bundles to check against this device"
+    )
     options.add_json(parser)
 
 

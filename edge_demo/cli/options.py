@@ -41,7 +41,7 @@ def add_bundle(parser: argparse.ArgumentParser) -> None:
 
 def add_json(parser: argparse.ArgumentParser) -> None:
     """`--json` and `--debug`."""
-    parser.add_argument("--json", action="store_true", help="print one JSON object, for programs")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     add_debug(parser)
 
 
@@ -58,14 +58,19 @@ def add_debug(parser: argparse.ArgumentParser) -> None:
 def add_force(parser: argparse.ArgumentParser) -> None:
     """`--force`."""
     parser.add_argument(
-        "--force", action="store_true", help="run even what seems not to fit into memory"
+        "--force",
+        action="store_true",
+        help="run the bundle even if it does not seem to fit into memory",
     )
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
     """What decides how a bundle is run."""
     parser.add_argument(
-        "--threads", type=positive, metavar="N", help="threads for an operator (default: cores)"
+        "--threads",
+        type=positive,
+        metavar="N",
+        help="number of threads per operator (default: physical cores)",
     )
     add_force(parser)
 
@@ -78,54 +83,74 @@ def add_sampling(parser: argparse.ArgumentParser, defaults: Sampling) -> None:
         type=positive,
         default=defaults.max_tokens,
         metavar="N",
-        help="the most tokens to generate (default: %(default)s)",
+        help="maximum number of tokens to generate (default: %(default)s)",
     )
     group.add_argument(
         "--stop",
         action="append",
         default=[],
         metavar="TEXT",
-        help="end the answer before TEXT, wherever it comes; may be given several times "
-        "(a line break: $'\\n' in bash)",
+        help="stop the answer before TEXT; can be given several times (in bash a line break is "
+        "$'\\n')",
     )
-    _number(group, "--temperature T", defaults.temperature, "0 is greedy")
+    _number(group, "--temperature T", defaults.temperature, "0 means greedy decoding")
     _number(
         group,
         "--top-k K",
         defaults.top_k,
-        "choose among the K most likely; 0 is all, which takes more time and memory",
+        "sample from the K most likely tokens; 0 means all tokens, which takes more time "
+        "and memory",
     )
     _number(
         group,
         "--top-p P",
         defaults.top_p,
-        "choose among the most likely that together have probability P",
+        "sample from the most likely tokens whose probabilities sum to P",
     )
-    _number(group, "--min-p P", 0.0, "choose among those at least P times as likely as the first")
-    group.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
+    _number(
+        group,
+        "--min-p P",
+        0.0,
+        "sample from tokens at least P times as likely as the most likely one",
+    )
+    group.add_argument(
+        "--seed", type=int, metavar="N", help="random seed; the same seed gives the same text"
+    )
     group = parser.add_argument_group(
-        "penalties", "for the last tokens of prompt and answer, as llama.cpp has them"
+        "penalties", "lower the logits of the last tokens of prompt and answer, as in llama.cpp"
     )
     _number(
         group,
         "--repeat-penalty R",
         1.0,
-        "divide a logit above 0 by R and multiply one below 0; 1 is none",
+        "divide positive logits by R and multiply negative logits by R; 1 means no penalty",
     )
-    _number(group, "--presence-penalty P", 0.0, "take P from the logit")
-    _number(group, "--frequency-penalty F", 0.0, "take F from the logit for each time")
-    _number(group, "--repeat-last-n N", 64, "how many tokens that is; -1 is all, 0 none")
+    _number(group, "--presence-penalty P", 0.0, "subtract P from the logit of a token that occurs")
+    _number(
+        group,
+        "--frequency-penalty F",
+        0.0,
+        "subtract F from the logit for each occurrence of the token",
+    )
+    _number(
+        group,
+        "--repeat-last-n N",
+        64,
+        "number of last tokens that are penalized; -1 means all, 0 means none",
+    )
     guesses = parser.add_argument_group(
-        "guesses", "tokens guessed ahead and run at once: answers of the same probability"
+        "guesses",
+        "speculative decoding: guess tokens and verify them in one step; the output "
+        "distribution stays the same",
     ).add_mutually_exclusive_group()
     guesses.add_argument(
         "--lookup",
         action="store_true",
-        help="look up how the text went on before: sooner where an answer repeats its prompt or "
-        "itself",
+        help="guess from earlier text (n-gram lookup); faster if the answer repeats parts of "
+        "the prompt or of itself",
     )
     guesses.add_argument(
-        "--draft", metavar="BUNDLE", help="ask a smaller model with the same tokenizer"
+        "--draft", metavar="BUNDLE", help="guess with a smaller model that has the same tokenizer"
     )
 
 
@@ -150,12 +175,12 @@ def add_prompt_cache(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument(
         "--prompt-cache",
         metavar="FILE",
-        help=f"keep the keys and values of {what} in FILE, and begin with those that are there",
+        help=f"store the keys and values of {what} in FILE, and reuse them at the next start",
     )
     parser.add_argument(
         "--prompt-cache-ro",
         action="store_true",
-        help="use the prompt cache, and do not write it",
+        help="read the prompt cache, but do not write it",
     )
 
 
@@ -165,24 +190,25 @@ def add_batch(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--batch",
         metavar="FILE",
-        help='prompts, one JSON object a line: {"prompt": TEXT}, or {"messages": [{"role": '
-        '"user", "content": TEXT}, …]} for a tuned model, and if wanted "id" and any option '
-        'above, such as "max_tokens", "stop", "top_k" or "seed"',
+        help='file of prompts, one JSON object per line: {"prompt": TEXT}, or {"messages": '
+        '[{"role": "user", "content": TEXT}, …]} for an instruction-tuned model. Optional '
+        'keys are "id" and the options above, such as "max_tokens", "stop", "top_k" or '
+        '"seed"',
     )
     group.add_argument(
         "--out",
         metavar="FILE",
-        help="where their answers go, one JSON object a line, in the same order; the same command "
-        "again goes on after those that are there",
+        help="file for the answers, one JSON object per line, in the same order. If the run was "
+        "interrupted, the same command continues after the last answer",
     )
     group.add_argument(
-        "--overwrite", action="store_true", help="begin anew, whatever --out has already"
+        "--overwrite", action="store_true", help="overwrite --out instead of continuing it"
     )
     group.add_argument(
         "--batch-size",
         type=positive,
         metavar="N",
-        help="how many are decoded at once: 1, 2, 4, 8, 16, 32 or 64 (default: 4)",
+        help="number of prompts decoded at once: 1, 2, 4, 8, 16, 32 or 64 (default: 4)",
     )
 
 
@@ -192,6 +218,7 @@ def add_windows(parser: argparse.ArgumentParser) -> None:
         "--length",
         type=positive,
         metavar="N",
-        help=f"tokens in a window, the beginning-of-sequence token included (default: {WINDOW})",
+        help="window length in tokens, including the beginning-of-sequence token (default: "
+        f"{WINDOW})",
     )
-    parser.add_argument("--windows", type=positive, metavar="N", help="stop after as many windows")
+    parser.add_argument("--windows", type=positive, metavar="N", help="maximum number of windows")

@@ -32,7 +32,7 @@ class PromptCacheOption:
 
     def __init__(self, path: str | None, read_only: bool) -> None:
         if path is None and read_only:
-            raise RequestError("--prompt-cache-ro goes with --prompt-cache FILE; give both")
+            raise RequestError("--prompt-cache-ro needs --prompt-cache FILE; add it")
         self._cache = None if path is None else PromptCache(path, read_only)
         self._untold: str | None = None
         self.report: dict[str, Any] | None = None
@@ -43,13 +43,13 @@ class PromptCacheOption:
             return
         start = time.perf_counter()
         loaded = 0
-        without = "the prompt is run without it"
+        without = "the prompt is run without the cache"
         try:
             loaded = self._cache.load(engine)
             if self._cache.read_only and not loaded:
-                note(f"the prompt cache {self._cache.path} is not there; {without}")
+                note(f"the prompt cache {self._cache.path} does not exist; {without}")
         except CacheError as error:
-            note(f"{error}; {without if self._cache.read_only else 'it is made anew'}")
+            note(f"{error}; {without if self._cache.read_only else 'the file is recreated'}")
         load_s = time.perf_counter() - start
         self.report = {"loaded_tokens": loaded, "load_s": load_s, "saved": False}
 
@@ -60,7 +60,7 @@ class PromptCacheOption:
         try:
             self._cache.save(engine)
         except CacheError as error:
-            self._untold = f"{error}; the answer is right without it"
+            self._untold = f"{error}; this does not change the answer"
             return
         if self.report is not None:
             self.report["saved"] = True

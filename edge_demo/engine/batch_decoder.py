@@ -61,7 +61,9 @@ class BatchDecoder:
         self.lengths = [n if row in tokens else 0 for row, n in enumerate(self.lengths)]
         totals = [n + 1 for n in self.lengths]
         if max(totals) > self._engine.context_length:
-            raise RequestError(f"a text fills the context of {self._engine.context_length:,}")
+            raise RequestError(
+                f"a text already fills the context of {self._engine.context_length:,}"
+            )
         self._reserve(max(totals))
         if self._call is None:
             self._call = Binding(self._engine, 1, 1, self._cache)

@@ -36,7 +36,10 @@ def cache_bytes(
             count = 1 if spec.dtype == "int8" else 4
             for size in spec.shape:
                 if isinstance(size, str) and size not in sizes:
-                    raise BundleError(f"{graph.file} has a {spec.name!r} of unknown size")
+                    raise BundleError(
+                        f"{graph.file} has a {spec.name!r} whose size is unknown; export the "
+                        "bundle again"
+                    )
                 count *= size if isinstance(size, int) else sizes[size]
             total += count
     return total

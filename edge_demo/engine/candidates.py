@@ -39,7 +39,7 @@ def below(logits: np.ndarray | Candidates, count: int) -> np.ndarray | Candidate
         return logits
     if not known.any():
         raise EdgeError(
-            f"none of the {known.size} likeliest tokens has a piece in the tokenizer; run the "
+            f"none of the {known.size} likeliest tokens exists in the tokenizer; run the "
             "graph that returns all logits"
         )
     return Candidates(logits.ids[known], logits.logits[known])

@@ -71,7 +71,10 @@ class LowPlane:
             EdgeError: the file cannot be read.
         """
         if not 0 <= ids.min() <= ids.max() < self._rows:
-            raise BundleError("the candidates graph returns tokens that are not in the vocabulary")
+            raise BundleError(
+                "the candidates graph returned token ids outside the vocabulary; export the "
+                "bundle again"
+            )
         places = self._places[ids]
         if places.min() < 0:
             self._keep(ids[places < 0].tolist(), len(ids))

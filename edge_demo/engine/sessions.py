@@ -111,8 +111,8 @@ def _load(
     except Exception as error:  # onnxruntime's errors share no base class of their own
         if "bad_alloc" in str(error):
             raise EdgeError(
-                f"memory ran out while {graph.file} was loaded; close other programs, or "
-                "export with fewer bits"
+                f"not enough memory to load {graph.file}; close other programs, or export "
+                "with fewer bits"
             ) from error
         raise BundleError(
             f"onnxruntime {ort.__version__} cannot load {graph.file}: {error}"

@@ -105,14 +105,14 @@ def check_comparable(reference: Bundle, bundle: Bundle) -> None:
     if reference.vocabulary_size != bundle.vocabulary_size:
         raise RequestError(
             f"{reference.path} and {bundle.path} have vocabularies of "
-            f"{reference.vocabulary_size:,} and {bundle.vocabulary_size:,}; only bundles of one "
-            "model can be compared"
+            f"{reference.vocabulary_size:,} and {bundle.vocabulary_size:,}; compare bundles "
+            "of the same model"
         )
     hashes = [b.files[b.tokenizer.file][1] for b in (reference, bundle)]
     if hashes[0] != hashes[1] or reference.tokenizer.bos != bundle.tokenizer.bos:
         raise RequestError(
-            f"{reference.path} and {bundle.path} have different tokenizers; only bundles of one "
-            "model can be compared"
+            f"{reference.path} and {bundle.path} have different tokenizers; compare bundles "
+            "of the same model"
         )
 
 

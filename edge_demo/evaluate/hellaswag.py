@@ -85,19 +85,19 @@ def read_tasks(path: str | Path, text: str) -> list[Task]:
     # Only line feeds end a line, as in llama.cpp: a sentence may hold U+2028 or U+0085.
     lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
     if lines == [""]:
-        raise RequestError(f"{path} is empty; it must hold {_LINES} lines a task")
+        raise RequestError(f"{path} is empty; it must have {_LINES} lines per task")
     if len(lines) % _LINES:
         raise RequestError(
-            f"{path} has {len(lines):,} lines; HellaSwag's text form has {_LINES} a task: context, "
-            "label, four endings"
+            f"{path} has {len(lines):,} lines; HellaSwag's text form needs {_LINES} lines "
+            "per task: context, label, four endings"
         )
     tasks = []
     for first in range(0, len(lines), _LINES):
         context, label, *endings = lines[first : first + _LINES]
         if not re.fullmatch(r"[0-3]", label.strip(), re.ASCII):
             raise RequestError(
-                f"line {first + 2} of {path} must be the right ending's number, 0 to 3; found "
-                f"{label[:40]!r}"
+                f"line {first + 2} of {path} must be the number of the correct ending, 0 to "
+                f"3; found {label[:40]!r}"
             )
         a, b, c, d = endings
         tasks.append(Task(context, (a, b, c, d), int(label)))

@@ -50,8 +50,8 @@ def windows(num_tokens: int, length: int, stride: int) -> Iterator[tuple[int, in
     room = length - 1
     if room < 1 or not 1 <= stride <= room:
         raise RequestError(
-            f"the window must hold at least 2 tokens and the stride 1 to {max(1, room)}; "
-            f"found {length} and {stride}"
+            "the window must have at least 2 tokens, and the stride must be 1 to "
+            f"{max(1, room)}; found {length} and {stride}"
         )
     end = 0
     first = 0

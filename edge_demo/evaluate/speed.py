@@ -111,7 +111,9 @@ def run_tests(
         RequestError: there are no tests, or one does not fit the context.
     """
     if not tests:
-        raise RequestError("there is nothing to measure; ask for prompt tokens or decode tokens")
+        raise RequestError(
+            "there is no test to run; ask for prompt tokens (-p) or generated tokens (-n)"
+        )
     for test in tests:
         _check_fits(bundle, test.depth, test.tokens)
     runs, done = len(threads) * len(tests) * repeats, 0

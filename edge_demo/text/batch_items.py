@@ -128,8 +128,8 @@ def _item(line: bytes, index: int, defaults: Item, tuned: bool) -> Item:
     if "messages" in data:
         if not tuned:
             raise RequestError(
-                'it has "messages", but the bundle is a base model, without a chat template; give '
-                'a "prompt"'
+                'it has "messages", but the bundle is a base model without a chat '
+                'template; use "prompt" instead'
             )
         data["system"], data["turns"] = read_messages(data.pop("messages"))
         data["prompt"] = ""

@@ -49,7 +49,7 @@ class Results:
         self.errors = 0
         existed = self._path.exists()
         if existed and not self._path.is_file():
-            raise RequestError(f"{path} is not a file, so no results can be kept in it")
+            raise RequestError(f"{path} is not a regular file, so results cannot be written to it")
         with contextlib.ExitStack() as files:
             self._files = files
             self._file = self._open(self._path)
@@ -62,7 +62,9 @@ class Results:
             file = self._files.enter_context(os.fdopen(handle, "r+b", buffering=0))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RequestError(f"another run is writing {path}; wait for it, or end it") from None
+            raise RequestError(
+                f"another run is writing {path}; wait until it ends, or stop it"
+            ) from None
         except OSError as error:
             raise RequestError(f"{path} cannot be written: {error.strerror}") from error
         return file
@@ -89,8 +91,9 @@ class Results:
             record = _record(line)
             if number >= len(self._keys) or not self._belongs(record, number):
                 raise RequestError(
-                    f"line {number + 1:,} of {self._path} is not the result of that prompt with "
-                    "this bundle and these options; choose another --out, or --overwrite"
+                    f"line {number + 1:,} of {self._path} does not match that prompt with "
+                    "this bundle and these options; choose another --out, or add "
+                    "--overwrite"
                 )
             self._count(number, record)
             end += len(line)
@@ -158,8 +161,8 @@ class Results:
             os.fsync(file.fileno())
         except OSError as error:
             raise EdgeError(
-                f"{self._path} cannot be written: {error.strerror}; the results that are there "
-                "are kept, and the same command goes on from them"
+                f"{self._path} cannot be written: {error.strerror}. The results written so "
+                "far are kept; run the same command again to continue"
             ) from error
 
     def __enter__(self) -> Results:

@@ -37,12 +37,13 @@ def read_messages(value: Any) -> tuple[str, Turns]:
         expected = "model" if len(turns) % 2 else "user"
         if speaker != expected:
             raise RequestError(
-                f'the roles of "messages" must be user and assistant in turn, after at most one '
-                f"system; found {brief(message['role'], 40)!r} in the place of {_role(expected)}"
+                'the roles of "messages" must be user and assistant in turn, after at most '
+                f"one system; found {brief(message['role'], 40)!r} instead of "
+                f"{_role(expected)}"
             )
         turns.append((speaker, message["content"]))
     if len(turns) % 2 == 0:
-        raise RequestError('the last of "messages" must be a user\'s, which the model answers')
+        raise RequestError('the last of "messages" must have the role user')
     return system, tuple(turns)
 
 
@@ -52,7 +53,7 @@ def _role(speaker: str) -> str:
 
 def _check(message: Any, number: int) -> None:
     if not isinstance(message, dict) or set(message) != {"role", "content"}:
-        raise RequestError(f'message {number:,} must have a "role" and a "content", nothing else')
+        raise RequestError(f'message {number:,} must have exactly the keys "role" and "content"')
     for key, content in message.items():
         if not isinstance(content, str):
             raise RequestError(

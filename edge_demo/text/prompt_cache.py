@@ -65,9 +65,9 @@ class PromptCache:
         try:
             exists = os.path.lexists(self.path)
             if exists and self.path.exists() and not self.path.is_file():
-                raise RequestError(f"the prompt cache {self.path} is not a file")
+                raise RequestError(f"the prompt cache {self.path} is not a regular file")
             if not read_only and not Path(os.path.realpath(self.path)).parent.is_dir():
-                raise RequestError(f"the prompt cache {self.path} would lie in no folder")
+                raise RequestError(f"the folder of the prompt cache {self.path} does not exist")
             if not self.path.is_file():
                 return
             with self.path.open("rb") as file:
@@ -77,8 +77,8 @@ class PromptCache:
             raise RequestError(f"the prompt cache {brief(path)} cannot be read: {why}") from error
         if found and found[_LENGTH:] != _BEGINNING:
             raise RequestError(
-                f"{self.path} is not a prompt cache, so it is not overwritten; choose another "
-                "name, or remove it"
+                f"{self.path} is not a prompt cache, so it is not overwritten; choose "
+                "another name, or remove the file"
             )
 
     def load(self, engine: TokenRunner) -> int:
@@ -178,7 +178,7 @@ def _read(file: BinaryIO, engine: TokenRunner) -> Snapshot:
     for name, (dtype, shape) in _arrays(engine, length).items():
         arrays[name] = np.empty(shape, dtype)
         if file.readinto(_bytes(arrays[name])) != arrays[name].nbytes:
-            raise _Unusable("became shorter while it was read")
+            raise _Unusable("changed while it was being read")
         found = zlib.crc32(_bytes(arrays[name]), found)
     if f"{found:08x}" != checksum:
         raise _Unusable("is damaged: its checksum is wrong")
@@ -196,14 +196,14 @@ def _checked_header(file: BinaryIO, engine: TokenRunner) -> tuple[int, PromptRun
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(_LENGTH), "little")
     if not 0 < length <= min(_MAX_HEADER, size - _LENGTH):
-        raise _Unusable("is damaged: its header has no possible length")
+        raise _Unusable("is damaged: the length of its header is not valid")
     try:
         header = json.loads(file.read(length))
         metadata = dict(header["__metadata__"])
         tokens = header["tokens"]["shape"][0]
         checksum = metadata["crc32"]
     except (ValueError, TypeError, KeyError, IndexError, RecursionError):
-        raise _Unusable("is damaged: its header is none") from None
+        raise _Unusable("is damaged: its header is not valid JSON") from None
     if metadata.get("format_version") != FORMAT_VERSION:
         version = reprlib.repr(metadata.get("format_version"))
         raise _Unusable(f"has format version {version}, not {FORMAT_VERSION!r}")
@@ -214,19 +214,21 @@ def _checked_header(file: BinaryIO, engine: TokenRunner) -> tuple[int, PromptRun
         raise _Unusable(f"was made with onnxruntime {version}, not {ort.__version__}")
     if metadata.get("processor") != hardware.kind():
         processor = reprlib.repr(metadata.get("processor"))
-        raise _Unusable(f"was made on another processor ({processor}), which rounds otherwise")
+        raise _Unusable(f"was made on another processor ({processor}), which rounds differently")
     if type(tokens) is not int or tokens < 1:
         raise _Unusable("is damaged: it holds no tokens")
     if tokens > engine.context_length:
-        raise _Unusable(f"holds {tokens:,} tokens, the context {engine.context_length:,}")
+        raise _Unusable(
+            f"holds {tokens:,} tokens, more than the context of {engine.context_length:,}"
+        )
     found = _COURSE.fullmatch(str(metadata.get("run_as_prompt")))
     if found is None:
-        raise _Unusable("is damaged: it does not tell how its tokens were run")
+        raise _Unusable("is damaged: its header does not say how its tokens were run")
     prompt_run = PromptRun(int(found[2]), found[3] is not None, int(found[1]))
     if prompt_run.left > min(prompt_run.length, tokens):
-        raise _Unusable("is damaged: it tells of more tokens than it holds")
+        raise _Unusable("is damaged: its header describes more tokens than the file holds")
     if header != _header(engine, tokens, prompt_run, checksum):
-        raise _Unusable("is damaged: its arrays are not those of this bundle")
+        raise _Unusable("is damaged: its arrays do not match this bundle")
     expected = (
         _LENGTH + length + max(a["data_offsets"][1] for n, a in header.items() if n[0] != "_")
     )

@@ -114,8 +114,8 @@ def check_draft(bundle: Bundle, draft: Bundle) -> None:
     own, other = (b.files[b.tokenizer.file][1] for b in (bundle, draft))
     if (own, bundle.vocabulary_size) != (other, draft.vocabulary_size):
         raise RequestError(
-            f"the draft {draft.path} has another tokenizer than {bundle.path}; its guesses would "
-            "mean nothing"
+            f"the draft {draft.path} has a different tokenizer from {bundle.path}; choose a "
+            "draft with the same tokenizer"
         )
 
 

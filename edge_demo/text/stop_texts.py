@@ -19,16 +19,16 @@ def check_stop_texts(texts: str | Sequence[str]) -> tuple[str, ...]:
     if isinstance(texts, str):
         texts = (texts,)
     if len(texts) > _MOST:
-        raise RequestError(f"there can be {_MOST} stop texts, not {len(texts):,}")
+        raise RequestError(f"there can be at most {_MOST} stop texts, not {len(texts):,}")
     for text in texts:
         if not text:
             raise RequestError("a stop text must not be empty: it would end every answer at once")
         if len(text) > _LONGEST:
             raise RequestError(
-                f"a stop text has {len(text):,} characters; it can have {_LONGEST:,}"
+                f"a stop text has {len(text):,} characters; the limit is {_LONGEST:,}"
             )
         if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-            raise RequestError("a stop text must be UTF-8; an answer never has what is not")
+            raise RequestError("a stop text must be valid UTF-8, because answers always are")
     return tuple(texts)
 
 

@@ -53,7 +53,7 @@ class Tokenizer:
         except Exception as error:  # sentencepiece raises RuntimeError or its own, by version
             raise BundleError(f"{path} is not a SentencePiece model: {error}") from error
         if self._model.vocab_size() > bundle.vocabulary_size:
-            raise BundleError(f"{path} has more pieces than the model's vocabulary")
+            raise BundleError(f"{path} has more tokens than the model's vocabulary")
         self._check_control(path)
         self._num_pieces = self._model.vocab_size()
         while self._num_pieces > 1 and self._model.is_unused(self._num_pieces - 1):
@@ -67,8 +67,9 @@ class Tokenizer:
         for token in sorted(ids):
             if token >= self._model.vocab_size() or not self._model.is_control(token):
                 raise BundleError(
-                    f"{path} has no control piece of id {token}, which begins a text or holds its "
-                    "turns: a user's words could become that token; export the bundle again"
+                    f"{path} has no control token with the id {token}, which marks the "
+                    "beginning of a text or a turn. User text could become that token; "
+                    "export the bundle again"
                 )
 
     @property
@@ -162,7 +163,9 @@ class Tokenizer:
 
     def _chat(self) -> ChatTemplate:
         if self.spec.chat is None:
-            raise BundleError("the bundle has no turn template; it is not instruction-tuned")
+            raise BundleError(
+                "the bundle has no turn template, because its model is not instruction-tuned"
+            )
         return self.spec.chat
 
     def decode(self, ids: Sequence[int]) -> str:
