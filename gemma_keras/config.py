@@ -1,4 +1,4 @@
-"""The architecture of a Gemma as data: sizes, windows, scales, soft caps.
+"""Defines the architecture of a Gemma as data: sizes, windows, scales, soft caps.
 
 Everything downstream (the Keras model, the ONNX lowerings, the engine) reads these two frozen
 dataclasses and never asks which generation it is looking at.
@@ -59,7 +59,7 @@ class LayerSpec:
                 f"num_kv_heads ({self.num_kv_heads})"
             )
         if self.head_dim % 2:
-            raise ConfigError(f"head_dim must be even to be rotated, found {self.head_dim}")
+            raise ConfigError(f"head_dim must be even for rotary embeddings, found {self.head_dim}")
         if self.sliding_window is not None:
             require_positive_int("sliding_window", self.sliding_window)
         require_positive("query_scale", self.query_scale)
@@ -106,7 +106,7 @@ class GemmaConfig:
         for name in ("vocabulary_size", "hidden_dim", "context_length"):
             require_positive_int(name, getattr(self, name))
         if not self.layers:
-            raise ConfigError("a Gemma needs at least one layer")
+            raise ConfigError("the model needs at least one layer")
         for name in ("embedding_scale", "norm_epsilon"):
             require_positive(name, getattr(self, name))
         if self.final_soft_cap is not None:
@@ -115,7 +115,7 @@ class GemmaConfig:
         self._require_holdable()
 
     def _require_holdable(self) -> None:
-        """Refuse sizes whose product no graph and no memory can hold, before anything is made."""
+        """Raise an error for sizes whose product is too large, before anything is allocated."""
         require_layer_count("the number of layers", len(self.layers))
         widths = {"vocabulary_size": self.vocabulary_size}
         for layer in self.layers:
@@ -124,12 +124,12 @@ class GemmaConfig:
             for name, width in widths.items():
                 if width > LARGEST_SIZE or width * self.hidden_dim > _MOST_NUMBERS:
                     raise ConfigError(
-                        f"{name} ({width:,}) with hidden_dim ({self.hidden_dim:,}) asks for a "
-                        f"matrix that no graph can hold; the largest has {_MOST_NUMBERS:,} numbers"
+                        f"{name} ({width:,}) with hidden_dim ({self.hidden_dim:,}) needs a "
+                        f"matrix that is too large; the limit is {_MOST_NUMBERS:,} numbers"
                     )
 
     def require_causal(self, purpose: str) -> None:
-        """Refuse a bidirectional model where only a causal one has a meaning.
+        """Raise an error for a bidirectional model where a causal one is needed.
 
         Args:
             purpose: what needs it, the beginning of the sentence.
@@ -139,9 +139,9 @@ class GemmaConfig:
         """
         if any(layer.bidirectional for layer in self.layers):
             raise ConfigError(
-                f"{purpose} needs a model that predicts the next token, and this one looks both "
-                "ways (use_bidirectional_attention): it gives vectors of whole texts; use "
-                "gemma_keras.GemmaTextEmbedder"
+                f"{purpose} needs a model that predicts the next token, but this model has "
+                "bidirectional attention (use_bidirectional_attention) and embeds texts. "
+                "Use gemma_keras.GemmaTextEmbedder"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -180,20 +180,18 @@ _MOST_LAYERS = 1000  # the largest Gemma has 62
 
 
 def require_positive_int(name: str, value: Any) -> None:
-    """Raise `ConfigError` unless it is one."""
+    """Raise `ConfigError` unless it is valid."""
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         raise ConfigError(f"{name} must be a positive integer, found {quoted(value)}")
     if value > LARGEST_SIZE:
-        raise ConfigError(
-            f"{name} is {quoted(value)}; no graph can hold more than {LARGEST_SIZE:,}"
-        )
+        raise ConfigError(f"{name} is {quoted(value)}; the limit is {LARGEST_SIZE:,}")
 
 
 def require_layer_count(name: str, value: Any) -> None:
     """Raise `ConfigError` unless it can be a number of layers; call it before listing them."""
     require_positive_int(name, value)
     if value > _MOST_LAYERS:
-        raise ConfigError(f"{name} is {value}; no Gemma has over {_MOST_LAYERS}")
+        raise ConfigError(f"{name} is {value}; the limit is {_MOST_LAYERS}")
 
 
 def require_positive(name: str, value: Any) -> None:
@@ -209,13 +207,13 @@ def require_bool(name: str, value: Any) -> None:
 
 
 def not_a_gemma(found: str) -> str:
-    """The sentence for another architecture.
+    """Returns the message for an unsupported architecture.
 
     Args:
-        found: what says so, and what it says.
+        found: the value that was found, and where.
     """
     return (
-        f"{found}, another architecture; this project reads Gemma 1, 2 and 3 and what is built as "
-        "they are, such as CodeGemma, ShieldGemma and EmbeddingGemma (gemma, gemma2, gemma3_text, "
-        "gemma3)"
+        f"{found}, which is not supported. Supported are Gemma 1, 2 and 3 and models of the "
+        "same architecture, such as CodeGemma, ShieldGemma and EmbeddingGemma (gemma, "
+        "gemma2, gemma3_text, gemma3)"
     )

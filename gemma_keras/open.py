@@ -1,4 +1,4 @@
-"""Checkpoints of every format, read into one shape: `open_checkpoint`."""
+"""Opens checkpoints of all formats with `open_checkpoint`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def open_checkpoint(
             chat template says.
 
     Raises:
-        CheckpointError: there is nothing there, or it cannot be read.
+        CheckpointError: the source does not exist, or cannot be read.
         ConfigError: it is not a Gemma.
     """
     return open_model(source, base, instruction_tuned, _open_with_keras)

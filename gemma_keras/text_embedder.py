@@ -1,4 +1,4 @@
-"""`GemmaTextEmbedder`: a Gemma that gives a vector for a text, such as EmbeddingGemma."""
+"""Defines `GemmaTextEmbedder`, a Gemma that embeds texts as vectors, such as EmbeddingGemma."""
 
 # Keras's operations are typed as if they returned None or a PyTree.
 # pyright: reportOptionalOperand=false, reportOptionalSubscript=false, reportOperatorIssue=false
@@ -70,8 +70,8 @@ class GemmaTextEmbedder(TrainsOn, Quantizes, keras_hub.models.TextEmbedder):
         preprocessor: packs text; `None` if the model is used on token ids only.
         projection_dims: widths of the projections, first to last; the last is the vector's.
         normalize: whether what the model returns has length 1.
-        prompts: name of a use to what `encode` puts before a text for it.
-        default_prompt_name: of the prompt that `encode` uses if it is told none.
+        prompts: name of a task to the prefix that `encode` adds to its texts.
+        default_prompt_name: of the prompt that `encode` uses by default.
     """
 
     backbone_cls = GemmaBackbone
@@ -131,8 +131,8 @@ class GemmaTextEmbedder(TrainsOn, Quantizes, keras_hub.models.TextEmbedder):
             sequence_length: the longest text, in tokens; by default the checkpoint's.
 
         Raises:
-            CheckpointError: it is missing, damaged, of another shape than it declares, or an
-                embedder of another kind.
+            CheckpointError: the checkpoint is missing, damaged, does not match its configuration,
+                or is another kind of embedder.
             ConfigError: it is not a Gemma.
         """
         if is_own_preset(preset):
@@ -231,7 +231,7 @@ class GemmaTextEmbedder(TrainsOn, Quantizes, keras_hub.models.TextEmbedder):
                 of range.
 
         Warns:
-            UserWarning: a text is longer than `preprocessor.sequence_length`; its end is left out.
+            UserWarning: a text is longer than `preprocessor.sequence_length` and is truncated.
         """
         dim = self.dim if truncate_dim is None else truncate_dim
         for name, value, most in (
@@ -271,13 +271,15 @@ class GemmaTextEmbedder(TrainsOn, Quantizes, keras_hub.models.TextEmbedder):
             return prompt or ""
         if name not in self.prompts:
             known = ", ".join(sorted(self.prompts)) or "none"
-            raise ValueError(f"no prompt is called {name!r}; those of this model: {known}")
+            raise ValueError(f"there is no prompt {name!r}; this model has: {known}")
         return self.prompts[name]
 
     def _token_rows(self, prompt: str, texts: Sequence[str]) -> list[list[int]]:
         """The token ids of each text."""
         if self.preprocessor is None:
-            raise ValueError("encode needs a preprocessor, which this model has not")
+            raise ValueError(
+                "encode needs a preprocessor, and this model has none; set model.preprocessor"
+            )
         tokenizer = self.preprocessor.tokenizer
         room = self.preprocessor.sequence_length - 2
         rows, too_long = [], 0
@@ -287,8 +289,8 @@ class GemmaTextEmbedder(TrainsOn, Quantizes, keras_hub.models.TextEmbedder):
             rows.append([tokenizer.start_token_id, *ids[:room], tokenizer.end_token_id])
         if too_long:
             warnings.warn(
-                f"{too_long} of {len(rows)} texts have over {room + 2:,} tokens; their ends are "
-                "left out",
+                f"{too_long} of {len(rows)} texts have over {room + 2:,} tokens; they are "
+                "truncated",
                 stacklevel=3,
             )
         return rows

@@ -1,7 +1,7 @@
-"""Which weights a graph reads, and how: from the ONNX file alone, without onnx or onnxruntime.
+"""Finds the weights that a graph reads, and how, from the ONNX file without onnx or onnxruntime.
 
-ONNX is protocol buffers; the few fields wanted here are read by their numbers, from `onnx.proto3`
-(github.com/onnx/onnx). What is cut short or of another kind is a damaged bundle.
+ONNX files are protocol buffers. The few fields needed here are read by their field numbers in
+`onnx.proto3` (github.com/onnx/onnx). A truncated or malformed file raises `BundleError`.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ class StoredWeight:
 
     @property
     def looked_up(self) -> bool:
-        """Whether rows of it are looked up, as of an embedding table."""
+        """Whether single rows of it are looked up, as in an embedding table."""
         return any(operator.startswith(_LOOKUPS) for operator in self.used_by)
 
     @property
     def multiplied(self) -> bool:
-        """Whether all of it is read, in a product or the like."""
+        """Whether all of it is read, for example in a matrix product."""
         return not all(operator.startswith(_LOOKUPS) for operator in self.used_by)
 
 
 def stored_weights(path: Path) -> list[StoredWeight]:
-    """The weights that a graph points at in its weights file, and uses.
+    """Returns the weights in the weights file that a graph uses.
 
     Raises:
-        BundleError: the file is no ONNX graph.
+        BundleError: the file is not a valid ONNX graph.
     """
     try:
         return list(_stored_weights(path.read_bytes()))
@@ -59,10 +59,11 @@ def stored_weights(path: Path) -> list[StoredWeight]:
 
 
 def bytes_per_token(path: Path) -> int:
-    """Bytes of weights that one step of decoding reads: all but those of which rows are looked up.
+    """Returns the bytes of weights that one decode step reads: all except tables whose rows are
+    looked up.
 
     Raises:
-        BundleError: the file is no ONNX graph.
+        BundleError: the file is not a valid ONNX graph.
     """
     read = {w.offset: w.num_bytes for w in stored_weights(path) if w.multiplied}
     return sum(read.values())  # a place that two shapes share is read once

@@ -1,7 +1,7 @@
-"""`bundle.json`, the manifest of a bundle: its schema, and how each entry of it is read.
+"""Reads and checks `bundle.json`, the manifest of a bundle, and defines its schema.
 
-It is data about files that may come from anywhere, so nothing in it is believed before it is
-checked: names stay inside the folder, numbers have the type and the size that they can have.
+The manifest may come from an untrusted source, so every entry is checked. File names must stay
+inside the folder, and numbers must have a valid type and size.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class RopeSpec:
 
 @dataclasses.dataclass(frozen=True)
 class WindowSpec:
-    """A sliding window, and the layers that keep no more than it.
+    """A sliding window of layers that store only the last window of keys and values.
 
     Attributes:
         name: of the dimension that is the capacity of such a layer's keys and values.
@@ -172,7 +172,7 @@ class TokenizerSpec:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a bundle, of which only format and version are checked.
+    """Reads the manifest of a bundle; checks only its format and version.
 
     Raises:
         BundleError: the folder has none, or one of another version.
@@ -201,11 +201,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_graph(data: Mapping[str, Any]) -> GraphSpec:
-    """A graph's entry; as the functions below it raises what says that the manifest is damaged.
+    """Reads a graph's entry. The errors below mean that the manifest is damaged.
 
     Raises:
         BundleError: a file's name leaves the folder.
-        KeyError, TypeError, ValueError, AttributeError: an entry is missing, or cannot be so.
+        KeyError, TypeError, ValueError, AttributeError: an entry is missing or not valid.
     """
 
     def tensors(entries: list[Any]) -> tuple[TensorSpec, ...]:
@@ -277,10 +277,10 @@ def read_embedding(data: Mapping[str, Any]) -> EmbeddingSpec:
 
 
 def plain_name(name: Any) -> str:
-    """The name of a file in the bundle's folder.
+    """Checks the name of a file in the bundle's folder.
 
     Raises:
-        BundleError: it cannot be one.
+        BundleError: it is not a plain file name.
     """
     good = isinstance(name, str) and name.isprintable() and "\\" not in name
     if not good or name in ("", "..") or Path(name).name != name:
@@ -291,33 +291,33 @@ def plain_name(name: Any) -> str:
 
 
 def count(value: Any) -> int:
-    """A size: a whole number above 0. Raises `ValueError` if it is none."""
+    """A size: a whole number above 0. Raises `ValueError` otherwise."""
     if index(value) == 0:
         raise ValueError("a size must not be 0")
     return value
 
 
 def index(value: Any) -> int:
-    """A whole number that is not negative. Raises `ValueError` if it is none."""
+    """A whole number that is not negative. Raises `ValueError` otherwise."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 50:
         raise ValueError(f"{reprlib.repr(value)} is not a valid size or index")
     return value
 
 
 def window_length(value: Any, context_length: int) -> int:
-    """A window in tokens, shorter than the context. Raises `ValueError` if it is none."""
+    """A sliding window in tokens, shorter than the context. Raises `ValueError` otherwise."""
     if count(value) >= context_length:
         raise ValueError(f"a sliding window of {value:,} tokens must be shorter than the context")
     return value
 
 
 def soft_cap(value: Any) -> float | None:
-    """A cap of logits, or none. Raises `ValueError` if it is neither."""
+    """A soft cap of logits, or `None`. Raises `ValueError` otherwise."""
     return None if value is None else factor(value)
 
 
 def factor(value: Any) -> float:
-    """A positive number of a size that can occur. Raises `ValueError` if it is none."""
+    """A positive number within reasonable limits. Raises `ValueError` otherwise."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not 1e-6 < value < 1e12:
         raise ValueError(f"{reprlib.repr(value)} is not a valid rotary base or scale")
     return float(value)

@@ -1,7 +1,7 @@
-"""The bundle: one folder with graphs, weights, tokenizer and `bundle.json`; its reader.
+"""Opens a bundle: one folder with graphs, weights, tokenizer and `bundle.json`.
 
-Sizes are compared before anything is opened, and every file's SHA-256 is compared before it is
-used.
+File sizes are checked when the bundle is opened. The SHA-256 of each file is checked before the
+file is used.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ class Bundle:
         candidates: the graph that returns the most likely tokens and their logits; `None` in
             bundles that have none.
         weights: the file that the graphs point into.
-        embedding: the table of it whose rows the graphs are fed.
+        embedding: the table whose rows are the input of the graphs.
         final_soft_cap: logits end as `cap * tanh(logits / cap)`; `None` for no cap.
         ropes: the rotary tables it needs.
-        windows: the sliding windows of layers that keep no more than theirs.
+        windows: the sliding windows of layers that store only the last window of keys and values.
         tokenizer: file and ids.
         files: name to (bytes, SHA-256).
         manifest: all of `bundle.json`, for people: plan, provenance, quality, licence.
@@ -164,7 +164,7 @@ class Bundle:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256, in hex, of all that decides which tokens and which keys and values come out.
+        """SHA-256, in hex, of everything that determines the output tokens, keys and values.
 
         It is made of the hashes in the manifest, which `verify` compares with the files.
         """
@@ -185,8 +185,8 @@ class Bundle:
         """Compare every file with its SHA-256.
 
         Args:
-            use_memory: whether a large file that was checked before, and has kept its size,
-                modification time and inode, may be passed over.
+            use_memory: whether to skip a large file that was checked before, if its size,
+                modification time and inode are unchanged.
 
         Raises:
             BundleError: a file has changed.

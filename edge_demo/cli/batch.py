@@ -1,4 +1,4 @@
-"""`edge-demo generate BUNDLE --batch FILE --out FILE`."""
+"""Runs `edge-demo generate BUNDLE --batch FILE --out FILE`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _result(item: Item, answer: Answer) -> dict[str, Any]:
 
 
 def run_batch(arguments: argparse.Namespace) -> int:
-    """Continue all prompts of a file; exit status 1 if some of them could not be."""
+    """Continue all prompts of a file; exit status 1 if some of them failed."""
     if arguments.out is None:
         raise RequestError("--batch needs --out FILE to write its results")
     settings = sampler_settings(arguments)
@@ -57,7 +57,7 @@ def run_batch(arguments: argparse.Namespace) -> int:
         )
     start = time.perf_counter()
     rows = arguments.batch_size or _ROWS
-    # before the results are touched: what is refused must not cost those of an earlier run
+    # before the results are opened, so that a refused request does not destroy earlier results
     runner = BatchRunner(bundle, open_tokenizer(bundle), items, rows, arguments.threads)
     keys = [item.key(bundle.fingerprint) for item in items]
     tokens = interrupted = 0
@@ -94,7 +94,7 @@ def run_batch(arguments: argparse.Namespace) -> int:
             f"{tokens / seconds:.0f} tokens/s · {megabytes(peak_rss_bytes())}"
         )
     if errors:
-        note(f'{errors:,} prompts failed; their lines in {arguments.out} have an "error"')
+        note(f'{errors:,} of them failed; their lines in {arguments.out} have an "error"')
     if interrupted:
         note("run the same command again to continue")
         return 130

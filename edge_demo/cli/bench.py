@@ -1,4 +1,4 @@
-"""`edge-demo bench`: its options, and its table in the form of llama-bench (llama.cpp)."""
+"""Runs `edge-demo bench` and prints its table in the form of llama-bench (llama.cpp)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MOST_REPEATS = 10_000
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What `bench` takes: the options of llama-bench where it has them."""
+    """Adds the options of `bench`, named as in llama-bench where it has them."""
     options.add_bundle(parser)
     for short, name, default, text in (
         (
@@ -115,7 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def as_markdown(bundle: Bundle, report: BenchReport) -> str:
-    """The table, a row a test, speeds as mean ± standard deviation."""
+    """Returns the table: one row per test, with speeds as mean ± standard deviation."""
     rows = [("model", "size", "threads", "test", "t/s")]
     for row in _rows(bundle, report):
         speed = f"{row['mean']:.2f} ± {row['deviation']:.2f}"
@@ -138,7 +138,7 @@ def as_markdown(bundle: Bundle, report: BenchReport) -> str:
 
 
 def as_csv(bundle: Bundle, report: BenchReport) -> str:
-    """The same for programs: sizes in bytes, speeds unrounded."""
+    """Returns the same as CSV: sizes in bytes, speeds unrounded."""
     out = io.StringIO()
     names = ("model", "bytes", "threads", "test", "depth", "mean", "deviation")
     writer = csv.writer(out, lineterminator="\n")
@@ -148,7 +148,7 @@ def as_csv(bundle: Bundle, report: BenchReport) -> str:
 
 
 def as_json(bundle: Bundle, report: BenchReport, repeats: int) -> dict[str, Any]:
-    """One object: what is true of all, the first speeds by name, and every test."""
+    """Returns one object: general values, the first speeds by name, and every test."""
     prompt, decode = report.first("pp"), report.first("tg")
     return {
         "model": bundle.name,

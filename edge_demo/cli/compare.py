@@ -1,4 +1,4 @@
-"""`edge-demo compare`: how far a bundle's predictions are from a reference's."""
+"""Runs `edge-demo compare`: compares a bundle's predictions with those of a reference."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TEXT = "Compare a bundle with a reference bundle: KL divergence and perplexity."
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What `compare` takes."""
+    """Adds the options of `compare`."""
     parser.add_argument(
         "reference",
         metavar="REFERENCE",
@@ -25,7 +25,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """How far a bundle is from a reference."""
+    """Compare a bundle with a reference."""
     from edge_demo.bundle.reader import Bundle
     from edge_demo.cli.terminal import Progress, as_json, show
     from edge_demo.engine.runner import Engine

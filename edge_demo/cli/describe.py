@@ -1,4 +1,4 @@
-"""What a bundle holds, for people."""
+"""Describes the contents of a bundle as text."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from edge_demo.units import megabytes
 
 
 def describe(bundle: Bundle, *, verified: bool) -> str:
-    """A page about the bundle.
+    """Returns a text about the bundle.
 
     Args:
         bundle: opened.
         verified: whether its files were compared with their hashes.
 
     Raises:
-        BundleError: what only people read is missing or of another kind.
+        BundleError: an informational entry of the manifest is missing or not valid.
     """
     try:
         return _page(bundle, verified)

@@ -1,4 +1,4 @@
-"""What a device is, what fits on it, and how fast that may be: for programs and for people."""
+"""Reports a device's hardware, the models that fit on it, and their expected speed."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ LIKELY_SHARE = (0.3, 0.6)
 
 
 def examine(bundles: Sequence[Bundle], root: Path = Path("/")) -> dict[str, Any]:
-    """All that is known, as one object for programs; sizes in bytes, speeds a second.
+    """Collects everything known as one object; sizes in bytes, speeds per second.
 
     Args:
-        bundles: to judge; without any, common sizes are.
+        bundles: to check; without any, the published model sizes are checked.
         root: where `proc` and `sys` lie.
     """
     looked = hardware.look(root)
@@ -133,13 +133,13 @@ def _judge_sizes(free: int | None, speed: float | None) -> list[dict[str, Any]]:
 
 
 def _needed(size: PublishedSize, recipe: RecipeBytes, free: int | None) -> int:
-    """Bytes it takes with the longest chunk of a prompt that fits, or with the shortest."""
+    """Returns the bytes it needs with the longest prompt chunk that fits, or with the shortest."""
     needed = [estimate(size, recipe, chunk).resident for chunk in memory.CHUNKS]
     return next((n for n in needed if free is None or n <= free), needed[-1])
 
 
 def _tokens_per_s(read: int, speed: float | None) -> dict[str, Any] | None:
-    """Of decoding: what memory allows at most, and the share of it that is likely."""
+    """Returns decode speeds: the upper limit from memory speed, and the likely range."""
     if speed is None or not read:
         return None
     most = speed / read
@@ -164,7 +164,7 @@ def _version(package: str) -> str | None:
 
 
 def describe(found: dict[str, Any]) -> str:
-    """A page from what `examine` found."""
+    """Returns a text from the result of `examine`."""
     looked, sizes = found["device"], found["memory"]
     names = [looked["board"], looked["processor"]]
     title = ", ".join(name for name in names if name) or "unknown processor"

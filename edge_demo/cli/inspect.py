@@ -1,4 +1,4 @@
-"""`edge-demo inspect`: what a bundle holds."""
+"""Runs `edge-demo inspect`: shows the contents of a bundle."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TEXT = "Show the contents of a bundle."
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What `inspect` takes."""
+    """Adds the options of `inspect`."""
     options.add_bundle(parser)
     parser.add_argument("--verify", action="store_true", help="check the SHA-256 of every file")
 

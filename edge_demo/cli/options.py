@@ -1,4 +1,4 @@
-"""Groups of options that several commands of `edge-demo` have."""
+"""Option groups that several commands of `edge-demo` share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import dataclasses
 from edge_demo.errors import brief
 
 WINDOW = 512
-TOO_MANY = 10**18  # of anything
+TOO_MANY = 10**18  # for any option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Sampling:
 
 
 def positive(text: str) -> int:
-    """The type of an option that is a whole number above 0."""
+    """The argparse type of an option that is a whole number above 0."""
     try:
         value = int(text)
     except ValueError:
@@ -34,13 +34,13 @@ def positive(text: str) -> int:
 
 
 def add_bundle(parser: argparse.ArgumentParser) -> None:
-    """The bundle, and what `add_json` adds."""
+    """Adds the bundle and the options of `add_json`."""
     parser.add_argument("bundle", metavar="BUNDLE", help="the folder that export-onnx wrote")
     add_json(parser)
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    """`--json` and `--debug`."""
+    """Adds `--json` and `--debug`."""
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     add_debug(parser)
 
@@ -65,7 +65,7 @@ def add_force(parser: argparse.ArgumentParser) -> None:
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
-    """What decides how a bundle is run."""
+    """Adds the options that decide how a bundle is run."""
     parser.add_argument(
         "--threads",
         type=positive,
@@ -76,7 +76,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling(parser: argparse.ArgumentParser, defaults: Sampling) -> None:
-    """How tokens are chosen, where an answer ends, and what is guessed ahead."""
+    """Adds the options for sampling, stop texts and speculative decoding."""
     group = parser.add_argument_group("sampling")
     group.add_argument(
         "--max-tokens",
@@ -166,11 +166,11 @@ def _number(group: argparse._ArgumentGroup, name: str, default: float, text: str
 
 
 def add_prompt_cache(parser: argparse.ArgumentParser, what: str) -> None:
-    """`--prompt-cache` and what belongs to it.
+    """Adds `--prompt-cache` and `--prompt-cache-ro`.
 
     Args:
         parser: of the command.
-        what: is kept.
+        what: the text whose keys and values are stored.
     """
     parser.add_argument(
         "--prompt-cache",
@@ -185,7 +185,7 @@ def add_prompt_cache(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def add_batch(parser: argparse.ArgumentParser) -> None:
-    """Many prompts from a file."""
+    """Adds the options for many prompts from a file."""
     group = parser.add_argument_group("many prompts")
     group.add_argument(
         "--batch",
@@ -213,7 +213,7 @@ def add_batch(parser: argparse.ArgumentParser) -> None:
 
 
 def add_windows(parser: argparse.ArgumentParser) -> None:
-    """How a text is cut to be scored."""
+    """Adds the options that split a text into windows."""
     parser.add_argument(
         "--length",
         type=positive,

@@ -1,7 +1,7 @@
-"""`--prompt-cache FILE` as `generate` and `chat` understand it.
+"""Implements `--prompt-cache FILE` for `generate` and `chat`.
 
-A command's answer is right with the file or without it. So what is wrong with it is told in a
-sentence on stderr, and the answer goes on.
+The answer is the same with and without the file. So a problem with the file prints a warning on
+stderr, and the command continues.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from edge_demo.text.prompt_cache import CacheError, PromptCache
 
 
 class PromptCacheOption:
-    """The option's value, or that it was not given.
+    """The value of the option; also represents an option that was not given.
 
     Args:
         path: of the file; `None` for no prompt cache.
@@ -27,7 +27,8 @@ class PromptCacheOption:
         report: what happened, for programs; `None` without a prompt cache.
 
     Raises:
-        RequestError: the path cannot be one of a prompt cache, or there is none to be read only.
+        RequestError: the path is not valid for a prompt cache, or `read_only` is set without a
+            path.
     """
 
     def __init__(self, path: str | None, read_only: bool) -> None:
@@ -38,7 +39,7 @@ class PromptCacheOption:
         self.report: dict[str, Any] | None = None
 
     def load(self, engine: TokenRunner) -> None:
-        """Have the engine hold what the file holds, if it can be used."""
+        """Load the file into the engine, if it can be used."""
         if self._cache is None:
             return
         start = time.perf_counter()
@@ -54,7 +55,7 @@ class PromptCacheOption:
         self.report = {"loaded_tokens": loaded, "load_s": load_s, "saved": False}
 
     def save(self, engine: TokenRunner) -> None:
-        """Write what the engine holds; what goes wrong is kept for `tell`."""
+        """Write the engine's keys and values to the file; an error is stored for `tell`."""
         if self._cache is None or self._cache.read_only:
             return
         try:
@@ -66,12 +67,12 @@ class PromptCacheOption:
             self.report["saved"] = True
 
     def tell(self) -> None:
-        """Say what went wrong, once no answer stands on the line."""
+        """Print the stored error, after the answer has ended."""
         if self._untold is not None:
             note(self._untold)
             self._untold = None
 
     def save_prompt(self, engine: TokenRunner, completion: Completion) -> None:
-        """Write the prompt but its last token, which the engine holds, unless it was all there."""
+        """Write the prompt except its last token, unless the file already has all of it."""
         if completion.reused_tokens < len(engine.tokens):
             self.save(engine)

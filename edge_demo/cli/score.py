@@ -1,4 +1,4 @@
-"""`edge-demo score`: perplexity of a text, or accuracy on HellaSwag."""
+"""Runs `edge-demo score`: perplexity of a text, or accuracy on HellaSwag."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TEXT = "Measure the perplexity of a text, or the accuracy on HellaSwag."
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What `score` takes."""
+    """Adds the options of `score`."""
     options.add_bundle(parser)
     options.add_engine(parser)
     what = parser.add_mutually_exclusive_group(required=True)
@@ -42,7 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Perplexity of a text, or accuracy on HellaSwag."""
+    """Measure the perplexity of a text, or the accuracy on HellaSwag."""
     text_options = {name: getattr(arguments, name) for name in ("length", "stride", "windows")}
     if arguments.hellaswag is not None:
         _refuse_options(text_options, "--text")

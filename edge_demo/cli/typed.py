@@ -1,4 +1,4 @@
-"""Messages for `chat`: typed at a terminal, or piped."""
+"""Reads messages for `chat` from a terminal or a pipe."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Iterator
 
 _CHUNK = 1 << 16
 _PROMPT = "> "
-_TYPING_S = 0.05  # nobody types a line so quickly
+_TYPING_S = 0.05  # seconds; pasted lines arrive faster than typed ones
 
 
 def piped_messages() -> Iterator[str]:
-    """What stands on stdin, all of it one message, or several with a NUL character between them.
+    """Reads stdin as one message, or as several that NUL characters separate.
 
-    The last line break is no part of a message; one without a word is passed over.
+    The last line break is not part of a message. Messages that are only white space are skipped.
     """
     handle, held = sys.stdin.buffer, b""
     while True:
@@ -37,8 +37,8 @@ def typed_message() -> str | None:
     A pasted text of several lines is one message.
 
     Returns:
-        `""` after Ctrl-C, which throws away what was typed; `None` after Ctrl-D, which ends, be it
-        typed now or while the last answer was written.
+        Returns `""` after Ctrl-C, which discards the typed text. Returns `None` after Ctrl-D, also
+        if it was typed during the last answer.
     """
     try:
         if _ended_already():

@@ -1,4 +1,4 @@
-"""Pages of mapped files that a process need not hold."""
+"""Releases pages of memory-mapped files that a process no longer needs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LINE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ...p \S+ \S+ [1-9]\d* +(.*)")
 
 
 def forget_pages(path: Path) -> None:
-    """Let go of the pages of a file that this process has mapped; they come back when read.
+    """Release the mapped pages of a file; they are loaded again when they are read.
 
     onnxruntime maps a weight, copies it rearranged for its products, and never reads what it
     mapped again; the pages count as the process's memory for as long as it runs. Nothing is done

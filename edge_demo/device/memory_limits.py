@@ -1,4 +1,4 @@
-"""What bounds the memory of this process: the device, control groups, resource limits."""
+"""Finds what limits the memory of this process: the device, control groups, resource limits."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from edge_demo.device.system_files import read_sizes, read_text
 
 @dataclasses.dataclass(frozen=True)
 class MemoryLimit:
-    """Memory that this process may still take, by one of the things that bound it.
+    """Memory that this process may still allocate under one limit.
 
     Attributes:
-        bound: what bounds it, for people.
+        bound: the limit in words.
         counts: the property of `MemoryEstimate` that it is compared with.
         free: bytes.
     """
@@ -26,7 +26,7 @@ class MemoryLimit:
 
 
 def memory_limits(root: Path = Path("/")) -> list[MemoryLimit]:
-    """All that bounds this process's memory here, as far as it is known.
+    """Returns all known limits of this process's memory.
 
     Args:
         root: where `proc` and `sys` lie.
@@ -50,14 +50,14 @@ def memory_limits(root: Path = Path("/")) -> list[MemoryLimit]:
 
 
 def free_memory(root: Path = Path("/")) -> int | None:
-    """Bytes of memory that can be had without swapping; `None` where that is not known."""
+    """Bytes of memory available without swapping; `None` if unknown."""
     return min((r.free for r in memory_limits(root) if r.counts == "resident"), default=None)
 
 
 def control_group_limits(root: Path = Path("/")) -> Iterator[int | None]:
     """Bytes free in each control group this process is in, the outer ones too; `None` is no limit.
 
-    What the group holds of files can be dropped, so it counts as free.
+    The group's page cache can be dropped, so it counts as free.
     """
     for line in read_text(root / "proc/self/cgroup").splitlines():
         parts = line.split(":", 2)

@@ -1,10 +1,10 @@
-"""Several texts decoded at once, a row each: the weights are read once for all of them.
+"""Decodes several texts at once, one row each, so that the weights are read once for all.
 
-onnxruntime's `GroupQueryAttention` takes rows of different lengths as long as each adds one
-token. So a text's prompt is run on an engine alone, what it left is copied into a row, and the rows
-then go on together. Every row gets what it would get alone, up to rounding: 4-bit products add
-several rows up in another order than one. For the same number of rows, 1, 2 or a multiple of 4, it
-does not matter which row a text has and what the others hold.
+onnxruntime's `GroupQueryAttention` accepts rows of different lengths if each adds one token. So
+each prompt is run alone on an engine, and its keys and values are copied into a row. Then all rows
+decode together. Each row gets the same result as alone, up to rounding: 4-bit products sum several
+rows in another order than one. With 1, 2 or a multiple of 4 rows, a row's result does not depend on
+its index or on the other rows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class BatchDecoder:
     """Buffers for some texts, over the session of an engine.
 
     Args:
-        engine: whose graph and weights are run; what it holds is left alone.
+        engine: whose graph and weights are run; its tokens are not changed.
         count: of the rows, at least one.
 
     Attributes:
@@ -40,20 +40,20 @@ class BatchDecoder:
         self.lengths = [0] * count
 
     def put(self, row: int, snapshot: Snapshot) -> None:
-        """Have a row hold what an engine of the same bundle holds, instead of what it held."""
+        """Replace a row's keys and values by those of an engine of the same bundle."""
         self._reserve(len(snapshot.tokens))
         self._cache.fill(snapshot.filled, row)
         self.lengths[row] = len(snapshot.tokens)
 
     def decode(self, tokens: Mapping[int, int]) -> dict[int, np.ndarray | Candidates]:
-        """Add one token to some rows; the others lose what they held.
+        """Add one token to some rows; the other rows are cleared.
 
         Args:
             tokens: row to token id.
 
         Returns:
-            For each of these rows what the engine's `decode` returns; the arrays are used again by
-            the next call.
+            For each of these rows the result of the engine's `decode`; the next call reuses the
+            arrays.
 
         Raises:
             RequestError: a row is full, or an id is outside the vocabulary.
@@ -67,7 +67,7 @@ class BatchDecoder:
         self._reserve(max(totals))
         if self._call is None:
             self._call = Binding(self._engine, 1, 1, self._cache)
-        # A row that is not asked for runs a token at position 0, which is nobody's.
+        # An unused row runs a token at position 0, whose result is ignored.
         ids = [tokens.get(row, 0) for row in range(len(totals))]
         found = self._call.step(ids, totals)
         for row in tokens:
@@ -78,4 +78,4 @@ class BatchDecoder:
 
     def _reserve(self, tokens: int) -> None:
         if self._cache.reserve(tokens):
-            self._call = None  # it is bound to buffers that are now replaced
+            self._call = None  # the old binding points to replaced buffers

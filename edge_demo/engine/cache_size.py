@@ -1,4 +1,4 @@
-"""How large the key-value buffers are: what `KVCache` makes, as arithmetic alone."""
+"""Computes the size of the key-value buffers that `KVCache` allocates."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def cache_bytes(
     """Bytes of keys, values and rotary tables, of buffers made for `tokens` at once.
 
     Raises:
-        BundleError: the graph names a dimension that is none of these.
+        BundleError: the graph has a dimension with an unknown name.
     """
     capacity = capacity_for(tokens, limit)
     sizes = {w.name: w.length + SLACK for w in windows} | {"batch": 1, "capacity": capacity}

@@ -1,4 +1,4 @@
-"""The most likely next tokens, which one of a bundle's graphs returns in place of all logits."""
+"""Candidates: the most likely next tokens, which one graph returns instead of all logits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Candidates:
 
 
 def below(logits: np.ndarray | Candidates, count: int) -> np.ndarray | Candidates:
-    """The logits of the ids 0 to `count - 1`: those that the tokenizer has a piece for.
+    """Returns the logits of the ids 0 to `count - 1`, which are the tokenizer's tokens.
 
     Args:
         logits: float32 `(vocabulary_size,)`, or the candidates.

@@ -1,4 +1,4 @@
-"""Prompts in float32, where that is faster: which processors, and what graph.
+"""Decides whether prompts run faster in float32, and prepares the graph for it.
 
 Products with weights of 4 and 8 bits (`MatMulNBits`) round activations to 8 bits and multiply
 integers. x86-64 without instructions for that (VNNI) takes longer for many rows than products of
@@ -37,7 +37,7 @@ def preferred(bundle: Bundle, cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
     Args:
         bundle: opened.
-        cpuinfo: the file that tells of the processor; without one it is not preferred.
+        cpuinfo: the file that describes the processor; without it float32 is not preferred.
     """
     asked = os.environ.get(VARIABLE)
     if asked == "0" or (asked != "1" and not _gains(read_text(cpuinfo))):
@@ -45,11 +45,11 @@ def preferred(bundle: Bundle, cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     try:
         return _ROUNDED in _graph(bundle)
     except BundleError:
-        return False  # whoever runs it will say what is wrong with it
+        return False  # the error is reported when the bundle is run
 
 
 def graph_in_float(bundle: Bundle) -> bytes:
-    """The graph of all logits, its products told to leave activations as they are.
+    """Returns the graph of all logits, with products that do not quantize activations.
 
     Raises:
         BundleError: the graph cannot be read.
@@ -65,7 +65,7 @@ def _graph(bundle: Bundle) -> bytes:
 
 
 def _gains(cpuinfo: str) -> bool:
-    """Whether a processor is one of those that multiply floats faster than 8-bit integers."""
+    """Whether a processor multiplies floats faster than 8-bit integers."""
     if platform.machine() != "x86_64" or _ZEN_3.search(cpuinfo):
         return False  # an emulator may show another processor's file
     flags = re.search(r"^flags\s*:\s*(.*)$", cpuinfo, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""What the low plane of a table in two planes adds to the logits of candidates.
+"""Adds the low plane of a table in two planes to the logits of candidates.
 
 The candidates graph multiplies the hidden state by the high plane of the head's table and keeps the
 most likely tokens. The low plane is read for these alone, here, from the weights file. Were it
@@ -50,7 +50,8 @@ class LowPlane:
 
     @classmethod
     def of(cls, bundle: Bundle) -> LowPlane | None:
-        """That of a bundle whose candidates graph leaves it to the device; `None` of any other."""
+        """Returns the low plane of a bundle whose candidates graph needs it from the device, else
+        `None`."""
         if not bundle.low_plane_apart:
             return None
         return cls(bundle.path / bundle.weights, bundle.embedding, bundle.final_soft_cap)
@@ -79,7 +80,7 @@ class LowPlane:
         if places.min() < 0:
             self._keep(ids[places < 0].tolist(), len(ids))
             places = self._places[ids]
-            if places.min() < 0:  # all were forgotten to make room
+            if places.min() < 0:  # the cache was cleared to make room
                 self._keep(ids[places < 0].tolist(), len(ids))
                 places = self._places[ids]
         blocks = np.zeros(self._shape, np.float32)
@@ -99,7 +100,7 @@ class LowPlane:
         return self._floats
 
     def _keep(self, ids: Sequence[int], wanted: int) -> None:
-        """Read rows and keep them; forget all others where there is no room."""
+        """Read rows and cache them; clear the cache if it is full."""
         if self._used + len(ids) > len(self._numbers):
             self._places.fill(-1)
             self._used = 0
@@ -113,7 +114,7 @@ class LowPlane:
 
 
 def memory_needed(spec: EmbeddingSpec, num_candidates: int) -> int:
-    """What a `LowPlane` of a table takes, in bytes, for calls of so many candidates."""
+    """Returns the bytes that a `LowPlane` of a table needs for calls with that many candidates."""
     kept = _num_kept(spec) * (spec.blocks * (spec.block_size + 4))
     return 4 * spec.rows + kept + num_candidates * 5 * spec.blocks * spec.block_size
 

@@ -1,4 +1,4 @@
-"""How a prompt is run, so that what is held of one can be used for another to the bit.
+"""Decides how a prompt is split into chunks, so that cached tokens can be reused bit for bit.
 
 Several rows may be added up in another order than one row, and a bit can flip an activation that is
 rounded to 8 bits, and then a token. A text must not depend on what an earlier one left. So there is

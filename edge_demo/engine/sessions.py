@@ -1,4 +1,4 @@
-"""onnxruntime's sessions: one that runs a bundle's graph, and one for prompts in float32."""
+"""Makes onnxruntime sessions: one for a bundle's graph, and one for prompts in float32."""
 
 from __future__ import annotations
 
@@ -70,12 +70,12 @@ def open_for_prompts(bundle: Bundle, threads: int | None) -> Session:
 
 
 def all_logits(bundle: Bundle) -> TensorSpec:
-    """What the graph of all logits returns beside the keys and values."""
+    """The outputs of the graph of all logits besides keys and values."""
     return TensorSpec("logits", "float32", ("batch", "num_logits", bundle.vocabulary_size))
 
 
 def candidates(bundle: Bundle) -> list[TensorSpec]:
-    """What the graph of candidates returns beside the keys and values."""
+    """The outputs of the graph of candidates besides keys and values."""
     shape = ("batch", "num_logits", bundle.num_candidates)
     ids = TensorSpec("candidate_ids", "int64", shape)
     if not bundle.low_plane_apart:
@@ -97,7 +97,7 @@ def _load(
     arena: bool = True,
 ) -> ort.InferenceSession:
     options = ort.SessionOptions()
-    options.log_severity_level = 4  # errors are raised, they need not be printed too
+    options.log_severity_level = 4  # errors are raised, so they are not printed too
     options.enable_cpu_mem_arena = arena
     # On ARM its products of 4 bits round a token's activations with one scale, not one a block.
     options.add_session_config_entry("mlas.disable_kleidiai", "1")

@@ -1,4 +1,4 @@
-"""How far a bundle is from another, usually its float32 reference, on windows of a text.
+"""Compares a bundle with another, usually its float32 reference, on windows of a text.
 
 The figures are those that llama.cpp's `llama-perplexity --kl-divergence` prints, by the same
 formulas (`tools/perplexity/perplexity.cpp`, `kl_divergence`), with two differences. A window is the
@@ -33,7 +33,7 @@ class MeanWithError:
 
 @dataclasses.dataclass(frozen=True)
 class Divergence:
-    """How far a bundle's predictions are from the reference's, over some positions.
+    """The difference between a bundle's and the reference's predictions over some positions.
 
     Standard errors take positions as independent, as llama.cpp does.
 
@@ -80,7 +80,7 @@ class Comparison:
 
 
 class LogitsSource(Protocol):
-    """What can be compared; `Engine` is one."""
+    """The interface of a model that can be compared; `Engine` has it."""
 
     @property
     def context_length(self) -> int:
@@ -97,7 +97,7 @@ class LogitsSource(Protocol):
 
 
 def check_comparable(reference: Bundle, bundle: Bundle) -> None:
-    """Refuse two bundles whose positions and probabilities do not correspond.
+    """Raise an error for two bundles that cannot be compared.
 
     Raises:
         RequestError: their tokenizers or their vocabularies differ.
@@ -125,7 +125,7 @@ def compare(
     max_windows: int | None = None,
     on_window: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Comparison]:
-    """Run all over the same windows; no more than one chunk of logits of each is ever held.
+    """Run all on the same windows; only one chunk of logits of each is in memory at a time.
 
     Args:
         reference: emptied and used.

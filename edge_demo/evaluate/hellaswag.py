@@ -1,4 +1,4 @@
-"""HellaSwag: which of four endings the model finds likeliest.
+"""Measures accuracy on HellaSwag: which of four endings the model finds most likely.
 
 The data: Zellers et al., 2019, arXiv:1905.07830. The file and the score are those of llama.cpp's
 `llama-perplexity --hellaswag` (`tools/perplexity/perplexity.cpp`, `hellaswag_score`), so that
@@ -110,7 +110,7 @@ def hellaswag(
     tasks: Sequence[Task],
     on_task: Callable[[int, int], None] = lambda done, total: None,
 ) -> Accuracy:
-    """Let the model choose.
+    """Runs the tasks.
 
     Args:
         engine: emptied and used; the four endings share what it holds of their beginning.

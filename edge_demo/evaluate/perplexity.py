@@ -1,4 +1,4 @@
-"""Perplexity of a text, by windows."""
+"""Computes the perplexity of a text in windows."""
 
 from __future__ import annotations
 

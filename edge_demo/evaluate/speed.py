@@ -1,4 +1,4 @@
-"""How fast a bundle is on this machine, and how much memory it takes."""
+"""Measures a bundle's speed and memory use on this machine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class BenchCase:
     Attributes:
         kind: `pp` or `tg`.
         tokens: timed.
-        depth: tokens in the context before, whose time does not count.
+        depth: tokens in the context before the test; they are not timed.
     """
 
     kind: str
@@ -74,10 +74,10 @@ class BenchReport:
 
     Attributes:
         timings: in order.
-        load_s: from nothing to a ready engine, the first time.
+        load_s: seconds to load the engine the first time.
         peak_rss_bytes: of the whole process.
-        celsius: the hottest the device has been before and after a test; `None` if it does not say.
-        throttled: what the device says of throttling now; `None` if it does not say.
+        celsius: the highest temperature before and after a test; `None` if unknown.
+        throttled: the device's throttling state now; `None` if unknown.
     """
 
     timings: tuple[Timing, ...]
@@ -165,7 +165,7 @@ class _Runner:
         self._engine.prefill(self._text[:16])
 
     def _hold(self, tokens: int) -> None:
-        """Have so many tokens in the context, those generated after them forgotten."""
+        """Bring the context to that many tokens, and drop tokens generated after them."""
         self._engine.rewind(min(tokens, len(self._engine.tokens)))
         if len(self._engine.tokens) < tokens:
             self._engine.prefill(self._text[len(self._engine.tokens) : tokens])

@@ -1,9 +1,9 @@
-"""Going on from many prompts, some at once.
+"""Completes many prompts, several at once.
 
-A prompt's text depends on the file of prompts, the bundle, the machine, how its memory lets prompts
-be run (`edge_demo.engine.memory`), and the number of rows, and on nothing that happened before: not
-on the prompts that an interrupted run had done already. So what is used again is what all prompts
-begin with, and there are as many rows as in the first run, some of them idle.
+A completion depends on the file of prompts, the bundle, the machine, its memory
+(`edge_demo.engine.memory`) and the number of rows. It does not depend on the prompts that an
+interrupted run had already completed. So only the common beginning of all prompts is reused. The
+number of rows is always that of the first run; some rows may be idle.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from edge_demo.text.tokenizer import Tokenizer
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 
-# what a prompt gets: a text, or why there is none
+# the result of a prompt: a text, or an error
 Answer = Completion | RequestError | NotFiniteError
 
 
@@ -45,7 +45,7 @@ class _Text:
 
 
 class BatchRunner:
-    """Answers the prompts of a file.
+    """Completes the prompts of a file.
 
     Args:
         bundle: opened; its files are checked against their hashes here.
@@ -89,7 +89,7 @@ class BatchRunner:
             items: in the order in which they are to begin.
 
         Yields:
-            Each with its answer, or with why it has none, as they end.
+            Each item with its completion or its error, in the order in which they end.
         """
         waiting = iter(items)
         texts: dict[int, _Text] = {}
@@ -161,6 +161,6 @@ def _beginning_of_all(tokenizer: Tokenizer, items: Sequence[Item], longest: int)
         if len(ids) <= longest:
             shared = ids if shared is None else shared[: common_prefix(shared, ids)]
             shared = shared[: len(ids) - 1]
-            if len(shared) < 2:  # nothing but the beginning of the text
+            if len(shared) < 2:  # only the beginning-of-sequence token
                 return []
     return (shared or []) if len(items) > 1 else []

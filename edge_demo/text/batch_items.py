@@ -1,4 +1,4 @@
-"""The input of a batch: a file of prompts, one JSON object a line."""
+"""Reads the input of a batch: a file of prompts, one JSON object per line."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Item:
         seed: of this prompt alone, so that it gets the same text whatever else is run.
         stop: texts that end the answer.
         turns: of a conversation to answer, instead of a prompt.
-        system: what the model is told before the first of them.
+        system: the system text before the first turn.
     """
 
     index: int
@@ -82,7 +82,7 @@ class Item:
         return tokenizer.encode(self.prompt)
 
     def key(self, fingerprint: str) -> str:
-        """Hash of all that decides its text, in hex.
+        """Hash, in hex, of everything that determines its completion.
 
         Args:
             fingerprint: of the bundle.
@@ -97,13 +97,13 @@ def read_items(path: str | Path, defaults: Item, tuned: bool = False) -> list[It
     Args:
         path: of the file, UTF-8. A line is an object with `prompt` or `messages` and, if wanted,
             `id` (text or a whole number), `max_tokens`, `stop` and the settings of a `Sampler`.
-        defaults: what counts where a line says nothing. Its seed is that of the whole file: every
-            line without one of its own gets one made of it and the line's place.
+        defaults: settings for lines that do not have their own. Its seed is for the whole file: a
+            line without a seed gets one derived from it and the line's index.
         tuned: whether the model has a chat template, which `messages` need.
 
     Raises:
-        RequestError: the file cannot be read or has no prompts, or a line is not what it must be;
-            the message has its number.
+        RequestError: the file cannot be read or has no prompts, or a line is not valid; the message
+            has its number.
     """
     items = []
     try:

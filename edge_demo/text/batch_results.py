@@ -1,9 +1,9 @@
-"""The output of a batch: a file that a killed run leaves good, and the next run goes on with.
+"""Writes the output of a batch, so that a run continues after an interrupted one.
 
-Every result is one line, in the order of the prompts, and on the disk before the next is written.
-BatchDecoder end in another order than they began: what is ready before its turn waits on the disk
-too, in `.FILE.ahead`, which is removed at the end. So a kill costs what was being decoded, and no
-more.
+Each result is one line, in the order of the prompts, and is flushed to disk before the next one.
+Rows do not end in the order in which they began. A result that is ready early waits on disk in
+`.FILE.ahead`, which is removed at the end. So a killed run loses only the prompts that were being
+decoded.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ class Results:
 
     Args:
         path: of the file; made if it is not there.
-        keys: of all prompts, in order: what decides a result.
-        overwrite: whether to begin anew, whatever is there.
+        keys: of all prompts, in order; a key is a hash of everything that determines the result.
+        overwrite: whether to discard existing results.
 
     Attributes:
         done: indices of the prompts whose results are there.
         errors: how many of these are errors.
 
     Raises:
-        RequestError: the file holds something else than results of the first of these prompts, it
-            cannot be written, or another run is writing it.
+        RequestError: the file does not match the first of these prompts, it cannot be written, or
+            another run is writing it.
     """
 
     def __init__(self, path: str | Path, keys: Sequence[str], overwrite: bool = False) -> None:
@@ -49,12 +49,12 @@ class Results:
         self.errors = 0
         existed = self._path.exists()
         if existed and not self._path.is_file():
-            raise RequestError(f"{path} is not a regular file, so results cannot be written to it")
+            raise RequestError(f"{path} is not a file, so results cannot be written to it")
         with contextlib.ExitStack() as files:
             self._files = files
             self._file = self._open(self._path)
             self._go_on(keep=existed and not overwrite)
-            self._files = files.pop_all()  # they stay open: nothing went wrong
+            self._files = files.pop_all()  # no error: the files stay open
 
     def _open(self, path: Path) -> BinaryIO:
         try:
@@ -131,7 +131,7 @@ class Results:
             result: what the line holds beside index and key; `error` if there is no text.
 
         Raises:
-            EdgeError: it cannot be written. The file can be gone on with.
+            EdgeError: it cannot be written. The file stays valid, and a later run can continue it.
         """
         record = {"index": index, **result, "key": self._keys[index]}
         line = json.dumps(record).encode() + b"\n"
@@ -169,7 +169,7 @@ class Results:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close the files; what waited for nothing is removed."""
+        """Close the files; remove `.FILE.ahead` if it is empty."""
         if not self._waiting:
             with contextlib.suppress(OSError):
                 os.unlink(self._path.with_name(f".{self._path.name}{_AHEAD}"))
@@ -185,7 +185,7 @@ def _record(line: bytes) -> dict[str, Any]:
 
 
 def _is_torn(line: bytes) -> bool:
-    """Whether it is the beginning of a result, or of nothing, and not somebody's text."""
+    """Whether this is the beginning of a result or empty, and not another file's text."""
     if line.endswith(b"\n"):
         return False
     return line[: len(_BEGINNING)] == _BEGINNING[: len(line)] or not line.strip(b"\0")

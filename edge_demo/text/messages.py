@@ -1,4 +1,5 @@
-"""`messages`, a conversation as OpenAI's API and Hugging Face's chat templates write it."""
+"""Reads `messages`, a conversation in the format of OpenAI's API and Hugging Face chat
+templates."""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ def read_messages(value: Any) -> tuple[str, Turns]:
         The system text, which may be empty, and the turns as `Tokenizer.encode_chat` takes them.
 
     Raises:
-        RequestError: it is something else.
+        RequestError: it has another form.
     """
     if not isinstance(value, list) or not value:
         raise RequestError('"messages" must be a list of {"role": ROLE, "content": TEXT}')

@@ -1,4 +1,4 @@
-"""Penalties for what a text has already: the token's logit is lowered before one is chosen.
+"""Applies repetition penalties: lowers the logits of tokens that already occur in the text.
 
 `repeat_penalty` r divides a logit above 0 by r and multiplies one below by r, once however often
 the token stands there (Keskar et al., 2019, arXiv:1909.05858; the sign as transformers'

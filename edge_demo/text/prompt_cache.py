@@ -1,15 +1,15 @@
-"""A prompt's keys and values in a file, so that the next start need not compute them.
+"""Stores a prompt's keys and values in a file, so that the next start does not compute them again.
 
 The file has the layout of safetensors (8 bytes of header length, a JSON header, the arrays' bytes
 one after another): it can be looked into with common tools, it holds data and nothing else, and
 where every array lies is known before any of them is read. `np.savez` would hide that in a zip.
 
-It is believed only as far as it can be checked: it is of this bundle (hashes), this onnxruntime and
-this kind of processor, which decide the numbers to the last bit; its header is exactly the one that
-as many tokens would be given here; the checksum, the token ids and the numbers are good. The
-checksum, CRC-32, is there for damage; who may write the file may write any numbers.
+The file is checked before use. It must belong to this bundle (hashes), this onnxruntime version and
+this kind of processor, because these determine the numbers to the last bit. Its header must be
+exactly the one that is written for as many tokens. The checksum, the token ids and the numbers must
+be valid. The CRC-32 checksum detects damage, not manipulation.
 
-How the tokens were run is written, too, so that only what would come out the same is used again
+The file also says how the tokens were run, so that only identical results are reused
 (`edge_demo.engine.prompt_chunks`).
 """
 
@@ -44,19 +44,19 @@ _DTYPES = {"float32": "F32", "float16": "F16", "int8": "I8", "uint8": "U8", "int
 
 
 class CacheError(EdgeError):
-    """A prompt cache cannot be used, or not be written; the prompt can be run without it."""
+    """A prompt cache cannot be read or written; the prompt can be run without it."""
 
 
 class PromptCache:
-    """One file.
+    """A prompt cache in one file.
 
     Args:
-        path: of the file, which need not be there yet.
+        path: of the file, which may not exist yet.
         read_only: whether it is never written.
 
     Raises:
-        RequestError: there can be no such file, or what is there is something else, which is not
-            to be overwritten.
+        RequestError: the path is not valid, or the file is not a prompt cache and must not be
+            overwritten.
     """
 
     def __init__(self, path: str | os.PathLike[str], read_only: bool = False) -> None:
@@ -65,9 +65,9 @@ class PromptCache:
         try:
             exists = os.path.lexists(self.path)
             if exists and self.path.exists() and not self.path.is_file():
-                raise RequestError(f"the prompt cache {self.path} is not a regular file")
+                raise RequestError(f"the prompt cache {self.path} is not a file")
             if not read_only and not Path(os.path.realpath(self.path)).parent.is_dir():
-                raise RequestError(f"the folder of the prompt cache {self.path} does not exist")
+                raise RequestError(f"the parent of the prompt cache {self.path} is not a folder")
             if not self.path.is_file():
                 return
             with self.path.open("rb") as file:
@@ -82,14 +82,14 @@ class PromptCache:
             )
 
     def load(self, engine: TokenRunner) -> int:
-        """Have the engine hold what the file holds.
+        """Load the file into the engine.
 
         Returns:
             How many tokens that is; 0 if there is no file yet, or an empty one.
 
         Raises:
-            CacheError: the file is of another bundle or version, too long, or damaged. The engine
-                is as it was.
+            CacheError: the file belongs to another bundle or version, is too long, or damaged. The
+                engine is unchanged.
         """
         try:
             if not self.path.exists() or not self.path.stat().st_size:
@@ -106,7 +106,8 @@ class PromptCache:
         return len(snapshot.tokens)
 
     def save(self, engine: TokenRunner) -> None:
-        """Write what the engine holds, whole or not at all; what was there is replaced.
+        """Write the engine's keys and values; the file is replaced only when the new one is
+        complete.
 
         Raises:
             CacheError: it cannot be written.
@@ -134,7 +135,7 @@ class PromptCache:
 
 
 class _Unusable(Exception):
-    """Why a file cannot be used: a sentence's end."""
+    """Why a file cannot be used, as the end of a sentence."""
 
 
 def _bytes(array: np.ndarray) -> memoryview:
@@ -150,7 +151,7 @@ def _header(
 ) -> dict[str, Any]:
     header: dict[str, Any] = {
         "__metadata__": {
-            "format": FORMAT,  # first: it is what the file is known by
+            "format": FORMAT,  # first, because it identifies the file
             "format_version": FORMAT_VERSION,
             "bundle": engine.bundle.fingerprint,
             "onnxruntime": ort.__version__,

@@ -1,4 +1,4 @@
-"""Choosing the next token from logits."""
+"""Chooses the next token from logits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from edge_demo.engine.candidates import Candidates
 from edge_demo.errors import NotFiniteError, RequestError, brief
 from edge_demo.text.penalties import penalize
 
-# What each setting may be: from, to, and whether the first itself is among them.
+# The range of each setting: from, to, and whether the lower limit is included.
 _RANGES: dict[str, tuple[float, float, bool]] = {
     "temperature": (0, 100, True),
     "top_p": (0, 1, False),
@@ -75,7 +75,7 @@ class Sampler:
 
     @property
     def effective_top_k(self) -> int:
-        """How many of the most likely tokens it chooses among; 0 for all.
+        """Effective top-k: how many of the most likely tokens it chooses among; 0 for all.
 
         Where penalties only lower logits, of n tokens at most, the k likeliest afterwards are among
         the k + n likeliest before: above a token there are fewer than k that are not penalized.
@@ -99,8 +99,8 @@ class Sampler:
             text: the tokens so far that penalties count.
 
         Raises:
-            NotFiniteError: a logit is NaN or infinity. -infinity is a token that never comes,
-                unless all are.
+            NotFiniteError: a logit is NaN or infinity. A token with -infinity is never chosen,
+                unless all logits are -infinity.
         """
         ids = None
         if isinstance(logits, Candidates):

@@ -1,4 +1,4 @@
-"""Texts that end an answer, wherever its tokens' borders are."""
+"""Ends an answer at a stop text, also if the stop text does not begin or end at a token."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _LONGEST = 1000
 
 
 def check_stop_texts(texts: str | Sequence[str]) -> tuple[str, ...]:
-    """The same, one or several, if each can end an answer.
+    """Checks one or several stop texts.
 
     Raises:
-        RequestError: one is empty, too long or no UTF-8, or there are too many.
+        RequestError: one is empty, too long or not UTF-8, or there are too many.
     """
     if isinstance(texts, str):
         texts = (texts,)
@@ -33,13 +33,13 @@ def check_stop_texts(texts: str | Sequence[str]) -> tuple[str, ...]:
 
 
 class StopTexts:
-    """Watches a text as it grows; what may yet become a stop text is held back.
+    """Watches a growing text; holds back text that may become a stop text.
 
     Args:
-        texts: as `check_stop_texts` has found them good; none lets all text through.
+        texts: checked by `check_stop_texts`; without any, all text passes.
 
     Attributes:
-        found: whether one has come.
+        found: whether a stop text has occurred.
     """
 
     def __init__(self, texts: Sequence[str] = ()) -> None:
@@ -48,7 +48,7 @@ class StopTexts:
         self.found = False
 
     def push(self, piece: str) -> str:
-        """The text that is certain now: up to the first stop text, which is not part of it."""
+        """Returns the text that is certain now: up to the first stop text, which is excluded."""
         if not self._texts:
             return piece
         if self.found:
@@ -65,7 +65,7 @@ class StopTexts:
         return text[: len(text) - held]
 
     def flush(self) -> str:
-        """What was held back, when no more comes."""
+        """Returns the held-back text at the end."""
         held, self._held = self._held, ""
         return held
 

@@ -1,4 +1,4 @@
-"""Text to token ids and back, and back piece by piece without ever splitting a character."""
+"""Converts text to token ids and back, also as a stream that never splits a character."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BLANK_LINE = "\n\n"
 
 
 def _one_mark_a_byte(error: UnicodeError) -> tuple[str, int]:
-    """U+FFFD for every byte that is no UTF-8, as SentencePiece decodes them."""
+    """Decodes bytes; every byte that is not valid UTF-8 becomes U+FFFD, as in SentencePiece."""
     assert isinstance(error, UnicodeDecodeError)
     return "\ufffd", error.start + 1
 
@@ -34,7 +34,7 @@ def _clean(text: str) -> str:
 class Tokenizer:
     """Gemma's SentencePiece tokenizer, read from a bundle.
 
-    Text never becomes a control token: those are put in by id.
+    Text never becomes a control token; control tokens are added by id.
 
     Args:
         bundle: opened.
@@ -60,7 +60,7 @@ class Tokenizer:
             self._num_pieces -= 1
 
     def _check_control(self, path: Path) -> None:
-        """Refuse a model that would make control tokens of a user's words."""
+        """Raise an error for a model that would turn user text into control tokens."""
         ids = {self.spec.bos}
         if self.spec.chat is not None:
             ids |= {self.spec.chat.start_of_turn, self.spec.chat.end_of_turn}
@@ -74,14 +74,14 @@ class Tokenizer:
 
     @property
     def num_pieces(self) -> int:
-        """How many ids have a piece that a model may say; its table may have more rows, which
-        stand for nothing."""
+        """Number of ids that have a token; the embedding table may have more rows, which are
+        unused."""
         return self._num_pieces
 
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
         """The ids of a text, after the beginning-of-sequence token if `bos`.
 
-        Lone surrogates, which stand for bytes that were no UTF-8, become U+FFFD.
+        Lone surrogates, which represent bytes that are not UTF-8, become U+FFFD.
         """
         ids = self._model.encode(_clean(text))
         return [self.spec.bos, *ids] if bos else ids
@@ -102,7 +102,8 @@ class Tokenizer:
         return ids if ids[:1] == [self.spec.bos] else [self.spec.bos, *ids]
 
     def mark_in(self, text: str) -> str | None:
-        """A control token that a text is written with, which `encode` takes for its characters."""
+        """Returns a control token that occurs in a text, which `encode` treats as plain
+        characters."""
         return next((mark for mark in self._marks() if mark in text), None)
 
     def _marks(self) -> dict[str, int]:
@@ -133,7 +134,8 @@ class Tokenizer:
         return [*ids, chat.start_of_turn, *self.encode(f"{chat.model}\n", bos=False)]
 
     def encode_system(self, system: str) -> list[int]:
-        """What every conversation begins with that `encode_chat` makes with this system text.
+        """Returns the common beginning of all conversations that `encode_chat` encodes with this
+        system text.
 
         Raises:
             BundleError: the bundle is not instruction-tuned.
@@ -187,7 +189,7 @@ class Tokenizer:
 
 
 class TextStream:
-    """Turns ids into text as they come; a character is given out when all its bytes are there.
+    """Converts a stream of ids to text; returns a character when all its bytes have arrived.
 
     Args:
         tokenizer: whose ids they are.
@@ -198,14 +200,14 @@ class TextStream:
         self._decoder = codecs.getincrementaldecoder("utf-8")("edge_demo.one_mark_a_byte")
 
     def push(self, token: int) -> str:
-        """The text that this token completes; may be empty."""
+        """Returns the text that this token completes; may be empty."""
         piece = self.tokenizer.piece(token)
         if isinstance(piece, bytes):
             return self._decoder.decode(piece)
         return self.flush() + piece
 
     def flush(self) -> str:
-        """What is left when no more comes: U+FFFD for each byte of an unfinished character."""
+        """Returns the rest at the end: U+FFFD for each byte of an incomplete character."""
         text = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return text

@@ -1,4 +1,4 @@
-"""Files by which other runtimes load a bundle: onnxruntime-genai, Optimum and transformers.js.
+"""Writes the files with which onnxruntime-genai, Optimum and transformers.js load a bundle.
 
 They all run `model.onnx`, whose inputs and outputs have the names they expect, over the bundle's
 one weights file. What they want beside it is small: the architecture in Hugging Face's
@@ -32,7 +32,7 @@ _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 def write_ecosystem_files(
     folder: Path, checkpoint: Checkpoint, tokenizer: Mapping[str, Any], max_context: int
 ) -> bool:
-    """Write them, or none if the model cannot be said in these forms.
+    """Write all of them, or none if these formats cannot describe the model.
 
     That is so when its layers differ in more than their window, or its tokenizer is not BPE. Then
     only `edge_demo` runs the bundle, and the model card says so.
@@ -85,7 +85,7 @@ def _genai_config(
         config: with the bundle's context length.
         model_type: Hugging Face's.
         ids: `bos_token_id`, `eos_token_id` and `pad_token_id`.
-        sampling: `do_sample` and, if it is true, what it goes by.
+        sampling: `do_sample` and, if it is true, its parameters.
     """
     layer = config.layers[0]
     return {

@@ -1,4 +1,5 @@
-"""The quality report of a model card: a bundle against the float model, on a text of one's own."""
+"""Makes the quality report of a model card: compares a bundle with the float model on a user's
+text."""
 
 from __future__ import annotations
 
@@ -58,11 +59,11 @@ class _FloatModel:
 def measure_on_text(
     bundle: Bundle, checkpoint: Checkpoint, text: Windows, on_progress: Callable[[float], None]
 ) -> dict[str, Any]:
-    """What `edge-demo compare --json` would print of a bundle and its float32 reference.
+    """Returns what `edge-demo compare --json` would print for a bundle and its float32 reference.
 
     Args:
-        bundle: to judge.
-        checkpoint: what it was made from.
+        bundle: to compare.
+        checkpoint: that it was made from.
         text: to compare on.
         on_progress: called with the share that is done.
 

@@ -1,4 +1,4 @@
-"""One kind of picture, a bar chart, written by hand: a plotting library would be its only use."""
+"""Draws a bar chart as SVG; one chart does not justify a plotting library."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Comparing what was written with the Keras model it was made from."""
+"""Compares a written bundle with the Keras model that it was made from."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from export.graph.run_in_chunks import logits_in_chunks
 from gemma_keras.config import GemmaConfig
 
 TEXT = Path(__file__).with_name("verification.txt")
-# What a recipe may lose at most before its bundle is refused: mean KL, in nats. The 270M loses
-# 1e-11 as fp32, 1e-3 as int8, 0.5 as int4 rounded to nearest everywhere; a random model as int8 up
-# to 0.02; a wrong graph whole nats.
+# The largest mean KL of a recipe, in nats; a bundle with more is rejected. The 270M loses 1e-11 as
+# fp32, 1e-3 as int8, 0.5 as int4 rounded to nearest everywhere; a random model as int8 up to 0.02;
+# a wrong graph whole nats.
 _MOST_MEAN_KL = {"fp32": 1e-5, "fp16": 1e-3, "int8": 0.1, "int4": 2.0}
 _BATCH = 64
 _MOST_BYTES_WHOLE = 1 << 30  # of a bundle; onnxruntime holds most of them twice
@@ -29,7 +29,7 @@ _MOST_BYTES_WHOLE = 1 << 30  # of a bundle; onnxruntime holds most of them twice
 
 @dataclasses.dataclass(frozen=True)
 class Quality:
-    """How near a bundle is to the model it was made from.
+    """How close a bundle is to the model that it was made from.
 
     Attributes:
         max_logit_difference: greatest absolute difference of any logit.
@@ -38,7 +38,7 @@ class Quality:
         mean_kl: mean Kullback-Leibler divergence of the next-token distributions, in nats, from
             the reference to the bundle.
         tokens: positions compared.
-        against: what the reference is.
+        against: a description of the reference.
     """
 
     max_logit_difference: float
@@ -76,8 +76,8 @@ def verify(
     piece by piece.
 
     Raises:
-        ExportError: the bundle does not run, or they differ by more than the recipe can explain,
-            so the graph is wrong.
+        ExportError: the bundle does not run, or differs more than the recipe allows, so the graph
+            is wrong.
     """
     import keras
 
@@ -94,8 +94,9 @@ def verify(
     most = _MOST_MEAN_KL[recipe]
     if not quality.mean_kl <= most:
         raise ExportError(
-            f"the exported model differs from the Keras model: mean KL {quality.mean_kl:.3g} "
-            f"where {recipe} may lose {most:g}; nothing was written"
+            "the exported model differs from the Keras model: mean KL "
+            f"{quality.mean_kl:.3g}, but the limit for {recipe} is {most:g}; nothing was "
+            "written"
         )
     return quality
 

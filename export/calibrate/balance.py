@@ -1,11 +1,11 @@
-"""Moving the unevenness of activations into the weights, exactly, before both are rounded.
+"""Balances activations by moving their channel scales into the weights before both are quantized.
 
-onnxruntime rounds the activations of a quantized matrix product to 8 bits too, with one scale for
-each block of input channels; one large channel costs its whole block precision. Dividing channel
-j by `s_j` and multiplying row j of the matrix by it changes nothing in exact arithmetic, and the
-division costs nothing where something linear stands before it: the norm's factors, the value
-projection, the `up` branch of the MLP. With `s_j` the square root of the channel's size, halfway
-between evening out the activations and leaving the weights alone, both lose less.
+onnxruntime also rounds the activations of a quantized matrix product to 8 bits, with one scale for
+each block of input channels. One large channel reduces the precision of its whole block. Dividing
+channel j by `s_j` and multiplying row j of the matrix by it changes nothing in exact arithmetic.
+The division is free if a linear operation precedes it: the norm's factors, the value projection,
+the `up` branch of the MLP. With `s_j` the square root of the channel's size, both activations and
+weights lose less.
 
 Xiao et al., 2022, SmoothQuant, arXiv:2211.10438, with migration strength 0.5 and the activations'
 root mean square in place of their maximum.
@@ -25,7 +25,7 @@ _WIDEST = 1e3  # a channel is taken to be at most as much larger, or smaller, th
 
 
 class BalancedWeights(Mapping[str, np.ndarray]):
-    """The same model in other weights: canonical name to array, changed as it is read.
+    """The weights of an equivalent, balanced model: canonical name to array, computed on reading.
 
     Args:
         config: the model's.
@@ -96,7 +96,7 @@ class BalancedWeights(Mapping[str, np.ndarray]):
             self._inputs[name] = multiply
 
     def table_pieces(self, name: str, piece_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
-        """A table, which balancing leaves as it is."""
+        """Returns a table, which balancing does not change."""
         return table_pieces(self._weights, name, piece_bytes)
 
     def __getitem__(self, name: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Rounding with error feedback: each input's rounding error is passed on to those not yet rounded.
+"""Rounds with error feedback (GPTQ): later inputs compensate the rounding error of each input.
 
 Of a matrix `W` with inputs `x`, the loss is the mean of `|(W - Q) x|²`, which needs of the text
 only `H = mean(x xᵀ)`. Inputs are rounded one after the other; what rounding input j has done to the
@@ -30,7 +30,7 @@ _PIECE_BYTES = 32 << 20  # of the matrix, rounded at once
 
 @dataclasses.dataclass(frozen=True)
 class Feedback:
-    """What rounding needs to know of some inputs, for any matrix that sees them.
+    """What rounding needs to know about some inputs, for all matrices that multiply them.
 
     Attributes:
         importance: their mean squares, float32 `[in]`.

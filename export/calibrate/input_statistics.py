@@ -1,4 +1,4 @@
-"""Second statistics of what flows into a matrix."""
+"""Computes the input statistics of a matrix: second moments of its inputs."""
 
 from __future__ import annotations
 

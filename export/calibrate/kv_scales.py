@@ -1,4 +1,4 @@
-"""The scales of keys and values that are kept as 8-bit integers: one for each channel of a head.
+"""Measures the scales for int8 keys and values, one for each channel of a head.
 
 Keys are kept rotated. A rotation turns channels i and `i + head_dim / 2` into each other, so these
 two get one scale, of the length that the pair has: no later position then reaches further.
@@ -15,7 +15,7 @@ from export.graph.contract import INTERCHANGE_FILE, interchange_inputs
 from export.graph.run_in_chunks import run_in_pieces
 from gemma_keras.config import GemmaConfig
 
-_MARGIN = 1.25  # beyond the largest that was seen; what is larger still is cut off
+_MARGIN = 1.25  # margin above the largest value observed; larger values are clipped
 _MOST = 127
 
 
@@ -26,7 +26,7 @@ def measure_kv_scales(
     layers: Collection[int],
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, np.ndarray]:
-    """Watch a model's keys and values on a text.
+    """Observe a model's keys and values on a text.
 
     Args:
         folder: where its interchange graph and weights stand.

@@ -1,4 +1,4 @@
-"""The float model run one decoder block at a time: what exports are measured against.
+"""Runs the float model one decoder block at a time, as the reference for exports.
 
 The Keras layers do the work, but only one block of them is in memory, so a model of any size can be
 run on a laptop, for as many tokens as are wanted at once.

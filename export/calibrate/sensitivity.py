@@ -1,8 +1,9 @@
-"""What rounding a few matrices costs the whole model, for all of them at once.
+"""Estimates, in one pass over the weights, the KL divergence that quantizing each group of matrices
+causes.
 
-The model is run block by block with as many hidden states beside each other as there are groups of
-matrices: each state has met one rounded group and is exact otherwise. So the weights are read once,
-and a model of any size can be measured.
+The model runs block by block on one copy of the hidden states for each group of matrices. In each
+copy only that group is quantized. So the weights are read once, and a model of any size can be
+measured.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def sensitivities(
     positions: np.ndarray,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
-    """Mean KL divergence from the float model when one group of matrices alone is rounded.
+    """Returns the mean KL divergence from the float model if only one group of matrices is
+    quantized.
 
     It is taken over the tokens that are likely at some position, which hold nearly all of the
     probability and cost a small part of the head; and a position counts at most as ten typical

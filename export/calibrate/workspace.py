@@ -1,7 +1,8 @@
-"""What a long export has worked out so far, in a folder that outlives an interruption.
+"""Stores intermediate results of a long export in a folder, so that an interrupted export can
+continue.
 
-Every file is written whole or not at all, and only numpy arrays are read back. A workspace is of
-use only to the export that it was made for: the same weights, text and method.
+Files get their names only when they are complete, and only numpy arrays are read back. A workspace
+is valid only for the same weights, text and method.
 """
 
 from __future__ import annotations
@@ -24,13 +25,12 @@ _KEY = "key.txt"
 
 
 def workspace_path(out: Path) -> Path:
-    """Where an export to `out` keeps what it has worked out until it is done."""
+    """Returns the folder in which an export to `out` stores intermediate results."""
     return out.parent / f".{out.name}.work"
 
 
 def kept_work(out: Path) -> bool:
-    """Whether an export to `out` that did not end has left something of use; a workspace that holds
-    nothing is removed."""
+    """Whether an unfinished export to `out` has left results; an empty workspace is removed."""
     folder = workspace_path(out)
     with contextlib.suppress(OSError):  # as of a name that is too long: there is none
         if any(folder.glob("*.npz")):
@@ -70,7 +70,7 @@ class Workspace:
         os.replace(unfinished, path)
 
     def load(self, name: str) -> dict[str, np.ndarray] | None:
-        """The group of that name; `None` if it was not kept, or cannot be read."""
+        """Returns the group of that name; `None` if it was not stored, or cannot be read."""
         if self._folder is None:
             return self._memory.get(name)
         try:

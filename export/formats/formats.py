@@ -1,4 +1,4 @@
-"""Storage formats of one weight, and the plan that gives each weight its format."""
+"""Defines the storage format of a weight, and the plan that gives each weight its format."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Format:
         if self.planes != 1:
             good = good and (self.planes, self.bits, self.symmetric) == (2, 8, False)
         if not good:
-            raise ValueError(f"there is no such format: {self}")
+            raise ValueError(f"the format is not supported: {self}")
 
     @property
     def quantized(self) -> bool:

@@ -1,4 +1,4 @@
-"""Matrices that multiply the same input, stored one after another, so that one product is enough.
+"""Finds fused matrices (QKV, gate-up): they multiply the same input and are stored together.
 
 A runtime then rounds the input once and hands its threads one larger piece of work.
 """
@@ -40,6 +40,6 @@ def _runs(names: Sequence[str], plan: Plan) -> Iterator[tuple[str, ...]]:
 
 
 def joined_name(names: Sequence[str]) -> str:
-    """What matrices are called together: `layers.0.mlp.gate+up`."""
+    """Returns the name of fused matrices, such as `layers.0.mlp.gate+up`."""
     first, *others = names
     return "+".join([first, *(name.rpartition(".")[2] for name in others)])

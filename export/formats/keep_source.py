@@ -1,8 +1,8 @@
-"""Storing again, without rounding again, what the source already holds as small integers.
+"""Stores weights that are already quantized in the source without rounding them again.
 
-A storage format holds a grid where each of its blocks lies within one block of the source, and
-the source's levels, moved to the format's zero point, fit its range. Nothing is believed: a block
-counts as kept when the numbers that it will stand for equal the source's.
+A storage format can hold a source's grid if each of its blocks is inside one block of the source,
+and the shifted levels fit its range. Every block is checked: it counts as kept only if its
+dequantized values equal the source's.
 """
 
 from __future__ import annotations
@@ -197,13 +197,13 @@ def _choose(exact: np.ndarray, kept: Quantized, rounded: Quantized) -> Quantized
 
 @dataclasses.dataclass(frozen=True)
 class KeptWeights:
-    """What of a source is stored as the source holds it, without balancing or rounding.
+    """The weights that are stored as in the source, without balancing or rounding.
 
     Attributes:
         source: the weights themselves, not balanced ones.
         formats: name to the format that holds it exactly, for the matrices that are kept.
-        sentence: for people, which matrices are kept and which are rounded again; empty if the
-            source holds floats only.
+        sentence: says which matrices are kept and which are rounded again; empty if the source has
+            only floats.
         tables_rounded_again: a table's name to the share of its blocks that had to be rounded
             again; filled in when `rounded` has read it.
     """
@@ -240,7 +240,7 @@ class KeptWeights:
 def kept_weights(
     config: GemmaConfig, weights: Mapping[str, np.ndarray], most_bits: int = MOST_BITS_KEPT
 ) -> KeptWeights:
-    """Which matrices lie on a grid that a format of few bits holds exactly.
+    """Finds the matrices whose grid a low-bit format stores exactly.
 
     For the int4 recipe: to round 4 bits again costs a mean KL of 0.05. Not for int8, where
     balancing the activations, which changes every matrix, gains more (0.0024 to 0.0010) than
@@ -275,7 +275,7 @@ def kept_weights(
 
 def _sentence(kept: Counter[str], again: Counter[str]) -> str:
     parts = []
-    for kinds, verb in ((kept, "stored as they are"), (again, "rounded again")):
+    for kinds, verb in ((kept, "stored unchanged"), (again, "rounded again")):
         if kinds:
             counts = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
             matrices, are = ("matrix", "is") if kinds.total() == 1 else ("matrices", "are")

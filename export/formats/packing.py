@@ -1,4 +1,4 @@
-"""Integers with scales, and the bytes that onnxruntime's operators read.
+"""Packs integers with scales into the bytes that onnxruntime's operators read.
 
 `MatMulNBits` and `GatherBlockQuantized` take `value = (level - zero_point) * scale` with levels of
 2, 4 or 8 bits, the first one in the lowest bits of a byte. onnxruntime, ContribOperators.md.
@@ -28,7 +28,7 @@ class Quantized:
     zero_points: np.ndarray | None = None
 
     def values(self, fmt: Format, num_inputs: int) -> np.ndarray:
-        """The numbers that it stands for: float32 `[rows, num_inputs]`."""
+        """Returns the dequantized values: float32 `[rows, num_inputs]`."""
         zero = fmt.middle if self.zero_points is None else self.zero_points[..., None]
         levels = self.levels.astype(np.float32) - np.asarray(zero, np.float32)
         return (levels * self.scales[..., None]).reshape(len(levels), -1)[:, :num_inputs]
@@ -104,7 +104,7 @@ def split_planes(
 
 
 def stored_tensors(quantized: Quantized, fmt: Format) -> dict[str, np.ndarray]:
-    """What goes into the weights file: part name to array."""
+    """Returns the arrays for the weights file: part name to array."""
     if fmt.planes == 2:
         assert quantized.zero_points is not None
         halves = split_planes(quantized.levels, quantized.zero_points)

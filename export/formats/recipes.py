@@ -1,4 +1,4 @@
-"""Named ways to store a model."""
+"""Defines the recipes: named ways to store a model."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class Recipe:
         table: the format of the token embedding and the head; its blocks are made as much smaller
             as the model's width asks.
         finer: the format of some matrices in place of `matrices`, by their name within a block.
-        kl_budget: for a recipe that chooses formats by measurement: the mean KL divergence from
-            the float model that it may lose, in nats; `None` for a fixed one.
-        calibration: what the model is calibrated on unless it is told otherwise: `"self"` for text
-            that it writes itself, `"text"` for a page that comes with this package, `None` for
-            nothing. With any, activations are balanced (`export.calibrate.balance`) and matrices of
-            few bits are rounded with error feedback (`export.calibrate.gptq`).
+        kl_budget: for a recipe that chooses formats by measurement, the maximum mean KL divergence
+            from the float model in nats; `None` for a fixed recipe.
+        calibration: the default calibration text: `"self"` for text that the model generates,
+            `"text"` for a page in this package, `None` for no calibration. Calibration balances
+            activations (`export.calibrate.balance`) and rounds low-bit matrices with error feedback
+            (`export.calibrate.gptq`).
     """
 
     matrices: Format
@@ -73,9 +73,7 @@ def recipe_named(name: str) -> Recipe:
         ExportRequestError: there is none.
     """
     if name not in RECIPES:
-        raise ExportRequestError(
-            f"no recipe is called {name!r}; choose one of {', '.join(RECIPES)}"
-        )
+        raise ExportRequestError(f"there is no recipe {name!r}; choose one of {', '.join(RECIPES)}")
     return RECIPES[name]
 
 
@@ -129,12 +127,13 @@ def plan_from_json(entries: Mapping[str, Any], config: GemmaConfig) -> dict[str,
     """A plan that comes from elsewhere, such as another bundle's, checked.
 
     Raises:
-        ExportRequestError: it names a weight that the model does not have, or a format that there
-            is not.
+        ExportRequestError: it names an unknown weight or an unsupported format.
     """
     specs = {s.name: s for s in weight_specs(config).values() if s.kind != "norm"}
     if not isinstance(entries, Mapping):
-        raise ExportRequestError("a plan is an object that gives each weight's name its format")
+        raise ExportRequestError(
+            "a plan must be a JSON object that maps each weight's name to its format"
+        )
     plan = {}
     for name, entry in entries.items():
         if name not in specs:
@@ -145,21 +144,23 @@ def plan_from_json(entries: Mapping[str, Any], config: GemmaConfig) -> dict[str,
         fields = {field.name: field for field in dataclasses.fields(Format)}
         if not isinstance(entry, Mapping) or not entry.keys() <= fields.keys():
             raise ExportRequestError(
-                f"the plan's entry for {name} must be an object of {', '.join(fields)}"
+                f"the plan's entry for {name} must be an object with the keys {', '.join(fields)}"
             )
         try:
             fmt = Format(**{key: _whole(value) for key, value in entry.items()})
         except (TypeError, ValueError):
             raise ExportRequestError(
-                f"the plan gives {name} a format that there is not: {reprlib.repr(dict(entry))}"
+                f"the plan gives {name} an unsupported format: {reprlib.repr(dict(entry))}"
             ) from None
         if fmt.quantized and fmt.block_size not in BLOCK_SIZES:
             raise ExportRequestError(
-                f"the plan gives {name} blocks of {fmt.block_size}; onnxruntime takes "
+                f"the plan gives {name} blocks of {fmt.block_size}; onnxruntime supports "
                 f"{', '.join(map(str, BLOCK_SIZES))}"
             )
         if fmt.planes == 2 and specs[name].kind != "table":
-            raise ExportRequestError(f"the plan splits {name} in 2 planes; only tables can be")
+            raise ExportRequestError(
+                f"the plan splits {name} in 2 planes, but only embedding tables can be split"
+            )
         plan[name] = fmt
     for name in plan.keys() & {"token_embedding", "head"}:
         _check_table(plan[name], config)
@@ -177,6 +178,6 @@ def _check_table(fmt: Format, config: GemmaConfig) -> None:
         # Gather reads unpadded rows, the head's matrix product padded ones: the one stored table
         # serves both only without padding.
         raise ExportRequestError(
-            f"the embedding would be stored in blocks of {fmt.block_size}, which do not divide "
-            f"hidden_dim ({config.hidden_dim}); use --recipe fp32"
+            f"the embedding would be stored in blocks of {fmt.block_size}, which does not "
+            f"divide hidden_dim ({config.hidden_dim}); use --recipe fp32"
         )

@@ -1,7 +1,7 @@
-"""Rounding to nearest, without calibration.
+"""Rounds weights to nearest, without calibration.
 
-Which scale a block gets decides what is lost. `round_to_nearest` takes the one that reaches the
-block's extremes; `search_scales` tries narrower ones, which clip a little and round finer.
+The scale of a block determines its error. `round_to_nearest` uses the scale that covers the block's
+extremes. `search_scales` tries smaller ones, which clip a little and round more finely.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Names, shapes and dtypes of each graph's inputs and outputs, computed from the configuration.
+"""Computes the names, shapes and dtypes of each graph's inputs and outputs from the configuration.
 
 Three graphs stand over the same weights:
 

@@ -1,4 +1,5 @@
-"""The fused lowering: a configuration and stored weights to a graph of onnxruntime's operators.
+"""The fused lowering: builds a graph of onnxruntime's operators from a configuration and stored
+weights.
 
 It reads top to bottom as the model does (`gemma_keras.model.layers`), and is independent of Keras.
 Operators of the domain `com.microsoft` are documented in onnxruntime's ContribOperators.md.
@@ -58,7 +59,7 @@ def build_graph(
     Raises:
         ConfigError: the model is bidirectional, which `GroupQueryAttention` is not.
     """
-    config.require_causal("a graph over kept keys and values")
+    config.require_causal("a graph with a key-value cache")
     return _FusedGraph(config, plan, weights, contract, max_context, kv_scales or {}).build()
 
 

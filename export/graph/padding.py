@@ -1,4 +1,4 @@
-"""Padding in `model.onnx`, wherever `attention_mask` says it is, as operators of ONNX.
+"""Adds ONNX operators to `model.onnx` that handle padding anywhere in `attention_mask`.
 
 transformers, Optimum and transformers.js pad prompts on the left; attention over kept keys and
 values, as `GroupQueryAttention` and the traced layers do it, wants a row's tokens one after

@@ -1,4 +1,4 @@
-"""Running a graph one piece at a time, so that a model of any size can be run on a laptop.
+"""Runs a graph chunk by chunk, so that a model of any size runs on a laptop.
 
 A piece is a run of the graph's nodes with a bounded amount of weights. onnxruntime loads it, runs
 every input through it and lets it go; what later pieces read is carried over. So the weights are
@@ -179,7 +179,7 @@ def _session(
     part.graph.input.extend(described(name) for name in piece.reads)
     part.graph.output.extend(onnx.ValueInfoProto(name=name) for name in piece.gives)
     options = ort.SessionOptions()
-    options.log_severity_level = 4  # errors are raised, they need not be printed too
+    options.log_severity_level = 4  # errors are raised, so they are not printed too
     options.add_session_config_entry(_FOLDER_OF_WEIGHTS, str(folder))
     return ort.InferenceSession(
         part.SerializeToString(), options, providers=["CPUExecutionProvider"]

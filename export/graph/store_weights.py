@@ -1,4 +1,4 @@
-"""From a weight source and a plan to the weights file: one tensor in memory at a time."""
+"""Writes the weights file from a weight source and a plan, with one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def store_weights(
         plan: canonical name to format, for all but the norms.
         file: open for writing.
         on_progress: called with (parameters stored so far, all of them).
-        rounded: what is on a grid already, by name and format; the rest is rounded to nearest.
+        rounded: weights that are already quantized, by name and format; the others are rounded to
+            nearest.
 
     Raises:
         ExportError: a weight does not fit float16 where the plan asks for it.
@@ -67,7 +68,7 @@ def store_weights(
 
 
 def embedding_spec(config: GemmaConfig, plan: Plan, file: WeightsFile) -> EmbeddingSpec:
-    """Where and how `store_weights` has stored the embedding table."""
+    """Returns where and how `store_weights` stored the embedding table."""
     fmt, tensors = plan["token_embedding"], file.tensors
     parts = {
         part: tensors[name]
@@ -97,7 +98,7 @@ def _store_float(
             stored = piece.astype(dtype, copy=False)
         if fmt.bits == 16 and not np.isfinite(stored).all():
             raise ExportError(
-                f"{spec.name} holds values beyond float16's 65,504; use another recipe"
+                f"{spec.name} has values beyond 65,504, the largest float16; use another recipe"
             )
         file.write_rows(spec.name, first, stored)
 

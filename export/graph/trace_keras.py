@@ -1,4 +1,4 @@
-"""The Keras layers as ONNX fragments, traced on TensorFlow: `python -m export.graph.trace_keras
+"""Traces the Keras layers on TensorFlow as ONNX fragments: `python -m export.graph.trace_keras
 FOLDER`.
 
 A process of its own, whatever backend the caller's Keras has. It reads a configuration as JSON from
@@ -149,7 +149,9 @@ def _write(
     expected = {spec.name for spec in signature}
     found = {value.name for value in model.graph.input}
     if found != expected:
-        raise AssertionError(f"{path.name}: {sorted(found ^ expected)} are inputs too many or few")
+        raise AssertionError(
+            f"{path.name}: {sorted(found ^ expected)} are missing or unexpected inputs"
+        )
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 
@@ -174,7 +176,7 @@ def _convert(function) -> onnx.ModelProto:
 
 
 def main() -> int:
-    """Trace the model that stdin describes; the last line on stderr tells a failure."""
+    """Trace the model that stdin describes; after a failure the last line on stderr says why."""
     try:
         trace(GemmaConfig.from_dict(json.load(sys.stdin)), Path(sys.argv[1]))
     except Exception as error:

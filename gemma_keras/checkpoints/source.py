@@ -1,4 +1,4 @@
-"""What every checkpoint format is read into: a configuration, lazy weights, a tokenizer."""
+"""Defines `Checkpoint`: a configuration, weights that are read on demand, and a tokenizer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gemma_keras.config import GemmaConfig
 from gemma_keras.errors import CheckpointError
 from gemma_keras.text.chat import GEMMA_TURNS, TurnTemplate, all_stops
 
-PIECE_BYTES = 64 << 20  # of a table, in float32, in memory at once
+PIECE_BYTES = 64 << 20  # chunk of a table in memory at a time, in float32
 
 
 class WeightSource(Mapping[str, np.ndarray]):
@@ -60,8 +60,8 @@ class WeightSource(Mapping[str, np.ndarray]):
             left_over.discard(spec.file_name(file_format))
         if left_over:
             raise CheckpointError(
-                f"the checkpoint holds {len(left_over)} tensors that this model has no place for: "
-                f"{', '.join(sorted(left_over)[:5])}"
+                f"the checkpoint holds {len(left_over)} tensors that this model does not "
+                f"have: {', '.join(sorted(left_over)[:5])}"
             )
 
     def _check(self, spec: WeightSpec, file_shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -71,7 +71,7 @@ class WeightSource(Mapping[str, np.ndarray]):
             raise CheckpointError(f"the checkpoint lacks the tensor {name}")
         if tuple(found) != spec.file_shape:
             raise CheckpointError(
-                f"the tensor {name} has shape {list(found)}; the configuration asks for "
+                f"the tensor {name} has shape {list(found)}, but the configuration needs "
                 f"{list(spec.file_shape)}"
             )
 
@@ -94,9 +94,9 @@ class WeightSource(Mapping[str, np.ndarray]):
         return rows
 
     def table_pieces(self, name: str, piece_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
-        """A table in pieces, one in memory at a time: the first row's number, float32 rows.
+        """Yields a table in chunks, one in memory at a time: the first row's index, float32 rows.
 
-        Of a matrix too, whose rows are those of the file, its outputs.
+        Also works for a matrix; its rows are then the outputs, as in the file.
 
         Raises:
             CheckpointError: a value is not finite.
@@ -107,11 +107,11 @@ class WeightSource(Mapping[str, np.ndarray]):
             yield first, self.rows(name, first, min(first + step, num_rows))
 
     def stored_as(self, name: str) -> str | None:
-        """In what type of few bits the file holds a weight, such as `Q4_0`; `None` for floats."""
+        """Returns a weight's quantized type in the file, such as `Q4_0`; `None` for floats."""
         return self._stored_as(self.specs[name].file_name(self._format))
 
     def grid(self, name: str) -> QuantizedGrid | None:
-        """A matrix or table as the integers that the file holds; `None` if it holds none known.
+        """Returns a matrix or table as the integers in the file; `None` for an unsupported type.
 
         Rows are a matrix's outputs or a table's tokens; `values()` are to the bit what reading the
         weight by its name gives (transposed, for a matrix).
@@ -147,7 +147,7 @@ class WeightSource(Mapping[str, np.ndarray]):
 
 @runtime_checkable
 class TableSource(Protocol):
-    """Weights whose tables can be read piece by piece, as those of a file can."""
+    """Weights whose tables can be read in chunks."""
 
     def table_pieces(self, name: str, piece_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
         """As `table_pieces`."""
@@ -157,9 +157,9 @@ class TableSource(Protocol):
 def table_pieces(
     weights: Mapping[str, np.ndarray], name: str, piece_bytes: int = PIECE_BYTES
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """A table in pieces of about `piece_bytes`: the first row's number, float32 rows.
+    """Yields a table in chunks of about `piece_bytes`: the first row's index, float32 rows.
 
-    Where the weights are a `TableSource`, only one piece is in memory.
+    If the weights are a `TableSource`, only one chunk is in memory.
     """
     if isinstance(weights, TableSource):
         return weights.table_pieces(name, piece_bytes)
@@ -167,15 +167,15 @@ def table_pieces(
 
 
 def finite(name: str, array: np.ndarray) -> np.ndarray:
-    """A weight of a live model, as it is.
+    """Returns a weight of a model in memory, after checking that it is finite.
 
     Raises:
-        CheckpointError: a number in it is not finite.
+        CheckpointError: a value is not finite.
     """
     if not np.isfinite(array).all():
         raise CheckpointError(
-            f"the model's weight {name} holds numbers that are not finite, as training leaves them "
-            "whose loss became nan; load the model again"
+            f"the model's weight {name} holds values that are not finite, for example after "
+            "a training whose loss became NaN; load the model again"
         )
     return array
 
@@ -183,7 +183,8 @@ def finite(name: str, array: np.ndarray) -> np.ndarray:
 def row_pieces(
     array: np.ndarray, piece_bytes: int = PIECE_BYTES
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """An array in pieces of about `piece_bytes` of float32: the first row's number, the rows."""
+    """Yields an array in chunks of about `piece_bytes` of float32: the first row's index, the
+    rows."""
     step = _rows_in(piece_bytes, array.shape[1])
     for first in range(0, len(array), step):
         yield first, array[first : first + step]
@@ -211,7 +212,7 @@ class Checkpoint:
         stop: ids that end a text, as far as its files name them; `stop_ids` are all.
         turns: the turn template that it follows, or that its tokenizer has tokens for.
         chat_template: its own template in Jinja, whether or not that could be recognized.
-        remarks: what reading it has passed over or changed, a sentence each.
+        remarks: what was ignored or changed while reading, one sentence each.
     """
 
     config: GemmaConfig
@@ -242,10 +243,11 @@ class Checkpoint:
 def file_pieces(
     checkpoint: Checkpoint, spec: WeightSpec, file_format: FileFormat
 ) -> Iterator[np.ndarray]:
-    """A weight as a file holds it, float32 from row to row; of a table a piece is in memory.
+    """Yields a weight as a file stores it, float32 in order of rows; only one chunk of a table is
+    in memory.
 
     Raises:
-        CheckpointError: the weight is missing or of another shape.
+        CheckpointError: the weight is missing or has another shape.
     """
     if spec.name not in checkpoint.weights:
         raise CheckpointError(f"the weights lack {spec.name}")
@@ -254,7 +256,7 @@ def file_pieces(
     else:
         array = spec.to_file(checkpoint.weights[spec.name], file_format)
         pieces = iter([array]) if array.ndim == 1 else (rows for _, rows in row_pieces(array))
-    wrong = CheckpointError(f"{spec.name} is not of the shape {list(spec.shape)}")
+    wrong = CheckpointError(f"{spec.name} must have the shape {list(spec.shape)}")
     num_rows = 0
     for piece in pieces:
         num_rows += len(piece)
@@ -266,7 +268,7 @@ def file_pieces(
 
 
 def check_range(array: np.ndarray, largest: float, name: str, stored_as: str) -> None:
-    """Refuse numbers that become infinite in another type, and those that are not finite.
+    """Raise an error for values that are not finite, or too large for another type.
 
     Args:
         array: float32.
@@ -277,5 +279,6 @@ def check_range(array: np.ndarray, largest: float, name: str, stored_as: str) ->
     found = np.abs(array).max()
     if not found <= largest:
         raise CheckpointError(
-            f"{name} holds {found:g}, {stored_as} ends at {largest:g}; write another type"
+            f"{name} holds {found:g}, but the largest {stored_as} is {largest:g}; write "
+            "another type"
         )

@@ -1,4 +1,4 @@
-"""Continuing token ids: the prompts at once, then a token a row at a time.
+"""The generation loop: prefills all prompts at once, then decodes one token per row and step.
 
 A compiled function is of use to all prompts of about the same length: lengths are rounded up to
 `bucket`, and where rows end is data.
@@ -60,7 +60,7 @@ def _without_piece(model: keras_hub.models.CausalLM) -> Callable[[Any], Any]:
 
 
 class GenerateFunction:
-    """The compiled functions of a model and its sampler.
+    """The compiled generation functions of a model and its sampler.
 
     Args:
         model: a compiled `GemmaCausalLM`, in the sense of `compile`.
@@ -135,7 +135,7 @@ class GenerateFunction:
         Args:
             prompt: its ids.
             max_length: of prompt and continuation together, in tokens.
-            stop_token_ids: ids that end it; they are not given out.
+            stop_token_ids: ids that end it; they are not yielded.
 
         Raises:
             ValueError: the prompt is empty, or the sampler looks at more than the next token, as
@@ -144,7 +144,7 @@ class GenerateFunction:
         """
         if self._has_own_loop:
             kind = type(self._sampler).__name__
-            raise ValueError(f"{kind} has no token to give out before it has them all")
+            raise ValueError(f"{kind} cannot stream: it produces its tokens only at the end")
         row = np.asarray([prompt], np.int32)
         token_ids, lengths = self._checked({"token_ids": row, "padding_mask": np.ones_like(row)})
         if len(prompt) >= max_length:
@@ -165,7 +165,7 @@ class GenerateFunction:
         mask = ops.convert_to_numpy(inputs["padding_mask"]).astype(bool)
         lengths = mask.sum(axis=1).astype(np.int32)
         if not lengths.all():
-            raise ValueError("a prompt is empty; it needs at least the beginning-of-sequence token")
+            raise ValueError("a prompt is empty; give at least the beginning-of-sequence token")
         if (mask != (np.arange(mask.shape[1]) < lengths[:, None])).any():
             raise ValueError("prompts must be padded on the right")
         return token_ids, lengths
@@ -189,11 +189,11 @@ class GenerateFunction:
 
     def _sample(self, logits):
         """From `(batch, vocabulary_size)` to ids, int32 `(batch,)`; -1 if they are not finite."""
-        # The greatest of numbers of which one is none is none; what must not be chosen is -inf.
+        # The maximum of values with a NaN is NaN; forbidden tokens have -inf.
         finite = ops.isfinite(ops.max(logits, axis=-1))
         if type(self._sampler) is keras_hub.samplers.GreedySampler:
             scores = logits  # the greatest has the greatest probability, which is not needed
-        else:  # a sampler fails on numbers that are none
+        else:  # a sampler fails on NaN
             logits = ops.where(finite[:, None], logits, 0.0)
             scores = self._sampler.compute_probabilities(logits)
         token = ops.cast(self._sampler.get_next_token(scores), "int32")
@@ -231,7 +231,8 @@ class GenerateFunction:
             return ops.logical_not(ops.all(done))
 
         def body(token_ids, token, positions, done, cache):
-            # A row that is done goes on beside the others, for nobody, and not beyond the cache.
+            # A finished row continues with the others; its tokens are ignored, and never exceed the
+            # cache.
             start = positions[0] if aligned else ops.minimum(positions, last_place)
             cache, token = self._run_step(cache, ops.maximum(token, 0), start)
             positions = positions + 1

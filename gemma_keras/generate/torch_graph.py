@@ -1,4 +1,4 @@
-"""Making a recorded PyTorch graph shorter without changing what it computes.
+"""Simplifies a recorded PyTorch graph without changing its results.
 
 A graph that `make_fx` records has every operation that Keras called. Each is called from Python
 again for each token, and for one token of a small model calling takes as long as computing. So what

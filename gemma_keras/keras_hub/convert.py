@@ -1,4 +1,4 @@
-"""KerasHub's own Gemmas, live models in memory, read as a `Checkpoint` and made from one.
+"""Converts KerasHub's Gemma models in memory to a `Checkpoint`, and makes them from one.
 
 Read are `GemmaBackbone` (Gemma 1 and 2) and `Gemma3Backbone`, alone or inside a task such as
 `GemmaCausalLM`. What counts is what the layers compute. KerasHub 0.32 in its layers:
@@ -54,7 +54,7 @@ _BACKBONES = {
 def read_keras_hub(
     model: Any, *, instruction_tuned: bool = False, context_length: int | None = None
 ) -> Checkpoint:
-    """Read a live KerasHub Gemma, whatever the generation.
+    """Read a KerasHub Gemma of any generation from memory.
 
     Args:
         model: a `keras_hub.models.GemmaBackbone` or `Gemma3Backbone`, or a task that has one, such
@@ -68,8 +68,8 @@ def read_keras_hub(
         Its weights are read from the model, LoRA merged, when they are asked for.
 
     Raises:
-        ConfigError: it is not such a model, or one whose mathematics a `GemmaConfig` cannot say.
-        CheckpointError: it has been quantized, or has weights that a Gemma has no place for.
+        ConfigError: it is not such a model, or a `GemmaConfig` cannot describe its computation.
+        CheckpointError: it has been quantized, or has weights that a Gemma does not have.
     """
     backbone = _backbone_of(model)
     _refuse_quantized(backbone)
@@ -79,7 +79,8 @@ def read_keras_hub(
     if found != parameter_count(config):
         raise CheckpointError(
             f"the KerasHub model {backbone.name} has {found:,} parameters; a Gemma with its "
-            f"configuration has {parameter_count(config):,}, so it holds something unknown here"
+            f"configuration has {parameter_count(config):,}, so it has a part that is not "
+            "supported"
         )
     tokenizer = getattr(getattr(model, "preprocessor", None), "tokenizer", None)
     proto = getattr(tokenizer, "proto", None)
@@ -247,8 +248,8 @@ def _backbone_of(model: Any) -> Any:
     kind = type(backbone)
     if (kind.__name__, kind.__module__.rpartition(".")[0]) not in _BACKBONES:
         raise ConfigError(
-            f"a {kind.__module__}.{kind.__name__} is not a KerasHub Gemma that can be read; those "
-            "are keras_hub.models.GemmaBackbone and Gemma3Backbone, and tasks that have one"
+            f"a {kind.__module__}.{kind.__name__} is not supported; give a "
+            "keras_hub.models.GemmaBackbone or Gemma3Backbone, or a task that has one"
         )
     return backbone
 
@@ -273,8 +274,8 @@ def _refuse_quantized(backbone: Any) -> None:
             if sublayer.quantization_mode is not None:
                 raise CheckpointError(
                     f"{sublayer.path} of the KerasHub model has been quantized to "
-                    f"{sublayer.quantization_mode}; convert the model before quantize, which works "
-                    "on the converted one as well"
+                    f"{sublayer.quantization_mode}; convert the model before you call "
+                    "quantize. The converted model has quantize, too"
                 )
 
 
@@ -282,10 +283,11 @@ def _check_epsilons(backbone: Any, config: GemmaConfig) -> None:
     for path, epsilon in _epsilons(backbone, config.layers):
         if not close(epsilon, config.norm_epsilon):
             raise ConfigError(
-                f"the norm {path} of the KerasHub model has the epsilon {epsilon}, the last norm "
-                f"{config.norm_epsilon}, and here all norms share one (KerasHub passes "
-                "layer_norm_epsilon to the last norm alone); set the attribute epsilon of "
-                "backbone.layer_norm, or of all others, so that they agree"
+                f"the norm {path} of the KerasHub model has the epsilon {epsilon}, but the "
+                f"last norm has {config.norm_epsilon}. Here all norms share one epsilon, "
+                "but KerasHub passes layer_norm_epsilon only to the last norm. Set the "
+                "attribute epsilon of backbone.layer_norm or of all other norms, so that "
+                "they agree"
             )
 
 
@@ -325,4 +327,4 @@ def _make_preprocessor(tokenizer_model: bytes, gemma3: bool) -> Any:
             return models.Gemma3CausalLMPreprocessor(tokenizer)
         return models.GemmaCausalLMPreprocessor(models.GemmaTokenizer(proto=tokenizer_model))
     except ValueError as error:
-        raise CheckpointError(f"KerasHub refuses the tokenizer: {error}") from error
+        raise CheckpointError(f"KerasHub cannot load the tokenizer: {error}") from error

@@ -1,4 +1,5 @@
-"""`GemmaBackbone`: token ids to hidden states, for every Gemma that a `GemmaConfig` describes."""
+"""Defines `GemmaBackbone`: token ids to hidden states, for every Gemma that a `GemmaConfig`
+describes."""
 
 # Keras's operations are typed as if they returned None or a PyTree.
 # pyright: reportOptionalOperand=false, reportOptionalSubscript=false, reportOperatorIssue=false
@@ -40,8 +41,8 @@ class GemmaBackbone(keras_hub.models.Backbone):
         kernel_initializer: of every matrix and the embedding; `"zeros"` is quick when weights are
             loaded next. `gemma_keras.model.loading.FromWeights(checkpoint.weights)` makes every
             variable of a weight, in the memory of the variables and a few pieces of a weight.
-        gradient_checkpointing: whether `fit` keeps only what goes into each block, and computes the
-            rest again for the gradients: less memory, a third more time.
+        gradient_checkpointing: whether `fit` stores only the input of each block, and recomputes
+            the rest for the gradients: less memory, a third more time.
 
     Raises:
         CheckpointError: a weight is missing, of another shape, or not finite.
@@ -154,7 +155,7 @@ class GemmaBackbone(keras_hub.models.Backbone):
         return x * ops.cast(config.embedding_scale, x.dtype)
 
     def embed(self, token_ids):
-        """What the first block takes: float `(batch, length, hidden_dim)`."""
+        """Returns the input of the first block: float `(batch, length, hidden_dim)`."""
         return self._embed(self.config, token_ids)
 
     # --- the same layers with a cache ---
@@ -220,7 +221,7 @@ class GemmaBackbone(keras_hub.models.Backbone):
     def variable(self, name: str):
         """The Keras variable that holds a weight, by canonical name, such as `layers.3.mlp.up`.
 
-        Of a layer that `quantize` has changed it is of no use; see `weight_source`.
+        Not usable for a layer that `quantize` has changed; see `weight_source`.
         """
         if name == "token_embedding":
             return self.token_embedding.embeddings
@@ -245,22 +246,22 @@ class GemmaBackbone(keras_hub.models.Backbone):
             variable = self.variable(name)
             if not isinstance(variable, keras.Variable):
                 raise CheckpointError(
-                    f"{name} is no variable any more, since enable_lora or quantize has changed its"
-                    " layer; load weights before"
+                    f"{name} is no longer a variable, because enable_lora or quantize has "
+                    "changed its layer; load the weights first"
                 )
             fill(variable, weight_pieces(weights, spec))
 
     def weight_source(self) -> Mapping[str, np.ndarray]:
         """This model's weights by canonical name, read as float32 when asked for, LoRA merged.
 
-        A weight that is not finite, as after a loss of NaN, is a `CheckpointError` when it is read.
-        What `quantize` has made integers of is read as the numbers that they stand for. The
-        mapping is also a `gemma_keras.checkpoints.quantized_grid.GridSource`.
+        Reading a weight that is not finite, for example after a NaN loss, raises `CheckpointError`.
+        Weights that `quantize` has made integers are dequantized. The mapping is also a
+        `gemma_keras.checkpoints.quantized_grid.GridSource`.
         """
         return _BackboneWeights(self)
 
     def default_lora_layer_names(self) -> list[str]:
-        """Names of the layers that `enable_lora` adapts unless it is told others."""
+        """Names of the layers that `enable_lora` adapts by default."""
         return ["query", "value"]
 
     def enable_lora(self, rank: int, target_layer_names: Sequence[str] | None = None) -> None:
@@ -281,8 +282,9 @@ class GemmaBackbone(keras_hub.models.Backbone):
         ]
         if rank != before or adapted != can:
             raise ValueError(
-                f"LoRA of rank {before} is enabled in {len(adapted)} layers already; this would be "
-                f"rank {rank} in {len(can)} layers; load the model again to choose otherwise"
+                f"LoRA of rank {before} is already enabled in {len(adapted)} layers; rank "
+                f"{rank} in {len(can)} layers was requested. Load the model again to change "
+                "LoRA"
             )
 
     def get_config(self):
@@ -316,7 +318,7 @@ class _BackboneWeights(Mapping[str, np.ndarray]):
         return ((first, array.T) if axis else (first, array) for first, array in checked)
 
     def stored_as(self, name: str) -> str | None:
-        """How `quantize` has stored a weight, such as `Keras int4`; `None` for floats."""
+        """Returns how `quantize` has stored a weight, such as `Keras int4`; `None` for floats."""
         quantized = self._quantized(name)
         return None if quantized is None else f"Keras {quantized.mode}"
 

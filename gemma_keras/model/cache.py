@@ -1,4 +1,4 @@
-"""Keys and values of earlier tokens, kept for those that come.
+"""The key-value cache of the Keras model.
 
 A layer's cache is a pair of arrays `(batch, kv_heads, total, head_dim)`. Where a layer sees the
 whole text, or `total` is more than its window, position `p` stands in slot `p`. A layer with a

@@ -1,6 +1,6 @@
-"""Tensors and Keras variables from pieces and in pieces, so that none is in memory twice.
+"""Reads and writes tensors and Keras variables in chunks, so that none is in memory twice.
 
-Pieces are float32 arrays; what they are written to has its own dtype from the start.
+Chunks are float32 arrays; the tensors that they are written to have their own dtype.
 """
 
 # Keras's operations are typed as if they returned None or a PyTree.

@@ -1,4 +1,4 @@
-"""One model on more than one device, on JAX through `keras.distribution`.
+"""Distributes one model over several devices, with JAX and `keras.distribution`.
 
 Which axis of which weight is split stands in one table, `_SPLITS`. The split of matrices is that of
 Shoeybi et al. (2019, arXiv:1909.08053): a product by columns and one by rows follow each other, so
@@ -130,17 +130,17 @@ def distribution(
     """
     if keras.config.backend() != "jax":
         raise RuntimeError(
-            f"the Keras backend is {keras.config.backend()}, but only JAX computes on several"
-            " devices through keras.distribution; set KERAS_BACKEND=jax"
+            f"the Keras backend is {keras.config.backend()}, but only JAX supports "
+            "keras.distribution on several devices; set KERAS_BACKEND=jax"
         )
     devices = list(keras.distribution.list_devices() if devices is None else devices)
     if data is None:
         data = max(1, len(devices) // model) if model > 0 else 1
     if data < 1 or model < 1 or data * model != len(devices):
         raise ValueError(
-            f"a mesh of data {data} by model {model} was asked for and there are {len(devices)}"
-            f" devices ({', '.join(devices)}); choose two numbers whose product is the number of"
-            " devices, or pass some of the devices"
+            f"a mesh of data {data} by model {model} was requested, but there are "
+            f"{len(devices)} devices ({', '.join(devices)}). Choose two numbers whose "
+            "product is the number of devices, or pass fewer devices"
         )
     if model == 1 and not shard_parameters_over_data:
         mesh = keras.distribution.DeviceMesh((data,), ["data"], devices)
@@ -184,10 +184,11 @@ class _ModelParallel(keras.distribution.ModelParallel):
 
 
 def bytes_by_device(model: Any) -> dict[str, int]:
-    """What the variables of a model take on each device of this host, such as `{"cpu:0": 4096}`.
+    """Returns the bytes of a model's variables on each device of this host, such as `{"cpu:0":
+    4096}`.
 
     Args:
-        model: a model, a layer or an optimizer: what has `variables`.
+        model: a model, a layer or an optimizer; anything with `variables`.
     """
     held: Counter[str] = Counter()
     for variable in model.variables:

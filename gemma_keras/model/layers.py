@@ -1,4 +1,4 @@
-"""The layers of a Gemma, each as short as its mathematics.
+"""The layers of a Gemma.
 
 Shapes are written as comments where they change. `length` counts the tokens of this call,
 `total` the tokens that keys and values cover: with a cache its capacity, else `length`.

@@ -1,4 +1,4 @@
-"""A checkpoint's weights as what Keras variables are made from, piece by piece."""
+"""Creates Keras variables directly from a checkpoint's weights, chunk by chunk."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from gemma_keras.checkpoints.source import TableSource, WeightSource, row_pieces
 from gemma_keras.errors import CheckpointError
 from gemma_keras.model.chunked import Piece, made
 
-_PIECE_BYTES = 16 << 20  # of float32; a copy or two of it are made on the way
+_PIECE_BYTES = 16 << 20  # bytes of float32 in a chunk; one or two copies of it are made
 
 
 def weight_pieces(weights: Mapping[str, np.ndarray], spec: WeightSpec) -> Iterator[Piece]:
-    """A weight as its Keras variable holds it, piece by piece; a head lies there transposed.
+    """Yields a weight as its Keras variable stores it, in chunks; a head is transposed.
 
     Args:
         weights: canonical name to array; tables, and a file's matrices, are read in pieces.
         spec: of the weight.
 
     Raises:
-        CheckpointError: the weight is missing, of another shape, or not finite.
+        CheckpointError: the weight is missing, has another shape, or is not finite.
     """
     if spec.name not in weights:
         raise CheckpointError(f"the weights lack {spec.name}")
@@ -54,7 +54,7 @@ def _require_shape(spec: WeightSpec, found: Sequence[int], expected: Sequence[in
 
 @dataclasses.dataclass(frozen=True)
 class FromWeights:
-    """As the initializer of a `GemmaBackbone`: its variables are made of a checkpoint's weights.
+    """An initializer for `GemmaBackbone` that creates its variables from a checkpoint's weights.
 
     Args:
         weights: canonical name to array; see `gemma_keras.checkpoints.names`.
@@ -84,7 +84,7 @@ def initialized_from(
     specs: Mapping[str, WeightSpec],
     places: Mapping[str, tuple[keras.layers.Layer, str]],
 ) -> Iterator[None]:
-    """Layers that are built meanwhile make their variables of weights.
+    """Layers that are built in this context create their variables from weights.
 
     Args:
         weights: canonical name to array.
@@ -115,6 +115,6 @@ def initialized_from(
     left = [spec.name for made_from in initializers.values() for spec in made_from.specs]
     if left:
         raise CheckpointError(
-            f"{left[0]} and {len(left) - 1} more weights have no float variable in this dtype; "
-            "load the model in a float dtype, then quantize it"
+            f"{left[0]} and {len(left) - 1} more weights have no float variable in this "
+            "dtype; load the model in a float dtype, then call quantize"
         )

@@ -1,4 +1,4 @@
-"""What Keras's quantized layers hold: integers with scales, read as floats or as a `QuantizedGrid`.
+"""Reads the weights of Keras's quantized layers as floats or as a `QuantizedGrid`.
 
 `model.quantize` (Keras 3.15) turns the kernel of a `Dense`, and the tables of a
 `ReversibleEmbedding`, into packed integers with
@@ -9,9 +9,9 @@
 * GPTQ: the same, the block of each input in `g_idx`, which need not be in order;
 * AWQ: the same, and a factor for each input that divides afterwards.
 
-In the forward pass of int8, and of a quantized head, Keras also rounds the activations, to 8 bits
-with one scale for each token. What is read here are the weights alone: the model that is exported
-does not round as Keras does.
+In the forward pass of int8, and of a quantized head, Keras also rounds the activations to 8 bits,
+with one scale for each token. This module reads only the weights. An exported model does not round
+activations as Keras does.
 
 Source: keras/src/layers/core/dense.py, embedding.py, reversible_embedding.py.
 """

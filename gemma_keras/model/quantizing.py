@@ -1,4 +1,4 @@
-"""Keras's `quantize` of a whole task, by the layers that have it."""
+"""Makes Keras's `quantize` work on a whole task, layer by layer."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Quantizes(_Task):
         with_embedding = not kwargs.get("type_check", True)
         if filters is None and not with_embedding and mode in ("int8", "int4"):
             warnings.warn(
-                "the token embedding is not quantized; with type_check=False it is, too",
+                "the token embedding is not quantized; to quantize it too, pass type_check=False",
                 stacklevel=2,
             )
         preprocessor = self.preprocessor

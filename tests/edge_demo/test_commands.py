@@ -175,7 +175,7 @@ def test_a_draft_model_gives_the_same_answer(tiny_bundles):
 @pytest.mark.parametrize(
     "more, message",
     [
-        (("--draft", "{chat}"), "has another tokenizer than"),
+        (("--draft", "{chat}"), "has a different tokenizer from"),
         (("--draft", "nowhere"), "nowhere"),
         (("--draft", "{chat}", "--lookup"), "not allowed with"),
     ],
@@ -538,7 +538,7 @@ def test_bench_and_score_that_do_not_fit_the_context_are_refused(refused, comman
     refused("bench", short, "--prompt-tokens", 17, names=["17 tokens", "of 16"])
     refused("bench", short, "-p", 0, "-n", 1, "-d", 16, names=["16 + 1", "of 16"])
     refused(*command("score", short)[:-1], 17, names=["17", "16"])
-    refused(*command("score", short), "--stride", 16, names=["stride 1 to 15", "16"])
+    refused(*command("score", short), "--stride", 16, names=["stride must be 1 to 15", "16"])
     refused(*command("score", short)[:-1], 1, names=["at least 2"])
 
 

@@ -141,7 +141,7 @@ def test_what_else_the_formats_cannot_say_is_refused(sources, tmp_path):
     with pytest.raises(ConfigError, match="query scale"):
         write_gguf(checkpoint, tmp_path / "m.gguf")
     untied = for_gguf(open_checkpoint(sources("gemma2", "float32", False)))
-    with pytest.raises(ConfigError, match="no head of its own for a gemma2"):
+    with pytest.raises(ConfigError, match="cannot store a separate head for a gemma2"):
         write_gguf(untied, tmp_path / "m.gguf")
     uneven = dataclasses.replace(checkpoint, config=_uneven(checkpoint.config))
     with pytest.raises(ConfigError, match=r"cannot be written as a Hugging Face config\.json"):
@@ -201,7 +201,7 @@ def _too_long(parsed):
 BAD_TOKENIZERS = {
     _unigram: "not a BPE model",
     _prefix: "changes text before",
-    _no_end: r"no eos token|lacks the tokens that begin or end",
+    _no_end: r"no eos token|lacks the beginning-of-sequence or end-of-sequence token",
     _too_long: "the tokenizer has 301 pieces, the model's vocabulary 300",
 }
 

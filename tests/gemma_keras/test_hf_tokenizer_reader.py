@@ -168,7 +168,7 @@ def _piece(name, index):
 REFUSED = {
     "is not read by this": (_set("model.type", "WordPiece"), "holds a 'WordPiece' tokenizer"),
     "unigram": (_set("model.type", "Unigram"), "holds a 'Unigram' tokenizer"),
-    "none": (_set("model", None), "has no model"),
+    "none": (_set("model", None), 'has no key "model"'),
     "dropout": (_set("model.dropout", 0.1), "dropout = 0.1"),
     "prefix": (_set("model.continuing_subword_prefix", "##"), "continuing_subword_prefix = '##'"),
     "ignore_merges": (_set("model.ignore_merges", True), "ignore_merges = True"),
@@ -185,17 +185,17 @@ REFUSED = {
     "no normalizer": (_set("normalizer", None), "pre-tokenizer 'Split'"),
     "bytes": (_set("pre_tokenizer", {"type": "ByteLevel"}), "the pre-tokenizer 'ByteLevel'"),
     "digits": (_set("pre_tokenizer", {"type": "Digits"}), "the pre-tokenizer 'Digits'"),
-    "merges": (_set("model.merges", [["a"]]), "a merge that is no pair"),
-    "merge of nothing": (_set("model.merges", [["▁", "漢"]]), "are not pieces"),
-    "a merge less": (_without_a_merge, "does not join"),
-    "shuffled": (_shuffled, "in two places of its list"),
+    "merges": (_set("model.merges", [["a"]]), "a merge that is not a pair"),
+    "merge of nothing": (_set("model.merges", [["▁", "漢"]]), "are not in its vocabulary"),
+    "a merge less": (_without_a_merge, "does not merge"),
+    "shuffled": (_shuffled, "in two separate places"),
     "far id": (_piece("zzz", 1 << 40), "'zzz' twice, or with the id"),
     "id of no row": (_piece("zzz", 460), r"up to id 460; the model's table has 460 rows"),
     "long": (_piece("z" * 600, 441), "pieces of 600 and together"),
     "bool": (_piece("zzz", True), "with the id True"),
-    "twice": (_piece("zzz", 7), "gives one id to two pieces"),
-    "no list": (_set("added_tokens", {"a": 1}), "are no list"),
-    "bad token": (_set("added_tokens", [{"id": 3}]), "an added token that is none"),
+    "twice": (_piece("zzz", 7), "gives two tokens the same id"),
+    "no list": (_set("added_tokens", {"a": 1}), "neither a list"),
+    "bad token": (_set("added_tokens", [{"id": 3}]), "an added token that is not valid"),
 }
 
 

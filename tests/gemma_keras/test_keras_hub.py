@@ -346,15 +346,18 @@ def unread(**others):
     ("make", "words"),
     [
         (mixed_epsilons, "decoder_block_0.pre_attention_norm .* has the epsilon 1e-06"),
-        (an_inherited_class, "Other is not a KerasHub Gemma"),
-        (lambda: GemmaBackbone(read_keras_hub(made("gemma")).config), "is not a KerasHub Gemma"),
-        (lambda: "gemma_2b_en", "builtins.str is not a KerasHub Gemma"),
+        (an_inherited_class, "Other is not supported; give a keras_hub"),
+        (
+            lambda: GemmaBackbone(read_keras_hub(made("gemma")).config),
+            "is not supported; give a keras_hub",
+        ),
+        (lambda: "gemma_2b_en", "builtins.str is not supported; give a keras_hub"),
         (another_rope, "decoder_block_1 .* RoPE of type 'yarn'"),
-        (unread(use_bidirectional_attention=True), "looks ahead"),
+        (unread(use_bidirectional_attention=True), "bidirectional attention"),
         (unread(use_post_ffw_norm=False), "use_post_ffw_norm=False"),
         (
             unread(is_embedding_model=True, pooling_intermediate_dim=8, embedding_dim=8),
-            "gives embeddings",
+            "embeds texts",
         ),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
@@ -385,7 +388,7 @@ def test_weights_that_a_gemma_does_not_have_are_refused():
     layer = backbone.transformer_layers[2].gating_ffw
     layer._tracker.unlock()
     layer.add_weight(name="bias", shape=(160,))
-    with pytest.raises(CheckpointError, match="holds something unknown"):
+    with pytest.raises(CheckpointError, match="has a part that is not supported"):
         read_keras_hub(backbone)
 
 

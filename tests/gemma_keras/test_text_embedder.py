@@ -320,7 +320,7 @@ def test_after_lora_is_trained_encode_follows(folder, reference):
 
 
 def test_it_generates_nothing(model, folder):
-    words = "looks both ways .*GemmaTextEmbedder"
+    words = "bidirectional attention .*GemmaTextEmbedder"
     with pytest.raises(ConfigError, match=f"GemmaCausalLM needs .*{words}"):
         GemmaCausalLM(model.backbone)
     with pytest.raises(ConfigError, match=f"GemmaCausalLM needs .*{words}"):
@@ -337,9 +337,9 @@ def test_other_formats_have_no_place_for_it(reference, folder, tmp_path):
     from gemma_keras.keras_hub.convert import write_keras_hub
 
     checkpoint = open_checkpoint(folder)
-    with pytest.raises(ConfigError, match=r"GGUF .*looks both ways"):
+    with pytest.raises(ConfigError, match=r"GGUF .*bidirectional attention"):
         write_gguf(checkpoint, tmp_path / "m.gguf", "f32")
-    with pytest.raises(ConfigError, match=r"KerasHub .*looks both ways"):
+    with pytest.raises(ConfigError, match=r"KerasHub .*bidirectional attention"):
         write_keras_hub(checkpoint)
     assert not list(tmp_path.iterdir())
 

@@ -1,4 +1,4 @@
-"""Writing a GGUF file, which llama.cpp runs.
+"""Writes a GGUF file, which llama.cpp runs.
 
 The `gguf` package lays out the header and rounds; the tensors follow here, in pieces of rows, of
 which each is whole blocks. Norms are float32 whatever the type, as llama.cpp wants them, and hold
@@ -33,7 +33,7 @@ Type = gguf.GGMLQuantizationType
 
 
 class _TensorType(NamedTuple):
-    """What matrices and tables are stored as, the file type that says so, the greatest number."""
+    """The type of matrices and tables, the file type, and the largest number of that type."""
 
     ggml: gguf.GGMLQuantizationType
     file: gguf.LlamaFileType
@@ -62,14 +62,15 @@ def write_gguf(
     """Write a GGUF file of architecture `gemma`, `gemma2` or `gemma3`.
 
     Args:
-        checkpoint: what to write; one matrix, or a piece of a table, is in memory at a time.
-        path: appears when it is whole.
+        checkpoint: to write; one matrix, or a chunk of a table, is in memory at a time.
+        path: of the file, which appears when it is complete.
         tensor_type: `f32`, `f16`, `bf16` or `q8_0`, of matrices and tables.
         overwrite: whether a file of that name may be replaced.
         on_progress: called with the bytes of weights written and those of all.
 
     Raises:
-        ConfigError: GGUF cannot say the architecture, or the type does not divide its rows.
+        ConfigError: GGUF cannot describe the architecture, or its rows are not a multiple of the
+            type's block size.
         CheckpointError: the file exists or cannot be written, there is too little space, a number
             is beyond the type, or there is no tokenizer or one unlike Gemma's.
     """
@@ -103,8 +104,8 @@ def write_gguf(
 def _metadata(checkpoint: Checkpoint, kind: _TensorType) -> dict[str, Any]:
     if checkpoint.tokenizer_model is None:
         raise CheckpointError(
-            "the checkpoint has no tokenizer, whose vocabulary GGUF needs; copy tokenizer.model or "
-            "tokenizer.json of the model into its folder"
+            "the checkpoint has no tokenizer, and GGUF needs its vocabulary; copy the "
+            "model's tokenizer.model or tokenizer.json into its folder"
         )
     config = checkpoint.config
     ids = token_ids(checkpoint)
@@ -177,6 +178,6 @@ def _check_blocks(spec: WeightSpec, kind: _TensorType, tensor_type: str) -> None
     block, _ = gguf.GGML_QUANT_SIZES[_type_of(spec, kind)]
     if spec.file_shape[-1] % block:
         raise ConfigError(
-            f"{spec.name} has rows of {spec.file_shape[-1]}, not a multiple of the {block} that "
-            f"{tensor_type} stores together; write another type"
+            f"{spec.name} has rows of {spec.file_shape[-1]}, not a multiple of "
+            f"{tensor_type}'s block size {block}; choose another type"
         )

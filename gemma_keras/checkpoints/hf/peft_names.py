@@ -1,4 +1,4 @@
-"""Names of tensors that PEFT writes: those of an adapter, and those of the base that it wraps."""
+"""Parses tensor names that PEFT writes, of an adapter and of the base model that it wraps."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def bases_name(name: str) -> str:
 
 
 def parse(name: str) -> tuple[str, Part, str | None] | None:
-    """Of an adapter's tensor the module, which part of its update it is, and the adapter's name
-    where the tensor has it; `None` for what no plain LoRA has."""
+    """Splits an adapter's tensor name into the module, the part of its update, and the adapter's
+    name if present; `None` for a tensor that no plain LoRA has."""
     name = name.removeprefix(_WRAPPER)
     found = _PART.fullmatch(name)
     if found is None:

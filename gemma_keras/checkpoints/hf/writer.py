@@ -1,8 +1,7 @@
-"""Writing a Hugging Face folder: `config.json`, safetensors in one file or shards, a tokenizer.
+"""Writes a Hugging Face folder: `config.json`, safetensors in one file or shards, a tokenizer.
 
-The weights go through the disk a piece at a time, so the file is laid out here rather than by the
-`safetensors` package, which wants all tensors at once: the length of a header, a JSON header, the
-tensors one after another.
+Weights are written in chunks. The `safetensors` package needs all tensors at once, so this module
+writes the format itself: the length of the header, a JSON header, the tensors one after another.
 
 Format: https://huggingface.co/docs/safetensors
 """
@@ -84,8 +83,8 @@ def write_safetensors_folder(
     Without a tokenizer it holds the model alone.
 
     Args:
-        checkpoint: what to write; one matrix, or a piece of a table, is in memory at a time.
-        folder: appears when it is whole.
+        checkpoint: to write; one matrix, or a chunk of a table, is in memory at a time.
+        folder: to write, which appears when it is complete.
         dtype: `bfloat16`, `float16` or `float32`, of every weight.
         max_shard_bytes: where the weights are more, they are split between tensors; a tensor that
             is larger has a shard of its own.
@@ -93,7 +92,7 @@ def write_safetensors_folder(
         on_progress: called with the bytes of weights written and those of all.
 
     Raises:
-        ConfigError: no model type of Hugging Face's can say the architecture.
+        ConfigError: no Hugging Face model type can describe the architecture.
         CheckpointError: the folder exists or cannot be written, there is too little space, a number
             is beyond the dtype, or the tokenizer is not as Gemma's.
     """
@@ -152,7 +151,7 @@ def _shards(
 
 
 def _header(specs: list[WeightSpec], dtype: str) -> bytes:
-    # transformers wants to be told the framework.
+    # transformers needs the name of the framework.
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for spec in specs:
@@ -179,7 +178,7 @@ def _num_bytes(spec: WeightSpec, dtype: str) -> int:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    """Whether it is a folder of such files and nothing else of worth below it."""
+    """Whether a folder holds only files of such a checkpoint."""
     return (
         path.is_dir()
         and not path.is_symlink()
@@ -202,5 +201,7 @@ def _write_texts(folder: Path, texts: Mapping[str, str], notices: Mapping[str, b
     for name, content in notices.items():
         path = folder / name
         if Path(name).name != name or path.exists():
-            raise CheckpointError(f"the notice {name!r} must have a plain name of its own")
+            raise CheckpointError(
+                f"the notice {name!r} must be a plain file name that no other file has"
+            )
         path.write_bytes(content)
