@@ -1,8 +1,8 @@
 """Turns off onnxruntime's telemetry, unless the user has set its environment variable.
 
-From 1.29 on its builds for Linux, macOS and Windows keep a lasting device id and a database of
-events in the user's cache, and send them to Microsoft. It reads `ORT_DISABLE_TELEMETRY` once, when
-it is imported (its Privacy.md, "Disabling Telemetry"; onnxruntime-genai does so too).
+Since 1.29, its builds for Linux, macOS and Windows store a permanent device id and events in the
+user's cache. They send these to Microsoft. It reads `ORT_DISABLE_TELEMETRY` once, when it is
+imported (its Privacy.md, "Disabling Telemetry"; onnxruntime-genai does so too).
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Everything downstream (the Keras model, the ONNX lowerings, the engine) reads these two frozen
 dataclasses and never asks which generation it is looking at.
 
-Sources of the numbers: the Gemma, Gemma 2 and Gemma 3 technical reports, the ``config.json``
-files published with the checkpoints, and llama.cpp's conventions for GGUF metadata.
+Sources of the numbers: the Gemma, Gemma 2 and Gemma 3 technical reports; the ``config.json`` files
+of the published checkpoints; llama.cpp's conventions for GGUF metadata.
 """
 
 from __future__ import annotations

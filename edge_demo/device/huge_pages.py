@@ -1,9 +1,9 @@
 """Restarts the process so that weights are in huge pages, which makes decoding about 10 % faster.
 
-Linux gives huge pages to memory that asks for them (`madvise`). glibc's malloc asks when its
-tunable `glibc.malloc.hugetlb` is 1, which is read when a process starts; so the process starts
-again. A second tunable keeps the size from which on an allocation is mapped for itself where it is
-at first: glibc raises it when such memory is freed, and what then comes from the heap leaves holes.
+Linux gives huge pages to memory that requests them (`madvise`). glibc's malloc requests them if its
+tunable `glibc.malloc.hugetlb` is 1. glibc reads it when a process starts, so the process must be
+restarted. A second tunable fixes the size above which an allocation is mapped separately. Otherwise
+glibc raises this size when such memory is freed, and later allocations leave holes in the heap.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """Decides whether prompts run faster in float32, and prepares the graph for it.
 
 Products with weights of 4 and 8 bits (`MatMulNBits`) round activations to 8 bits and multiply
-integers. x86-64 without instructions for that (VNNI) takes longer for many rows than products of
-float32 do. There, on Linux, which tells what a processor has, a prompt is run by a second session
-over the same weights file: the same graph, whose products multiply the weights out. It copies no
-weights, so it is made in some milliseconds. AMD's Zen 3, which has no VNNI either, is left alone:
-there `int4` was slower in float32 and `int8` little faster (docs/lab-notes.md), for more memory. So
-is ARM without dot products: onnxruntime multiplies floats there as it is.
+integers. On x86-64 without VNNI, the instructions for that, many rows take longer than float32
+products. On Linux, where the processor's features are known, a second session then runs prompts
+over the same weights file. It has the same graph, but its products dequantize the weights. It
+copies no weights, so it loads in some milliseconds. AMD's Zen 3 has no VNNI either, but does not
+use this. There `int4` was slower in float32 and `int8` only slightly faster (docs/lab-notes.md),
+with more memory. ARM without dot products does not need it: there onnxruntime already multiplies
+floats.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Compares a bundle with another, usually its float32 reference, on windows of a text.
 
-The figures are those that llama.cpp's `llama-perplexity --kl-divergence` prints, by the same
-formulas (`tools/perplexity/perplexity.cpp`, `kl_divergence`), with two differences. A window is the
+The figures are those of llama.cpp's `llama-perplexity --kl-divergence`, with the same formulas
+(`tools/perplexity/perplexity.cpp`, `kl_divergence`), with two differences. A window is the
 beginning-of-sequence token and `length - 1` tokens of the text; llama.cpp writes that token over
-one of the text's. And a window's last position counts too, since the text goes on: the second half
-of a window of 512 is positions 256 to 511, where llama.cpp ends at 510.
+one of the text's. And a window's last position counts too, because the text continues. So the
+second half of a window of 512 is positions 256 to 511; in llama.cpp it ends at 510.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ def run_tests(
     """
     if not tests:
         raise RequestError(
-            "there is no test to run; ask for prompt tokens (-p) or generated tokens (-n)"
+            "there is no test to run; give a number of prompt tokens (-p) or generated tokens (-n)"
         )
     for test in tests:
         _check_fits(bundle, test.depth, test.tokens)

@@ -1,8 +1,8 @@
 """Stores a prompt's keys and values in a file, so that the next start does not compute them again.
 
-The file has the layout of safetensors (8 bytes of header length, a JSON header, the arrays' bytes
-one after another): it can be looked into with common tools, it holds data and nothing else, and
-where every array lies is known before any of them is read. `np.savez` would hide that in a zip.
+The file has the layout of safetensors: 8 bytes of header length, a JSON header, the arrays' bytes
+one after another. Common tools can read it, it contains only data, and the offset of every array is
+known before reading. `np.savez` would hide that in a zip.
 
 The file is checked before use. It must belong to this bundle (hashes), this onnxruntime version and
 this kind of processor, because these determine the numbers to the last bit. Its header must be

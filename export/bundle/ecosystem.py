@@ -1,9 +1,9 @@
 """Writes the files with which onnxruntime-genai, Optimum and transformers.js load a bundle.
 
-They all run `model.onnx`, whose inputs and outputs have the names they expect, over the bundle's
-one weights file. What they want beside it is small: the architecture in Hugging Face's
-`config.json`, token ids and sampling in `generation_config.json`, the tokenizer as `tokenizer.json`
-with `tokenizer_config.json`, and for onnxruntime-genai `genai_config.json`.
+They all run `model.onnx` with the bundle's weights file; its inputs and outputs have the names that
+they expect. They also need small files. Hugging Face's `config.json` describes the architecture,
+and `generation_config.json` token ids and sampling. `tokenizer.json` and `tokenizer_config.json`
+describe the tokenizer, and `genai_config.json` is for onnxruntime-genai.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def check_out(out: Path, *, overwrite: bool) -> None:
             raise ExportRequestError(f"{parent} is not a folder, so {out} cannot be made in it")
         return
     if not overwrite:
-        raise ExportRequestError(f"{out} exists already; choose another folder, or add --overwrite")
+        raise ExportRequestError(f"{out} already exists; choose another folder, or add --overwrite")
     if not _is_bundle(out):
         raise ExportRequestError(
             f"{out} is not a bundle, so it will not be overwritten; move it away or choose "

@@ -8,7 +8,7 @@ the `up` branch of the MLP. With `s_j` the square root of the channel's size, bo
 weights lose less.
 
 Xiao et al., 2022, SmoothQuant, arXiv:2211.10438, with migration strength 0.5 and the activations'
-root mean square in place of their maximum.
+root mean square instead of their maximum.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Rounds with error feedback (GPTQ): later inputs compensate the rounding error of each input.
 
-Of a matrix `W` with inputs `x`, the loss is the mean of `|(W - Q) x|²`, which needs of the text
-only `H = mean(x xᵀ)`. Inputs are rounded one after the other; what rounding input j has done to the
-output is made up for, as well as can be, by changing the inputs that are still free:
+For a matrix `W` with inputs `x`, the loss is the mean of `|(W - Q) x|²`. It depends on the text
+only through `H = mean(x xᵀ)`. Inputs are rounded one after the other. The inputs that are not yet
+rounded are changed to compensate the error of input j:
 
     W[:, k] -= (W[:, j] - Q[:, j]) / U[j, j] * U[j, k]    for k after j, with H⁻¹ = Uᵀ U
 

@@ -1,7 +1,7 @@
 """Measures the scales for int8 keys and values, one for each channel of a head.
 
-Keys are kept rotated. A rotation turns channels i and `i + head_dim / 2` into each other, so these
-two get one scale, of the length that the pair has: no later position then reaches further.
+Keys are stored after the rotation. The rotation mixes channels i and `i + head_dim / 2`, so these
+two share one scale, from the length of the pair. Then no later position exceeds it.
 """
 
 from __future__ import annotations

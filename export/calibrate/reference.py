@@ -1,7 +1,7 @@
 """Runs the float model one decoder block at a time, as the reference for exports.
 
-The Keras layers do the work, but only one block of them is in memory, so a model of any size can be
-run on a laptop, for as many tokens as are wanted at once.
+It uses the Keras layers with only one block in memory. So a laptop can run a model of any size, for
+many tokens at once.
 """
 
 from __future__ import annotations

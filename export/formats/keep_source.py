@@ -1,8 +1,8 @@
 """Stores weights that are already quantized in the source without rounding them again.
 
-A storage format can hold a source's grid if each of its blocks is inside one block of the source,
-and the shifted levels fit its range. Every block is checked: it counts as kept only if its
-dequantized values equal the source's.
+A storage format can hold a source's grid under two conditions. Each of its blocks is inside one
+block of the source, and the shifted levels fit its range. Every block is checked: it counts as kept
+only if its dequantized values equal the source's.
 """
 
 from __future__ import annotations

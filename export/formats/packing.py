@@ -1,7 +1,8 @@
 """Packs integers with scales into the bytes that onnxruntime's operators read.
 
-`MatMulNBits` and `GatherBlockQuantized` take `value = (level - zero_point) * scale` with levels of
-2, 4 or 8 bits, the first one in the lowest bits of a byte. onnxruntime, ContribOperators.md.
+`MatMulNBits` and `GatherBlockQuantized` compute `value = (level - zero_point) * scale`. Levels have
+2, 4 or 8 bits, the first one in the lowest bits of a byte. Source: onnxruntime,
+ContribOperators.md.
 """
 
 from __future__ import annotations

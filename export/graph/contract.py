@@ -6,14 +6,15 @@ Three graphs stand over the same weights:
   transformers.js read. Its past grows by concatenation and it returns logits for all positions.
   `attention_mask` says where padding is, on the left, on the right or between; a row's tokens have
   the positions, and see of one another, what they would without it.
-* `engine.onnx` is what `edge_demo` runs: keys and values live in buffers of fixed capacity that are
-  input and output at once, the rotary tables are inputs (so they grow with the buffers instead of
-  being stored for the longest context), and logits are computed only where they are asked for.
-  A layer that sees a sliding window keeps no more than the window. In place of token ids it takes
-  their embeddings, scaled: the device reads these rows itself, so that the table is not mapped.
-* `candidates.onnx` is the same for generation: in place of all logits it returns the ids and logits
-  of the few hundred most likely tokens, found inside the graph. Of a head in two planes it
-  multiplies by the high one; what the low one adds to these tokens the device may compute itself.
+* `engine.onnx` is the graph that `edge_demo` runs. Keys and values are in buffers of fixed
+  capacity, which are both input and output. The rotary tables are inputs, so they grow with the
+  buffers instead of being stored for the longest context. Logits are computed only at requested
+  positions. Sliding-window layers store only the last window of keys and values. The graph takes
+  scaled embeddings instead of token ids: the device reads these rows itself, so that the table is
+  not mapped.
+* `candidates.onnx` is a variant for generation. It returns only the ids and logits of the few
+  hundred most likely tokens, instead of all logits. With a head in two planes it multiplies by the
+  high plane; the device may add the low plane for these tokens.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Reads quantized weights in a graph with standard operators (`DequantizeLinear`).
 
-A matrix is transposed while it is packed and dequantized along its first axis, because that is the
-shape in which onnxruntime recognizes a quantized matrix product: it transposes the constant when it
-loads the graph and then runs on the packed weights. Another runtime computes what is written here.
+A matrix is transposed while it is packed, and dequantized along its first axis. In this form
+onnxruntime recognizes a quantized matrix product. It transposes the constant when it loads the
+graph, and then runs on the packed weights. Other runtimes compute the operators as written.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Adds ONNX operators to `model.onnx` that handle padding anywhere in `attention_mask`.
 
 transformers, Optimum and transformers.js pad prompts on the left; attention over kept keys and
-values, as `GroupQueryAttention` and the traced layers do it, wants a row's tokens one after
-another from position 0. So the tokens of a call are moved together, real ones first; what the model
-makes of them is moved back. The kept keys and values of a row are those of its real tokens, then
-what padding left, which the next tokens overwrite. Nothing but the ids and the last hidden states
-moves, and a row without padding is left as it is, to the bit.
+values, as `GroupQueryAttention` and the traced layers do it, wants a row's tokens one after another
+from position 0. So the tokens of a call are moved together, real ones first; what the model makes
+of them is moved back. The kept keys and values of a row are those of its real tokens, then what
+padding left, which the next tokens overwrite. Only the ids and the last hidden states move. A row
+without padding stays bit-identical.
 """
 
 from __future__ import annotations

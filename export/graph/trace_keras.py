@@ -1,11 +1,11 @@
 """Traces the Keras layers on TensorFlow as ONNX fragments: `python -m export.graph.trace_keras
 FOLDER`.
 
-A process of its own, whatever backend the caller's Keras has. It reads a configuration as JSON from
-stdin and writes into FOLDER `embed.onnx`, `head.onnx` and, for each kind of block, `block.{i}.onnx`
-with i the first layer of that kind. Blocks of a kind differ in their weights only, and weights are
-inputs of the fragments: time and size of what is written do not grow with the model's depth, and no
-weight is ever allocated.
+It runs in a separate process, because the caller's Keras may have another backend. It reads a
+configuration as JSON from stdin. It writes `embed.onnx`, `head.onnx` and one `block.{i}.onnx` for
+each kind of block into FOLDER; i is the first layer of that kind. Blocks of a kind differ only in
+their weights, and weights are inputs of the fragments. So time and file size do not grow with the
+model's depth, and no weight is ever allocated.
 """
 
 # Keras's operations are typed as if they returned None or a PyTree.

@@ -1,9 +1,9 @@
 """The traced lowering: converts the Keras code to a graph of standard ONNX operators.
 
-A process of its own traces the layers on TensorFlow (`export.graph.trace_keras`), each kind of
-block once. Here the fragments are laid end to end over the stored weights, between the inputs and
-outputs of the contract. Only what the contract adds to the model is written here: where a row's
-text ends, how a past grows, at which positions logits are wanted.
+A separate process traces the layers on TensorFlow (`export.graph.trace_keras`), each kind of block
+once. This module joins the fragments over the stored weights, between the inputs and outputs of the
+contract. It adds only what the contract requires: where a row's text ends, how the past grows, and
+at which positions logits are computed.
 
 Any ONNX runtime can run the result. It shares no code with `export.graph.fused`, so the two
 lowerings check each other.

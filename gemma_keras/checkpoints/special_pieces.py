@@ -1,8 +1,8 @@
 """Makes special tokens control tokens, so that plain text cannot produce them.
 
-Files type the pieces of turns and of a text's beginning and end as they like: as control, as
-user-defined (which SentencePiece finds in a text) or as ordinary pieces. Here they are control
-pieces, so that a user's words never open or close a turn; who wants them is given them by id.
+Files mark the tokens of turns and of a text's beginning and end differently. They may be control
+tokens, user-defined tokens (which SentencePiece matches in a text) or ordinary tokens. Here they
+become control tokens, so that user text never opens or closes a turn. They can only be added by id.
 """
 
 from __future__ import annotations

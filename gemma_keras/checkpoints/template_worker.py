@@ -3,8 +3,8 @@
 A template is an untrusted program. jinja2's sandbox protects Python's internals, but does not limit
 time or memory. This process limits both, and is killed after a timeout.
 
-It reads a JSON object from stdin, `path` (for imports), `template`, `conversations` and `names`,
-and writes a list: for each conversation its text, or `null` if the template refuses it.
+It reads a JSON object from stdin with `path` (for imports), `template`, `conversations` and
+`names`. It writes a list: for each conversation its text, or `null` if the template rejects it.
 """
 
 import json

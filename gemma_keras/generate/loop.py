@@ -1,7 +1,7 @@
 """The generation loop: prefills all prompts at once, then decodes one token per row and step.
 
-A compiled function is of use to all prompts of about the same length: lengths are rounded up to
-`bucket`, and where rows end is data.
+A compiled function is used for all prompts of about the same length. Lengths are rounded up to
+`bucket`, and the end of each row is data.
 """
 
 # Keras's operations are typed as if they returned None or a PyTree.

@@ -1,12 +1,12 @@
 """Simplifies a recorded PyTorch graph without changing its results.
 
-A graph that `make_fx` records has every operation that Keras called. Each is called from Python
-again for each token, and for one token of a small model calling takes as long as computing. So what
-needs no call is taken out: constants made of constants, what every layer computes anew from the
-same position, views of views.
+A graph that `make_fx` records has every operation that Keras called. Python calls each of them
+again for each token. For a small model the calls take as long as the computation. So unnecessary
+calls are removed: constants made of constants, values that every layer computes again from the same
+position, views of views.
 
-What is changed in place, the cache, is left as it is, and so is whatever looks at it: there the
-order of reads and writes counts. Weights are read when the graph runs, never folded.
+The cache, which is changed in place, is not simplified, and neither are its views, because the
+order of reads and writes matters. Weights are read when the graph runs, and never folded.
 """
 
 from __future__ import annotations

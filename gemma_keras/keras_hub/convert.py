@@ -1,22 +1,23 @@
 """Converts KerasHub's Gemma models in memory to a `Checkpoint`, and makes them from one.
 
-Read are `GemmaBackbone` (Gemma 1 and 2) and `Gemma3Backbone`, alone or inside a task such as
-`GemmaCausalLM`. What counts is what the layers compute. KerasHub 0.32 in its layers:
+Supported are `GemmaBackbone` (Gemma 1 and 2) and `Gemma3Backbone`, alone or inside a task such as
+`GemmaCausalLM`. The computation of the layers counts. In KerasHub 0.32:
 
 * `intermediate_dim` of a Gemma 1 or 2 is twice the width of the MLP, of a Gemma 3 the width;
-* the rotary bases are constants: 10 000, and 1 000 000 in the layers of a Gemma 3 that see the
-  whole text, which are all of them where it has no sliding window;
+* the rotary bases are constants: 10 000, and 1 000 000 in the global layers of a Gemma 3; without a
+  sliding window all layers are global;
 * Gemma 1 and 2 interleave the halves of rotated queries and keys alike, so scores are the same;
 * `layer_norm_epsilon` reaches the last norm alone, the blocks always have 1e-6. A `GemmaConfig`
   has one epsilon: a model with two is refused;
 * `query_head_dim_normalize=False`, the 27B sizes, is not passed on to attention either, so KerasHub
-  scales their queries by `head_dim ** -0.5`. Here the configuration counts, not the layers: Gemma 2
-  27B and Gemma 3 27B were trained with `(hidden_dim // num_query_heads) ** -0.5`, and so their
-  authors' code and every other runtime scale them. In models made here attention is told;
-* `use_bidirectional_attention` with a window of W sees W // 2 tokens ahead and W - 1 - W // 2 back,
-  one fewer than transformers where W is even, as EmbeddingGemma's 512 is: such models are refused.
+  scales their queries by `head_dim ** -0.5`. Here the configuration counts, not the layers. Gemma 2
+  27B and Gemma 3 27B were trained with `(hidden_dim // num_query_heads) ** -0.5`, as in the
+  authors' code and every other runtime. Models made here set the scale in their attention layers;
+* `use_bidirectional_attention` with a window of W sees W // 2 tokens ahead and W - 1 - W // 2 back.
+  If W is even, as EmbeddingGemma's 512, that is one fewer than transformers: such models are
+  rejected.
 
-Dropout is of no account, it is for training. Source: keras_hub/src/models/gemma and gemma3.
+Dropout is ignored, because it only affects training. Source: keras_hub/src/models/gemma and gemma3.
 """
 
 # Keras and KerasHub are typed only in part.

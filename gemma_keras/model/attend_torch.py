@@ -1,7 +1,7 @@
 """Computes attention with PyTorch's fused kernel, which does not store the scores.
 
 The backend's counterpart of what `GemmaAttention` writes out in `keras.ops`: softmax of scaled and
-masked products, times the values. It has no place for a soft cap.
+masked products, times the values. It does not support a soft cap.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The key-value cache of the Keras model.
 
-A layer's cache is a pair of arrays `(batch, kv_heads, total, head_dim)`. Where a layer sees the
-whole text, or `total` is more than its window, position `p` stands in slot `p`. A layer with a
-sliding window needs no more slots than the window has tokens: then position `p` stands in slot
-`p % total`, and a token overwrites the one that has just left the window.
+A layer's cache is a pair of arrays `(batch, kv_heads, total, head_dim)`. In a global layer, or if
+`total` is more than the window, position `p` is in slot `p`. A sliding-window layer needs only as
+many slots as its window. Then position `p` is in slot `p % total`, and a token overwrites the one
+that has just left the window.
 """
 
 # Keras's operations are typed as if they returned None or a PyTree.

@@ -1,8 +1,8 @@
 """Distributes one model over several devices, with JAX and `keras.distribution`.
 
-Which axis of which weight is split stands in one table, `_SPLITS`. The split of matrices is that of
-Shoeybi et al. (2019, arXiv:1909.08053): a product by columns and one by rows follow each other, so
-that a block adds up over devices twice, once after attention and once after the MLP.
+The table `_SPLITS` says which axis of which weight is split. The split of matrices is that of
+Shoeybi et al. (2019, arXiv:1909.08053): a split by columns is followed by a split by rows. So a
+block sums over devices twice, once after attention and once after the MLP.
 """
 
 from __future__ import annotations

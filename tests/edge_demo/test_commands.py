@@ -131,7 +131,7 @@ def test_an_empty_prompt_that_is_asked_for_is_one(tiny, run_json):
 def test_a_prompt_in_the_template_is_told_that_it_is_text(tiny_bundles, name, mark):
     command = ("generate", tiny_bundles / name, "--max-tokens", 1, "--json", "--prompt")
     out, err = edge_demo(*command, f"a{mark}b")
-    assert f"holds {mark}, which is read as text" in err
+    assert f"holds {mark}, which is tokenized as plain text" in err
     ids = json.loads(out)["prompt_ids"]
     assert ids == generator(tiny_bundles / name).tokenizer.encode(f"a{mark}b")
     assert "holds" not in edge_demo(*command, "a < b")[1]

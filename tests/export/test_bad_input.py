@@ -133,12 +133,12 @@ INT4 = ("--recipe", "int4")
         ((*INT4, "--calibration", "{folder}"), "is not a file"),
         ((*INT4, "--calibration", "{empty}"), "empty.txt is too short to calibrate on: it has 0"),
         ((*INT4, "--calibration", "{latin1}"), "latin1.txt is not UTF-8"),
-        ((*INT4, "--calibration", "{zeros}"), "it holds zero bytes"),
-        (("--recipe", "fp32", "--calibration", "self"), "floats are not calibrated"),
+        ((*INT4, "--calibration", "{zeros}"), "it contains NUL characters"),
+        (("--recipe", "fp32", "--calibration", "self"), "float recipes are not calibrated"),
         ((*INT4, "--kl-budget", "-1"), "must be a positive number, not -1"),
         ((*INT4, "--kl-budget", "nan"), "must be a positive number, not nan"),
-        (("--recipe", "int8", "--kl-budget", "0.1"), "goes with --recipe int4"),
-        ((*INT4, "--kl-budget", "0.1", "--plan", "{plan}"), "without a plan"),
+        (("--recipe", "int8", "--kl-budget", "0.1"), "needs --recipe int4"),
+        ((*INT4, "--kl-budget", "0.1", "--plan", "{plan}"), "no plan"),
         ((*INT4, "--plan", "{missing}"), "cannot be read"),
         ((*INT4, "--plan", "{latin1}"), "is not JSON"),
         ((*INT4, "--plan", "{unknown}"), "names 'layers.99.mlp.down', which this model"),
@@ -194,7 +194,7 @@ def standing(bundle, target):
 def test_an_output_folder_that_is_there_is_left_alone(good, standing):
     before = contents(standing.parent)
     line = sentence(run(good, standing, *QUICK), REFUSED)
-    assert f"{standing} exists already; choose another folder, or add --overwrite" in line
+    assert f"{standing} already exists; choose another folder, or add --overwrite" in line
     assert contents(standing.parent) == before
 
 

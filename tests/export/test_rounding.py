@@ -350,13 +350,13 @@ def test_a_budget_that_cannot_be_met_names_the_nearest_and_keeps_the_work(
         return stages
 
     with pytest.raises(
-        ExportRequestError, match=r"1e-07 cannot be met: 8 bits .* lose (0\.\d+)"
+        ExportRequestError, match=r"1e-07 cannot be met: even with 8 bits .* is (0\.\d+)"
     ) as refused:
         export(1e-7)
     folder = workspace_path(tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == [folder]
     (note,) = refused.value.__notes__
-    assert f"kept in {folder}, and the next export to {tmp_path / 'bundle'} goes on from" in note
+    assert f"kept in {folder}, and the next export to {tmp_path / 'bundle'} continues from" in note
     stages = export(0.5)
     assert [share for stage, share in stages if stage == "calibration"] == [0, 1]
     assert "sensitivity" not in dict(stages)

@@ -146,10 +146,10 @@ REFUSED = {
         "includes neighbouring spaces",
     ),
     "list": ({"tokenizer_config": {"added_tokens_decoder": [3]}}, "neither a list nor an object"),
-    "decoder": ({"tokenizer_config": {"added_tokens_decoder": {"300": 3}}}, "is none: 3"),
+    "decoder": ({"tokenizer_config": {"added_tokens_decoder": {"300": 3}}}, "is not valid: 3"),
     "eos": ({"config": {"eos_token_id": "1"}}, "eos_token_id in config.json is '1'"),
     "eos list": ({"generation_config": {"eos_token_id": [1, 2.0]}}, "in generation_config.json is"),
-    "more pieces": ({"rows": 299}, "has 300 pieces, the model's vocabulary 299"),
+    "more pieces": ({"rows": 299}, "has 300 tokens, but the model's vocabulary has 299"),
 }  # fmt: skip
 
 

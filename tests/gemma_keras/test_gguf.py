@@ -571,7 +571,7 @@ def test_tensors_left_over_are_named(tmp_path):
     meta, arrays = _model()
     arrays["blk.0.attn_q_norm.weight"] = np.ones(16, np.float32)
     _refused(
-        tmp_path / "m.gguf", pack_model(meta, arrays), "no place for: blk.0.attn_q_norm.weight"
+        tmp_path / "m.gguf", pack_model(meta, arrays), "does not have: blk.0.attn_q_norm.weight"
     )
 
 

@@ -39,7 +39,7 @@ def test_a_target_that_is_taken(tiny, tmp_path, writer):
     target = tmp_path / "out"
     writer(tiny, target)
     before = contents(tmp_path)
-    with pytest.raises(CheckpointError, match=r"out exists already; choose another"):
+    with pytest.raises(CheckpointError, match=r"out already exists; choose another"):
         writer(tiny, target)
     assert contents(tmp_path) == before
     zeros = {name: np.zeros_like(array) for name, array in tiny.weights.items()}

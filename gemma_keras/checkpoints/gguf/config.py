@@ -265,9 +265,8 @@ def config_to_gguf(config: GemmaConfig) -> dict[str, Any]:
     vocabulary = {"tokenizer.ggml.tokens": range(config.vocabulary_size)}
     if config_from_gguf(metadata | vocabulary, tied_head=config.tied_head) != config:
         raise ConfigError(
-            f"this architecture cannot be written as GGUF of type {kind}: its query scale, "
-            "its pattern of layers, or its soft caps and scaling factors differ from every "
-            "published Gemma, and GGUF has no keys for them"
+            f"this architecture cannot be written as GGUF of type {kind}: GGUF has no keys "
+            "for its query scale, layer pattern, soft caps or scaling factors"
         )
     if kind != "gemma3" and not config.tied_head:
         raise ConfigError(

@@ -88,6 +88,6 @@ def _paths(given: GGUFFile) -> list[Path]:
         raise CheckpointError(
             f"{given.path} is one of {count:,} parts of a model, but {missing[0]} is "
             "missing from its folder"
-            + (f", as are {len(missing) - 1:,} more" if len(missing) > 1 else "")
+            + (f", and {len(missing) - 1:,} more" if len(missing) > 1 else "")
         )
     return paths

@@ -1,10 +1,10 @@
 """Writes a GGUF file, which llama.cpp runs.
 
-The `gguf` package lays out the header and rounds; the tensors follow here, in pieces of rows, of
-which each is whole blocks. Norms are float32 whatever the type, as llama.cpp wants them, and hold
-`1 + scale`: where a scale has more digits than that sum keeps, they are rounded off.
+The `gguf` package writes the header and rounds. This module writes the tensors, in chunks of rows
+that are whole blocks. Norms are always float32, as llama.cpp requires, and hold `1 + scale`. If a
+scale has more digits than that sum, they are rounded off.
 
-GGUF is one file: the notices that came with the weights stand in its metadata, under
+GGUF is one file. So the notices that came with the weights are in its metadata, under
 `gemma_keras.notice.NAME`.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md

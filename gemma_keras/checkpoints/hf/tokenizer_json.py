@@ -1,12 +1,12 @@
 """Writes Gemma's SentencePiece tokenizer as a `tokenizer.json`, which other runtimes read.
 
-A SentencePiece BPE model joins, again and again, the neighbours whose union is the piece of the
-greatest score. A `tokenizer.json` of type BPE lists the pairs to join, in order; so every way to
-cut a piece in two pieces is listed, by falling score. User-defined pieces are found in the text
-first, the longest that begins there; so they are added tokens. Those of spaces are written with
-spaces, not with U+2581: onnxruntime-genai looks for them in the text as it is, and prints them as
-they are. (transformers' own conversion writes U+2581 and looks for it in the text as it is, where
-there is none, and so joins runs of spaces in other ways.)
+A SentencePiece BPE model repeatedly merges the neighbours whose concatenation is the token with the
+highest score. A `tokenizer.json` of type BPE lists the merges in order. So every way to split a
+token into two tokens is listed, by falling score. User-defined tokens are matched in the text
+first, the longest one at each place; so they become added tokens. Those of spaces are written with
+spaces, not with U+2581. onnxruntime-genai matches them in the original text, and prints them
+unchanged. (transformers' own conversion writes U+2581 and matches it in the original text, which
+has none. So it merges runs of spaces differently.)
 
 One difference is intended: control tokens are matched in the text, as chat templates of that
 ecosystem need. `edge_demo` adds them by id and treats such text as plain text.

@@ -1,10 +1,10 @@
 """Reads a `tokenizer.json` as an equivalent SentencePiece model; the inverse of `tokenizer_json`.
 
-Such a file lists pairs to join, in order, where SentencePiece has a score for the union. So the
-pieces get falling scores in the order in which they are first joined. That is the same tokenizer
-if every way to cut a piece in two is listed, and all those of one piece before those of the next;
-what is listed otherwise has no SentencePiece model and is refused. Pairs that hold an added token,
-which is found in the text before, are of no account.
+Such a file lists merges in order, while SentencePiece has a score for each result. So the tokens
+get falling scores in the order of their first merge. The result is equivalent if every way to split
+a token in two is listed. All splits of one token must be listed before those of the next. Otherwise
+no SentencePiece model is equivalent, and the file is rejected. Merges that contain an added token
+are ignored, because added tokens are matched first.
 
 Format: huggingface.co/docs/tokenizers.
 """

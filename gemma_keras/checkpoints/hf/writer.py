@@ -1,7 +1,8 @@
 """Writes a Hugging Face folder: `config.json`, safetensors in one file or shards, a tokenizer.
 
 Weights are written in chunks. The `safetensors` package needs all tensors at once, so this module
-writes the format itself: the length of the header, a JSON header, the tensors one after another.
+writes the format itself. A file is the length of the header, a JSON header, and the tensors one
+after another.
 
 Format: https://huggingface.co/docs/safetensors
 """
