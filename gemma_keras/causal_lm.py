@@ -94,7 +94,7 @@ class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
     def compile(
         self, optimizer="auto", loss="auto", *, weighted_metrics="auto", sampler="greedy", **kwargs
     ) -> None:
-        """As `keras_hub.models.CausalLM.compile`, with greedy sampling by default."""
+        """Like `keras_hub.models.CausalLM.compile`, with greedy sampling by default."""
         super().compile(
             optimizer=optimizer,
             loss=loss,
@@ -104,7 +104,7 @@ class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
         )
 
     def make_train_function(self, force=False) -> None:
-        """As Keras does; on a processor JAX needs an option for gradient checkpointing."""
+        """Like Keras; on a CPU JAX needs an option for gradient checkpointing."""
         options = train_options(self)
         if options is None or (self.train_function is not None and not force):
             return super().make_train_function(force)
@@ -400,8 +400,8 @@ class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
             The answer; with `stream`, an iterator of its pieces.
 
         Raises:
-            ValueError: the model has no preprocessor or was not tuned to the template, the
-                messages are not a conversation, or they leave no room for an answer.
+            ValueError: the model has no preprocessor or is not instruction-tuned, the messages are
+                not a conversation, or they leave no room for an answer.
         """
         tokenizer = self._tokenizer("chat")
         if not self.instruction_tuned:

@@ -26,8 +26,8 @@ class LayerSpec:
         head_dim: width of one head, even.
         ffw_dim: width of the gated MLP's hidden layer (one branch, not both).
         query_scale: factor of the query-key product, `query_pre_attn_scalar ** -0.5`.
-        sliding_window: a query sees keys at distances below it, so of a causal layer as many
-            tokens, itself included; `None` means no bound.
+        sliding_window: a query sees keys at smaller distances; in a causal layer that is this many
+            tokens, including itself. `None` means no limit.
         rope_theta: base of the rotary frequencies.
         rope_scale: positions are divided by it (linear RoPE scaling); 1 means no scaling.
         qk_norm: whether RMS norms stand on queries and keys, before the rotation.
@@ -163,7 +163,8 @@ class GemmaConfig:
 
 
 def layer_kinds(num_layers: int, global_every: Any) -> list[str]:
-    """Of each layer `full_attention` or `sliding_attention`: every n-th sees the whole context."""
+    """Returns `full_attention` or `sliding_attention` for each layer: every n-th layer is
+    global."""
     require_positive_int("sliding_window_pattern", global_every)
     return [
         "full_attention" if (i + 1) % global_every == 0 else "sliding_attention"

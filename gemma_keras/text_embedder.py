@@ -193,7 +193,7 @@ class GemmaTextEmbedder(TrainsOn, Quantizes, keras_hub.models.TextEmbedder):
 
     @property
     def dim(self) -> int:
-        """How many numbers a vector has that is not cut."""
+        """Returns the length of a vector that is not truncated."""
         return (self.backbone.config.hidden_dim, *self.projection_dims)[-1]
 
     # --- texts ---
@@ -215,12 +215,13 @@ class GemmaTextEmbedder(TrainsOn, Quantizes, keras_hub.models.TextEmbedder):
         Args:
             texts: as many as are wanted; a string is one text.
             prompt: what is put before each text.
-            prompt_name: of one of the checkpoint's prompts, such as `query` or `document`, in place
-                of `prompt`; with neither, the checkpoint's default; EmbeddingGemma has none.
+            prompt_name: of one of the checkpoint's prompts, such as `query` or `document`, instead
+                of `prompt`. With neither, the checkpoint's default prompt is used; EmbeddingGemma
+                has none.
             normalize: whether each vector is divided by its length.
-            truncate_dim: leaves the first so many numbers of each vector, before it is normalized;
-                EmbeddingGemma was trained for 768, 512, 256 and 128 (Matryoshka representation
-                learning, Kusupati et al., 2022, arXiv:2205.13147).
+            truncate_dim: keeps only this many first numbers of each vector, before it is
+                normalized. EmbeddingGemma was trained for 768, 512, 256 and 128 (Matryoshka
+                representation learning, Kusupati et al., 2022, arXiv:2205.13147).
             batch_size: texts that are run at once.
 
         Returns:
@@ -253,7 +254,7 @@ class GemmaTextEmbedder(TrainsOn, Quantizes, keras_hub.models.TextEmbedder):
 
     def _compiled_vectors(self):
         variables = [id(variable) for variable in self.variables]
-        # After `enable_lora` or `quantize` it is another model, which has to be compiled anew.
+        # `enable_lora` and `quantize` change the model, so functions must be compiled again.
         if self._vectors is None or variables != self._vectors_of:
             self._vectors_of = variables
             self._vectors = compiled(self, self._run_vectors, lambda: ())

@@ -81,7 +81,7 @@ class Bundle:
         """Read and check `bundle.json`, and the presence and size of every file it lists.
 
         Raises:
-            BundleError: the folder is no bundle, of another version, or incomplete.
+            BundleError: the folder is not a bundle, has another version, or is incomplete.
         """
         folder = Path(path)
         manifest = read_manifest(folder)

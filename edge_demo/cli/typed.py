@@ -32,7 +32,7 @@ def piped_messages() -> Iterator[str]:
 
 
 def typed_message() -> str | None:
-    """Ask for a message at the terminal that stdin is.
+    """Ask for a message at the terminal.
 
     A pasted text of several lines is one message.
 
@@ -60,14 +60,14 @@ def typed_message() -> str | None:
 
 
 def _ended_already() -> bool:
-    """Whether Ctrl-D waits in the terminal. Line editing would take it for another key."""
+    """Whether Ctrl-D is waiting in the terminal. Line editing would treat it as another key."""
     if not _waits():
         return False
     import fcntl
     import termios
 
     count = fcntl.ioctl(sys.stdin, termios.FIONREAD, bytes(4))
-    # Something can be read, and it has no bytes: the end.
+    # Readable without any bytes means the end of input.
     return not int.from_bytes(count, sys.byteorder) and not os.read(sys.stdin.fileno(), 1)
 
 
@@ -83,7 +83,7 @@ def _plain_line() -> str:
 
 
 def _pasted() -> str:
-    """The lines that are there so soon after the first that nobody has typed them."""
+    """Returns the lines that arrive so soon after the first that they were pasted, not typed."""
     data = b""
     while _waits(_TYPING_S) and (more := os.read(sys.stdin.fileno(), _CHUNK)):
         data += more
@@ -91,11 +91,11 @@ def _pasted() -> str:
 
 
 def _edited_line() -> tuple[str, bool]:
-    """A line, or several that were pasted, and whether the terminal says what was pasted."""
+    """Returns a line, or several pasted lines, and whether the terminal marks pasted text."""
     import readline
 
-    # Python turns it off, though `input` takes several lines well. libedit has no such thing, and
-    # neither has a terminal that cannot move its cursor.
+    # Python turns it off, although `input` handles several lines. libedit does not have it, and
+    # neither do terminals that cannot move their cursor.
     gnu = "libedit" not in (readline.__doc__ or "")
     brackets = gnu and os.environ.get("TERM", "dumb") != "dumb"
     if brackets:

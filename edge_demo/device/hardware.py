@@ -18,7 +18,7 @@ from pathlib import Path
 from edge_demo.device.system_files import read_text
 
 _ROOT = Path("/")
-# Instructions that products of 4 and 8 bit weights are made for, by the names Linux has for them.
+# Instructions that speed up products of 4-bit and 8-bit weights, by their Linux names.
 _INSTRUCTIONS = {
     "x86_64": {
         "avx2": "AVX2",
@@ -28,7 +28,7 @@ _INSTRUCTIONS = {
     },
     "aarch64": {"asimddp": "dot product", "i8mm": "i8mm", "asimdhp": "fp16"},
 }
-# Of `CPU part` with implementer 0x41; Linux, arch/arm64/include/asm/cputype.h
+# `CPU part` with implementer 0x41; source: Linux, arch/arm64/include/asm/cputype.h
 _ARM_CORES = {
     "0xd03": "Cortex-A53",
     "0xd05": "Cortex-A55",

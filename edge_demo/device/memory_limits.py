@@ -55,7 +55,8 @@ def free_memory(root: Path = Path("/")) -> int | None:
 
 
 def control_group_limits(root: Path = Path("/")) -> Iterator[int | None]:
-    """Bytes free in each control group this process is in, the outer ones too; `None` is no limit.
+    """Bytes free in each control group of this process, including outer ones; `None` means
+    unlimited.
 
     The group's page cache can be dropped, so it counts as free.
     """

@@ -17,13 +17,14 @@ _DISK_BYTES = 512 << 20
 
 
 def memory_bytes_per_s(threads: int, seconds: float = 1.0, num_bytes: int = _MEMORY_BYTES) -> float:
-    """The best of several passes in which each thread reads an array of its own.
+    """Returns the best of several passes, in which each thread reads its own array.
 
-    numpy's reductions let other threads run; one that only combines bits waits for memory alone.
+    numpy's reductions release the GIL. A reduction that only combines bits is limited by memory
+    alone.
 
     Args:
         threads: that read at once.
-        seconds: to go on for, about.
+        seconds: approximate duration.
         num_bytes: of all arrays together.
     """
     size = max(1, num_bytes // threads // 8)
@@ -57,7 +58,7 @@ def disk_speed(path: Path, seconds: float = 1.0) -> DiskSpeed | None:
 
     Args:
         path: of a large file.
-        seconds: to go on for, at most about.
+        seconds: approximate maximum duration.
 
     Returns:
         `None` where the file is empty or cannot be read.

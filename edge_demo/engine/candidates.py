@@ -30,7 +30,7 @@ def below(logits: np.ndarray | Candidates, count: int) -> np.ndarray | Candidate
         count: of the tokenizer's pieces; a table may have more rows.
 
     Raises:
-        EdgeError: no candidate is among them.
+        EdgeError: none of the candidates is among them.
     """
     if isinstance(logits, np.ndarray):
         return logits[:count]

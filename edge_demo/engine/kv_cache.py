@@ -52,7 +52,8 @@ class KVCache:
         tables: input name to rotary table, `(capacity, dims)`.
         capacity: tokens that fit now.
         batch: as it was given.
-        reached: tokens that the buffers were last taken to, by a run that has ended or not.
+        reached: number of tokens up to which the buffers were last written, also by an interrupted
+            run.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class KVCache:
         self.batch = batch
         self.capacity = 0
         self.reached = 0
-        # Memory that is not written to yet costs nothing, so a window may be longer than the text.
+        # Memory that is not written to is not allocated, so a window may be longer than the text.
         self._sizes = {w.name: w.length + cache_size.SLACK for w in windows} | {
             "batch": batch,
             "capacity": 0,
@@ -89,7 +90,7 @@ class KVCache:
         """Make room for `tokens` in all; true if the buffers were replaced by larger ones."""
         if tokens <= self.capacity:
             return False
-        # A half more than now, so that growing costs little in the end, in whole steps.
+        # Half more than now, in whole steps, so that growing takes little time in total.
         wanted = max(tokens, self.capacity + self.capacity // 2)
         old, capacity = self.capacity, cache_size.capacity_for(wanted, self._limit)
         self._sizes["capacity"] = capacity
@@ -99,7 +100,7 @@ class KVCache:
         for rope in self._ropes:
             cos, sin = rope_table(rope, capacity)
             self.tables |= {f"{rope.name}.cos": cos, f"{rope.name}.sin": sin}
-        self.buffers |= grown  # only now, so that Ctrl-C leaves a cache that can be used
+        self.buffers |= grown  # only now, so that the cache stays valid after Ctrl-C
         self.capacity = capacity
         return True
 
@@ -123,7 +124,7 @@ class KVCache:
         return layout
 
     def filled(self) -> dict[str, np.ndarray]:
-        """Views of what the tokens reached have left, shaped as `layout` says."""
+        """Returns views of the keys and values of the tokens reached, in the shapes of `layout`."""
         return {
             name: self.buffers[name][:, :, : shape[2]]
             for name, (_, shape) in self.layout(self.reached).items()

@@ -1,9 +1,9 @@
 """Adds the low plane of a table in two planes to the logits of candidates.
 
-The candidates graph multiplies the hidden state by the high plane of the head's table and keeps the
-most likely tokens. The low plane is read for these alone, here, from the weights file. Were it
-mapped, some hundred tokens of text would make all of it resident: see `edge_demo.bundle.embedding`.
-Text proposes the same tokens again and again, so rows that were read are kept.
+The candidates graph multiplies the hidden state by the high plane of the head's table, and returns
+the most likely tokens. This module reads the low plane only for these tokens, from the weights
+file. If it were mapped, a few hundred tokens of text would make all of it resident: see
+`edge_demo.bundle.embedding`. The same tokens are often proposed again, so rows are cached.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from edge_demo.bundle.reader import Bundle
 from edge_demo.errors import BundleError
 
 KEPT_BYTES = 6 << 20  # of rows; of Gemma 3 270M some 8,700
-_FEWEST = 1024  # rows that are kept, whatever their size: more than there are candidates
+_FEWEST = 1024  # minimum number of cached rows, which is more than the number of candidates
 
 
 class LowPlane:
@@ -41,7 +41,7 @@ class LowPlane:
         self._shape = spec.blocks, spec.block_size
         width = spec.blocks * spec.block_size
         count = _num_kept(spec)
-        self._places = np.full(spec.rows, -1, np.int32)  # of a row among those kept
+        self._places = np.full(spec.rows, -1, np.int32)  # index of a row in the cache
         self._numbers = np.empty((count, width), np.int8)
         self._scales = np.empty((count, spec.blocks), np.float32)
         self._used = 0

@@ -63,7 +63,7 @@ def open_for_prompts(bundle: Bundle, threads: int | None) -> Session:
         "session.disable_prepacking": "1",  # no copies
         "session.force_spinning_stop": "1",  # when a run ends: the other session's threads go on
     }
-    # Without an arena what is multiplied out is given back at once, which costs no time.
+    # Without an arena, dequantized weights are freed at once, which takes no extra time.
     graph = graph_in_float(bundle)
     session = _load(bundle, bundle.engine, graph, threads, entries, arena=False)
     return Session(session, (all_logits(bundle),))

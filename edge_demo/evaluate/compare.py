@@ -41,13 +41,14 @@ class Divergence:
         positions: how many.
         reference_perplexity: of the reference.
         perplexity: of the bundle.
-        log_ratio: `ln(perplexity / reference_perplexity)`; its error knows that they go together.
+        log_ratio: `ln(perplexity / reference_perplexity)`; its error takes their correlation into
+            account.
         kl: mean Kullback-Leibler divergence of the next-token distributions, from the reference to
             the bundle, in nats.
-        kl_quantiles: `(share, KL)` for each of `QUANTILES`; the last is the greatest.
+        kl_quantiles: `(share, KL)` for each of `QUANTILES`; the last is the maximum.
         probability_difference: mean of the right token's probability, bundle less reference.
         rms_probability_difference: root of the mean square of the same.
-        same_top_token: share of positions where both find the same token most likely.
+        same_top_token: share of positions where the most likely token is the same.
     """
 
     positions: int
@@ -183,7 +184,7 @@ def compare(
 
 
 class _Table:
-    """What is kept of each position: float64 and bool arrays `(windows, length)`."""
+    """Values stored for each position: float64 and bool arrays `(windows, length)`."""
 
     def __init__(self, num_windows: int, length: int) -> None:
         shape = (num_windows, length)
@@ -247,7 +248,7 @@ def _mean(values: np.ndarray) -> MeanWithError:
 
 
 def _exponential(estimate: MeanWithError) -> MeanWithError:
-    """Of an estimate, with the error carried along to first order."""
+    """Applies a function to an estimate; the error is propagated to first order."""
     with np.errstate(over="ignore"):
         value = float(np.exp(estimate.value))
     return MeanWithError(value, value * estimate.error)

@@ -7,8 +7,8 @@ four endings. `context + " " + ending` is tokenized as one text after the beginn
 token; an ending's score is the mean log-probability of its tokens after those that all four texts
 begin with; the greatest wins, the first of equals.
 
-llama.cpp calls that `acc_norm`; lm-evaluation-harness, where the name is from, divides by the
-ending's characters and not by its tokens, so its figures are others. llama.cpp shuffles the tasks,
+llama.cpp calls this `acc_norm`. lm-evaluation-harness, where the name comes from, divides by the
+ending's characters and not by its tokens, so its figures differ. llama.cpp shuffles the tasks, and
 here the first ones are taken; over a whole file both are the same.
 """
 

@@ -36,7 +36,8 @@ class Score:
 
 
 def windows(num_tokens: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Cut a text into overlapping windows, in each of which the tokens not predicted before count.
+    """Split a text into overlapping windows; in each window only tokens that were not predicted
+    before count.
 
     Args:
         num_tokens: of the text, without a beginning-of-sequence token.

@@ -20,7 +20,7 @@ from edge_demo.text.sampling import Sampler
 
 @dataclasses.dataclass(frozen=True)
 class BenchCase:
-    """What is timed: a prompt (`pp`) or tokens one by one (`tg`).
+    """A benchmark case: a prompt (`pp`) or tokens generated one by one (`tg`).
 
     Attributes:
         kind: `pp` or `tg`.
@@ -151,7 +151,8 @@ def _check_fits(bundle: Bundle, before: int, tokens: int) -> None:
 
 
 class _Runner:
-    """An engine that has run once, so that its weights are in memory, and random tokens for it."""
+    """Returns an engine after a warm-up run, which loads its weights into memory, and random
+    tokens."""
 
     def __init__(self, bundle: Bundle, threads: int | None) -> None:
         start = time.perf_counter()

@@ -25,8 +25,8 @@ from edge_demo.text.batch_items import Item
 from edge_demo.text.generator import candidates_suffice
 from edge_demo.text.tokenizer import Tokenizer
 
-# Products of 4-bit weights take rows by fours, twos and ones, and round otherwise in each: of
-# other numbers of rows, the last ones would get other texts than the first.
+# Products of 4-bit weights process rows in groups of four, two and one, which round differently.
+# With other numbers of rows, the last rows would get other texts than the first.
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -86,7 +86,7 @@ class BatchRunner:
         """Answer some of the prompts.
 
         Args:
-            items: in the order in which they are to begin.
+            items: in the order in which they begin.
 
         Yields:
             Each item with its completion or its error, in the order in which they end.
@@ -138,7 +138,7 @@ class BatchRunner:
         return _Text(item, completion, writer, start), logits
 
     def _go_on(self, text: _Text, logits: np.ndarray | Candidates) -> Answer | None:
-        """Choose the next token; what the prompt gets, or `None` while there is more to come."""
+        """Choose the next token; returns the result of the prompt, or `None` while it continues."""
         out = text.completion
         try:
             text.writer.add(logits)
@@ -154,7 +154,8 @@ class BatchRunner:
 
 
 def _beginning_of_all(tokenizer: Tokenizer, items: Sequence[Item], longest: int) -> list[int]:
-    """The tokens that all prompts begin with, of those that fit; each has at least one more."""
+    """Returns the common first tokens of all prompts that fit; each prompt has at least one more
+    token."""
     shared: list[int] | None = None
     for item in items:
         ids = item.encode(tokenizer)

@@ -40,15 +40,15 @@ _KEYS: dict[str, tuple[Any, str]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One prompt and how to go on from it.
+    """One prompt and its generation settings.
 
     Attributes:
         index: of the prompts in the file, from 0.
         id: as the file gives it; `None` if it does not.
         prompt: to continue; empty where there are `turns`.
         max_tokens: the most to generate.
-        temperature: as `Sampler`, as what follows.
-        seed: of this prompt alone, so that it gets the same text whatever else is run.
+        temperature: as in `Sampler`, like the settings after it.
+        seed: of this prompt only, so that its text does not depend on other prompts.
         stop: texts that end the answer.
         turns: of a conversation to answer, instead of a prompt.
         system: the system text before the first turn.
@@ -76,7 +76,7 @@ class Item:
         return Sampler(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Sampler)})
 
     def encode(self, tokenizer: Tokenizer) -> list[int]:
-        """The tokens to go on from."""
+        """Returns the tokens of the prompt."""
         if self.turns:
             return tokenizer.encode_chat(self.turns, self.system)
         return tokenizer.encode(self.prompt)
@@ -92,7 +92,7 @@ class Item:
 
 
 def read_items(path: str | Path, defaults: Item, tuned: bool = False) -> list[Item]:
-    """The prompts of a file; empty lines are passed over.
+    """Reads the prompts of a file; empty lines are ignored.
 
     Args:
         path: of the file, UTF-8. A line is an object with `prompt` or `messages` and, if wanted,

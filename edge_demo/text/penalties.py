@@ -31,7 +31,7 @@ def penalize(
     Args:
         logits: float32 `(n,)`, of the ids 0 to n - 1.
         ids: int64 `(n,)` where they are of other ids, in ascending order.
-        text: the tokens to penalize; those without a logit are passed over.
+        text: the tokens to penalize; those without a logit are ignored.
         repeat: above 0; 1 for none.
         presence: 0 for none.
         frequency: 0 for none.

@@ -85,7 +85,7 @@ class PromptCache:
         """Load the file into the engine.
 
         Returns:
-            How many tokens that is; 0 if there is no file yet, or an empty one.
+            The number of loaded tokens; 0 if there is no file yet, or an empty one.
 
         Raises:
             CacheError: the file belongs to another bundle or version, is too long, or damaged. The

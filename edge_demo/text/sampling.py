@@ -36,9 +36,10 @@ class Sampler:
         seed: of the random numbers; `None` takes one from the system.
         min_p: keep tokens at least this times as probable as the likeliest (Nguyen et al., 2024,
             arXiv:2407.01082); 0 keeps all.
-        repeat_penalty: see `edge_demo.text.penalties`, as the other penalties; 1 is none.
-        presence_penalty: 0 is none.
-        frequency_penalty: 0 is none.
+        repeat_penalty: see `edge_demo.text.penalties`, as for the other penalties; 1 means no
+            penalty.
+        presence_penalty: 0 means no penalty.
+        frequency_penalty: 0 means no penalty.
         repeat_last_n: how many of the text's last tokens are penalized, the prompt's among them;
             0 for none, -1 for all.
 
@@ -77,8 +78,8 @@ class Sampler:
     def effective_top_k(self) -> int:
         """Effective top-k: how many of the most likely tokens it chooses among; 0 for all.
 
-        Where penalties only lower logits, of n tokens at most, the k likeliest afterwards are among
-        the k + n likeliest before: above a token there are fewer than k that are not penalized.
+        If penalties only lower the logits of at most n tokens, the k likeliest tokens afterwards
+        are among the k + n likeliest before.
         """
         reach = 1 if self.temperature == 0 else self.top_k
         if not reach or not self._penalizes:
@@ -137,7 +138,7 @@ class Sampler:
         # Equal logits in order of their ids, so that a seed gives the same text everywhere.
         ids = ids[np.argsort(-logits[ids], kind="stable")[:keep]]
         below_first = logits[ids].astype(np.float64) - logits[ids[0]]
-        with np.errstate(over="ignore"):  # a temperature near 0 takes what is below to -inf
+        with np.errstate(over="ignore"):  # a temperature near 0 turns lower logits into -inf
             scaled = below_first / self.temperature
         weights = np.exp(scaled)
         probabilities = weights / weights.sum()

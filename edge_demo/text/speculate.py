@@ -149,7 +149,7 @@ class Speculator:
 
     @property
     def held(self) -> int:
-        """How many tokens the engine would hold without guesses."""
+        """Number of tokens that the engine would hold without guesses."""
         return len(self._engine.tokens) - len(self._ahead)
 
     def decode(self, token: int) -> np.ndarray | Candidates:

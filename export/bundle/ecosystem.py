@@ -62,7 +62,7 @@ def _files(
     ids = TokenIds(tokenizer["bos"], tuple(tokenizer["stop"]))
     files = hf_files(dataclasses.replace(checkpoint, config=config), ids, "float32")
     hf = files[CONFIG_FILE]
-    # transformers.js takes a file's name from its dtype, and fetches what it is told to.
+    # transformers.js derives a file's name from its dtype, and downloads the files listed here.
     hf["transformers.js_config"] = {
         "dtype": "fp32",
         "use_external_data_format": {INTERCHANGE_FILE: 1},

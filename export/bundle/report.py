@@ -45,10 +45,11 @@ class _FloatModel:
         self._number = {row.tobytes(): number for number, row in enumerate(rows)}
 
     def rewind(self, length: int) -> None:
-        """Nothing to forget: every window is a whole text."""
+        """Does nothing, because every window is a separate text."""
 
     def all_logits(self, ids: Sequence[int]) -> Iterator[np.ndarray]:
-        """Of one of the windows: float32 `(chunk, vocabulary_size)`, one row for each id."""
+        """Yields the logits of one window: float32 `(chunk, vocabulary_size)`, one row for each
+        id."""
         hidden = self._hidden[self._number[np.asarray(ids, np.int32).tobytes()]]
         # All at once: the head's table is read, and perhaps dequantized, for every call.
         logits = head_logits(self._checkpoint.config, self._checkpoint.weights, hidden)

@@ -21,7 +21,7 @@ from gemma_keras.checkpoints.source import table_pieces
 from gemma_keras.config import GemmaConfig, LayerSpec
 
 _STRENGTH = 0.5
-_WIDEST = 1e3  # a channel is taken to be at most as much larger, or smaller, than the typical one
+_WIDEST = 1e3  # limit of a channel's size relative to the typical one
 
 
 class BalancedWeights(Mapping[str, np.ndarray]):
@@ -61,7 +61,7 @@ class BalancedWeights(Mapping[str, np.ndarray]):
         Args:
             i: which.
             rms: name within the block to the root mean square of its input channels, `[in]`.
-            keep: canonical names of matrices that must stay as they are.
+            keep: canonical names of matrices that must not change.
         """
         name, layer = f"layers.{i}", self._config.layers[i]
         shared = _factors(rms["attention.query"])
@@ -78,7 +78,7 @@ class BalancedWeights(Mapping[str, np.ndarray]):
         self._move(f"{name}.attention.value", values, for_heads, output, keep)
 
     def input_factors(self, name: str) -> np.ndarray | None:
-        """What the inputs of a matrix were divided by, `[in]`; `None` if by nothing."""
+        """Returns the divisors of a matrix's inputs, `[in]`; `None` if they were not divided."""
         return self._inputs.get(name)
 
     def _move(
@@ -103,7 +103,7 @@ class BalancedWeights(Mapping[str, np.ndarray]):
         array = self._weights[name]
         if name.endswith("_norm") and name in self._outputs:
             return (1 + array) / self._outputs[name] - 1
-        fresh = None  # an array of our own, which may be changed in place: matrices are large
+        fresh = None  # a copy, which may be changed in place because matrices are large
         if name in self._inputs:
             array = fresh = array * self._inputs[name][:, None]
         if name in self._outputs:

@@ -22,7 +22,8 @@ _WORTH_COLLECTING = 64 << 20  # bytes of a block
 
 
 def embedded(config: GemmaConfig, weights: Mapping[str, np.ndarray], ids: np.ndarray) -> np.ndarray:
-    """What the first block sees of ids `(batch, length)`: float32 `(batch, length, hidden_dim)`."""
+    """Returns the input of the first block for ids `(batch, length)`: float32 `(batch, length,
+    hidden_dim)`."""
     tokens, places = np.unique(ids, return_inverse=True)
     rows = table_rows(config, weights, "token_embedding", tokens)
     return rows[places.reshape(ids.shape)] * np.float32(config.embedding_scale)
@@ -90,7 +91,7 @@ def head_logits(
     hidden: np.ndarray,
     rows: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Logits of what the last block returned.
+    """Computes the logits of the last block's output.
 
     Args:
         config: the model's.

@@ -20,8 +20,8 @@ from export.formats.packing import Quantized
 from gemma_keras.checkpoints.names import head_table
 from gemma_keras.config import GemmaConfig
 
-# Matrices of a block that get their bits together: those of like cost and like effect. A query with
-# its key and value would be one product of three, but then it gets 8 bits nearly everywhere.
+# Matrices of a block that get the same bits: they have similar size and effect. Query, key and
+# value could be one product of three, but the query would then get 8 bits nearly everywhere.
 _GROUPS = (
     ("attention.query",),
     ("attention.key", "attention.value"),
@@ -38,7 +38,7 @@ def group_members(
 ) -> dict[str, tuple[str, ...]]:
     """Group name, such as `layers.3.mlp.gate+up`, to its matrices of fewer than 8 bits.
 
-    Those in `keep` are left out.
+    Matrices in `keep` are excluded.
     """
     groups = {}
     for i in range(len(config.layers)):
@@ -63,9 +63,9 @@ def sensitivities(
     """Returns the mean KL divergence from the float model if only one group of matrices is
     quantized.
 
-    It is taken over the tokens that are likely at some position, which hold nearly all of the
-    probability and cost a small part of the head; and a position counts at most as ten typical
-    ones, so that a single one does not decide what is raised.
+    It is computed over the tokens that are likely at some position. They have nearly all of the
+    probability, and need only a small part of the head. A position counts at most as ten typical
+    ones, so that a single one does not decide which groups get 8 bits.
 
     Args:
         config: the model's.

@@ -23,11 +23,13 @@ from gemma_keras.config import GemmaConfig
 MOST_BITS_KEPT = 4
 TABLES = ("token_embedding", "head")
 _PIECE_BYTES = 8 << 20  # rows whose float values fit a cache
-_BLOCK_OF_A_ROW = 32  # where one scale serves a whole row any block will do; activations like it
+_BLOCK_OF_A_ROW = (
+    32  # if a whole row has one scale, any block size works; this one suits the activations
+)
 
 
 def keep(grid: QuantizedGrid, fmt: Format) -> Quantized | None:
-    """The same numbers in a storage format, or `None` if it cannot hold them all exactly.
+    """Returns the same values in a storage format, or `None` if it cannot store them all exactly.
 
     Args:
         grid: of the source.
@@ -43,7 +45,8 @@ def keep(grid: QuantizedGrid, fmt: Format) -> Quantized | None:
 
 
 def keep_or_round(grid: QuantizedGrid, fmt: Format) -> tuple[Quantized, float]:
-    """A grid in a storage format, and the share of its blocks that had to be rounded again.
+    """Converts a grid to a storage format; also returns the share of its blocks that had to be
+    rounded again.
 
     Blocks that the format holds exactly are kept; the others are rounded to nearest. In two planes
     blocks of few levels are stretched by a power of two, and some are stored negated, scale and
@@ -138,7 +141,7 @@ def _keep_blocks(grid: QuantizedGrid, fmt: Format) -> tuple[Quantized, np.ndarra
     real = np.pad(np.ones(grid.num_inputs, bool), (0, padding))
     levels = np.pad(grid.levels, ((0, 0), (0, padding))).astype(np.int16)
     signed = levels.reshape(-1, num_blocks, fmt.block_size) - zeros[..., None].astype(np.int16)
-    signed[:, ~real.reshape(num_blocks, fmt.block_size)] = 0  # padding stands for nothing
+    signed[:, ~real.reshape(num_blocks, fmt.block_size)] = 0  # padding has no value
     least, greatest = signed.min(axis=-1), signed.max(axis=-1)
 
     top = (1 << fmt.bits) - 1
@@ -165,8 +168,8 @@ def _keep_blocks(grid: QuantizedGrid, fmt: Format) -> tuple[Quantized, np.ndarra
 
 
 def _factors(least: np.ndarray, greatest: np.ndarray, fmt: Format) -> np.ndarray:
-    """What each block's levels are multiplied by to fit about the middle, int16: 1 or -1, and in
-    two planes powers of two. Blocks that fit by no factor get 1."""
+    """Returns the factor of each block's levels that makes them fit around the middle, int16: 1 or
+    -1, and in two planes powers of two. Blocks that no factor fits get 1."""
     chosen = np.ones(least.shape, np.int16)
     found = np.zeros(least.shape, bool)
     for size in (16, 8, 4, 2, 1) if fmt.planes == 2 else (1,):
@@ -220,8 +223,7 @@ class KeptWeights:
     def rounded(self, name: str, fmt: Format) -> Quantized | None:
         """A kept matrix, or a table as nearly as its format can hold it; `None` for all others.
 
-        Made for `export.graph.store_weights.store_weights`: it reads what it is asked for, one at a
-        time.
+        Made for `export.graph.store_weights.store_weights`, which reads one weight at a time.
         """
         is_table = name in TABLES and fmt.quantized
         if not isinstance(self.source, GridSource):

@@ -78,8 +78,8 @@ def unpack_bits(packed: np.ndarray, bits: int, length: int) -> np.ndarray:
 def zero_points_in_planes(greatest: np.ndarray) -> np.ndarray:
     """The zero point of each block in two planes, 128 to 136.
 
-    It is 136 where it can be: the high plane is then the nearest 4-bit table there is. A block that
-    goes beyond 119 has a lower one.
+    It is 136 if possible: the high plane is then the best 4-bit approximation. A block with values
+    above 119 has a lower one.
 
     Args:
         greatest: the block's, as a multiple of its scale; at most 127.

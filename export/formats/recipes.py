@@ -13,13 +13,13 @@ from gemma_keras.checkpoints.names import weight_specs
 from gemma_keras.config import GemmaConfig
 
 INT8 = Format(8, 32)
-# Blocks of 128 lose more than those of 32, but what int4 raises to 8 bits makes up for it, and a
-# product takes three quarters of the time.
+# Blocks of 128 lose more than those of 32, but the matrices that int4 raises to 8 bits compensate
+# for it, and a product takes three quarters of the time.
 INT4 = Format(4, 128, symmetric=False)
 # Of a table: generation reads the high plane, and the low one for the few tokens that it proposes.
 TWO_PLANES = Format(8, 128, symmetric=False, planes=2)
 _FINE_INT8 = Format(8, 16)
-# What `int4` raises a matrix to: next to its 4 bits, the blocks' size is lost in the noise.
+# The format to which `int4` raises a matrix; compared with 4 bits, its block size hardly matters.
 _RAISED = Format(8, 128)
 
 
@@ -31,7 +31,7 @@ class Recipe:
         matrices: the format of the decoder blocks' matrices.
         table: the format of the token embedding and the head; its blocks are made as much smaller
             as the model's width asks.
-        finer: the format of some matrices in place of `matrices`, by their name within a block.
+        finer: the format of some matrices instead of `matrices`, by their name within a block.
         kl_budget: for a recipe that chooses formats by measurement, the maximum mean KL divergence
             from the float model in nats; `None` for a fixed recipe.
         calibration: the default calibration text: `"self"` for text that the model generates,
@@ -54,7 +54,7 @@ class Recipe:
 
 RECIPES = {
     "int4": Recipe(INT4, TWO_PLANES, kl_budget=0.045, calibration="self"),
-    # These three lose most for their size: blocks of 16 in them take a sixth of the whole loss.
+    # These three lose most for their size: blocks of 16 in them remove a sixth of the total loss.
     "int8": Recipe(
         INT8,
         dataclasses.replace(TWO_PLANES, block_size=32),
@@ -70,7 +70,7 @@ def recipe_named(name: str) -> Recipe:
     """The recipe of that name.
 
     Raises:
-        ExportRequestError: there is none.
+        ExportRequestError: no recipe has that name.
     """
     if name not in RECIPES:
         raise ExportRequestError(f"there is no recipe {name!r}; choose one of {', '.join(RECIPES)}")
@@ -115,7 +115,7 @@ def _fitting(fmt: Format, width: int) -> Format:
 
 
 def raised_plan(config: GemmaConfig) -> dict[str, Format]:
-    """What each matrix gets when the 4 bits of `int4` are too few for it."""
+    """Returns the format of each matrix for which the 4 bits of `int4` are not enough."""
     return {
         spec.name: _fitting(_RAISED, rows_and_inputs(spec)[1])
         for spec in weight_specs(config).values()

@@ -52,7 +52,7 @@ def ropes(config: GemmaConfig) -> dict[tuple[float, float, int], RopeSpec]:
 
 
 def rope_key(layer: LayerSpec) -> tuple[float, float, int]:
-    """What two layers must share to share a rotary table."""
+    """Returns the values that two layers must have in common to share a rotary table."""
     return layer.rope_theta, layer.rope_scale, layer.head_dim
 
 
@@ -83,7 +83,7 @@ def interchange_contract(config: GemmaConfig) -> GraphSpec:
 
 
 def interchange_inputs(config: GemmaConfig, ids: np.ndarray) -> dict[str, np.ndarray]:
-    """Every input of `model.onnx`, by name, for rows of tokens that nothing stands before.
+    """Returns every input of `model.onnx`, by name, for rows of tokens without a past.
 
     Args:
         config: the model's.
@@ -116,7 +116,8 @@ def engine_contract(
 
     Args:
         config: the model's.
-        windows: as `windows` gives them; layers with one of these windows keep no more than it.
+        windows: as `windows` returns them; layers with one of these windows store only the last
+            window of keys and values.
         int8_layers: those whose keys and values are kept as 8-bit integers.
     """
     shape = ("batch", "num_logits", config.vocabulary_size)
@@ -136,8 +137,8 @@ def candidates_contract(
         config: the model's.
         windows: as for `engine_contract`.
         int8_layers: as for `engine_contract`.
-        low_plane_apart: whether the device adds what the low plane of the head says: then the graph
-            returns the products with the high plane and the state that it multiplied.
+        low_plane_apart: whether the device adds the low plane of the head. The graph then returns
+            the products with the high plane, and the hidden state.
     """
     shape = ("batch", "num_logits", num_candidates(config))
     hidden = ("batch", "num_logits", config.hidden_dim)

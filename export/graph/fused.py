@@ -123,7 +123,8 @@ class _FusedGraph(NamedNodes):
     def _lengths(self, tokens: Unpadded | None) -> tuple[ir.Value, ir.Value]:
         """`seqlens_k` and `total_sequence_length` as `GroupQueryAttention` takes them.
 
-        To it every token of a call is real: padding comes last, where no real token looks.
+        For this operator every token of a call is real: padding comes last, where no real token
+        attends.
         """
         if tokens is None:
             return self.inputs["seqlens_k"], self.inputs["total_sequence_length"]
@@ -247,7 +248,7 @@ class _FusedGraph(NamedNodes):
         return self.op("Expand", [norm, shape], f"{norm.name}.repeated")
 
     def _keeps_a_window(self, i: int) -> bool:
-        """Whether the contract wants no more than a sliding window kept in a layer's buffers."""
+        """Whether the contract stores only the last window of keys and values of a layer."""
         capacity = self.contracted[f"past_key_values.{i}.key"].shape[2]
         return self.for_engine and capacity != "capacity"
 
@@ -285,9 +286,9 @@ class _FusedGraph(NamedNodes):
     ) -> ir.Value:
         """The product with the head's table, or with a plane of it.
 
-        While onnxruntime packs a matrix, it is there twice. So the candidates graph has a large
-        table as several, each some rows of it. Not so the engine's: logits of many positions would
-        be there twice, too.
+        While onnxruntime packs a matrix, it is in memory twice. So the candidates graph splits a
+        large table into several, by rows. The engine's graph does not, because then the logits of
+        many positions would be in memory twice.
         """
         rows, width = rows_and_inputs(self.specs[self.head])
         count = 1
@@ -316,9 +317,9 @@ class _FusedGraph(NamedNodes):
     def _candidates(self, hidden: ir.Value) -> Sequence[ir.Value]:
         """Ids and logits of the most likely tokens.
 
-        Of a head in two planes, the high one proposes them, and what the low one adds is computed
-        for them alone: the product of `hidden` with a few hundred rows costs next to nothing. Where
-        the contract leaves that to the device, the graph ends before it.
+        With a head in two planes, the high plane proposes them, and the low plane is added only for
+        them. The product of `hidden` with a few hundred rows takes almost no time. If the contract
+        leaves this to the device, the graph ends before it.
         """
         if self.plan[self.head].planes == 1:
             values, ids = self._greatest(self._logits(hidden))

@@ -1,11 +1,10 @@
 """Adds ONNX operators to `model.onnx` that handle padding anywhere in `attention_mask`.
 
-transformers, Optimum and transformers.js pad prompts on the left; attention over kept keys and
-values, as `GroupQueryAttention` and the traced layers do it, wants a row's tokens one after another
-from position 0. So the tokens of a call are moved together, real ones first; what the model makes
-of them is moved back. The kept keys and values of a row are those of its real tokens, then what
-padding left, which the next tokens overwrite. Only the ids and the last hidden states move. A row
-without padding stays bit-identical.
+transformers, Optimum and transformers.js pad prompts on the left. `GroupQueryAttention` and the
+traced layers need a row's tokens one after another from position 0. So the real tokens of a call
+are moved to the front, and the model's outputs are moved back. The cache of a row has the keys and
+values of its real tokens, then those of padding, which the next tokens overwrite. Only the ids and
+the last hidden states move. A row without padding stays bit-identical.
 """
 
 from __future__ import annotations
@@ -86,7 +85,7 @@ def without_padding(op: AddNode, constant: AddConstant, ids: ir.Value, mask: ir.
 
 
 def moved_back(op: AddNode, constant: AddConstant, hidden: ir.Value, tokens: Unpadded) -> ir.Value:
-    """What the model made of `tokens.ids`, in the places of the tokens as they were given.
+    """Moves the model's outputs for `tokens.ids` back to the original places of the tokens.
 
     Args:
         op: adds a node.

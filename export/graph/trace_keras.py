@@ -55,7 +55,7 @@ def trace(config: GemmaConfig, folder: Path) -> None:
         config: the model's.
         folder: exists and is empty.
     """
-    # In this scope a variable is a shape and an initializer that nobody calls.
+    # In this scope a variable is a shape and an initializer that is never called.
     with keras.StatelessScope(initialize_variables=False):
         backbone = GemmaBackbone(config, dtype="float32", kernel_initializer="zeros")
     specs = weight_specs(config)

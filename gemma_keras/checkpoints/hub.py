@@ -132,7 +132,7 @@ def is_own_preset(path: str | os.PathLike[str]) -> bool:
 
 
 def _registered_name(folder: Path) -> str:
-    """Returns the class that a Keras `config.json` names; empty if there is none."""
+    """Returns the class that a Keras `config.json` names; empty if it names no class."""
     path = folder / "config.json"
     try:
         if path.stat().st_size > _MAX_JSON:

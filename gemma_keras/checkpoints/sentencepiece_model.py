@@ -143,9 +143,9 @@ def opened(data: bytes) -> bytes:
 def tokenizer_metadata(model: bytes, vocabulary_size: int) -> dict[str, Any]:
     """The `tokenizer.ggml.*` keys that say a SentencePiece model: `build_sentencepiece_model` back.
 
-    A user-defined piece is written with spaces, not with U+2581: llama.cpp looks for it in the text
-    as it is. A table longer than the tokenizer, as that of Gemma 3 with images, is filled with
-    unused pieces: GGUF's vocabulary is as long as its list of tokens.
+    A user-defined token is written with spaces, not with U+2581, because llama.cpp matches it in
+    the original text. If the embedding table has more rows than the tokenizer, as in Gemma 3 with
+    images, unused tokens are added: GGUF's vocabulary size is the length of its list of tokens.
 
     Args:
         model: the serialized SentencePiece model.

@@ -38,8 +38,9 @@ def bucket(length: int) -> int:
 
 
 def _without_piece(model: keras_hub.models.CausalLM) -> Callable[[Any], Any]:
-    """What takes from logits `(batch, vocabulary_size)` those of ids that the tokenizer has no
-    piece for, or an unused one. A table may have more rows than the tokenizer has pieces."""
+    """Returns a function that masks logits `(batch, vocabulary_size)` of ids that the tokenizer
+    does not have or does not use. An embedding table may have more rows than the tokenizer has
+    tokens."""
     if model.preprocessor is None:
         return lambda found: found
     usable = list(is_usable(model.preprocessor.tokenizer.proto))
@@ -214,7 +215,7 @@ class GenerateFunction:
         return cache, self._sample(logits)
 
     def _run_loop(self, cache, hidden, token_ids, lengths, end, aligned: bool, stop_token_ids):
-        """What follows prompts, until every row is done: the cache and the ids."""
+        """Generates after the prompts until every row is done; returns the cache and the ids."""
         last_place = token_ids.shape[1] - 1
         places = ops.arange(token_ids.shape[1], dtype="int32")[None]
 
@@ -274,7 +275,8 @@ class GenerateFunction:
         )
 
     def _run_check(self, token_ids):
-        """What would follow whole rows, int32 `(batch,)`; -1 if their logits are not finite."""
+        """Returns the next tokens of full rows, int32 `(batch,)`; -1 if their logits are not
+        finite."""
         lengths = ops.full((token_ids.shape[0],), token_ids.shape[1], dtype="int32")
         hidden, _ = self._model.backbone.prefill(token_ids, lengths, capacity=token_ids.shape[1])
         found = self._logits(hidden)

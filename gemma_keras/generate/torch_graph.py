@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 _aten = torch.ops.aten
-# Results that are their first argument, where nobody writes to either.
+# Operations that return their first argument, if neither is written to.
 _COPIES = {_aten.lift_fresh_copy.default, _aten.detach.default, _aten.alias.default}
 # Results that show the numbers of their first argument in another arrangement.
 _VIEWS = {
@@ -33,16 +33,15 @@ _VIEWS = {
     _aten.permute.default,
     _aten.expand.default,
 }
-_LARGEST_CONSTANT = 1 << 20  # numbers; more are computed anew rather than kept
+_LARGEST_CONSTANT = 1 << 20  # maximum number of values of a constant; larger ones are recomputed
 
 
 def simplified(recorded: fx.GraphModule) -> Callable[..., Any]:
     """A function that computes what a recorded graph computes, in fewer and quicker calls.
 
     Args:
-        recorded: what `make_fx` returned for a function of tensors that returns a list of tensors.
-            Tensors that it holds and that are no `torch.nn.Parameter` are taken for constants. It
-            is changed.
+        recorded: the result of `make_fx` for a function of tensors that returns a list of tensors.
+            Its tensors that are not a `torch.nn.Parameter` are treated as constants. It is changed.
 
     Returns:
         A function of tensors of the same shapes, strides and dtypes. It reads the parameters
@@ -177,7 +176,7 @@ def call_directly(recorded: fx.GraphModule) -> None:
 
 
 def _public(operation: Any) -> Callable[..., Any] | None:
-    """PyTorch's own function or method of the operation, if there is one that is no Python."""
+    """Returns PyTorch's own function or method of the operation, if it is not a Python function."""
     namespace, name = operation._schema.name.split("::")
     if namespace != "aten" or name.startswith("_"):
         return None
@@ -287,7 +286,8 @@ def _keeps_its_dtype(node: fx.Node) -> bool:
 
 
 def _constant_value(recorded: fx.GraphModule, node: fx.Node, values) -> torch.Tensor | None:
-    """What a node always is: a parameter, or numbers; `None` if it may change or is large.
+    """Returns the constant value of a node: a parameter or an array; `None` if it may change or is
+    large.
 
     Args:
         recorded: the graph's.
@@ -314,7 +314,7 @@ def _constant_value(recorded: fx.GraphModule, node: fx.Node, values) -> torch.Te
 
 
 def _contents(value: torch.Tensor) -> tuple[Any, ...]:
-    """What two constants that are equal have in common."""
+    """Returns a key that equal constants share."""
     numbers = value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
     return value.dtype, value.shape, value.stride(), value.device, numbers
 

@@ -106,7 +106,7 @@ def needs_gemma3(config: GemmaConfig) -> bool:
 
 
 def config_to_keras_hub(config: GemmaConfig) -> dict[str, Any]:
-    """What to build KerasHub's backbone with, a `Gemma3Backbone` if it `needs_gemma3`.
+    """Returns the arguments of KerasHub's backbone, a `Gemma3Backbone` if it `needs_gemma3`.
 
     Raises:
         ConfigError: that is another architecture; the message names what KerasHub lacks.

@@ -265,7 +265,7 @@ class GemmaBackbone(keras_hub.models.Backbone):
         return ["query", "value"]
 
     def enable_lora(self, rank: int, target_layer_names: Sequence[str] | None = None) -> None:
-        """As `keras_hub.models.Backbone.enable_lora`. The same call again changes nothing.
+        """Like `keras_hub.models.Backbone.enable_lora`. The same call again changes nothing.
 
         Raises:
             ValueError: LoRA is enabled already, of another rank or in other layers. Nothing is

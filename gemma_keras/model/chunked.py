@@ -117,7 +117,7 @@ def _jax_sharded(variable: keras.Variable, pieces: Iterator[Piece]):
 
 
 def _within(piece: Piece, bounds: list[tuple[int, int]]) -> tuple[np.ndarray, int]:
-    """What of a piece lies within bounds of each axis, and where it begins there."""
+    """Returns the part of a chunk within the bounds of each axis, and where it begins there."""
     begin, end = bounds[piece.axis]
     part = [slice(*bound) for bound in bounds]
     part[piece.axis] = slice(max(begin - piece.first, 0), max(end - piece.first, 0))
@@ -128,7 +128,8 @@ def _within(piece: Piece, bounds: list[tuple[int, int]]) -> tuple[np.ndarray, in
 def _jax_put():
     """A compiled function that writes a piece into an array of floats, which is used up, in place.
 
-    As integers: of 16-bit floats XLA's code for processors would write the whole array each time.
+    It works on integers, because with 16-bit floats XLA's CPU code would write the whole array each
+    time.
     """
     import jax
 

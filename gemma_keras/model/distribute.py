@@ -43,8 +43,8 @@ _SPLITS: dict[str, tuple[str | None, ...]] = {
     "token_embedding/lora_embeddings_b": (None, "data"),
 }
 
-# Where parameters are split over "data", XLA has to be told that activations, `(batch, length,
-# hidden_dim)`, stay split by batches, or it computes every batch on every device.
+# If parameters are split over "data", activations, `(batch, length, hidden_dim)`, need an explicit
+# layout, split by batches. Otherwise XLA computes every batch on every device.
 _ACTIVATIONS = r"decoder_block_\d+/(pre_attention_norm|pre_ffw_norm)/output"
 
 
@@ -57,11 +57,11 @@ def layout_map(
 ) -> keras.distribution.LayoutMap:
     """How the variables of a `GemmaBackbone` lie on a mesh.
 
-    Queries, keys, values, gate and up are split by columns over `model_dim`, the attention's output
-    and down by rows, tables by tokens; LoRA's two matrices as the kernel beside them. Norms, and
-    the axis of a LoRA matrix that is its rank, are not split. Keys and values whose heads do not
-    divide by `model_dim` are whole on every device, if `config` tells: they are small, and a head
-    in pieces costs more traffic than it saves. Results are the same in any case.
+    Queries, keys, values, gate and up are split by columns over `model_dim`. The attention's output
+    and down are split by rows, tables by tokens, and LoRA's two matrices like their kernel. Norms,
+    and the rank axis of a LoRA matrix, are not split. If `config` is given, keys and values whose
+    heads do not divide by `model_dim` are whole on every device: they are small, and splitting a
+    head causes more traffic than it saves. Results do not depend on this.
 
     Args:
         device_mesh: with axes `model_dim` and `data_dim`; one of them may have size 1.

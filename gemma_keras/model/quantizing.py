@@ -21,11 +21,11 @@ class Quantizes(_Task):
     """A task whose `quantize` asks the layers of the model alone, and only those that can."""
 
     def quantize(self, mode=None, config=None, filters: Filters = None, **kwargs) -> None:
-        """As Keras's `Model.quantize`, also of a model that has not been run.
+        """Like Keras's `Model.quantize`, also for a model that has not been run.
 
-        Keras asks every layer below the model, so that a tokenizer which has tokenized nothing yet
-        is refused as not built. The token embedding, a subclass of Keras's, stays as it is, unless
-        `type_check=False` is given; so Keras has it.
+        Keras calls every layer below the model, and then an unused tokenizer raises an error
+        because it is not built. As in Keras, the token embedding, a subclass of Keras's layer, is
+        only quantized with `type_check=False`.
 
         Args:
             mode: `"int8"`, `"int4"`, `"float8"`, `"gptq"` or `"awq"`.

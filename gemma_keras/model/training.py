@@ -32,11 +32,11 @@ class TrainsOn(_Task):
         callbacks=None,
         **kwargs,
     ):
-        """As Keras's `fit` on what the preprocessor takes.
+        """Like Keras's `fit`, on the inputs of the preprocessor.
 
         Warns:
-            UserWarning: the loss is not finite, or the weights are float16, which loses what
-                training changes in them.
+            UserWarning: the loss is not finite, or the weights are float16, which loses small
+                updates.
         """
         if self.dtype_policy.variable_dtype == "float16":
             warnings.warn(
@@ -60,11 +60,12 @@ class TrainsOn(_Task):
         )
 
     def get_compile_config(self) -> dict[str, Any]:
-        """What `compile` was given, the sampler too, and which layers train, LoRA included."""
+        """Returns the arguments of `compile` including the sampler, and which layers are trainable,
+        LoRA included."""
         config = dict(super().get_compile_config())
         if not config:
             return config
-        # The backend's own choice is made anew where the model is loaded.
+        # The backend chooses again when the model is loaded.
         if config.get("jit_compile") == self._resolve_auto_jit_compile():
             config["jit_compile"] = "auto"
         if getattr(self, "sampler", None) is not None:
@@ -88,7 +89,8 @@ def _layers_with_weights(model: keras.Model) -> list[keras.layers.Layer]:
 
 
 def _layer_states(model: keras.Model) -> list[list[Any]]:
-    """Of each layer whether it trains, and the rank and alpha of its LoRA, 0 without one."""
+    """Returns for each layer whether it is trainable, and the rank and alpha of its LoRA, 0 without
+    LoRA."""
     return [[bool(layer.trainable), *_lora_of(layer)] for layer in _layers_with_weights(model)]
 
 

@@ -89,7 +89,7 @@ def test_a_template_that_never_ends_is_ended():
 def test_turns_without_their_tokens_are_told():
     turns, tuned, (remark,) = turns_of(CHATML_JINJA, tiny_tokenizer_model())
     assert (turns, tuned) == (GEMMA_TURNS, False)
-    assert "has no tokens <|im_start|> and <|im_end|>" in remark
+    assert "lacks the tokens <|im_start|> and <|im_end|>" in remark
 
 
 def test_without_a_template_the_tokenizer_says_which_turns_are_likely():

@@ -200,9 +200,9 @@ def _too_long(parsed):
 
 BAD_TOKENIZERS = {
     _unigram: "not a BPE model",
-    _prefix: "changes text before",
-    _no_end: r"no eos token|lacks the beginning-of-sequence or end-of-sequence token",
-    _too_long: "the tokenizer has 301 pieces, the model's vocabulary 300",
+    _prefix: "normalizes text before",
+    _no_end: r"lacks the eos token|lacks the beginning-of-sequence or end-of-sequence token",
+    _too_long: "the tokenizer has 301 tokens, but the model's vocabulary has 300",
 }
 
 

@@ -39,7 +39,8 @@ _MUST_BE_OFF = {
     "use_qalora": "inputs in groups (QA-LoRA)",
 }
 _OFF = (None, False, "none", [], {}, "")
-# With others the base's matrices were changed before training, or the update is no plain product.
+# With others the base model's matrices were changed before training, or the update is not a plain
+# product.
 _PLAIN_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
 _LARGEST_ALPHA = 1e30
 _MOST_PATTERNS = 5000  # EVA and the like write one for each matrix

@@ -154,9 +154,9 @@ def config_from_gguf(metadata: Mapping[str, Any], *, tied_head: bool) -> GemmaCo
 def _as_ollama_means(kind: str, rest: dict[str, Any]) -> None:
     """Rename in place the keys of a Gemma 3 that Ollama converted to llama.cpp's keys.
 
-    Ollama has keys of its own for the rotary bases. Its published files say nothing of the scaling
-    of positions, which is 8 in the 4B, 12B and 27B, and give the 1B a cap of the logits that it
-    does not have; Ollama corrects both by the number of layers (its `gemma3/model_text.go`).
+    Ollama has its own keys for the rotary bases. Its published files omit the scaling of positions,
+    which is 8 in the 4B, 12B and 27B. They give the 1B a soft cap of the logits that it does not
+    have. Ollama corrects both by the number of layers (its `gemma3/model_text.go`).
     """
     own = {key: rest.pop(key, None) for key in ("rope.global.freq_base", "rope.local.freq_base")}
     has_images = any(key.startswith(("vision.", "mm.")) for key in rest)
@@ -199,7 +199,8 @@ def _window(kind: str, rest: dict[str, Any]) -> int | None:
 
 
 def _layer_kinds(kind: str, num_layers: int, pattern: Any) -> list[str]:
-    """Of each layer `full_attention` or `sliding_attention`, by the file or as usual."""
+    """Returns `full_attention` or `sliding_attention` for each layer, from the file or by
+    default."""
     if not isinstance(pattern, list):
         usual = {"gemma": 1, "gemma2": 2, "gemma3": 6}[kind]
         return layer_kinds(num_layers, usual if pattern is None else pattern)
@@ -212,7 +213,7 @@ def _layer_kinds(kind: str, num_layers: int, pattern: Any) -> list[str]:
 
 
 def _rope_scale(rest: dict[str, Any]) -> float:
-    """What positions are divided by; a factor without a type is linear, as in llama.cpp."""
+    """Returns the divisor of positions; a factor without a type is linear, as in llama.cpp."""
     scaling = rest.pop("rope.scaling.type", "linear")
     old = rest.pop("rope.scale_linear", 0)
     factor = rest.pop("rope.scaling.factor", old) or 1.0
@@ -227,7 +228,7 @@ def _rope_scale(rest: dict[str, Any]) -> float:
 def config_to_gguf(config: GemmaConfig) -> dict[str, Any]:
     """GGUF metadata that `config_from_gguf` reads as this configuration, but for the vocabulary.
 
-    Whether the head is tied is said by the tensors, and the vocabulary's size by the tokens.
+    The tensors show whether the head is tied, and the tokens give the vocabulary's size.
 
     Raises:
         ConfigError: GGUF, or llama.cpp that reads it, has no way to say it.
@@ -276,13 +277,13 @@ def config_to_gguf(config: GemmaConfig) -> dict[str, Any]:
 
 
 def _stored(value: Any) -> Any:
-    """What a file gives back: its numbers with a point are float32."""
+    """Returns the values as a file stores them: floats are float32."""
     return float(np.float32(value)) if isinstance(value, float) else value
 
 
 def _decimal(value: Any) -> Any:
-    """The shortest decimal of the float32 that a file holds, as a configuration was written; what
-    is no number as it is."""
+    """Returns the shortest decimal of a float32 in a file, as in the original configuration; other
+    values unchanged."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return value
     with np.errstate(over="ignore"):  # infinity is refused where it is used

