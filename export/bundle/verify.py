@@ -73,7 +73,7 @@ def verify(
     """Run the bundle and the Keras layers on the fixed text of `verification.txt`.
 
     The engine runs it; of a bundle that would take too much memory, its interchange graph is run
-    piece by piece.
+    chunk by chunk.
 
     Raises:
         ExportError: the bundle does not run, or differs more than the recipe allows, so the graph

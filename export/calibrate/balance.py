@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 
-from gemma_keras.checkpoints.source import table_pieces
+from gemma_keras.checkpoints.source import table_chunks
 from gemma_keras.config import GemmaConfig, LayerSpec
 
 _STRENGTH = 0.5
@@ -95,9 +95,9 @@ class BalancedWeights(Mapping[str, np.ndarray]):
         for name in after:
             self._inputs[name] = multiply
 
-    def table_pieces(self, name: str, piece_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
+    def table_chunks(self, name: str, chunk_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
         """Returns a table, which balancing does not change."""
-        return table_pieces(self._weights, name, piece_bytes)
+        return table_chunks(self._weights, name, chunk_bytes)
 
     def __getitem__(self, name: str) -> np.ndarray:
         array = self._weights[name]

@@ -25,7 +25,7 @@ from export.formats.round_to_nearest import best_scales
 _DAMPING = 0.01  # of the mean of H's diagonal, added to it
 _SMALL = 128  # triangular matrices up to this size are inverted as any other
 _LAZY = 128  # inputs whose corrections to the rest of the matrix are applied together
-_PIECE_BYTES = 32 << 20  # of the matrix, rounded at once
+_CHUNK_BYTES = 32 << 20  # of the matrix, rounded at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,12 +88,12 @@ def _joined(parts: Sequence[Quantized], axis: int) -> Quantized:
 
 def _round_span(rows: np.ndarray, feedback: Feedback, fmt: Format) -> Quantized:
     # Outputs know nothing of each other; so many at a time bound the memory.
-    step = max(1, _PIECE_BYTES // (4 * rows.shape[1]))
-    pieces = [
+    step = max(1, _CHUNK_BYTES // (4 * rows.shape[1]))
+    chunks = [
         _round_rows(rows[first : first + step], feedback, fmt)
         for first in range(0, len(rows), step)
     ]
-    return _joined(pieces, axis=0)
+    return _joined(chunks, axis=0)
 
 
 def _round_rows(rows: np.ndarray, feedback: Feedback, fmt: Format) -> Quantized:

@@ -43,7 +43,7 @@ class InputStatistics:
 
 
 class MomentSum:
-    """Adds up the statistics of inputs that come in pieces."""
+    """Adds up the statistics of inputs that come in chunks."""
 
     def __init__(self) -> None:
         self._squares: list[np.ndarray] = []

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from export.graph.contract import INTERCHANGE_FILE, interchange_inputs
-from export.graph.run_in_chunks import run_in_pieces
+from export.graph.run_in_chunks import run_in_chunks
 from gemma_keras.config import GemmaConfig
 
 _MARGIN = 1.25  # margin above the largest value observed; larger values are clipped
@@ -45,7 +45,7 @@ def measure_kv_scales(
     largest = {"key": _largest_of_pairs, "value": _largest}
     picks = {f"present.{i}.{part}": pick for i in layers for part, pick in largest.items()}
     inputs = [interchange_inputs(config, row[None]) for row in ids]
-    runs = run_in_pieces(folder / INTERCHANGE_FILE, inputs, picks, on_progress)
+    runs = run_in_chunks(folder / INTERCHANGE_FILE, inputs, picks, on_progress)
     return {name: _scale(np.max([run[name] for run in runs], axis=0)) for name in picks}
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from keras import ops
 
 from gemma_keras.checkpoints.names import head_table, weight_specs
-from gemma_keras.checkpoints.source import table_pieces
+from gemma_keras.checkpoints.source import table_chunks
 from gemma_keras.config import GemmaConfig, LayerSpec
 from gemma_keras.model.layers import GemmaDecoderBlock
 
@@ -34,9 +34,9 @@ def table_rows(
 ) -> np.ndarray:
     """Rows of a table, float32 `(len(tokens), hidden_dim)`, of ids in ascending order."""
     rows = np.empty((len(tokens), config.hidden_dim), np.float32)
-    for first, piece in table_pieces(weights, name):
-        here = slice(*np.searchsorted(tokens, (first, first + len(piece))))
-        rows[here] = piece[tokens[here] - first]
+    for first, chunk in table_chunks(weights, name):
+        here = slice(*np.searchsorted(tokens, (first, first + len(chunk))))
+        rows[here] = chunk[tokens[here] - first]
     return rows
 
 
@@ -109,8 +109,8 @@ def head_logits(
         logits = normed @ rows.T
     else:
         logits = np.empty((len(hidden), config.vocabulary_size), np.float32)
-        for first, piece in table_pieces(weights, head_table(config)):
-            logits[:, first : first + len(piece)] = normed @ piece.T
+        for first, chunk in table_chunks(weights, head_table(config)):
+            logits[:, first : first + len(chunk)] = normed @ chunk.T
     if config.final_soft_cap is not None:
         cap = np.float32(config.final_soft_cap)
         logits = np.tanh(logits / cap) * cap

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from gemma_keras.checkpoints.names import weight_specs
-from gemma_keras.checkpoints.source import table_pieces
+from gemma_keras.checkpoints.source import table_chunks
 from gemma_keras.config import GemmaConfig
 
 _KEY = "key.txt"
@@ -95,10 +95,10 @@ def fingerprint(config: GemmaConfig, weights: Mapping[str, np.ndarray], *others:
     for spec in weight_specs(config).values():
         digest.update(f"{spec.name} {spec.shape}".encode())
         if spec.kind == "table":
-            pieces = (piece for _, piece in table_pieces(weights, spec.name))
+            chunks = (chunk for _, chunk in table_chunks(weights, spec.name))
         else:
-            pieces = [weights[spec.name]]
-        for piece in pieces:
-            array = np.ascontiguousarray(piece, np.float32)
+            chunks = [weights[spec.name]]
+        for chunk in chunks:
+            array = np.ascontiguousarray(chunk, np.float32)
             digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

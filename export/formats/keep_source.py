@@ -22,7 +22,7 @@ from gemma_keras.config import GemmaConfig
 
 MOST_BITS_KEPT = 4
 TABLES = ("token_embedding", "head")
-_PIECE_BYTES = 8 << 20  # rows whose float values fit a cache
+_CHUNK_BYTES = 8 << 20  # rows whose float values fit a cache
 _BLOCK_OF_A_ROW = (
     32  # if a whole row has one scale, any block size works; this one suits the activations
 )
@@ -37,7 +37,7 @@ def keep(grid: QuantizedGrid, fmt: Format) -> Quantized | None:
     """
     if _block_of(grid, fmt) is None:
         return None
-    first = next(_pieces(grid), None)  # a grid that does not fit shows it early
+    first = next(_chunks(grid), None)  # a grid that does not fit shows it early
     if first is not None and not _keep_blocks(grid.rows(first), fmt)[1].all():
         return None
     kept, again = keep_or_round(grid, fmt)
@@ -61,16 +61,16 @@ def keep_or_round(grid: QuantizedGrid, fmt: Format) -> tuple[Quantized, float]:
     scales = np.empty((num_rows, num_blocks), np.float32)
     zeros = None if fmt.symmetric else np.empty((num_rows, num_blocks), np.uint8)
     num_again = 0
-    for piece in _pieces(grid):
-        some = grid.rows(piece)
+    for chunk in _chunks(grid):
+        some = grid.rows(chunk)
         quantized, exact = _keep_blocks(some, fmt)
         if not exact.all():
             rounded = round_to_nearest(some.values(), fmt)
             quantized = _choose(exact, quantized, rounded)
             num_again += int((~exact).sum())
-        levels[piece], scales[piece] = quantized.levels, quantized.scales
+        levels[chunk], scales[chunk] = quantized.levels, quantized.scales
         if zeros is not None and quantized.zero_points is not None:
-            zeros[piece] = quantized.zero_points
+            zeros[chunk] = quantized.zero_points
     return Quantized(levels, scales, zeros), num_again / max(1, scales.size)
 
 
@@ -110,8 +110,8 @@ def _block_of(grid: QuantizedGrid, fmt: Format) -> np.ndarray | None:
     return owner if (owner == last // grid.block_size).all() else None
 
 
-def _pieces(grid: QuantizedGrid) -> Iterator[slice]:
-    step = max(1, _PIECE_BYTES // (4 * max(1, grid.num_inputs)))
+def _chunks(grid: QuantizedGrid) -> Iterator[slice]:
+    step = max(1, _CHUNK_BYTES // (4 * max(1, grid.num_inputs)))
     for first in range(0, len(grid.levels), step):
         yield slice(first, first + step)
 
@@ -217,7 +217,7 @@ class KeptWeights:
     tables_rounded_again: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def matrix(self, name: str, fmt: Format) -> Quantized | None:
-        """A kept matrix; `None` for all else, which goes through memory in pieces."""
+        """A kept matrix; `None` for all else, which goes through memory in chunks."""
         return self.rounded(name, fmt) if name in self.formats else None
 
     def rounded(self, name: str, fmt: Format) -> Quantized | None:

@@ -15,7 +15,7 @@ from export.formats.packing import Quantized, stored_tensors
 from export.formats.round_to_nearest import round_to_nearest
 from export.graph.weights_file import WeightsFile
 from gemma_keras.checkpoints.names import WeightSpec, weight_specs
-from gemma_keras.checkpoints.source import row_pieces, table_pieces
+from gemma_keras.checkpoints.source import row_chunks, table_chunks
 from gemma_keras.config import GemmaConfig
 
 
@@ -92,10 +92,10 @@ def _store_float(
     dtype = np.dtype(np.float16 if fmt.bits == 16 else np.float32)
     file.reserve(spec.name, dtype, spec.shape)
     is_table = spec.kind == "table"
-    pieces = table_pieces(weights, spec.name) if is_table else [(0, weights[spec.name])]
-    for first, piece in pieces:
+    chunks = table_chunks(weights, spec.name) if is_table else [(0, weights[spec.name])]
+    for first, chunk in chunks:
         with np.errstate(over="ignore"):
-            stored = piece.astype(dtype, copy=False)
+            stored = chunk.astype(dtype, copy=False)
         if fmt.bits == 16 and not np.isfinite(stored).all():
             raise ExportError(
                 f"{spec.name} has values beyond 65,504, the largest float16; use another recipe"
@@ -115,8 +115,8 @@ def _store_quantized(
     num_rows = [rows_and_inputs(spec)[0] for spec in specs]
     for i, spec in enumerate(specs):
         before = sum(num_rows[:i])
-        for first, piece in _pieces(spec, weights, fmt, rounded):
-            parts = stored_tensors(piece, fmt)
+        for first, chunk in _chunks(spec, weights, fmt, rounded):
+            parts = stored_tensors(chunk, fmt)
             for part, array in parts.items():
                 name = f"{label}.{part}"
                 if not before + first:
@@ -131,7 +131,7 @@ def _store_quantized(
             file.add_view(f"{label}.{rows_of}", f"{label}.{part}", (num_rows[0], width))
 
 
-def _pieces(
+def _chunks(
     spec: WeightSpec,
     weights: Mapping[str, np.ndarray],
     fmt: Format,
@@ -143,6 +143,6 @@ def _pieces(
         yield 0, whole
         return
     is_table = spec.kind == "table"
-    pieces = table_pieces(weights, spec.name) if is_table else row_pieces(weights[spec.name].T)
-    for first, rows in pieces:
+    chunks = table_chunks(weights, spec.name) if is_table else row_chunks(weights[spec.name].T)
+    for first, rows in chunks:
         yield first, round_to_nearest(rows, fmt)

@@ -14,7 +14,7 @@ from gemma_keras.config import GemmaConfig
 from gemma_keras.errors import CheckpointError
 from gemma_keras.text.chat import GEMMA_TURNS, TurnTemplate, all_stops
 
-PIECE_BYTES = 64 << 20  # chunk of a table in memory at a time, in float32
+CHUNK_BYTES = 64 << 20  # chunk of a table in memory at a time, in float32
 
 
 class WeightSource(Mapping[str, np.ndarray]):
@@ -93,7 +93,7 @@ class WeightSource(Mapping[str, np.ndarray]):
         self._check_finite(spec, rows)
         return rows
 
-    def table_pieces(self, name: str, piece_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
+    def table_chunks(self, name: str, chunk_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
         """Yields a table in chunks, one in memory at a time: the first row's index, float32 rows.
 
         Also works for a matrix; its rows are then the outputs, as in the file.
@@ -102,7 +102,7 @@ class WeightSource(Mapping[str, np.ndarray]):
             CheckpointError: a value is not finite.
         """
         num_rows, width = self.specs[name].file_shape
-        step = _rows_in(piece_bytes, width)
+        step = _rows_in(chunk_bytes, width)
         for first in range(0, num_rows, step):
             yield first, self.rows(name, first, min(first + step, num_rows))
 
@@ -149,21 +149,21 @@ class WeightSource(Mapping[str, np.ndarray]):
 class TableSource(Protocol):
     """Weights whose tables can be read in chunks."""
 
-    def table_pieces(self, name: str, piece_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
-        """As `table_pieces`."""
+    def table_chunks(self, name: str, chunk_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
+        """As `table_chunks`."""
         ...
 
 
-def table_pieces(
-    weights: Mapping[str, np.ndarray], name: str, piece_bytes: int = PIECE_BYTES
+def table_chunks(
+    weights: Mapping[str, np.ndarray], name: str, chunk_bytes: int = CHUNK_BYTES
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields a table in chunks of about `piece_bytes`: the first row's index, float32 rows.
+    """Yields a table in chunks of about `chunk_bytes`: the first row's index, float32 rows.
 
     If the weights are a `TableSource`, only one chunk is in memory.
     """
     if isinstance(weights, TableSource):
-        return weights.table_pieces(name, piece_bytes)
-    return row_pieces(weights[name], piece_bytes)
+        return weights.table_chunks(name, chunk_bytes)
+    return row_chunks(weights[name], chunk_bytes)
 
 
 def finite(name: str, array: np.ndarray) -> np.ndarray:
@@ -180,18 +180,18 @@ def finite(name: str, array: np.ndarray) -> np.ndarray:
     return array
 
 
-def row_pieces(
-    array: np.ndarray, piece_bytes: int = PIECE_BYTES
+def row_chunks(
+    array: np.ndarray, chunk_bytes: int = CHUNK_BYTES
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields an array in chunks of about `piece_bytes` of float32: the first row's index, the
+    """Yields an array in chunks of about `chunk_bytes` of float32: the first row's index, the
     rows."""
-    step = _rows_in(piece_bytes, array.shape[1])
+    step = _rows_in(chunk_bytes, array.shape[1])
     for first in range(0, len(array), step):
         yield first, array[first : first + step]
 
 
-def _rows_in(piece_bytes: int, width: int) -> int:
-    return max(1, piece_bytes // (4 * width))
+def _rows_in(chunk_bytes: int, width: int) -> int:
+    return max(1, chunk_bytes // (4 * width))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,7 +240,7 @@ class Checkpoint:
         )
 
 
-def file_pieces(
+def file_chunks(
     checkpoint: Checkpoint, spec: WeightSpec, file_format: FileFormat
 ) -> Iterator[np.ndarray]:
     """Yields a weight as a file stores it, float32 in order of rows; only one chunk of a table is
@@ -252,17 +252,17 @@ def file_pieces(
     if spec.name not in checkpoint.weights:
         raise CheckpointError(f"the weights lack {spec.name}")
     if spec.kind == "table":
-        pieces = (rows for _, rows in table_pieces(checkpoint.weights, spec.name))
+        chunks = (rows for _, rows in table_chunks(checkpoint.weights, spec.name))
     else:
         array = spec.to_file(checkpoint.weights[spec.name], file_format)
-        pieces = iter([array]) if array.ndim == 1 else (rows for _, rows in row_pieces(array))
+        chunks = iter([array]) if array.ndim == 1 else (rows for _, rows in row_chunks(array))
     wrong = CheckpointError(f"{spec.name} must have the shape {list(spec.shape)}")
     num_rows = 0
-    for piece in pieces:
-        num_rows += len(piece)
-        if piece.shape[1:] != spec.file_shape[1:] or num_rows > spec.file_shape[0]:
+    for chunk in chunks:
+        num_rows += len(chunk)
+        if chunk.shape[1:] != spec.file_shape[1:] or num_rows > spec.file_shape[0]:
             raise wrong
-        yield np.ascontiguousarray(piece, np.float32)
+        yield np.ascontiguousarray(chunk, np.float32)
     if num_rows != spec.file_shape[0]:
         raise wrong
 

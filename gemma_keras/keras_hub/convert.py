@@ -206,11 +206,11 @@ class _KerasHubWeights(Mapping[str, np.ndarray]):
             raise CheckpointError(f"{name} has shape {array.shape}, expected {spec.shape}")
         return finite(name, array)
 
-    def table_pieces(self, name: str, piece_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
-        """As `gemma_keras.checkpoints.source.table_pieces`."""
-        from gemma_keras.model.chunked import variable_pieces
+    def table_chunks(self, name: str, chunk_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
+        """As `gemma_keras.checkpoints.source.table_chunks`."""
+        from gemma_keras.model.chunked import variable_chunks
 
-        pieces = variable_pieces(_find(self._backbone, name)[0], piece_bytes)
+        pieces = variable_chunks(_find(self._backbone, name)[0], chunk_bytes)
         return ((first, finite(name, array)) for first, array in pieces)
 
     def __contains__(self, name: object) -> bool:
@@ -225,13 +225,13 @@ class _KerasHubWeights(Mapping[str, np.ndarray]):
 
 def _assign(backbone: Any, config: GemmaConfig, weights: Mapping[str, np.ndarray]) -> None:
     from gemma_keras.model.chunked import fill
-    from gemma_keras.model.loading import weight_pieces
+    from gemma_keras.model.loading import weight_chunks
 
     for name, spec in weight_specs(config).items():
         if name not in weights:
             raise CheckpointError(f"the weights lack {name}")
         if spec.kind == "table":
-            fill(_find(backbone, name)[0], weight_pieces(weights, spec))
+            fill(_find(backbone, name)[0], weight_chunks(weights, spec))
             continue
         array = weights[name]
         if array.shape != spec.shape:

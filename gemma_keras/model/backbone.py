@@ -18,13 +18,13 @@ from keras import ops
 from gemma_keras.checkpoints.hf.config import named_config
 from gemma_keras.checkpoints.names import WeightSpec, weight_specs
 from gemma_keras.checkpoints.quantized_grid import QuantizedGrid
-from gemma_keras.checkpoints.source import finite, row_pieces
+from gemma_keras.checkpoints.source import finite, row_chunks
 from gemma_keras.config import GemmaConfig
 from gemma_keras.errors import CheckpointError
 from gemma_keras.model.cache import place
-from gemma_keras.model.chunked import fill, variable_pieces
+from gemma_keras.model.chunked import fill, variable_chunks
 from gemma_keras.model.layers import GemmaDecoderBlock, RMSNorm
-from gemma_keras.model.loading import FromWeights, initialized_from, weight_pieces
+from gemma_keras.model.loading import FromWeights, initialized_from, weight_chunks
 from gemma_keras.model.quantized import QuantizedWeight, quantized_weight
 
 
@@ -40,7 +40,7 @@ class GemmaBackbone(keras_hub.models.Backbone):
         dtype: Keras dtype policy of computations and weights.
         kernel_initializer: of every matrix and the embedding; `"zeros"` is quick when weights are
             loaded next. `gemma_keras.model.loading.FromWeights(checkpoint.weights)` makes every
-            variable of a weight, in the memory of the variables and a few pieces of a weight.
+            variable of a weight, in the memory of the variables and a few chunks of a weight.
         gradient_checkpointing: whether `fit` stores only the input of each block, and recomputes
             the rest for the gradients: less memory, a third more time.
 
@@ -233,7 +233,7 @@ class GemmaBackbone(keras_hub.models.Backbone):
         return self.transformer_layers[int(index)].variable(within)
 
     def load_weight_source(self, weights: Mapping[str, np.ndarray]) -> None:
-        """Assign every weight, a piece at a time; `FromWeights` makes a model of them.
+        """Assign every weight, a chunk at a time; `FromWeights` makes a model of them.
 
         Args:
             weights: canonical name to array; see `gemma_keras.checkpoints.names`.
@@ -249,7 +249,7 @@ class GemmaBackbone(keras_hub.models.Backbone):
                     f"{name} is no longer a variable, because enable_lora or quantize has "
                     "changed its layer; load the weights first"
                 )
-            fill(variable, weight_pieces(weights, spec))
+            fill(variable, weight_chunks(weights, spec))
 
     def weight_source(self) -> Mapping[str, np.ndarray]:
         """This model's weights by canonical name, read as float32 when asked for, LoRA merged.
@@ -308,13 +308,13 @@ class _BackboneWeights(Mapping[str, np.ndarray]):
         array = finite(name, ops.convert_to_numpy(ops.cast(variable, "float32")))
         return array.T if name == "head" else array
 
-    def table_pieces(self, name: str, piece_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
-        """As `gemma_keras.checkpoints.source.table_pieces`."""
+    def table_chunks(self, name: str, chunk_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
+        """As `gemma_keras.checkpoints.source.table_chunks`."""
         if self._quantized(name) is not None:
-            return row_pieces(self[name], piece_bytes)
+            return row_chunks(self[name], chunk_bytes)
         axis = 1 if name == "head" else 0
-        pieces = variable_pieces(self._backbone.variable(name), piece_bytes, axis)
-        checked = ((first, finite(name, array)) for first, array in pieces)
+        chunks = variable_chunks(self._backbone.variable(name), chunk_bytes, axis)
+        checked = ((first, finite(name, array)) for first, array in chunks)
         return ((first, array.T) if axis else (first, array) for first, array in checked)
 
     def stored_as(self, name: str) -> str | None:

@@ -11,18 +11,18 @@ import keras
 import numpy as np
 
 from gemma_keras.checkpoints.names import WeightSpec
-from gemma_keras.checkpoints.source import TableSource, WeightSource, row_pieces
+from gemma_keras.checkpoints.source import TableSource, WeightSource, row_chunks
 from gemma_keras.errors import CheckpointError
-from gemma_keras.model.chunked import Piece, made
+from gemma_keras.model.chunked import Chunk, made
 
-_PIECE_BYTES = 16 << 20  # bytes of float32 in a chunk; one or two copies of it are made
+_CHUNK_BYTES = 16 << 20  # bytes of float32 in a chunk; one or two copies of it are made
 
 
-def weight_pieces(weights: Mapping[str, np.ndarray], spec: WeightSpec) -> Iterator[Piece]:
+def weight_chunks(weights: Mapping[str, np.ndarray], spec: WeightSpec) -> Iterator[Chunk]:
     """Yields a weight as its Keras variable stores it, in chunks; a head is transposed.
 
     Args:
-        weights: canonical name to array; tables, and a file's matrices, are read in pieces.
+        weights: canonical name to array; tables, and a file's matrices, are read in chunks.
         spec: of the weight.
 
     Raises:
@@ -33,17 +33,17 @@ def weight_pieces(weights: Mapping[str, np.ndarray], spec: WeightSpec) -> Iterat
     readable = {"table": TableSource, "matrix": WeightSource}.get(spec.kind)
     if readable is not None and isinstance(weights, readable):
         expected, transposed = spec.file_shape, spec.kind == "matrix" or spec.name == "head"
-        rows = weights.table_pieces(spec.name, _PIECE_BYTES)
+        rows = weights.table_chunks(spec.name, _CHUNK_BYTES)
     else:
         expected, transposed = spec.shape, spec.name == "head"
         array = weights[spec.name]
         _require_shape(spec, array.shape, expected)
-        rows = [(0, array)] if array.ndim == 1 else row_pieces(array, _PIECE_BYTES)
+        rows = [(0, array)] if array.ndim == 1 else row_chunks(array, _CHUNK_BYTES)
     end = 0
     for first, array in rows:
         end = first + len(array)
         _require_shape(spec, (max(end, expected[0]), *array.shape[1:]), expected)
-        yield Piece(array.T, 1, first) if transposed else Piece(array, 0, first)
+        yield Chunk(array.T, 1, first) if transposed else Chunk(array, 0, first)
     _require_shape(spec, (end, *expected[1:]), expected)
 
 
@@ -75,7 +75,7 @@ class _Initializer(keras.initializers.Initializer):
 
     def __call__(self, shape, dtype: Any = None):
         spec = self.specs.pop(0)
-        return made(tuple(shape), dtype, weight_pieces(self.weights, spec))
+        return made(tuple(shape), dtype, weight_chunks(self.weights, spec))
 
 
 @contextlib.contextmanager

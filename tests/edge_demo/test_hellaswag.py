@@ -183,7 +183,15 @@ def test_score_refuses_tasks_in_a_sentence(tiny_bundles, refused, tmp_path):
         names=["--length", "only valid with --text"],
     )
     refused("score", bundle, "--hellaswag", path, "--stride", 9, names=["--stride"])
-    refused("score", bundle, "--text", path, "--tasks", 9, names=["--tasks", "only valid with --hellaswag"])
+    refused(
+        "score",
+        bundle,
+        "--text",
+        path,
+        "--tasks",
+        9,
+        names=["--tasks", "only valid with --hellaswag"],
+    )
     refused("score", tiny_bundles / "short", "--hellaswag", path, names=["context holds 16"])
 
 

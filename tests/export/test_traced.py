@@ -549,7 +549,7 @@ def test_the_engine_says_the_same_with_either_bundle(bundles):
 def test_pieces_of_a_traced_graph_give_what_the_engine_gives(bundles):
     ids, config = random_ids(1), config_of("gemma2")
     positions = np.arange(ids.shape[1])
-    found = logits_in_chunks(bundles["traced"], config, ids, positions, piece_bytes=50_000)
+    found = logits_in_chunks(bundles["traced"], config, ids, positions, chunk_bytes=50_000)
     engine = Engine(Bundle.open(bundles["traced"]), threads=1)
     expected = np.concatenate(list(engine.all_logits(ids[0].tolist())))
     assert difference(found, expected) < TOLERANCE

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from gemma_keras import open_checkpoint
 from gemma_keras.checkpoints.hf.config import config_to_hf
 from gemma_keras.checkpoints.names import weight_specs
-from gemma_keras.checkpoints.source import table_pieces
+from gemma_keras.checkpoints.source import table_chunks
 from gemma_keras.errors import CheckpointError, ModelError
 from tests.models import (
     GENERATIONS,
@@ -140,7 +140,7 @@ def test_an_adapter_is_merged_as_peft_merges_it(generation, options, bases, tmp_
         array = spec.to_file(checkpoint.weights[spec.name], "hf")
         np.testing.assert_allclose(array, expected[spec.hf], atol=1e-6)
         if spec.kind == "matrix":
-            pieces = [rows for _, rows in checkpoint.weights.table_pieces(spec.name, 4096)]
+            pieces = [rows for _, rows in checkpoint.weights.table_chunks(spec.name, 4096)]
             assert len(pieces) > 1
             np.testing.assert_allclose(np.concatenate(pieces), array, atol=1e-6)
     assert checkpoint.config == unchanged.config
@@ -169,7 +169,7 @@ def test_a_head_is_what_it_was_while_the_adapter_was_trained(options, tied, tmp_
     assert not checkpoint.config.tied_head
     assert [("a separate table" in remark) for remark in checkpoint.remarks] == [True] * tied
     assert relative_difference(logits(checkpoint), logits_of(wrapped)) < NOISE
-    whole = np.concatenate([rows for _, rows in table_pieces(checkpoint.weights, "head", 4096)])
+    whole = np.concatenate([rows for _, rows in table_chunks(checkpoint.weights, "head", 4096)])
     np.testing.assert_array_equal(whole, checkpoint.weights["head"])
 
 

@@ -24,7 +24,7 @@ from gemma_keras.checkpoints.sentencepiece_model import (
     build_sentencepiece_model,
     tokenizer_metadata,
 )
-from gemma_keras.checkpoints.source import row_pieces, table_pieces
+from gemma_keras.checkpoints.source import row_chunks, table_chunks
 from gemma_keras.errors import CheckpointError, ConfigError
 from gemma_keras.sizes import SIZES
 from tests.gemma_keras.llama_cpp import llama, needs_llama_cpp
@@ -66,8 +66,8 @@ def test_matrices_are_rounded_as_the_gguf_package_rounds(
     sources, tmp_path, monkeypatch, kind, tensor_type
 ):
     """In pieces of a few rows as well as at once."""
-    for name, pieces in (("table_pieces", table_pieces), ("row_pieces", row_pieces)):
-        monkeypatch.setattr(source_module, name, functools.partial(pieces, piece_bytes=5_000))
+    for name, pieces in (("table_chunks", table_chunks), ("row_chunks", row_chunks)):
+        monkeypatch.setattr(source_module, name, functools.partial(pieces, chunk_bytes=5_000))
     checkpoint = for_gguf(open_checkpoint(sources("gemma3", "float32")))
     calls = []
     write_gguf(checkpoint, tmp_path / "m.gguf", kind, on_progress=lambda *call: calls.append(call))

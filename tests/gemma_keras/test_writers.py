@@ -15,7 +15,7 @@ import pytest
 from gemma_keras import open_checkpoint
 from gemma_keras.checkpoints.gguf.writer import write_gguf
 from gemma_keras.checkpoints.hf.writer import write_safetensors_folder
-from gemma_keras.checkpoints.source import table_pieces
+from gemma_keras.checkpoints.source import table_chunks
 from gemma_keras.errors import CheckpointError
 from tests.export.test_bad_input import NAMESPACE
 from tests.gemma_keras.writers import WRITERS, for_gguf
@@ -226,7 +226,7 @@ def test_a_place_where_nothing_can_be_made(tiny, tmp_path, writer):
 
 def test_a_table_is_never_whole_in_memory(tiny, tmp_path):
     class Table(dict):
-        def table_pieces(self, name, piece_bytes):
+        def table_chunks(self, name, chunk_bytes):
             for first in range(0, 1 << 18, 1 << 14):
                 yield first, np.full((1 << 14, 96), first >> 14, np.float32)
 
@@ -239,7 +239,7 @@ def test_a_table_is_never_whole_in_memory(tiny, tmp_path):
     tracemalloc.stop()
     assert peak < 0.3 * (1 << 18) * 96 * 4
     written = open_checkpoint(tmp_path / "out").weights
-    rows = [rows[0, 0] for _, rows in table_pieces(written, "token_embedding", 4 * 96 << 14)]
+    rows = [rows[0, 0] for _, rows in table_chunks(written, "token_embedding", 4 * 96 << 14)]
     assert rows == list(range(16))
 
 

@@ -24,7 +24,7 @@ _UNTIED = (
     "the adapter changes only the embedding or only the head, so the merged model stores a "
     "separate table for each"
 )
-_PIECE_BYTES = 16 << 20  # size of a chunk when two tables are compared
+_CHUNK_BYTES = 16 << 20  # size of a chunk when two tables are compared
 
 ReadTensor = Callable[[], np.ndarray]
 
@@ -171,7 +171,7 @@ def same_rows(one: Change, other: Change) -> bool:
         return True
     if one.shape != other.shape or one.replaces != other.replaces:
         return False
-    step = max(1, _PIECE_BYTES // (4 * one.shape[-1]))
+    step = max(1, _CHUNK_BYTES // (4 * one.shape[-1]))
     ends = [*range(0, one.shape[0], step), one.shape[0]]
     return all(
         np.array_equal(one.rows(*pair), other.rows(*pair)) for pair in itertools.pairwise(ends)

@@ -158,10 +158,10 @@ class GGUFFile:
         step = max(1, _DEQUANTIZE_BYTES // block_bytes)
         try:
             for block_number in range(0, len(raw) // block_bytes, step):
-                piece = raw[block_number * block_bytes : (block_number + step) * block_bytes]
+                chunk = raw[block_number * block_bytes : (block_number + step) * block_bytes]
                 # Whether the values are finite is for the caller to judge, not numpy's warnings.
                 with np.errstate(over="ignore", invalid="ignore"):
-                    values = gguf.dequantize(piece.reshape(1, -1), info.type)
+                    values = gguf.dequantize(chunk.reshape(1, -1), info.type)
                 place = block_number * block
                 out[place : place + values.size] = values.ravel()
         except NotImplementedError:
@@ -195,13 +195,13 @@ class GGUFFile:
         offsets: np.ndarray | None = None
         step = max(1, _DEQUANTIZE_BYTES // block_bytes)
         for first in range(0, len(raw), step):
-            piece = slice(first, first + step)
+            chunk = slice(first, first + step)
             with np.errstate(invalid="ignore"):
-                blocks = kind.decode(raw[piece])
-            levels[piece], scales[piece] = blocks.levels, blocks.scales
+                blocks = kind.decode(raw[chunk])
+            levels[chunk], scales[chunk] = blocks.levels, blocks.scales
             if blocks.offsets is not None:
                 offsets = np.empty_like(scales) if offsets is None else offsets
-                offsets[piece] = blocks.offsets
+                offsets[chunk] = blocks.offsets
         num_inputs = info.shape[-1]
         scales = scales.reshape(-1, num_inputs // kind.block_size)
         return QuantizedGrid(

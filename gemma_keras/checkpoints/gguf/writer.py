@@ -24,7 +24,7 @@ from gemma_keras.checkpoints.chat_templates import chat_template
 from gemma_keras.checkpoints.gguf.config import config_to_gguf
 from gemma_keras.checkpoints.names import WeightSpec, weight_specs
 from gemma_keras.checkpoints.sentencepiece_model import stop_metadata, tokenizer_metadata
-from gemma_keras.checkpoints.source import Checkpoint, check_range, file_pieces
+from gemma_keras.checkpoints.source import Checkpoint, check_range, file_chunks
 from gemma_keras.checkpoints.token_ids import token_ids
 from gemma_keras.checkpoints.unfinished import unfinished
 from gemma_keras.errors import CheckpointError, ConfigError
@@ -92,7 +92,7 @@ def write_gguf(
         with partial.open("ab") as file:
             for spec in specs:
                 file.write(bytes(-file.tell() % _ALIGNMENT))
-                for array in file_pieces(checkpoint, spec, "gguf"):
+                for array in file_chunks(checkpoint, spec, "gguf"):
                     check_range(array, _largest(spec, kind), spec.name, tensor_type)
                     data = gguf.quantize(array, _type_of(spec, kind))
                     file.write(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)

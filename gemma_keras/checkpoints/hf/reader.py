@@ -28,7 +28,7 @@ from gemma_keras.sizes import releases
 _INDEX = "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _TABLE, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_PIECE_BYTES = 16 << 20  # size of a chunk when two tables are compared
+_CHUNK_BYTES = 16 << 20  # size of a chunk when two tables are compared
 _NOT_WEIGHTS = ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # suffixes of files that torch.save writes
 
@@ -221,7 +221,7 @@ def _with_its_head(config: GemmaConfig, stored: dict[str, StoredTensor]) -> Gemm
 def _equal(one: StoredTensor, other: StoredTensor) -> bool:
     if one.shape != other.shape or one.dtype != other.dtype or len(one.shape) != 2:
         return False
-    step = max(1, _PIECE_BYTES // (4 * max(1, one.shape[1])))
+    step = max(1, _CHUNK_BYTES // (4 * max(1, one.shape[1])))
     ends = [*range(0, one.shape[0], step), one.shape[0]]
     return all(
         np.array_equal(read_rows(one, *pair), read_rows(other, *pair))

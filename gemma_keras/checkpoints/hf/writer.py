@@ -27,7 +27,7 @@ from gemma_keras.checkpoints.hf.files import (
     json_text,
 )
 from gemma_keras.checkpoints.names import WeightSpec, weight_specs
-from gemma_keras.checkpoints.source import Checkpoint, check_range, file_pieces
+from gemma_keras.checkpoints.source import Checkpoint, check_range, file_chunks
 from gemma_keras.checkpoints.token_ids import token_ids
 from gemma_keras.checkpoints.unfinished import unfinished
 from gemma_keras.errors import CheckpointError
@@ -170,7 +170,7 @@ def _header(specs: list[WeightSpec], dtype: str) -> bytes:
 
 def _arrays(checkpoint: Checkpoint, specs: list[WeightSpec], dtype: str) -> Iterator[np.ndarray]:
     for spec in specs:
-        for array in file_pieces(checkpoint, spec, "hf"):
+        for array in file_chunks(checkpoint, spec, "hf"):
             check_range(array, _DTYPES[dtype].largest, spec.name, dtype)
             yield _DTYPES[dtype].round(array)
 
