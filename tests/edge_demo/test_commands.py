@@ -179,7 +179,7 @@ def test_a_draft_model_gives_the_same_answer(tiny_bundles):
         (("--draft", "nowhere"), "nowhere"),
         (("--draft", "{chat}", "--lookup"), "not allowed with"),
     ],
-    ids=["another tokenizer", "missing", "two kinds of guesses"],
+    ids=["a different tokenizer", "missing", "two kinds of guesses"],
 )
 def test_a_draft_that_cannot_be_used_is_refused(tiny_bundles, more, message):
     more = [part.format(chat=tiny_bundles / "chat") for part in more]

@@ -161,7 +161,7 @@ def test_a_calibration_budget_or_plan_that_cannot_be_used(good, target, tmp_path
 @pytest.mark.parametrize("length", ["0", "-1", "129"])
 def test_a_context_the_model_does_not_have(good, target, length):
     line = refusal(good, target, *QUICK, "--max-context", length)
-    assert "the model's context is 128 tokens" in line
+    assert "the model's context of 128 tokens" in line
     assert length in line
 
 
@@ -565,7 +565,7 @@ def test_a_configuration_that_is_not_json(target, tmp_path):
 
 def test_another_model(target, tmp_path):
     source = write_hf(tmp_path / "hf", model_type="llama")
-    assert "model_type 'llama', another architecture" in refusal(source, target)
+    assert "model_type 'llama', which is not supported" in refusal(source, target)
 
 
 def test_an_unknown_key_of_the_configuration_is_named(target, tmp_path):

@@ -396,14 +396,20 @@ def test_a_plan_of_ones_own_is_followed(tiny, tmp_path):
         ({"final_norm": {"bits": 32}}, "names 'final_norm'"),
         ({"layers.0.mlp.down": {"bits": 3, "block_size": 32}}, "unsupported format"),
         ({"layers.0.mlp.down": {"bits": "8", "block_size": 32}}, "unsupported format"),
-        ({"layers.0.mlp.down": {"bits": 8, "block_size": 48}}, "blocks of 48; onnxruntime takes"),
-        ({"layers.0.mlp.down": {"bits": 8, "blocks": 48}}, "must be an object of bits, block_size"),
+        (
+            {"layers.0.mlp.down": {"bits": 8, "block_size": 48}},
+            "blocks of 48; onnxruntime supports",
+        ),
+        (
+            {"layers.0.mlp.down": {"bits": 8, "blocks": 48}},
+            "must be an object with the keys bits, block_size",
+        ),
         ({"layers.0.mlp.down": 8}, "must be an object"),
         (
             {"layers.0.mlp.down": dataclasses.asdict(TWO_PLANES)},
             "splits layers.0.mlp.down in 2 planes, but only embedding tables can",
         ),
-        ({"token_embedding": {"bits": 8, "block_size": 64}}, "do not divide"),
+        ({"token_embedding": {"bits": 8, "block_size": 64}}, "does not divide"),
         ([1], "a plan must be a JSON object"),
     ],
 )

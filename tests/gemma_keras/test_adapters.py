@@ -346,7 +346,7 @@ def refusal(source, **options):
         ({"target_parameters": ["x"]}, "single parameters"),
         ({"alora_invocation_tokens": [5]}, "after certain tokens only"),
         ({"kasa_config": {"beta": 1}}, "a feature that this project does not support"),
-        ({"peft_type": "IA3"}, "peft_type 'IA3'; LORA is what can be merged"),
+        ({"peft_type": "IA3"}, "peft_type 'IA3'; only LORA can be merged"),
         ({"peft_type": None}, "peft_type None"),
         (
             {"init_lora_weights": "pissa_niter_4"},
@@ -408,7 +408,7 @@ def tensors_without(name):
         ),
         (
             lambda t: t | {"base_model.model.lm_head.weight": torch.ones(305, 96)},
-            "brings a table of 305 tokens",
+            "has a table of 305 tokens",
         ),
     ],
 )  # fmt: skip

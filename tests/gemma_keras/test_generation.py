@@ -271,7 +271,7 @@ def test_the_same_lora_again_changes_nothing_and_another_is_refused(tmp_path):
     assert trained
     model.backbone.enable_lora(2)
     for rank, names in ((3, None), (2, ["query"]), (2, ["query", "value", "down"])):
-        with pytest.raises(ValueError, match="LoRA of rank 2 is enabled in"):
+        with pytest.raises(ValueError, match="LoRA of rank 2 is already enabled in"):
             model.backbone.enable_lora(rank, names)
     assert [id(variable) for variable in model.trainable_variables] == trained
 

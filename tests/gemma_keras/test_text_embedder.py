@@ -238,7 +238,7 @@ def test_no_texts_and_empty_ones(model, reference):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"prompt_name": "title"}, "'title'; those of this model: document, query"),
+        ({"prompt_name": "title"}, "'title'; this model has: document, query"),
         ({"prompt_name": "query", "prompt": "a"}, "not both"),
         ({"truncate_dim": 0}, "truncate_dim is 0; it must be 1 to 40"),
         ({"truncate_dim": DIM + 1}, "truncate_dim is 41; it must be 1 to 40"),
