@@ -111,7 +111,8 @@ def write_keras_hub(checkpoint: Checkpoint, dtype: Any = None) -> Any:
 
     Raises:
         ConfigError: KerasHub cannot build this architecture; the message names what it lacks.
-        CheckpointError: a weight is missing or of another shape, or KerasHub cannot load the tokenizer.
+        CheckpointError: a weight is missing or has another shape, or KerasHub cannot load the
+            tokenizer.
     """
     import keras_hub
 
