@@ -431,8 +431,8 @@ class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
                 f"the prompt has {len(ids):,} tokens, which leaves no room for an answer in "
                 f"max_length={max_length:,}"
             )
-        found = self.make_generate_function().stream(ids, max_length, stop_token_ids)
-        return decode_stream(self.preprocessor.tokenizer.proto, found)
+        tokens = self.make_generate_function().stream(ids, max_length, stop_token_ids)
+        return decode_stream(self.preprocessor.tokenizer.proto, tokens)
 
     def score(
         self,

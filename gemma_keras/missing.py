@@ -66,19 +66,19 @@ def check_export_is_ours() -> None:
     """
     ours = Path(__file__).resolve().parents[1] / "export" / "__init__.py"
     module = sys.modules.get("export")
-    found = getattr(module, "__file__", None)
+    location = getattr(module, "__file__", None)
     if module is None:
         spec = importlib.util.find_spec("export")
-        found = spec.origin if spec else None
-    if found is None or Path(found).resolve() == ours:
+        location = spec.origin if spec else None
+    if location is None or Path(location).resolve() == ours:
         return
-    path = Path(found)
+    path = Path(location)
     hides, kind = (path.parent, "folder") if path.name == "__init__.py" else (path, "file")
     raise ImportError(
         f"gemma-keras's package `export` is hidden by {hides}; rename that {kind}, or run "
         "Python from another folder",
         name="export",
-        path=found,
+        path=location,
     )
 
 

@@ -247,8 +247,8 @@ class GemmaTextEmbedder(TrainsOn, Quantizes, keras_hub.models.TextEmbedder):
         vectors = np.empty((len(rows), self.dim), np.float32)
         run = self._compiled_vectors()
         for members, token_ids, padding_mask in _batches(rows, batch_size):
-            found = ops.convert_to_numpy(run(token_ids, padding_mask))
-            vectors[members] = found[: len(members)]
+            outputs = ops.convert_to_numpy(run(token_ids, padding_mask))
+            vectors[members] = outputs[: len(members)]
         vectors = vectors[:, :dim]
         return _unit(vectors) if normalize else vectors
 

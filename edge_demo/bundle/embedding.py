@@ -68,12 +68,12 @@ class EmbeddingTable:
         self._check(ids)
         distinct = ids if len(ids) == 1 else sorted(set(ids))
         with np.errstate(over="ignore", invalid="ignore"):  # as onnxruntime
-            found = self._dequantized(distinct)[:, : self._spec.width]
-            found *= self._scale
+            embeddings = self._dequantized(distinct)[:, : self._spec.width]
+            embeddings *= self._scale
         if len(ids) == 1:
-            return found
+            return embeddings
         place = {token: i for i, token in enumerate(distinct)}
-        return found[[place[token] for token in ids]]
+        return embeddings[[place[token] for token in ids]]
 
     def low_plane(self, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Returns the low plane of some rows of a table in two planes, as integers and their

@@ -111,16 +111,16 @@ def _disk(bundle: Bundle) -> dict[str, Any] | None:
         from edge_demo.device.throughput import disk_speed
     except ImportError:
         return None
-    found = disk_speed(bundle.path / bundle.weights)
-    return None if found is None else dataclasses.asdict(found)
+    speed = disk_speed(bundle.path / bundle.weights)
+    return None if speed is None else dataclasses.asdict(speed)
 
 
 def _judge_sizes(free: int | None, speed: float | None) -> list[dict[str, Any]]:
-    found = []
+    rows = []
     for size in SIZES:
         for name, recipe in RECIPES.items():
             needed = _needed(size, recipe, free)
-            found.append(
+            rows.append(
                 {
                     "name": size.name,
                     "recipe": name,
@@ -129,7 +129,7 @@ def _judge_sizes(free: int | None, speed: float | None) -> list[dict[str, Any]]:
                     "tokens_per_s": _tokens_per_s(read_per_token(size, recipe), speed),
                 }
             )
-    return found
+    return rows
 
 
 def _needed(size: PublishedSize, recipe: RecipeBytes, free: int | None) -> int:
@@ -163,9 +163,9 @@ def _version(package: str) -> str | None:
 # --- for people ----------------------------------------------------------------------------------
 
 
-def describe(found: dict[str, Any]) -> str:
+def describe(report: dict[str, Any]) -> str:
     """Returns a text from the result of `examine`."""
-    looked, sizes = found["device"], found["memory"]
+    looked, sizes = report["device"], report["memory"]
     names = [looked["board"], looked["processor"]]
     title = ", ".join(name for name in names if name) or "unknown processor"
     cores = "unknown" if looked["cores"] is None else str(looked["cores"])
@@ -184,23 +184,23 @@ def describe(found: dict[str, Any]) -> str:
         f"  memory reads  {_speed(sizes['read_bytes_per_s'])}",
         f"  temperature   {_celsius(looked['celsius'])}",
         f"  throttling    {looked['throttled'] or 'unknown'}",
-        f"  software      {_versions(found['versions'])}",
+        f"  software      {_versions(report['versions'])}",
     ]
-    if not found["runs_here"]:
+    if not report["runs_here"]:
         lines.append(
             "This is a 32-bit system (or Python): onnxruntime exists for 64 bits only. Install a "
             "64-bit system."
         )
         return "\n".join(lines)
-    for bundle in found["bundles"]:
+    for bundle in report["bundles"]:
         lines += ["", *_bundle_lines(bundle)]
-    if found["sizes"]:
+    if report["sizes"]:
         lines += [
             "",
             "Models that fit, with decode speed in tokens/s: upper limit from memory speed "
             "(likely range)",
         ]
-        lines += [_size_line(size) for size in found["sizes"]]
+        lines += [_size_line(size) for size in report["sizes"]]
     return "\n".join(lines)
 
 

@@ -25,9 +25,9 @@ def run(arguments: argparse.Namespace) -> int:
     from edge_demo.cli.terminal import show
 
     bundles = [Bundle.open(path) for path in arguments.bundles]
-    found = examine(bundles)
+    report = examine(bundles)
     if arguments.json:
-        print(json.dumps(found))
+        print(json.dumps(report))
     else:
-        show(describe(found) + "\n")
+        show(describe(report) + "\n")
     return 0

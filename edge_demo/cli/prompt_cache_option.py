@@ -35,7 +35,7 @@ class PromptCacheOption:
         if path is None and read_only:
             raise RequestError("--prompt-cache-ro needs --prompt-cache FILE; add it")
         self._cache = None if path is None else PromptCache(path, read_only)
-        self._untold: str | None = None
+        self._warning: str | None = None
         self.report: dict[str, Any] | None = None
 
     def load(self, engine: TokenRunner) -> None:
@@ -61,16 +61,16 @@ class PromptCacheOption:
         try:
             self._cache.save(engine)
         except CacheError as error:
-            self._untold = f"{error}; this does not change the answer"
+            self._warning = f"{error}; this does not change the answer"
             return
         if self.report is not None:
             self.report["saved"] = True
 
     def tell(self) -> None:
         """Print the stored error, after the answer has ended."""
-        if self._untold is not None:
-            note(self._untold)
-            self._untold = None
+        if self._warning is not None:
+            note(self._warning)
+            self._warning = None
 
     def save_prompt(self, engine: TokenRunner, completion: Completion) -> None:
         """Write the prompt except its last token, unless the file already has all of it."""

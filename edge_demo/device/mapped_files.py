@@ -34,7 +34,7 @@ def forget_pages(path: Path) -> None:
     advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     name = os.path.realpath(path)
     for line in lines:
-        found = _LINE.fullmatch(line)
-        if found is not None and found[3] == name:
-            start, end = int(found[1], 16), int(found[2], 16)
+        mapping = _LINE.fullmatch(line)
+        if mapping is not None and mapping[3] == name:
+            start, end = int(mapping[1], 16), int(mapping[2], 16)
             advise(start, end - start, advice)

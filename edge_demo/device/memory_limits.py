@@ -31,13 +31,13 @@ def memory_limits(root: Path = Path("/")) -> list[MemoryLimit]:
     Args:
         root: where `proc` and `sys` lie.
     """
-    found = []
+    limits = []
     meminfo = read_sizes(read_text(root / "proc/meminfo"))
     if "MemAvailable" in meminfo:
-        found.append(MemoryLimit("of the device", "resident", meminfo["MemAvailable"]))
+        limits.append(MemoryLimit("of the device", "resident", meminfo["MemAvailable"]))
     groups = [free for free in control_group_limits(root) if free is not None]
     if groups:
-        found.append(MemoryLimit("in its control group", "resident", min(groups)))
+        limits.append(MemoryLimit("in its control group", "resident", min(groups)))
     status = read_sizes(read_text(root / "proc/self/status"))
     for name, field, counts in (
         ("RLIMIT_DATA", "VmData", "data"),
@@ -45,8 +45,10 @@ def memory_limits(root: Path = Path("/")) -> list[MemoryLimit]:
     ):
         limit = _resource_limit(name)
         if limit is not None:
-            found.append(MemoryLimit(f"under {name}", counts, max(0, limit - status.get(field, 0))))
-    return found
+            limits.append(
+                MemoryLimit(f"under {name}", counts, max(0, limit - status.get(field, 0)))
+            )
+    return limits
 
 
 def free_memory(root: Path = Path("/")) -> int | None:

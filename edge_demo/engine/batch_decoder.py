@@ -69,12 +69,12 @@ class BatchDecoder:
             self._call = Binding(self._engine, 1, 1, self._cache)
         # An unused row runs a token at position 0, whose result is ignored.
         ids = [tokens.get(row, 0) for row in range(len(totals))]
-        found = self._call.step(ids, totals)
+        outputs = self._call.step(ids, totals)
         for row in tokens:
             self.lengths[row] += 1
         if isinstance(self._engine, CandidateEngine):
-            return {row: self._engine.candidates(found, row) for row in tokens}
-        return {row: found[0][row] for row in tokens}
+            return {row: self._engine.candidates(outputs, row) for row in tokens}
+        return {row: outputs[0][row] for row in tokens}
 
     def _reserve(self, tokens: int) -> None:
         if self._cache.reserve(tokens):

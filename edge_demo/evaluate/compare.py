@@ -167,8 +167,8 @@ def compare(
         for one in everyone:
             one.rewind(0)
         position = 0
-        for p, *found in zip(*(one.all_logits(window) for one in everyone), strict=True):
-            for table, q in zip(tables, found, strict=True):
+        for p, *others in zip(*(one.all_logits(window) for one in everyone), strict=True):
+            for table, q in zip(tables, others, strict=True):
                 table.put(number, position, p, q, targets[position : position + len(p)])
             position += len(p)
         on_window(number + 1, num_windows)

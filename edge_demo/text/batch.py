@@ -112,8 +112,8 @@ class BatchRunner:
                 else:
                     yield item, answer
             if texts:
-                found = self._rows.decode({r: t.completion.ids[-1] for r, t in texts.items()})
-                for row, logits in found.items():
+                outputs = self._rows.decode({r: t.completion.ids[-1] for r, t in texts.items()})
+                for row, logits in outputs.items():
                     if (answer := self._go_on(texts[row], logits)) is not None:
                         yield texts.pop(row).item, answer
                         free.append(row)

@@ -71,11 +71,11 @@ class PromptCache:
             if not self.path.is_file():
                 return
             with self.path.open("rb") as file:
-                found = file.read(_LENGTH + len(_BEGINNING))
+                beginning = file.read(_LENGTH + len(_BEGINNING))
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or error
             raise RequestError(f"the prompt cache {brief(path)} cannot be read: {why}") from error
-        if found and found[_LENGTH:] != _BEGINNING:
+        if beginning and beginning[_LENGTH:] != _BEGINNING:
             raise RequestError(
                 f"{self.path} is not a prompt cache, so it is not overwritten; choose "
                 "another name, or remove the file"
@@ -222,10 +222,10 @@ def _checked_header(file: BinaryIO, engine: TokenRunner) -> tuple[int, PromptRun
         raise _Unusable(
             f"holds {tokens:,} tokens, more than the context of {engine.context_length:,}"
         )
-    found = _COURSE.fullmatch(str(metadata.get("run_as_prompt")))
-    if found is None:
+    match = _COURSE.fullmatch(str(metadata.get("run_as_prompt")))
+    if match is None:
         raise _Unusable("is damaged: its header does not say how its tokens were run")
-    prompt_run = PromptRun(int(found[2]), found[3] is not None, int(found[1]))
+    prompt_run = PromptRun(int(match[2]), match[3] is not None, int(match[1]))
     if prompt_run.left > min(prompt_run.length, tokens):
         raise _Unusable("is damaged: its header describes more tokens than the file holds")
     if header != _header(engine, tokens, prompt_run, checksum):

@@ -60,9 +60,9 @@ class PromptLookup:
                     self._after[tuple(tokens[end - n : end])] = end
         self._tokens = list(tokens)
         for n in _NGRAMS:
-            found = self._after.get(tuple(tokens[-n:])) if n <= len(tokens) else None
-            if found is not None:
-                return list(tokens[found : found + most])
+            position = self._after.get(tuple(tokens[-n:])) if n <= len(tokens) else None
+            if position is not None:
+                return list(tokens[position : position + most])
         return []
 
 

@@ -49,18 +49,18 @@ class Quality:
     against: str
 
 
-def compare_logits(reference: np.ndarray, found: np.ndarray, against: str) -> Quality:
+def compare_logits(reference: np.ndarray, measured: np.ndarray, against: str) -> Quality:
     """Compare two float32 arrays `(positions, vocabulary_size)`."""
     divergences = []
     greatest = 0.0
     for first in range(0, len(reference), _BATCH):
-        p, q = reference[first : first + _BATCH], found[first : first + _BATCH]
+        p, q = reference[first : first + _BATCH], measured[first : first + _BATCH]
         greatest = max(greatest, float(np.abs(p - q).max()))
         divergences.append(kl_divergence(p, q))
     return Quality(
         max_logit_difference=greatest,
         logit_spread=float(reference.std()),
-        same_top_token=float((reference.argmax(axis=-1) == found.argmax(axis=-1)).mean()),
+        same_top_token=float((reference.argmax(axis=-1) == measured.argmax(axis=-1)).mean()),
         mean_kl=float(np.concatenate(divergences).mean()),
         tokens=len(reference),
         against=against,
@@ -86,11 +86,11 @@ def verify(
     positions = np.arange(rows.shape[1])
     reference = reference_logits(config, weights, rows, positions)
     if bundle.num_bytes > _MOST_BYTES_WHOLE:
-        found = logits_in_chunks(bundle.path, config, rows, positions)
+        measured = logits_in_chunks(bundle.path, config, rows, positions)
     else:
-        found = _engine_logits(bundle, rows[0].tolist())
+        measured = _engine_logits(bundle, rows[0].tolist())
     against = f"against the Keras layers on {keras.config.backend()} in float32"
-    quality = compare_logits(reference, found, against)
+    quality = compare_logits(reference, measured, against)
     most = _MOST_MEAN_KL[recipe]
     if not quality.mean_kl <= most:
         raise ExportError(

@@ -117,8 +117,8 @@ def sensitivities(
     rows = table_rows(config, weights, head_table(config), likely)
     losses = {}
     for group in groups:
-        found = head_logits(config, weights, picked[group], rows)
-        divergences = kl_divergence(reference, found)
+        quantized = head_logits(config, weights, picked[group], rows)
+        divergences = kl_divergence(reference, quantized)
         typical = float(np.median(divergences))
         losses[group] = float(np.minimum(divergences, _MOST_TYPICAL * typical).mean())
     return losses

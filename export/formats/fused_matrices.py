@@ -21,13 +21,13 @@ SAME_INPUT = (
 
 def fused_matrices(config: GemmaConfig, plan: Plan) -> dict[str, tuple[str, ...]]:
     """Matrices of one quantized format that are stored together, by the name of the first."""
-    found = {}
+    fused = {}
     for i in range(len(config.layers)):
         for group in SAME_INPUT:
             for run in _runs([f"layers.{i}.{name}" for name in group], plan):
                 if len(run) > 1 and plan[run[0]].quantized:
-                    found[run[0]] = run
-    return found
+                    fused[run[0]] = run
+    return fused
 
 
 def _runs(names: Sequence[str], plan: Plan) -> Iterator[tuple[str, ...]]:

@@ -392,15 +392,15 @@ class _FusedGraph(NamedNodes):
 
     def _matmuls(self, names: Sequence[str], x: ir.Value) -> list[ir.Value]:
         """Products of one input with several matrices; those stored together are one product."""
-        found: list[ir.Value] = []
-        while len(found) < len(names):
-            first = names[len(found)]
+        products: list[ir.Value] = []
+        while len(products) < len(names):
+            first = names[len(products)]
             run = self.fused_matrices.get(first)
             if run is None:
-                found.append(self._matmul(first, x))
+                products.append(self._matmul(first, x))
                 continue
-            found += self._split(self._joined_matmul(run, x), self._num_outputs(run))
-        return found
+            products += self._split(self._joined_matmul(run, x), self._num_outputs(run))
+        return products
 
     def _joined_matmul(self, names: Sequence[str], x: ir.Value) -> ir.Value:
         """The products with matrices that are stored together, one after another."""

@@ -48,14 +48,14 @@ def logits_in_chunks(
     Raises:
         ExportError: onnxruntime cannot run it.
     """
-    found = run_in_chunks(
+    runs = run_in_chunks(
         folder / INTERCHANGE_FILE,
         [interchange_inputs(config, row[None]) for row in ids],
         {"logits": lambda logits: logits[0, positions]},
         on_progress,
         chunk_bytes,
     )
-    return np.concatenate([values["logits"] for values in found])
+    return np.concatenate([values["logits"] for values in runs])
 
 
 def run_in_chunks(
@@ -88,8 +88,10 @@ def run_in_chunks(
         try:
             session = _session(model, chunk, runs[0], path.parent)
             for values, picks_of_run in zip(runs, picked, strict=True):
-                found: Any = session.run(chunk.gives, {name: values[name] for name in chunk.reads})
-                values |= dict(zip(chunk.gives, found, strict=True))
+                outputs: Any = session.run(
+                    chunk.gives, {name: values[name] for name in chunk.reads}
+                )
+                values |= dict(zip(chunk.gives, outputs, strict=True))
                 for name in picks.keys() & chunk.gives:
                     picks_of_run[name] = picks[name](values[name])
                 for name in values.keys() - chunk.kept:

@@ -137,8 +137,8 @@ def _registered_name(folder: Path) -> str:
     try:
         if path.stat().st_size > _MAX_JSON:
             return ""
-        found = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return ""
-    name = found.get("registered_name") if isinstance(found, dict) else None
+    name = content.get("registered_name") if isinstance(content, dict) else None
     return name if isinstance(name, str) else ""

@@ -66,12 +66,12 @@ class WeightSource(Mapping[str, np.ndarray]):
 
     def _check(self, spec: WeightSpec, file_shapes: Mapping[str, tuple[int, ...]]) -> None:
         name = spec.file_name(self._format)
-        found = file_shapes.get(name)
-        if found is None:
+        shape = file_shapes.get(name)
+        if shape is None:
             raise CheckpointError(f"the checkpoint lacks the tensor {name}")
-        if tuple(found) != spec.file_shape:
+        if tuple(shape) != spec.file_shape:
             raise CheckpointError(
-                f"the tensor {name} has shape {list(found)}, but the configuration needs "
+                f"the tensor {name} has shape {list(shape)}, but the configuration needs "
                 f"{list(spec.file_shape)}"
             )
 
@@ -276,9 +276,9 @@ def check_range(array: np.ndarray, largest: float, name: str, stored_as: str) ->
         name: of the weight.
         stored_as: the type, for people.
     """
-    found = np.abs(array).max()
-    if not found <= largest:
+    greatest = np.abs(array).max()
+    if not greatest <= largest:
         raise CheckpointError(
-            f"{name} holds {found:g}, but the largest {stored_as} is {largest:g}; write "
+            f"{name} holds {greatest:g}, but the largest {stored_as} is {largest:g}; write "
             "another type"
         )

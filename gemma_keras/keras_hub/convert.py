@@ -76,12 +76,12 @@ def read_keras_hub(
     _refuse_quantized(backbone)
     config = config_from_keras_hub(backbone, context_length)
     _check_epsilons(backbone, config)
-    found = sum(math.prod(variable.shape) for variable in _text_weights(backbone))
-    if found != parameter_count(config):
+    num_parameters = sum(math.prod(variable.shape) for variable in _text_weights(backbone))
+    if num_parameters != parameter_count(config):
         raise CheckpointError(
-            f"the KerasHub model {backbone.name} has {found:,} parameters; a Gemma with its "
-            f"configuration has {parameter_count(config):,}, so it has a part that is not "
-            "supported"
+            f"the KerasHub model {backbone.name} has {num_parameters:,} parameters; a Gemma "
+            f"with its configuration has {parameter_count(config):,}, so one of its parts "
+            "is not supported"
         )
     tokenizer = getattr(getattr(model, "preprocessor", None), "tokenizer", None)
     proto = getattr(tokenizer, "proto", None)

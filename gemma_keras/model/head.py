@@ -39,9 +39,9 @@ def logits(embedding, hidden):
         part = slice(first, min(first + step, embedding.input_dim))
         matrix = ops.transpose(table[part]) if tied else table[:, part]
         parts.append(ops.matmul(hidden, matrix))
-    found = ops.concatenate(parts, axis=-1)
+    result = ops.concatenate(parts, axis=-1)
     cap = embedding.logit_soft_cap
-    return found if cap is None else ops.tanh(found / cap) * cap
+    return result if cap is None else ops.tanh(result / cap) * cap
 
 
 def _copies() -> bool:

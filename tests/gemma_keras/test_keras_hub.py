@@ -388,7 +388,7 @@ def test_weights_that_a_gemma_does_not_have_are_refused():
     layer = backbone.transformer_layers[2].gating_ffw
     layer._tracker.unlock()
     layer.add_weight(name="bias", shape=(160,))
-    with pytest.raises(CheckpointError, match="has a part that is not supported"):
+    with pytest.raises(CheckpointError, match="one of its parts is not supported"):
         read_keras_hub(backbone)
 
 

@@ -114,14 +114,14 @@ def _changes(adapter: PeftAdapter, base: Checkpoint) -> dict[str, tuple[Change, 
     modules: dict[str, dict[str, StoredTensor]] = {}
     adapters: set[str] = set()
     for name, tensor in adapter.tensors.items():
-        found = parse(name)
-        if found is None:
+        parsed = parse(name)
+        if parsed is None:
             raise CheckpointError(
                 f"{adapter.folder} holds the tensor {name}, which is not part of a plain "
                 "LoRA; merge the adapter with PEFT (merge_and_unload) and give the merged "
                 "folder"
             )
-        module, part, adapter_name = found
+        module, part, adapter_name = parsed
         if module.startswith(_VISION):
             continue  # of the vision encoder, which is not read
         modules.setdefault(module, {})[part] = tensor

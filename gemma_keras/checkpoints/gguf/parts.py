@@ -73,14 +73,14 @@ def _paths(given: GGUFFile) -> list[Path]:
     count = given.metadata.get("split.count", 0)
     if not isinstance(count, int) or count <= 1:
         return [given.path]
-    found = _PART_NAME.fullmatch(given.path.name)
-    if found is None or int(found["count"]) != count:
+    match = _PART_NAME.fullmatch(given.path.name)
+    if match is None or int(match["count"]) != count:
         raise CheckpointError(
             f"{given.path} is one of {count:,} parts of a model; to let the other parts be "
             f"found, give it its original name, NAME-00001-of-{count:05}.gguf"
         )
     paths = [
-        given.path.with_name(f"{found['stem']}-{number:05}-of-{count:05}.gguf")
+        given.path.with_name(f"{match['stem']}-{number:05}-of-{count:05}.gguf")
         for number in range(1, count + 1)
     ]
     missing = [path.name for path in paths if not path.is_file()]

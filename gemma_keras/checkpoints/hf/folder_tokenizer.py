@@ -148,13 +148,13 @@ def _added_tokens(
 
 def _texts(values: Iterable[Any]) -> list[str]:
     """Texts of tokens that are a text, an object with a `content`, or a list of such."""
-    found = []
+    contents = []
     for value in values:
         for entry in value if isinstance(value, list) else [value]:
             text = entry.get("content") if isinstance(entry, Mapping) else entry
             if isinstance(text, str):
-                found.append(text)
-    return found
+                contents.append(text)
+    return contents
 
 
 def _role_names(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:

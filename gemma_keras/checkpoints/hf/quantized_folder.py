@@ -64,9 +64,9 @@ def told_if_quantized(
 def _method(config: Mapping[str, Any], names: Collection[str]) -> str | None:
     text = config.get("text_config")
     for data in (config, text if isinstance(text, Mapping) else {}):
-        found = data.get("quantization_config")
-        if isinstance(found, Mapping) and isinstance(found.get("quant_method"), str):
-            return found["quant_method"][:40]
+        quantization = data.get("quantization_config")
+        if isinstance(quantization, Mapping) and isinstance(quantization.get("quant_method"), str):
+            return quantization["quant_method"][:40]
         if data.get("quantization"):
             return "mlx"
     for method, ends in _MARKS.items():

@@ -98,15 +98,15 @@ def text_side(folder: Path, base: Checkpoint) -> dict[str, Any]:
     override."""
     tokenizer = read_folder_tokenizer(folder, {}, base.config.vocabulary_size)
     template = read_folder_template(folder, tokenizer.config)
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     if tokenizer.model is not None:
         stop = tuple(dict.fromkeys((*tokenizer.stop, *base.stop)))
-        found |= {"tokenizer_model": tokenizer.model, "stop": stop}
+        fields |= {"tokenizer_model": tokenizer.model, "stop": stop}
     if template is not None:
         turns, tuned, remarks = turns_of(template, tokenizer.model or base.tokenizer_model)
-        found |= {"turns": turns, "instruction_tuned": tuned, "chat_template": template}
-        found |= {"remarks": (*base.remarks, *remarks)}
-    return found
+        fields |= {"turns": turns, "instruction_tuned": tuned, "chat_template": template}
+        fields |= {"remarks": (*base.remarks, *remarks)}
+    return fields
 
 
 def _base_model(raw_config: dict[str, Any]) -> dict[str, Any]:
@@ -149,8 +149,8 @@ def stored_in(shard: Path) -> dict[str, StoredTensor]:
     stored = {}
     with opened(shard) as file:
         for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-            found = file.get_slice(name)
-            stored[name] = StoredTensor(name, shard, tuple(found.get_shape()), found.get_dtype())
+            tensor = file.get_slice(name)
+            stored[name] = StoredTensor(name, shard, tuple(tensor.get_shape()), tensor.get_dtype())
     return stored
 
 

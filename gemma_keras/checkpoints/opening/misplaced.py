@@ -101,5 +101,5 @@ def _explain_inner(folder: Path, what: str, pattern: str) -> str | None:
 
 
 def _age(path: Path) -> tuple[int, float, str]:
-    found = _TRAINER.fullmatch(path.name)
-    return (int(found[1]) if found else -1, path.stat().st_mtime, path.name)
+    match = _TRAINER.fullmatch(path.name)
+    return (int(match[1]) if match else -1, path.stat().st_mtime, path.name)

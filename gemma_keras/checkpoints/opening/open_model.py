@@ -43,7 +43,7 @@ def _open(
     classified: Classified, base: Source | None, open_with_keras: OpenWithKeras
 ) -> Checkpoint:
     if classified.adapter is not None:
-        return classified.adapter.merged(base, lambda found: _open_base(found, open_with_keras))
+        return classified.adapter.merged(base, lambda source: _open_base(source, open_with_keras))
     if base is not None:
         raise CheckpointError(
             f"{classified.source} is a complete model and not an adapter, so it takes no "
@@ -68,8 +68,8 @@ def _open_whole(classified: Classified, open_with_keras: OpenWithKeras) -> Check
         return open_sample()
     if classified.kind is Kind.KERAS_HUB_PRESET:
         name = preset_name(source)
-        found = {"file": name} if Path(source).exists() else {"preset": name}
-        return _with(open_with_keras(classified), name=name, **found)
+        origin = {"file": name} if Path(source).exists() else {"preset": name}
+        return _with(open_with_keras(classified), name=name, **origin)
     if classified.kind is Kind.OWN_PRESET:
         return open_with_keras(classified)
     assert path is not None  # of what lies somewhere
