@@ -31,8 +31,8 @@ class EdgeError(Exception):
     """Something failed; commands end with exit status 1.
 
     Args:
-        message: the sentence; line breaks in it, which other libraries make, become spaces. What is
-            too long for people is cut in its middle.
+        message: the sentence; line breaks, which other libraries make, become spaces. The middle of
+            a very long message is left out.
     """
 
     def __init__(self, message: str) -> None:

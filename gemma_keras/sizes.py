@@ -186,7 +186,7 @@ _OWN = (
             _tuned("gemma-3-27b-it", "gemma3_instruct_27b_text"),
         ),
     ),
-    # Its transformer; what makes one vector of a text is not part of it.
+    # Only its transformer; pooling and projections are not part of it.
     Size(
         "embeddinggemma_300m",
         "EmbeddingGemma 300M",

@@ -69,7 +69,7 @@ class GemmaTextEmbedder(TrainsOn, Quantizes, keras_hub.models.TextEmbedder):
         backbone: the model below the pooling.
         preprocessor: packs text; `None` if the model is used on token ids only.
         projection_dims: widths of the projections, first to last; the last is the vector's.
-        normalize: whether what the model returns has length 1.
+        normalize: whether the model's output has length 1.
         prompts: name of a task to the prefix that `encode` adds to its texts.
         default_prompt_name: of the prompt that `encode` uses by default.
     """
@@ -213,7 +213,7 @@ class GemmaTextEmbedder(TrainsOn, Quantizes, keras_hub.models.TextEmbedder):
         control token in a text is text: `"<eos>"` becomes the tokens of its five characters.
 
         Args:
-            texts: as many as are wanted; a string is one text.
+            texts: any number of texts; a string is one text.
             prompt: what is put before each text.
             prompt_name: of one of the checkpoint's prompts, such as `query` or `document`, instead
                 of `prompt`. With neither, the checkpoint's default prompt is used; EmbeddingGemma
@@ -302,8 +302,8 @@ def _batches(
 ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
     """Rows of about the same length together: their indices, `token_ids` and `padding_mask`.
 
-    Lengths are rounded up, and numbers of rows to a power of two, because each shape is compiled.
-    What fills a batch up are copies of its first row.
+    Lengths are rounded up, and numbers of rows to a power of two, because each shape is compiled. A
+    batch is filled up with copies of its first row.
     """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for first in range(0, len(order), batch_size):

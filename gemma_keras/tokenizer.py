@@ -35,8 +35,8 @@ class GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
 
     Args:
         proto: the serialized SentencePiece model, or the path of one.
-        special_tokens_in_strings: whether the control tokens in a text are those tokens. For text
-            in the model's own template, whose writer is trusted; never for what users write.
+        special_tokens_in_strings: whether control tokens in a text are parsed as such. Use it only
+            for trusted text in the model's template, never for user input.
     """
 
     backbone_cls = GemmaBackbone
@@ -64,7 +64,7 @@ class GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
 
     @property
     def special_tokens_in_strings(self) -> bool:
-        """Whether the control tokens in a text are those tokens."""
+        """Whether control tokens in a text are parsed as such."""
         return self._in_strings
 
     @special_tokens_in_strings.setter

@@ -25,7 +25,7 @@ class EmbeddingTable:
 
     Args:
         path: of the weights file.
-        spec: where the table lies in it, and how.
+        spec: place and format of the table in it.
 
     Raises:
         BundleError: the file cannot be opened.

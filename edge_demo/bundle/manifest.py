@@ -77,7 +77,7 @@ class WindowSpec:
 
 @dataclasses.dataclass(frozen=True)
 class StoredPart:
-    """Where one part of every row of a table lies in the weights file, one row after another.
+    """The place of one part of a table's rows in the weights file, one row after another.
 
     Attributes:
         offset: of the first row, in bytes.

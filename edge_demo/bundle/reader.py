@@ -48,8 +48,7 @@ class Bundle:
         context_length: the longest sequence, in tokens.
         vocabulary_size: of the logits.
         engine: the graph that returns all logits.
-        candidates: the graph that returns the most likely tokens and their logits; `None` in
-            bundles that have none.
+        candidates: the graph that returns the most likely tokens and their logits, or `None`.
         weights: the file that the graphs point into.
         embedding: the table whose rows are the input of the graphs.
         final_soft_cap: logits end as `cap * tanh(logits / cap)`; `None` for no cap.
@@ -166,7 +165,7 @@ class Bundle:
     def fingerprint(self) -> str:
         """SHA-256, in hex, of everything that determines the output tokens, keys and values.
 
-        It is made of the hashes in the manifest, which `verify` compares with the files.
+        It is computed from the hashes in the manifest, which `verify` compares with the files.
         """
         graphs = [self.engine, *([self.candidates] if self.candidates else [])]
         names = [*(graph.file for graph in graphs), self.weights, self.tokenizer.file]

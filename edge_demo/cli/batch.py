@@ -48,7 +48,7 @@ def run_batch(arguments: argparse.Namespace) -> int:
         stop=stop_texts(arguments),
         **settings,
     )
-    defaults.sampler()  # refuses options out of range
+    defaults.sampler()  # raises an error for options out of range
     bundle = Bundle.open(arguments.bundle)
     items = read_items(arguments.batch, defaults, tuned=bundle.tokenizer.chat is not None)
     if os.path.exists(arguments.out) and os.path.samefile(arguments.batch, arguments.out):

@@ -38,7 +38,7 @@ def examine(bundles: Sequence[Bundle], root: Path = Path("/")) -> dict[str, Any]
 
     Args:
         bundles: to check; without any, the published model sizes are checked.
-        root: where `proc` and `sys` lie.
+        root: the folder that contains `proc` and `sys`.
     """
     looked = hardware.look(root)
     room = memory_limits(root)

@@ -46,7 +46,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def add_debug(parser: argparse.ArgumentParser) -> None:
-    """`--debug`, which may stand before the command or after it."""
+    """Adds `--debug`, which is valid before or after the command."""
     parser.add_argument(
         "--debug",
         action="store_true",

@@ -29,7 +29,7 @@ def memory_limits(root: Path = Path("/")) -> list[MemoryLimit]:
     """Returns all known limits of this process's memory.
 
     Args:
-        root: where `proc` and `sys` lie.
+        root: the folder that contains `proc` and `sys`.
     """
     limits = []
     meminfo = read_sizes(read_text(root / "proc/meminfo"))

@@ -7,7 +7,8 @@ from edge_demo.errors import BundleError
 
 STEP = 256
 # Places beyond a window: its tokens are moved to the front, by one place more than these. That is a
-# multiple of `prompt_chunks.UNIT`, so that sums over keys are cut alike wherever the tokens lie.
+# multiple of `prompt_chunks.UNIT`, so that sums over keys are split in the same way at any
+# position.
 SLACK = 255
 
 

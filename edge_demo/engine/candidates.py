@@ -11,7 +11,7 @@ from edge_demo.errors import EdgeError
 
 @dataclasses.dataclass(frozen=True)
 class Candidates:
-    """The most likely next tokens, in no order.
+    """The most likely next tokens, unordered.
 
     Attributes:
         ids: int64 `(k,)`.

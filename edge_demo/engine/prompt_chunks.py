@@ -39,10 +39,10 @@ class PromptRun:
         return dataclasses.replace(self, left=min(self.left, tokens))
 
     def shared(self, wanted: PromptRun, same: int) -> int:
-        """How many of the first tokens are as `wanted` would leave them.
+        """Returns how many of the first tokens have the same result as a run like `wanted`.
 
         Args:
-            wanted: how the tokens of a new prompt are to be run.
+            wanted: how the tokens of the new prompt would be run.
             same: how many first tokens the two texts have in common.
         """
         if self.in_float != wanted.in_float:

@@ -251,7 +251,7 @@ class TokenRunner:
         total = held + len(ids)
         if total > self.context_length:
             raise RequestError(
-                f"the text has {total:,} tokens, but the bundle's context holds only "
+                f"the text has {total:,} tokens, but the bundle's context holds "
                 f"{self.context_length:,}; shorten it"
             )
         for token in ids:

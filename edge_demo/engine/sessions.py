@@ -52,7 +52,7 @@ def open_session(
 def open_for_prompts(bundle: Bundle, threads: int | None) -> Session:
     """Make the graph of all logits ready to run prompts in float32; nothing is copied.
 
-    Its output of logits is to be asked for none, since the head would be multiplied out too.
+    Do not request its logits, because then the head would be dequantized too.
 
     Raises:
         BundleError: onnxruntime cannot load it.
@@ -61,7 +61,7 @@ def open_for_prompts(bundle: Bundle, threads: int | None) -> Session:
     entries = {
         "session.model_external_initializers_file_folder_path": str(bundle.path),
         "session.disable_prepacking": "1",  # no copies
-        "session.force_spinning_stop": "1",  # when a run ends: the other session's threads go on
+        "session.force_spinning_stop": "1",  # at the end of a run: the other threads continue
     }
     # Without an arena, dequantized weights are freed at once, which takes no extra time.
     graph = graph_in_float(bundle)

@@ -85,7 +85,7 @@ class LogitsSource(Protocol):
 
     @property
     def context_length(self) -> int:
-        """The most tokens it can hold."""
+        """The maximum number of tokens that it can hold."""
         ...
 
     def rewind(self, length: int) -> None:

@@ -1,6 +1,6 @@
 """Measures accuracy on HellaSwag: which of four endings the model finds most likely.
 
-The data: Zellers et al., 2019, arXiv:1905.07830. The file and the score are those of llama.cpp's
+The data: Zellers et al., 2019, arXiv:1905.07830. The file and the score are as in llama.cpp's
 `llama-perplexity --hellaswag` (`tools/perplexity/perplexity.cpp`, `hellaswag_score`), so that
 figures can be compared. Six lines a task: `activity: context`, the right ending's number 0 to 3,
 four endings. `context + " " + ending` is tokenized as one text after the beginning-of-sequence

@@ -46,7 +46,7 @@ class Item:
         index: of the prompts in the file, from 0.
         id: as the file gives it; `None` if it does not.
         prompt: to continue; empty where there are `turns`.
-        max_tokens: the most to generate.
+        max_tokens: maximum number of tokens to generate.
         temperature: as in `Sampler`, like the settings after it.
         seed: of this prompt only, so that its text does not depend on other prompts.
         stop: texts that end the answer.
@@ -95,7 +95,7 @@ def read_items(path: str | Path, defaults: Item, tuned: bool = False) -> list[It
     """Reads the prompts of a file; empty lines are ignored.
 
     Args:
-        path: of the file, UTF-8. A line is an object with `prompt` or `messages` and, if wanted,
+        path: of the file, UTF-8. A line is an object with `prompt` or `messages`. Optional keys are
             `id` (text or a whole number), `max_tokens`, `stop` and the settings of a `Sampler`.
         defaults: settings for lines that do not have their own. Its seed is for the whole file: a
             line without a seed gets one derived from it and the line's index.
@@ -141,7 +141,7 @@ def _item(line: bytes, index: int, defaults: Item, tuned: bool) -> Item:
     item = dataclasses.replace(defaults, index=index, **data)
     if item.max_tokens < 1:
         raise RequestError(f'"max_tokens" must be positive, not {brief(item.max_tokens)}')
-    item.sampler()  # refuses what is out of range
+    item.sampler()  # raises an error for values out of range
     return item
 
 

@@ -11,9 +11,9 @@ class Conversation:
 
     Args:
         tokenizer: of the bundle. With a base model the turns are one text.
-        context_length: the most tokens there may be.
+        context_length: maximum number of tokens.
         answer_tokens: how many an answer may have; a quarter of the context at most is kept for it.
-        system: instructions that stand before all turns; they are never dropped.
+        system: system text before all turns, which is never dropped.
 
     Attributes:
         dropped: number of user messages, with their answers, that were dropped to make room for the
@@ -53,7 +53,7 @@ class Conversation:
         if len(ids) > self._context:
             raise RequestError(
                 f"the message has {len(ids):,} tokens, including the system text and the "
-                f"turn template, but the context holds only {self._context:,}"
+                f"turn template, but the context holds {self._context:,}"
             )
         self.dropped = (len(self._turns) + 1 - len(turns)) // 2
         self._turns = turns

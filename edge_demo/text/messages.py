@@ -16,8 +16,8 @@ def read_messages(value: Any) -> tuple[str, Turns]:
     """A conversation that waits for the model's answer.
 
     Args:
-        value: a list of `{"role": ROLE, "content": TEXT}`: if wanted one of the role `system`, then
-            `user` and `assistant` (or `model`, Gemma's own word) in turn, a `user` last.
+        value: a list of `{"role": ROLE, "content": TEXT}`: optionally one of the role `system`,
+            then `user` and `assistant` (or `model`, Gemma's own word) in turn, with a `user` last.
 
     Returns:
         The system text, which may be empty, and the turns as `Tokenizer.encode_chat` takes them.

@@ -29,7 +29,7 @@ class Sampler:
     In this order: penalties, temperature, top-k, top-p, min-p, which is transformers' order.
 
     Args:
-        temperature: logits are divided by it; 0 takes the greatest logit.
+        temperature: logits are divided by it; 0 means greedy decoding.
         top_k: keep this many of the most likely tokens; 0 keeps all.
         top_p: keep the smallest set of the most likely tokens whose probabilities sum to at least
             this (nucleus sampling, Holtzman et al., 2019, arXiv:1904.09751).

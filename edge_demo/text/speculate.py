@@ -53,7 +53,7 @@ class PromptLookup:
         if list(tokens[:known]) != self._tokens:
             known = 0
             self._after.clear()
-        # What follows position `end` is known only from the next token on.
+        # The token after position `end` is not known yet.
         for end in range(max(1, known), len(tokens)):
             for n in _NGRAMS:
                 if n <= end:
@@ -127,7 +127,7 @@ class Speculator:
     Args:
         engine: to run.
         drafter: guesses; `None` for plain decoding.
-        prompt_ids: what the engine has run.
+        prompt_ids: the tokens that the engine has run.
     """
 
     def __init__(

@@ -54,7 +54,7 @@ class StopTexts:
         if self.found:
             return ""
         text = self._held + piece
-        # The one that ends first, and of these the longest: whatever the pieces are.
+        # The one that ends first, and of these the longest, independent of how the text was split.
         places = [(text.find(stop), len(stop)) for stop in self._texts]
         ends = [(place + length, place) for place, length in places if place >= 0]
         if ends:

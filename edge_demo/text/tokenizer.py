@@ -149,7 +149,7 @@ class Tokenizer:
         return ids
 
     def _beginning(self, system: str) -> tuple[list[int], str]:
-        """The ids before the first message, and what stands in front of its text."""
+        """Returns the ids before the first message, and the text in front of the message."""
         chat = self._chat()
         system = system or chat.default_system
         ids = [self.spec.bos]
@@ -176,8 +176,8 @@ class Tokenizer:
         return "".join(stream.push(i) for i in ids) + stream.flush()
 
     def piece(self, token: int) -> str | bytes:
-        """One token: its text, its byte for a byte piece, or `""` for a control token and for what
-        no piece stands for."""
+        """Returns a token's text, or its byte for a byte token, or `""` for a control token or an
+        unused id."""
         model = self._model
         if token >= model.vocab_size() or model.is_control(token) or model.is_unused(token):
             return ""

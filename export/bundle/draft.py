@@ -175,8 +175,7 @@ class BundleDraft:
         """Write the manifest of the folder.
 
         Args:
-            report: its entries about quality and how the weights were rounded, and what else the
-                model card is to show.
+            report: its entries about quality and rounding, and further content of the model card.
         """
         assert self._embedding is not None
         writer.write_manifest(

@@ -16,7 +16,7 @@ class Terms:
     """Terms of use.
 
     Attributes:
-        subject: what they are about, as they call it.
+        subject: the name of the model in the terms.
         title: theirs.
         url: where they are.
         policy: the title of the policy that belongs to them.

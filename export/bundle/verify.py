@@ -32,7 +32,7 @@ class Quality:
     """How close a bundle is to the model that it was made from.
 
     Attributes:
-        max_logit_difference: greatest absolute difference of any logit.
+        max_logit_difference: largest absolute difference of any logit.
         logit_spread: standard deviation of the reference's logits, to judge it by.
         same_top_token: share of positions whose most likely token is the same.
         mean_kl: mean Kullback-Leibler divergence of the next-token distributions, in nats, from

@@ -17,7 +17,7 @@ def plan_within(
     losses: Mapping[str, float],
     most: float,
 ) -> dict[str, Format]:
-    """Raise groups of matrices to a better format until what the others lose is small enough.
+    """Raise groups of matrices to a better format until the loss of the others is small enough.
 
     Losses of different groups almost add up: each is mostly the square of a small change, and the
     changes are independent. The groups with the most loss per added byte are raised first.

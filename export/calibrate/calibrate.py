@@ -54,7 +54,7 @@ def calibrate(
     keep: Collection[str] = (),
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Calibrated:
-    """Balance every block, and round those of its matrices that get few bits.
+    """Balance every block, and round its low-bit matrices with error feedback.
 
     The results of each block are stored, so that an interrupted run can continue.
 
@@ -119,7 +119,8 @@ def _round_block(
     ) -> Iterator[tuple[str, Format, Quantized]]:
         names, seen, fmt = job
         feedback = feedbacks(seen, weights.input_factors(names[0]))
-        # What matrices of one input share is worked out once, but they are in memory one by one.
+        # Values that matrices with the same input share are computed once; only one matrix is in
+        # memory at a time.
         if len(names) > 1:
             feedback = list(feedback)
         for name in names:

@@ -46,12 +46,11 @@ class Feedback:
 def feedbacks(
     statistics: InputStatistics, divisors: np.ndarray | None = None
 ) -> Iterator[Feedback]:
-    """One for each of the statistics' squares, when it is asked for: each takes as much memory.
+    """Yields one for each of the statistics' squares, on demand, because each needs as much memory.
 
     Args:
         statistics: of the inputs.
-        divisors: what the inputs are divided by since they were watched, `[in]`; `None` if by
-            nothing.
+        divisors: by which the inputs have been divided since they were observed, `[in]`, or `None`.
     """
     for square in statistics.divided_by(divisors):
         importance = np.maximum(np.diag(square), 0).astype(np.float32)
@@ -87,7 +86,7 @@ def _joined(parts: Sequence[Quantized], axis: int) -> Quantized:
 
 
 def _round_span(rows: np.ndarray, feedback: Feedback, fmt: Format) -> Quantized:
-    # Outputs know nothing of each other; so many at a time bound the memory.
+    # Outputs are independent; processing this many at a time limits the memory.
     step = max(1, _CHUNK_BYTES // (4 * rows.shape[1]))
     chunks = [
         _round_rows(rows[first : first + step], feedback, fmt)

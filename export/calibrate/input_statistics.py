@@ -30,7 +30,7 @@ class InputStatistics:
     def divided_by(self, divisors: np.ndarray | None) -> Iterator[np.ndarray]:
         """The squares of the same inputs when input j is divided by `divisors[j]`, if by anything.
 
-        One is made when it is asked for, because all of them can be a large part of the memory.
+        They are made on demand, because all of them can be a large part of the memory.
         """
         first = 0
         for square in self.squares:

@@ -29,7 +29,7 @@ def measure_kv_scales(
     """Observe a model's keys and values on a text.
 
     Args:
-        folder: where its interchange graph and weights stand.
+        folder: of its interchange graph and weights.
         config: the model's.
         ids: of the text, `(batch, length)`.
         layers: by index.

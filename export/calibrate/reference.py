@@ -97,7 +97,7 @@ def head_logits(
         config: the model's.
         weights: canonical name to float array.
         hidden: float32 `(n, hidden_dim)`.
-        rows: of the head's table, those of the tokens whose logits are wanted; all by default.
+        rows: of the head's table, for the tokens whose logits are needed; all by default.
 
     Returns:
         float32 `(n, vocabulary_size)`, or as many columns as rows.
@@ -130,7 +130,7 @@ def reference_logits(
         config: the model's.
         weights: canonical name to float array.
         ids: `(batch, length)`.
-        positions: of each row, those whose logits are wanted.
+        positions: in each row, whose logits are needed.
         on_progress: called with (blocks done, all of them).
 
     Returns:

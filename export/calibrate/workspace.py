@@ -45,7 +45,7 @@ class Workspace:
     Args:
         folder: made if it is missing, emptied if it was made for something else; `None` keeps all
             in memory.
-        key: what it is for.
+        key: identifies weights, text and method.
     """
 
     def __init__(self, folder: Path | None, key: str) -> None:
@@ -90,7 +90,7 @@ def _key_of(folder: Path) -> str:
 
 
 def fingerprint(config: GemmaConfig, weights: Mapping[str, np.ndarray], *others: object) -> str:
-    """A SHA-256 of a model, in float32, and of whatever else decides a result."""
+    """Returns a SHA-256 of a model in float32, and of everything else that determines a result."""
     digest = hashlib.sha256(repr((config, *others)).encode())
     for spec in weight_specs(config).values():
         digest.update(f"{spec.name} {spec.shape}".encode())

@@ -22,9 +22,9 @@ class Format:
         block_size: inputs that share a scale; 0 for floats.
         symmetric: whether the zero point is the middle, `2 ** (bits - 1)`, in every block; else
             each block has its own.
-        planes: 2 splits each 8-bit integer into two of 4 bits, stored apart: the high one alone is
-            a symmetric 4-bit table of the same scales, 16 times as wide; the low one has the zero
-            points.
+        planes: 2 splits each 8-bit integer into two of 4 bits, stored separately. The high plane is
+            a symmetric 4-bit table with the same scales, 16 times as wide. The low plane has the
+            zero points.
     """
 
     bits: int

@@ -48,9 +48,9 @@ def keep_or_round(grid: QuantizedGrid, fmt: Format) -> tuple[Quantized, float]:
     """Converts a grid to a storage format; also returns the share of its blocks that had to be
     rounded again.
 
-    Blocks that the format holds exactly are kept; the others are rounded to nearest. In two planes
-    blocks of few levels are stretched by a power of two, and some are stored negated, scale and
-    all, so that the high plane alone says as much as it can.
+    Blocks that the format stores exactly are kept; the others are rounded to nearest. In two
+    planes, blocks of few levels are multiplied by a power of two, and some are negated together
+    with their scale. Then the high plane is as accurate as possible.
 
     Args:
         grid: of the source.
@@ -75,7 +75,7 @@ def keep_or_round(grid: QuantizedGrid, fmt: Format) -> tuple[Quantized, float]:
 
 
 def best_format(grid: QuantizedGrid, most_bits: int = 8) -> Format | None:
-    """The smallest format of few bits that holds a grid exactly, or `None` if none does.
+    """Returns the smallest low-bit format that stores a grid exactly, or `None`.
 
     Its blocks are the source's, or the largest that onnxruntime takes and that divide the source's.
 
@@ -102,8 +102,8 @@ def _block_size(grid: QuantizedGrid) -> int | None:
 
 
 def _block_of(grid: QuantizedGrid, fmt: Format) -> np.ndarray | None:
-    """The source's block that each of the format's lies in: int `[blocks]`; `None` if one lies in
-    two."""
+    """Returns, for each block of the format, the source's block that contains it: int `[blocks]`;
+    `None` if one overlaps two."""
     first = np.arange(fmt.num_blocks(grid.num_inputs)) * fmt.block_size
     last = np.minimum(first + fmt.block_size, grid.num_inputs) - 1
     owner = first // grid.block_size

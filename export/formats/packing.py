@@ -82,7 +82,7 @@ def zero_points_in_planes(greatest: np.ndarray) -> np.ndarray:
     above 119 has a lower one.
 
     Args:
-        greatest: the block's, as a multiple of its scale; at most 127.
+        greatest: the block's largest value, as a multiple of its scale; at most 127.
     """
     return (128 + np.clip(127 - greatest, 0, 8)).astype(np.uint8)
 

@@ -21,13 +21,13 @@ _SHRINKS = np.linspace(1.0, 0.70, 13, dtype=np.float32)
 def round_to_nearest(rows: np.ndarray, fmt: Format) -> Quantized:
     """Round each value to the nearest level of a grid that reaches its block's extremes.
 
-    * 8 bits symmetric: the scale is the greatest magnitude / 127. A GGUF Q8_0 tensor comes out
-      exactly as it went in, scale and integers.
+    * 8 bits symmetric: the scale is the largest magnitude / 127. A GGUF Q8_0 tensor keeps its
+      scales and integers exactly.
     * 8 bits in two planes: the same values; the scale is negative where that gives the high plane
       its middle as the zero point, or brings it nearer.
-    * 2 and 4 bits symmetric: the scale takes the value of greatest magnitude to the lowest level,
-      as GGUF's Q4_0 does; it may be negative.
-    * asymmetric: from the least to the greatest value, 0 included, with 0 exact.
+    * 2 and 4 bits symmetric: the scale maps the value of largest magnitude to the lowest level, as
+      in GGUF's Q4_0; it may be negative.
+    * asymmetric: from the smallest to the largest value, including 0, with 0 exact.
 
     Args:
         rows: float32 `[outputs, inputs]`.

@@ -1,6 +1,6 @@
 """Computes the names, shapes and dtypes of each graph's inputs and outputs from the configuration.
 
-Three graphs stand over the same weights:
+Three graphs share the same weights:
 
 * `model.onnx`, the interchange graph, keeps the names that onnxruntime-genai, Optimum and
   transformers.js read. Its past grows by concatenation and it returns logits for all positions.
@@ -111,8 +111,8 @@ def engine_contract(
 ) -> GraphSpec:
     """The contract of `engine.onnx`.
 
-    `seqlens_k` is the number of tokens each row will have after the call, less 1, as
-    `GroupQueryAttention` counts; `logit_positions` picks positions within the call.
+    `seqlens_k` is the number of tokens of each row after the call, minus 1, as in
+    `GroupQueryAttention`. `logit_positions` selects positions within the call.
 
     Args:
         config: the model's.

@@ -32,7 +32,7 @@ _MICROSOFT = "com.microsoft"
 _INT8_ACTIVATIONS = 4
 _LOW_PLANE_STEPS = 16  # of the low plane in one of the high
 _PER_CHANNEL = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
-_GROUP = 64  # logits whose maximum stands for them while candidates are sought
+_GROUP = 64  # size of a group of logits; the search for candidates compares group maxima
 _MOST_PACKED = 24 << 20  # bytes of the head that the candidates graph has packed at once
 
 
@@ -275,7 +275,7 @@ class _FusedGraph(NamedNodes):
         return self._head_product(hidden, "logits.uncapped", fmt)
 
     def _proposals(self, hidden: ir.Value) -> ir.Value:
-        """The logits from the high plane of the head alone."""
+        """Returns the logits from only the high plane of the head."""
         steps = self.constant("low_plane_steps", np.array(_LOW_PLANE_STEPS, np.float32))
         scaled = self.op("Mul", [hidden, steps], "hidden.scaled")
         fmt = self.plan[self.head].high_plane
@@ -340,10 +340,11 @@ class _FusedGraph(NamedNodes):
         return ids, self._cap(logits, "candidate_logits")
 
     def _greatest(self, logits: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """The greatest logits and their ids, `(batch, num_logits, k)` each, in no order.
+        """Returns the largest logits and their ids, `(batch, num_logits, k)` each, unordered.
 
-        The k greatest lie in the k groups of greatest maxima, so that most of the vocabulary is
-        only read once, for its maxima: an eighth of the time of `TopK` over all of it.
+        The k largest logits are in the k groups with the largest maxima. So most of the vocabulary
+        is read only once, for the maxima. This takes an eighth of the time of `TopK` over all
+        logits.
         """
         size, k = self.config.vocabulary_size, num_candidates(self.config)
         count = self.constant("num_candidates", np.array([k], np.int64))
@@ -486,7 +487,7 @@ class _FusedGraph(NamedNodes):
     def _head_norm(self, name: str, x: ir.Value, factors: ir.Value, head_dim: int) -> ir.Value:
         """The norm of each head by itself: `(batch, length, heads * head_dim)` in and out.
 
-        The factors are those of one head, or of each.
+        The factors are for one head, or for each head.
         """
         split = self.constant(f"shape.heads.{head_dim}", np.array([0, 0, -1, head_dim], np.int64))
         merge = self.constant("shape.merged", np.array([0, 0, -1], np.int64))

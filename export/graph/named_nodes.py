@@ -85,7 +85,7 @@ class NamedNodes:
         return self.op("Cast", [x], out, to=int(ir.DataType.FLOAT))
 
     def rename(self, x: ir.Value, name: str) -> ir.Value:
-        """Give a node's output the name that the contract asks for."""
+        """Give a node's output the name that the contract requires."""
         x.name = name
         return x
 

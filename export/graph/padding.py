@@ -38,7 +38,7 @@ class Unpadded:
 
     Attributes:
         ids: int64 `(batch, sequence_length)`, of each row the real tokens first, in their order.
-        places: where each token of the call stands in them, int64 of the same shape.
+        places: the index of each token of the call in `ids`, int64 of the same shape.
         past: real tokens before this call, int64 `(batch,)`: the first new token's position.
         length: tokens of the call, int64 `(1,)`.
     """
@@ -57,7 +57,7 @@ def without_padding(op: AddNode, constant: AddConstant, ids: ir.Value, mask: ir.
         constant: adds a constant.
         ids: int64 `(batch, sequence_length)`.
         mask: 1 for a real token, else 0, int64 `(batch, total_sequence_length)`; the last columns
-            are those of `ids`. What it says of a token it says in every later call.
+            are those of `ids`. A token has the same value in every later call.
     """
     axis, one = constant("axis_1", np.array([1], np.int64)), constant("one", np.array(1, np.int64))
     length = op("Shape", [ids], "padding.length", start=1, end=2)

@@ -1,8 +1,8 @@
 """Runs a graph chunk by chunk, so that a model of any size runs on a laptop.
 
-A chunk is a run of the graph's nodes with a bounded amount of weights. onnxruntime loads it, runs
-every input through it and lets it go; what later chunks read is carried over. So the weights are
-read once however many inputs there are, and only one chunk of them is in memory.
+A chunk is a sequence of the graph's nodes with a limited amount of weights. onnxruntime loads a
+chunk, runs all inputs through it and frees it; values for later chunks are kept. So the weights are
+read once for any number of inputs, and only one chunk of them is in memory.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def logits_in_chunks(
         folder: of the bundle.
         config: the model's.
         ids: of the text, `(batch, length)`.
-        positions: of each row, those whose logits are wanted.
+        positions: in each row, whose logits are needed.
         on_progress: called with (chunks done, all of them).
         chunk_bytes: as `cut_graph` takes it.
 
@@ -68,9 +68,10 @@ def run_in_chunks(
     """Run a graph on several inputs.
 
     Args:
-        path: of the ONNX model; its external weights stand in the same folder.
+        path: of the ONNX model; its external weights are in the same folder.
         inputs: for each run, every input of the graph by name.
-        picks: the values that are wanted, by name, and what is to be kept of each.
+        picks: the names of the values to return, each with a function that selects the part to
+            keep.
         on_progress: called with (chunks done, all of them).
         chunk_bytes: as `cut_graph` takes it.
 
@@ -111,7 +112,7 @@ class Chunk:
         nodes: in the graph's order.
         weights: the initializers they read.
         reads: names of inputs of the graph, or of values of earlier chunks.
-        gives: names of values that later chunks read, or that are wanted.
+        gives: names of values that later chunks read, or that are returned.
         kept: names of what later chunks read.
     """
 
@@ -125,12 +126,12 @@ class Chunk:
 def cut_graph(
     graph: onnx.GraphProto, wanted: Collection[str], chunk_bytes: int = CHUNK_BYTES
 ) -> Iterator[Chunk]:
-    """Cut what some values need of a graph into chunks.
+    """Split the part of a graph that some values need into chunks.
 
     Args:
         graph: its nodes in an order in which they can run.
-        wanted: the names of the values.
-        chunk_bytes: of weights, the most in one chunk, unless a single node has more.
+        wanted: the names of the values to compute.
+        chunk_bytes: maximum bytes of weights in one chunk, unless a single node has more.
     """
     weights = {tensor.name: tensor for tensor in graph.initializer}
     runs: list[list[onnx.NodeProto]] = []
@@ -162,7 +163,7 @@ def _needed(graph: onnx.GraphProto, wanted: Collection[str]) -> list[onnx.NodePr
 
 
 def weight_bytes(tensor: onnx.TensorProto) -> int:
-    """Bytes of an initializer, wherever they are."""
+    """Returns the size of an initializer in bytes, in the graph or in an external file."""
     placed = {entry.key: entry.value for entry in tensor.external_data}
     return int(placed["length"]) if placed else tensor.ByteSize()
 

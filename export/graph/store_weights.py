@@ -46,7 +46,7 @@ def store_weights(
             nearest.
 
     Raises:
-        ExportError: a weight does not fit float16 where the plan asks for it.
+        ExportError: a weight does not fit float16, but the plan requires it.
     """
     specs = weight_specs(config)
     total = sum(int(np.prod(spec.shape)) for spec in specs.values())
@@ -110,7 +110,7 @@ def _store_quantized(
     file: WeightsFile,
     rounded: Callable[[str, Format], Quantized | None],
 ) -> None:
-    """Store a matrix or a table, or matrices that lie one after another."""
+    """Store a matrix or a table, or fused matrices one after another."""
     label = joined_name([spec.name for spec in specs])
     num_rows = [rows_and_inputs(spec)[0] for spec in specs]
     for i, spec in enumerate(specs):

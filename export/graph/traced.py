@@ -242,7 +242,8 @@ class _TracedGraph:
 
 
 def _in_order(graph: ir.Graph) -> list[ir.Node]:
-    """Its nodes as its outputs need them: an order that depends on the graph's structure alone."""
+    """Returns its nodes in the order in which its outputs need them, which depends only on the
+    graph's structure."""
     order: dict[ir.Node, None] = {}
 
     def visit(value: ir.Value | None) -> None:

@@ -18,7 +18,7 @@ _SMALL = 64
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies in the weights file."""
+    """The place of a tensor in the weights file."""
 
     dtype: ir.DataType
     shape: tuple[int, ...]

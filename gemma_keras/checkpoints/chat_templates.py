@@ -147,7 +147,7 @@ def _turns_in(texts: Sequence[str | None], start: str, end: str) -> TurnTemplate
     )
     beginning = match["bos"] or ""
     for probe, text in zip(_PROBES, texts, strict=True):
-        # A template may refuse a system text, or leave it out.
+        # A template may reject a system text, or ignore it.
         silent = probe[0]["role"] == "system" and (text is None or text == talk)
         if not silent and not _same(turns.text(probe, beginning), text, turns):
             return None

@@ -18,7 +18,7 @@ CHUNK_BYTES = 64 << 20  # chunk of a table in memory at a time, in float32
 
 
 class WeightSource(Mapping[str, np.ndarray]):
-    """Canonical names to float32 arrays, each read from its file when it is asked for.
+    """Canonical names to float32 arrays, each read from its file on demand.
 
     Args:
         config: what the weights must fit.
@@ -26,7 +26,7 @@ class WeightSource(Mapping[str, np.ndarray]):
         file_shapes: name in the file to row-major shape, for all its tensors.
         read: reads one tensor of the file, by its name there, as float32.
         ignore: names in the file that are allowed to be left over.
-        stored_as: names a tensor's type of few bits, or `None`, by its name in the file.
+        stored_as: returns a tensor's quantized type or `None`, by its name in the file.
         read_rows: the same of some rows of a tensor, first and last; reads no others.
         grid: reads one tensor as integers with scales, by its name in the file, `None` where it
             has none; the file's last axis must be the inputs.
@@ -200,7 +200,7 @@ class Checkpoint:
 
     Attributes:
         config: its architecture.
-        weights: canonical name to float32 array, read when asked for.
+        weights: canonical name to float32 array, read on demand.
         tokenizer_model: the SentencePiece model, serialized; `None` if the checkpoint has none.
             Text does not produce its control pieces; see `special_pieces`.
         instruction_tuned: whether it was tuned to follow `turns`.
@@ -272,7 +272,7 @@ def check_range(array: np.ndarray, largest: float, name: str, stored_as: str) ->
 
     Args:
         array: float32.
-        largest: the greatest magnitude that `stored_as` holds.
+        largest: the largest magnitude of `stored_as`.
         name: of the weight.
         stored_as: the type, for people.
     """

@@ -9,8 +9,8 @@ from gemma_keras.errors import CheckpointError
 
 
 class TokenIds(NamedTuple):
-    """Ids of the tokens with a meaning; `stop` are those that end a text, first the one that the
-    tokenizer calls its end."""
+    """Ids of special tokens; `stop` are those that end a text, beginning with the tokenizer's
+    end-of-sequence token."""
 
     bos: int
     stop: tuple[int, ...]

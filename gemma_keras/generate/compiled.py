@@ -76,8 +76,8 @@ def recorded(model: keras.Model, function: Callable[..., Any]) -> Callable[..., 
 
     Args:
         model: whose variables it reads.
-        function: takes tensors, and does the same operations whatever their values are: no random
-            numbers, no branches.
+        function: takes tensors, and does the same operations for all values: no random numbers, no
+            branches.
     """
     if keras.config.backend() != "torch" or model.run_eagerly:
         return function

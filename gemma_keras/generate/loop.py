@@ -29,7 +29,7 @@ _NO_TOKEN = -1  # where the logits are not finite
 
 
 def bucket(length: int) -> int:
-    """The least length of at least `length` that functions are compiled for.
+    """Returns the smallest compiled length that is at least `length`.
 
     Longer by an eighth at most, or by 15.
     """
@@ -108,7 +108,7 @@ class GenerateFunction:
         end = token_ids.shape[1]
         if self._has_own_loop:
             found = self._whole(token_ids, np.arange(end) < lengths[:, None], stop_token_ids=stops)
-            # What it looked at is not seen, but whatever was not finite is so to the end.
+            # Its logits are not visible here, but values that are not finite stay so to the end.
             last = self._check(found)
             found = ops.convert_to_numpy(found)
             require_finite_logits(self._model, ops.convert_to_numpy(last) >= 0, lengths)
@@ -193,7 +193,7 @@ class GenerateFunction:
         # The maximum of values with a NaN is NaN; forbidden tokens have -inf.
         finite = ops.isfinite(ops.max(logits, axis=-1))
         if type(self._sampler) is keras_hub.samplers.GreedySampler:
-            scores = logits  # the greatest has the greatest probability, which is not needed
+            scores = logits  # the largest logit has the largest probability, which is not needed
         else:  # a sampler fails on NaN
             logits = ops.where(finite[:, None], logits, 0.0)
             scores = self._sampler.compute_probabilities(logits)
@@ -205,12 +205,12 @@ class GenerateFunction:
         return self._sample(self._logits(hidden))
 
     def _run_forward(self, cache, token, start):
-        """The cache, and the logits after ids `(batch,)` that stand at position `start`."""
+        """Returns the cache, and the logits after ids `(batch,)` at position `start`."""
         hidden, cache = self._model.backbone.call_with_cache(token[:, None], cache, start)
         return cache, self._logits(hidden)
 
     def _run_step(self, cache, token, start):
-        """The cache, and what follows ids `(batch,)` that stand at position `start`."""
+        """Returns the cache, and the next tokens after ids `(batch,)` at position `start`."""
         cache, logits = self._forward(cache, token, start)
         return cache, self._sample(logits)
 

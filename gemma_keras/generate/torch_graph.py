@@ -65,7 +65,7 @@ def drop_copies(recorded: fx.GraphModule) -> None:
 
 
 def fold_constants(recorded: fx.GraphModule) -> None:
-    """Compute once what depends on constants alone, and hold one of several that are equal."""
+    """Compute once what depends only on constants, and keep one of several equal ones."""
     graph, written = recorded.graph, _written(recorded.graph)
     values: dict[fx.Node, torch.Tensor] = {}
     holders: dict[Any, fx.Node] = {}
@@ -86,8 +86,8 @@ def fold_constants(recorded: fx.GraphModule) -> None:
 def join_views(recorded: fx.GraphModule) -> None:
     """Make one view of a view of a view, and none where a view has its tensor's own shape.
 
-    Two contiguous tensors over the same numbers have them in the same order, so whatever views
-    lie between them are one.
+    Two contiguous tensors over the same values have them in the same order, so all views between
+    them are equivalent to one.
     """
     graph = recorded.graph
     for node in _calls(graph):

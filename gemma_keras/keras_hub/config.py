@@ -13,7 +13,7 @@ from typing import Any
 from gemma_keras.config import GemmaConfig, LayerSpec, layer_kinds
 from gemma_keras.errors import ConfigError
 
-_EPSILON = 1e-6  # of the norms in KerasHub's blocks, whatever it is asked for
+_EPSILON = 1e-6  # of the norms in KerasHub's blocks, independent of the argument
 _LOCAL_THETA, _GLOBAL_THETA = 10_000.0, 1_000_000.0
 _GLOBAL_EVERY = {False: 2, True: 6}  # by whether it is a Gemma3Backbone
 
@@ -67,7 +67,7 @@ def _layer_spec(block: Any) -> LayerSpec:
             f"{block.name} of the KerasHub model has RoPE of type {rope.rope_type!r}; Gemma "
             "uses 'linear'"
         )
-    # The first is what was asked for, the second what attention does: see the top of this module.
+    # The first is the argument, the second what attention does: see the top of this module.
     by_head_dim = block.query_head_dim_normalize and attention.query_head_dim_normalize
     # A block of a Gemma 1 or 2 always halves, and has no such attribute.
     ffw_dim = block.intermediate_dim // getattr(block, "gate_dim_reduction", 2)

@@ -7,8 +7,8 @@ Supported are `GemmaBackbone` (Gemma 1 and 2) and `Gemma3Backbone`, alone or ins
 * the rotary bases are constants: 10 000, and 1 000 000 in the global layers of a Gemma 3; without a
   sliding window all layers are global;
 * Gemma 1 and 2 interleave the halves of rotated queries and keys alike, so scores are the same;
-* `layer_norm_epsilon` reaches the last norm alone, the blocks always have 1e-6. A `GemmaConfig`
-  has one epsilon: a model with two is refused;
+* `layer_norm_epsilon` only applies to the last norm; the blocks always have 1e-6. A `GemmaConfig`
+  has one epsilon: a model with two is rejected;
 * `query_head_dim_normalize=False`, the 27B sizes, is not passed on to attention either, so KerasHub
   scales their queries by `head_dim ** -0.5`. Here the configuration counts, not the layers. Gemma 2
   27B and Gemma 3 27B were trained with `(hidden_dim // num_query_heads) ** -0.5`, as in the
@@ -66,7 +66,7 @@ def read_keras_hub(
             have: 8,192, of a Gemma 3 32,768, or 131,072 if its positions are scaled.
 
     Returns:
-        Its weights are read from the model, LoRA merged, when they are asked for.
+        Its weights are read from the model on demand, with LoRA merged.
 
     Raises:
         ConfigError: it is not such a model, or a `GemmaConfig` cannot describe its computation.
@@ -135,7 +135,7 @@ def write_keras_hub(checkpoint: Checkpoint, dtype: Any = None) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Transform:
-    """How a weight lies in KerasHub, both ways.
+    """Converts a weight from and to KerasHub's layout.
 
     Attributes:
         read: KerasHub's array as the canonical one.
@@ -191,7 +191,7 @@ def _find(backbone: Any, name: str) -> tuple[Any, _Transform]:
 
 
 class _KerasHubWeights(Mapping[str, np.ndarray]):
-    """Canonical names to float32 arrays, each read from the live model when it is asked for."""
+    """Canonical names to float32 arrays, each read on demand from the model in memory."""
 
     def __init__(self, backbone: Any, config: GemmaConfig) -> None:
         self._backbone = backbone
@@ -324,7 +324,7 @@ def _make_preprocessor(tokenizer_model: bytes, gemma3: bool) -> Any:
     models = keras_hub.models
     try:
         if gemma3:
-            # The text part alone: KerasHub's pieces for images are not in every vocabulary.
+            # Only the text part, because KerasHub's image tokens are not in every vocabulary.
             tokenizer = models.Gemma3Tokenizer(proto=tokenizer_model, has_vision_tokens=False)
             return models.Gemma3CausalLMPreprocessor(tokenizer)
         return models.GemmaCausalLMPreprocessor(models.GemmaTokenizer(proto=tokenizer_model))

@@ -59,8 +59,9 @@ class GemmaBackbone(keras_hub.models.Backbone):
         weights = None
         if isinstance(kernel_initializer, FromWeights):
             weights, kernel_initializer = kernel_initializer.weights, "zeros"
-        # Keras makes large variables of several devices inside compiled functions, where no weight
-        # can be read: they begin as zeros, each device's part alone, and are filled.
+        # Keras creates large variables on several devices inside compiled functions, where no
+        # weight can be read. So they start as zeros, with each device allocating only its part, and
+        # are filled afterwards.
         fills = weights is not None and keras.distribution.distribution() is not None
         if isinstance(config, str):
             config = named_config(config)
@@ -252,7 +253,8 @@ class GemmaBackbone(keras_hub.models.Backbone):
             fill(variable, weight_chunks(weights, spec))
 
     def weight_source(self) -> Mapping[str, np.ndarray]:
-        """This model's weights by canonical name, read as float32 when asked for, LoRA merged.
+        """Returns this model's weights by canonical name, read as float32 on demand, with LoRA
+        merged.
 
         Reading a weight that is not finite, for example after a NaN loss, raises `CheckpointError`.
         Weights that `quantize` has made integers are dequantized. The mapping is also a

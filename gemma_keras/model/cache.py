@@ -78,12 +78,12 @@ def place(array, lengths, sliding_window: int | None, capacity: int):
 
     Args:
         array: `(batch, kv_heads, length, head_dim)`, of prompts that begin at position 0.
-        lengths: how many tokens each prompt has, int `(batch,)`; what is behind is padding.
+        lengths: number of tokens of each prompt, int `(batch,)`; the rest is padding.
         sliding_window: of the layer.
         capacity: tokens that the text may come to, at least `length`.
 
     Returns:
-        `(batch, kv_heads, total, head_dim)`, `total` being the least that `sliding_window` and
+        `(batch, kv_heads, total, head_dim)`, with the smallest `total` that `sliding_window` and
         `capacity` allow.
     """
     total, length = min(sliding_window or capacity, capacity), array.shape[2]

@@ -73,7 +73,7 @@ def fill(variable: keras.Variable, chunks: Iterator[Chunk]) -> None:
     """Give a variable other values, in place where the backend can.
 
     Args:
-        variable: of one or more axes; with JAX it may lie on several devices.
+        variable: of one or more axes; with JAX it may be on several devices.
         chunks: they cover it.
     """
     backend = keras.config.backend()
@@ -97,7 +97,7 @@ def _jax_made(shape, dtype: str, chunks: Iterator[Chunk]):
 
 
 def _jax_sharded(variable: keras.Variable, chunks: Iterator[Chunk]):
-    """An array that lies as a variable does; each device of this host is given its part alone."""
+    """Makes an array with a variable's sharding; each device of this host gets only its part."""
     import jax
 
     shape, sharding = tuple(variable.shape), variable.value.sharding

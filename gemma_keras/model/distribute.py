@@ -55,7 +55,7 @@ def layout_map(
     shard_parameters_over_data: bool = False,
     config: GemmaConfig | None = None,
 ) -> keras.distribution.LayoutMap:
-    """How the variables of a `GemmaBackbone` lie on a mesh.
+    """Returns the layout of a `GemmaBackbone`'s variables on a mesh.
 
     Queries, keys, values, gate and up are split by columns over `model_dim`. The attention's output
     and down are split by rows, tables by tokens, and LoRA's two matrices like their kernel. Norms,
@@ -164,7 +164,7 @@ class _DataParallel(keras.distribution.DataParallel):
 
 
 class _ModelParallel(keras.distribution.ModelParallel):
-    """Says in a sentence which variable cannot be split, and leaves activations alone outside of
+    """Its error names the variable that cannot be split. It does not split activations outside of
     compiled functions, where they cannot be split unevenly."""
 
     def get_data_layout(self, data_shape):

@@ -51,7 +51,7 @@ class Float32Stream(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable(package="gemma_keras")
 class RMSNorm(Float32Stream):
-    """`x / rms(x) * (1 + scale)`, computed in float32 whatever the dtype of `x`.
+    """`x / rms(x) * (1 + scale)`, always computed in float32.
 
     Root mean square layer normalization (Zhang and Sennrich, 2019, arXiv:1910.07467), with
     Gemma's scale, which is stored less 1.
@@ -399,10 +399,10 @@ class GemmaDecoderBlock(Float32Stream):
         super().build(input_shape)
 
     def call(self, x, padding_mask=None, cache=None, start=0, return_cache=False):
-        """As `GemmaAttention.call`, for the whole block; without a cache returns `x` alone, unless
-        `return_cache`."""
+        """Like `GemmaAttention.call`, for the whole block; without a cache it returns only `x`,
+        unless `return_cache`."""
         if self.gradient_checkpointing and cache is None and not return_cache:
-            # A function of `x` alone: TensorFlow's takes no keywords, and no `None`.
+            # A function of only `x`, because TensorFlow's takes no keywords and no `None`.
             return keras.remat(lambda x: self._run(x, padding_mask, None, start)[0])(x)
         x, new_cache = self._run(x, padding_mask, cache, start)
         return (x, new_cache) if return_cache or cache is not None else x

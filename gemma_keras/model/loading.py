@@ -93,8 +93,8 @@ def initialized_from(
             weights have the same place, the layer adds them in this order.
 
     Raises:
-        CheckpointError: a weight is missing, of another shape, not finite, or no variable has been
-            made of it.
+        CheckpointError: a weight is missing, has another shape, is not finite, or no variable was
+            made from it.
     """
     initializers: dict[tuple[int, str], _Initializer] = {}
     before = []

@@ -55,7 +55,7 @@ class QuantizedWeight:
     correction: np.ndarray | None = None
 
     def values(self) -> np.ndarray:
-        """The numbers that it stands for, float32 `[rows, inputs]`."""
+        """Returns the dequantized values, float32 `[rows, inputs]`."""
         values = self.levels.astype(np.float32)
         values -= self.zero_points[:, self.groups]
         values *= self.scales[:, self.groups]

@@ -18,7 +18,7 @@ Filters = str | Sequence[str] | Callable[[keras.layers.Layer], bool] | None
 
 
 class Quantizes(_Task):
-    """A task whose `quantize` asks the layers of the model alone, and only those that can."""
+    """A task whose `quantize` quantizes only the model's layers that support it."""
 
     def quantize(self, mode=None, config=None, filters: Filters = None, **kwargs) -> None:
         """Like Keras's `Model.quantize`, also for a model that has not been run.
@@ -34,7 +34,8 @@ class Quantizes(_Task):
             **kwargs: those of Keras's.
 
         Raises:
-            ValueError: the mode is int8 and the model computes in float16, which Keras refuses.
+            ValueError: the mode is int8 and the model computes in float16, which Keras does not
+                support.
 
         Warns:
             UserWarning: the token embedding is not quantized, and no filters say so.

@@ -126,7 +126,7 @@ def _restore_layer_states(model: keras.Model, states: list[list[Any]]) -> None:
 class WarnsOfLoss(keras.callbacks.Callback):
     """Warns once if the training loss is not finite, because the model then no longer learns.
 
-    Training goes on, as Keras has it; `keras.callbacks.TerminateOnNaN` ends it.
+    Training continues, as in Keras; `keras.callbacks.TerminateOnNaN` ends it.
     """
 
     async_safe = True  # as Keras calls what need not be waited for

@@ -49,7 +49,7 @@ class PeftAdapter:
     """A LoRA on disk.
 
     Attributes:
-        folder: where it lies.
+        folder: of the adapter.
         config: the content of `adapter_config.json`, checked.
         tensors: its tensors by their names in the file.
     """
@@ -173,7 +173,7 @@ def _think_of_the_tied_head(adapter: PeftAdapter, changes: dict[str, tuple[Chang
 
 
 def _plain(module: str) -> str:
-    """A module's name as a model of text alone has it."""
+    """Returns a module's name in a text-only model."""
     if module in ("lm_head", "language_model.lm_head"):
         return "lm_head"
     prefix = next(prefix for prefix in _TEXT_PREFIXES if module.startswith(prefix))

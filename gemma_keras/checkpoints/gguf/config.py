@@ -98,7 +98,7 @@ def config_from_gguf(metadata: Mapping[str, Any], *, tied_head: bool) -> GemmaCo
     if window is None:
         kinds = ["full_attention"] * num_layers
     theta = _decimal(take("rope.freq_base", 1_000_000.0 if kind == "gemma3" else 10_000.0))
-    # The local layers of Gemma 3 rotate with 10 000, unscaled, whatever the global ones do.
+    # The local layers of Gemma 3 always use the base 10 000, unscaled.
     local_theta = _decimal(take("rope.freq_base_swa", 10_000.0 if kind == "gemma3" else theta))
     scale = _rope_scale(rest)
     attention_cap = take("attn_logit_softcapping", 50.0 if kind == "gemma2" else 0)
@@ -286,5 +286,5 @@ def _decimal(value: Any) -> Any:
     values unchanged."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return value
-    with np.errstate(over="ignore"):  # infinity is refused where it is used
+    with np.errstate(over="ignore"):  # infinity raises an error where it is used
         return float(str(np.float32(value)))

@@ -46,7 +46,7 @@ _DEQUANTIZE_BYTES = 256 << 10  # a chunk and its float32 values fit into the pro
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: row-major shape, ggml type, first byte and length in the file."""
+    """The place of one tensor: row-major shape, ggml type, first byte and length in the file."""
 
     shape: tuple[int, ...]
     type: gguf.GGMLQuantizationType
@@ -270,7 +270,8 @@ class _Header:
         raise CheckpointError(f"{self._path} is corrupt: it has a value of unknown type {kind}")
 
     def _check_count(self, count: int, least_bytes: int) -> None:
-        """Refuse a count that the rest of the file cannot hold, before looping over it."""
+        """Raise an error for a count that the rest of the file cannot hold, before looping over
+        it."""
         if count * least_bytes > len(self._data) - self.position:
             raise CheckpointError(
                 f"{self._path} is truncated or corrupt: it declares {count:,} entries in "

@@ -133,7 +133,8 @@ def _text(file: GGUFParts, key: str, default: str) -> str:
 
 
 def _base_model(file: GGUFParts) -> dict[str, str]:
-    """The repository on the Hugging Face Hub that the file says it was made from, if it is one."""
+    """Returns the repository on the Hugging Face Hub that the file names as its base model, if it
+    is valid."""
     count = file.metadata.get("general.base_model.count", 0)
     keys = ["general.source.repo_url", "general.source.url"]
     keys += ["general.base_model.0.repo_url"] * (

@@ -46,7 +46,7 @@ _TYPES = {
     "f32": _TensorType(Type.F32, gguf.LlamaFileType.ALL_F32, _FLOAT32_MAX),
     "f16": _TensorType(Type.F16, gguf.LlamaFileType.MOSTLY_F16, _FLOAT16_MAX),
     "bf16": _TensorType(Type.BF16, gguf.LlamaFileType.MOSTLY_BF16, float.fromhex("0x1.fep127")),
-    # a block's scale is float16, its greatest number 127 times that
+    # a block's scale is float16, its largest value 127 times that
     "q8_0": _TensorType(Type.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0, 127 * _FLOAT16_MAX),
 }
 _ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT

@@ -201,7 +201,7 @@ def _text_part(data: Mapping[str, Any]) -> dict[str, Any]:
 def config_to_hf(config: GemmaConfig) -> dict[str, Any]:
     """The content of a Hugging Face `config.json` that `config_from_hf` reads as a configuration.
 
-    The keys are those of the published files, which transformers 4 and 5 both read.
+    It uses the keys of the published files, which transformers 4 and 5 both read.
 
     Raises:
         ConfigError: no Hugging Face model type can describe it, for example if layers differ in

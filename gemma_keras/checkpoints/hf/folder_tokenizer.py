@@ -1,8 +1,8 @@
 """Reads the tokenizer of a Hugging Face folder from all files that describe it.
 
-The pieces are `tokenizer.model`, or `tokenizer.json` where that is missing or says otherwise, since
-transformers reads that file first. Tokens added later stand in `tokenizer.json`,
-`tokenizer_config.json` or `added_tokens.json`, ids that end a text in `generation_config.json`,
+The vocabulary is in `tokenizer.model`. If that is missing or contradicts `tokenizer.json`, the
+latter is used, because transformers reads it first. Added tokens are in `tokenizer.json`,
+`tokenizer_config.json` or `added_tokens.json`. Ids that end a text are in `generation_config.json`,
 `config.json` and `tokenizer_config.json`.
 """
 
@@ -30,7 +30,7 @@ from gemma_keras.errors import CheckpointError
 
 _MODEL, _JSON, _CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 _ADDED, _SPECIAL = "added_tokens.json", "special_tokens_map.json"
-# Files of tokenizers that are not Gemma's, to what they are.
+# Files of unsupported tokenizers, and their kinds.
 _FOREIGN = {
     "vocab.txt": "a WordPiece tokenizer",
     "vocab.json": "a byte-level BPE tokenizer",

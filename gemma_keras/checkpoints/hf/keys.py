@@ -65,7 +65,7 @@ _INERT: dict[str, str] = {
     """,
 }
 
-# Keys that other architectures have, and the values by which they mean what Gemma does; `null` is
+# Keys of other architectures, and the values with which they have no effect on a Gemma; `null` is
 # always one of them.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
@@ -101,7 +101,7 @@ _FAMILIES = re.compile(
 
 
 def is_inert(key: str) -> bool:
-    """Whether a key cannot change what the model computes, whatever its value is."""
+    """Whether a key cannot change the computation with any value."""
     return key in _NAMES or _FAMILIES.match(key) is not None
 
 
@@ -109,8 +109,8 @@ def telling_keys(data: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the keys of a `config.json` that may affect the forward pass.
 
     Raises:
-        ConfigError: a key that another architecture has asks for what Gemma does not do, or the
-            file is of a classifier.
+        ConfigError: a key of another architecture turns on an unsupported feature, or the file
+            describes a classifier.
     """
     names = data.get("architectures")
     for name in names if isinstance(names, list) else ():

@@ -206,8 +206,8 @@ def _without_adapter(
 def _with_its_head(config: GemmaConfig, stored: dict[str, StoredTensor]) -> GemmaConfig:
     """The configuration whose head is the file's, as transformers 5 ties what it loads.
 
-    Where the configuration ties head and embedding, the file may hold either, or both: two that
-    differ are two tables, whatever the configuration says.
+    If the configuration ties head and embedding, the file may hold either, or both. If both differ,
+    they are two tables, even if the configuration ties them.
     """
     table, head = (stored.get(name) for name in (_TABLE, _HEAD))
     if not config.tied_head or head is None:
@@ -244,7 +244,7 @@ def check_types(stored: Iterable[StoredTensor]) -> None:
 
 
 def _plain_names(stored: Collection[str]) -> dict[str, str]:
-    """Names as a model of text alone has them, each to the name in the file.
+    """Returns the names in a text-only model, each with the name in the file.
 
     Raises:
         CheckpointError: two names in the file come to the same.

@@ -57,7 +57,7 @@ _DTYPES = {
 }
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-# What a checkpoint's folder has beside its weights: by this writer, and by transformers.
+# The files of a checkpoint's folder besides its weights, from this writer and from transformers.
 _SMALL_FILES = {
     CONFIG_FILE,
     GENERATION_FILE,
@@ -82,7 +82,7 @@ def write_safetensors_folder(
 ) -> None:
     """Write a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads.
 
-    Without a tokenizer it holds the model alone.
+    Without a tokenizer the folder holds only the model.
 
     Args:
         checkpoint: to write; one matrix, or a chunk of a table, is in memory at a time.

@@ -36,9 +36,9 @@ class Classified:
 
     Attributes:
         source: as it was given.
-        kind: what it is.
+        kind: its kind.
         path: local path, downloaded if necessary; `None` for a source without a path.
-        adapter: what `Kind.ADAPTER` is, opened.
+        adapter: the opened adapter, if the kind is `Kind.ADAPTER`.
     """
 
     source: Source

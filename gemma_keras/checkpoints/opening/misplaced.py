@@ -87,7 +87,7 @@ def _explain_bundle(folder: Path) -> str:
 
 
 def _explain_inner(folder: Path, what: str, pattern: str) -> str | None:
-    """Name the newest of the checkpoints that lie in a folder: by number, else by time."""
+    """Name the newest checkpoint in a folder of checkpoints: by number, else by time."""
     inner = []
     for number, path in enumerate(folder.glob(pattern)):
         if number > _MOST_LISTED:
