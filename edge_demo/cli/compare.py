@@ -20,7 +20,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     options.add_bundle(parser)
     options.add_engine(parser)
-    parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text")
+    parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text file")
     options.add_windows(parser)
 
 

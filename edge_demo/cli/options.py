@@ -139,9 +139,8 @@ def add_sampling(parser: argparse.ArgumentParser, defaults: Sampling) -> None:
         "number of last tokens that are penalized; -1 means all, 0 means none",
     )
     guesses = parser.add_argument_group(
-        "guesses",
-        "speculative decoding: guess tokens and verify them in one step; the output "
-        "distribution stays the same",
+        "speculative decoding",
+        "guess tokens and verify them in one step; the output distribution stays the same",
     ).add_mutually_exclusive_group()
     guesses.add_argument(
         "--lookup",

@@ -23,7 +23,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_bundle(parser)
     options.add_engine(parser)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--text", metavar="FILE", help="UTF-8 text")
+    what.add_argument("--text", metavar="FILE", help="UTF-8 text file")
     what.add_argument(
         "--hellaswag",
         metavar="FILE",
