@@ -1,4 +1,5 @@
-"""Run a Gemma bundle on a small device: onnxruntime, numpy and sentencepiece, no Keras."""
+"""Runs a Gemma bundle on a small device with onnxruntime, numpy and sentencepiece, without
+Keras."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from edge_demo.text.generator import Generator
     from edge_demo.text.sampling import Sampler
 
-telemetry.turn_off()  # whatever of this package imports onnxruntime does so later
+telemetry.turn_off()  # must happen before any module of this package imports onnxruntime
 
 __all__ = ["Bundle", "Engine", "Generator", "Sampler"]
 

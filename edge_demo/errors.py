@@ -1,4 +1,4 @@
-"""What can go wrong on the device, as one sentence each."""
+"""The errors of `edge_demo`; each message says what is wrong and what to do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ INTERRUPTED = 130  # the exit status after Ctrl-C, as shells have it
 
 
 def brief(value: object, most: int = _LONGEST_VALUE) -> str:
-    """A value that somebody gave, on one line and cut in its middle, to be part of a message."""
+    """Shortens a value for a message: one line, with the middle left out if it is long."""
     text = " ".join(line.strip() for line in str(value).splitlines())
     if len(text) <= most:
         return text
@@ -19,7 +19,7 @@ def brief(value: object, most: int = _LONGEST_VALUE) -> str:
 
 
 def sentence(error: object) -> str:
-    """What an error says, without the number that Python gives the system's errors."""
+    """Returns an error's message without the errno that Python puts before it."""
     if not isinstance(error, OSError) or error.strerror is None:
         return str(error)
     if isinstance(error.filename, str | bytes):
@@ -28,11 +28,11 @@ def sentence(error: object) -> str:
 
 
 class EdgeError(Exception):
-    """Something failed for a reason worth one sentence; commands end with exit status 1.
+    """Something failed; commands end with exit status 1.
 
     Args:
-        message: the sentence; line breaks in it, which other libraries make, become spaces. What is
-            too long for people is cut in its middle.
+        message: the sentence; line breaks, which other libraries make, become spaces. The middle of
+            a very long message is left out.
     """
 
     def __init__(self, message: str) -> None:
@@ -40,7 +40,7 @@ class EdgeError(Exception):
 
 
 class NotFiniteError(EdgeError):
-    """A model's logits are no finite numbers, so nothing can be chosen or measured by them.
+    """A model's logits are not finite, so sampling and measuring are impossible.
 
     Args:
         whose: they are, such as `the draft`.
@@ -54,7 +54,7 @@ class NotFiniteError(EdgeError):
 
 
 class RequestError(EdgeError):
-    """The request itself cannot be served as it was made; commands end with exit status 2."""
+    """The request is not valid; commands end with exit status 2."""
 
 
 class BundleError(RequestError):

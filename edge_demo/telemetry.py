@@ -1,8 +1,8 @@
-"""onnxruntime collects and sends nothing, unless whoever runs it says otherwise.
+"""Turns off onnxruntime's telemetry, unless the user has set its environment variable.
 
-From 1.29 on its builds for Linux, macOS and Windows keep a lasting device id and a database of
-events in the user's cache, and send them to Microsoft. It reads `ORT_DISABLE_TELEMETRY` once, when
-it is imported (its Privacy.md, "Disabling Telemetry"; onnxruntime-genai does so too).
+Since 1.29, its builds for Linux, macOS and Windows store a permanent device id and events in the
+user's cache. They send these to Microsoft. It reads `ORT_DISABLE_TELEMETRY` once, when it is
+imported (its Privacy.md, "Disabling Telemetry"; onnxruntime-genai does so too).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ VARIABLE = "ORT_DISABLE_TELEMETRY"
 
 
 def turn_off() -> None:
-    """Before onnxruntime is imported; a variable that is set, to whatever, stays as it is.
+    """Call this before onnxruntime is imported. A variable that is already set is not changed.
 
-    Where it is imported already, it has told that it was; what it would tell later is turned off.
+    If onnxruntime is already imported, it has sent an event; later events are turned off.
     """
     if VARIABLE in os.environ:
         return

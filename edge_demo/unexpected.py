@@ -1,4 +1,4 @@
-"""What a command says of an error that nobody expected: one sentence, which can be reported."""
+"""Formats an unexpected error as one sentence that the user can report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
-PACKAGES = ("onnxruntime", "numpy", "sentencepiece")  # what a device has
+PACKAGES = ("onnxruntime", "numpy", "sentencepiece")  # the packages of a device
 _MOST = 200  # characters of the error's own message
 _PROJECT = ("edge_demo", "export", "gemma_keras")
 

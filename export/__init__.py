@@ -1,4 +1,4 @@
-"""From a Gemma checkpoint or a Keras model to a bundle of ONNX graphs."""
+"""Exports a Gemma checkpoint or a Keras model as a bundle of ONNX graphs."""
 
 from __future__ import annotations
 

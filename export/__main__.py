@@ -1,4 +1,4 @@
-"""`python -m export`: the command `export-onnx`."""
+"""Runs the command `export-onnx` as `python -m export`."""
 
 import sys
 

@@ -187,8 +187,9 @@ def round_within(
     if final.quality.mean_kl > budget:
         nearest = final.quality.mean_kl
         raise ExportRequestError(
-            f"a mean KL of {budget:g} cannot be met: 8 bits everywhere lose {nearest:.2g}; ask for "
-            f"--kl-budget {nearest * 1.1:.2g} or more, or use --recipe int8 or fp16"
+            f"a mean KL of {budget:g} cannot be met: even with 8 bits everywhere the loss "
+            f"is {nearest:.2g}; ask for --kl-budget {nearest * 1.1:.2g} or more, or use "
+            "--recipe int8 or fp16"
         )
     summary = dict(rounding.summary) | {
         "kl_budget": budget,

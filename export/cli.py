@@ -64,7 +64,7 @@ def _what_was_kept(arguments: argparse.Namespace | None) -> str:
         from export.calibrate.workspace import kept_work
 
         if kept_work(Path(os.path.realpath(arguments.out))):
-            return "the same command goes on where it stopped"
+            return "run the same command again to continue"
     return "nothing was kept"
 
 
@@ -75,7 +75,7 @@ def _as_interrupt(signum: int, frame: Any) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="export-onnx",
-        description="Turn a Gemma checkpoint into a bundle that edge-demo runs.",
+        description="Export a Gemma checkpoint as a bundle that edge-demo runs.",
     )
     parser.add_argument(
         "source",
@@ -87,47 +87,50 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--base",
         metavar="SOURCE",
-        help="the model that an adapter is for (default: what its folder holds or names)",
+        help="the base model of an adapter (default: the model in its folder, or the one that "
+        "it names)",
     )
     parser.add_argument(
         "--instruction-tuned",
         action=argparse.BooleanOptionalAction,
-        help="whether it follows a turn template (default: what its chat template says)",
+        help="whether the model follows a turn template (default: as its chat template says)",
     )
     parser.add_argument(
         "--recipe",
         default="int8",
-        help="int4, int8, fp16 or fp32: how weights are stored (default: int8)",
+        help="weight format: int4, int8, fp16 or fp32 (default: int8)",
     )
     parser.add_argument(
         "--kl-budget",
         type=float,
         metavar="X",
-        help="for int4: how much the bundle may lose, as the mean KL divergence from the float "
-        "model in nats; matrices get 8 bits until it does not (default: 0.045)",
+        help="for int4: maximum mean KL divergence from the float model, in nats; matrices get "
+        "8 bits until it is met (default: 0.045)",
     )
     parser.add_argument(
         "--calibration",
         metavar="FILE",
-        help="a text like those the model is for; 'self' for text that it writes itself, 'text' "
-        "for a page of ours, 'none' for no calibration (default: self for int4, text for int8)",
+        help="a text file typical of the model's use; 'self' for text that the model generates, "
+        "'text' for a page in this package, 'none' for no calibration (default: self for "
+        "int4, text for int8)",
     )
     parser.add_argument(
         "--plan",
         metavar="FILE",
-        help="JSON, weight name to format, as in bundle.json: in place of the recipe's formats",
+        help="JSON file that maps weight names to formats, as in bundle.json; it overrides the "
+        "recipe's formats",
     )
     parser.add_argument(
         "--lowering",
         default="fused",
-        help="fused: onnxruntime's own operators; traced: standard operators only (default: fused)",
+        help="fused: onnxruntime's operators; traced: only standard operators (default: fused)",
     )
     parser.add_argument(
         "--kv-cache-dtype",
         default="float32",
         metavar="DTYPE",
-        help="float32 or int8: how edge-demo keeps keys and values of layers that see the whole "
-        "text (default: float32)",
+        help="float32 or int8: type of the key-value cache of global layers in edge-demo "
+        "(default: float32)",
     )
     parser.add_argument(
         "--max-context",
@@ -135,9 +138,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="longest sequence, in tokens (default: the model's)",
     )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace a bundle that stands there"
-    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing bundle")
     parser.add_argument(
         "--no-verify",
         dest="verify",
@@ -147,10 +148,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--report",
         metavar="FILE",
-        help="a text to measure the bundle on, against the float model, for its model card: "
-        "perplexity, KL divergence and same top token over up to 24 windows of 512 tokens",
+        help="a text file on which the bundle is compared with the float model, for its model "
+        "card. Perplexity, KL divergence and same top token are measured over up to 24 "
+        "windows of 512 tokens",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object, for programs")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -202,9 +204,10 @@ def _print_result(result, as_json: bool) -> None:
     if held_out:
         raised = result.rounding["raised_to_8_bits"]
         print(
-            f"mean KL {held_out['mean_kl']:.2g} nats of {result.rounding['kl_budget']:g} allowed, "
-            f"same top token {held_out['same_top_token']:.1%}, on held-out {held_out['text']}; "
-            f"{len(raised)} of {len(result.rounding['losses'])} groups of matrices got 8 bits"
+            f"mean KL {held_out['mean_kl']:.2g} nats of {result.rounding['kl_budget']:g} "
+            f"allowed, same top token {held_out['same_top_token']:.1%}, on held-out "
+            f"{held_out['text']}; {len(raised)} of {len(result.rounding['losses'])} groups "
+            "of matrices got 8 bits"
         )
     if quality:
         print(

@@ -1,4 +1,4 @@
-"""Why an export did not happen, as one sentence each."""
+"""The errors of `export`; each message says what is wrong and what to do."""
 
 
 class ExportError(Exception):
@@ -6,4 +6,4 @@ class ExportError(Exception):
 
 
 class ExportRequestError(ExportError):
-    """The export was asked for in a way that cannot be met; exit status 2."""
+    """The request is not valid; the command ends with exit status 2."""

@@ -62,7 +62,7 @@ class ExportOptions:
     def __post_init__(self) -> None:
         if self.lowering not in LOWERINGS:
             raise ExportRequestError(
-                f"no lowering is called {self.lowering!r}; choose one of {', '.join(LOWERINGS)}"
+                f"there is no lowering {self.lowering!r}; choose one of {', '.join(LOWERINGS)}"
             )
         self._check_kv_cache_dtype()
         self._check_kl_budget()
@@ -93,8 +93,7 @@ class ExportOptions:
             return
         if self.plan is not None:
             raise ExportRequestError(
-                "a KL budget chooses between 4 and 8 bits, so it goes with --recipe int4 and "
-                "without a plan"
+                "a KL budget chooses between 4 and 8 bits, so it needs --recipe int4 and no plan"
             )
         if not 0 < budget < math.inf:
             raise ExportRequestError(f"the KL budget must be a positive number, not {budget}")

@@ -159,8 +159,8 @@ def export_onnx(
         # Whatever went wrong, what was worked out until then is of use to the next run.
         if kept_work(out):
             error.add_note(
-                f"what was worked out is kept in {workspace}, and the next export to {out} goes on "
-                "from there; remove that folder to begin anew"
+                f"intermediate results are kept in {workspace}, and the next export to "
+                f"{out} continues from them; remove that folder to start again"
             )
         raise
     shutil.rmtree(workspace, ignore_errors=True)
@@ -203,7 +203,9 @@ def _open(source, base: str | os.PathLike[str] | None) -> Checkpoint:
             start_keras()
         return open_checkpoint(source, base=base)
     if base is not None:
-        raise ExportRequestError("a base goes with an adapter's folder or file, not with a model")
+        raise ExportRequestError(
+            "base is only valid with an adapter's folder or file, not with a model"
+        )
     if hasattr(source, "as_checkpoint"):
         return source.as_checkpoint()
     from gemma_keras.keras_hub.convert import read_keras_hub
@@ -218,8 +220,7 @@ def _budget(options: ExportOptions, recipe: str) -> float | None:
         return own if options.plan is None else None
     if own is None:
         raise ExportRequestError(
-            "a KL budget chooses between 4 and 8 bits, so it goes with --recipe int4 and without "
-            "a plan"
+            "a KL budget chooses between 4 and 8 bits, so it needs --recipe int4 and no plan"
         )
     return options.kl_budget
 
@@ -230,7 +231,9 @@ def _calibration(options: ExportOptions, recipe: Recipe, formats: Plan) -> Calib
     if asked is None:
         return recipe.calibration
     if asked != NoCalibration() and not any(fmt.quantized for fmt in formats.values()):
-        raise ExportRequestError("floats are not calibrated: leave --calibration, or use int4")
+        raise ExportRequestError(
+            "float recipes are not calibrated: remove --calibration, or use int4"
+        )
     return asked
 
 
@@ -239,8 +242,8 @@ def _check_context(max_context: int | None, config: GemmaConfig) -> int:
         return config.context_length
     if not 1 <= max_context <= config.context_length:
         raise ExportRequestError(
-            f"the model's context is {config.context_length:,} tokens; --max-context "
-            f"{max_context:,} is outside 1 to that"
+            f"--max-context must be within the model's context of {config.context_length:,} "
+            f"tokens; {max_context:,} is not"
         )
     return max_context
 
@@ -261,8 +264,9 @@ def _check_memory(num_bytes: int) -> None:
     free = free_memory()
     if free is not None and num_bytes > free:
         raise ExportError(
-            f"running the bundle on the text of the report takes about {num_bytes / 1e9:,.1f} GB "
-            f"of memory, {free / 1e9:,.1f} GB are free; export it without --report"
+            "running the bundle on the text of the report needs about "
+            f"{num_bytes / 1e9:,.1f} GB of memory, {free / 1e9:,.1f} GB are free; export "
+            "without --report"
         )
 
 

@@ -1,4 +1,4 @@
-"""Showing how far an export is, on stderr."""
+"""Shows the progress of an export on stderr."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _STAGES = {
     "opening": "opening the checkpoint",
     "keras": "starting Keras",
     "fingerprint": "reading the weights",
-    "self-sampling": "letting the model write text",
-    "calibration": "calibrating, block by block",
-    "sensitivity": "measuring what each matrix loses",
+    "self-sampling": "generating calibration text",
+    "calibration": "calibrating the blocks",
+    "sensitivity": "measuring the loss of each matrix",
     "reference": "running the float model",
-    "measuring": "measuring the whole",
+    "measuring": "measuring the quantized model",
     "weights": "storing the weights",
     "graphs": "writing the graphs",
     "keys and values": "measuring keys and values",
@@ -33,7 +33,8 @@ _STAGES = {
 
 
 class ShowProgress:
-    """A bar for each stage on a terminal, else a line for each; a context manager.
+    """A context manager that shows one progress bar per stage on a terminal, otherwise one line per
+    stage.
 
     Called with a stage and the share of it that is done.
     """

@@ -1,4 +1,4 @@
-"""Starting Keras without the notices that its native libraries print while they load."""
+"""Starts Keras without the notices that its native libraries print while they load."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _LARGE_BLOCK = 1 << 27  # weights in one decoder block: half a gigabyte in float
 def start_keras(config: GemmaConfig | None = None) -> None:
     """Import Keras, KerasHub and the backend; takes some seconds the first time.
 
-    oneDNN makes TensorFlow's products faster, but its allocator keeps the memory that it has once
-    used; for models of large blocks it is switched off, unless the user has asked for it.
+    oneDNN makes TensorFlow's products faster, but its allocator never frees memory. So it is
+    switched off for models with large blocks, unless the user has turned it on.
 
     Args:
-        config: of the model that it is started for; `None` if that is not known yet.
+        config: of the model that will be used; `None` if it is not known yet.
     """
     if "keras" in sys.modules and "keras_hub" in sys.modules:
         return
@@ -47,7 +47,7 @@ def _largest_block(config: GemmaConfig) -> int:
 
 @contextlib.contextmanager
 def _native_stderr_kept_back() -> Iterator[None]:
-    """Send file descriptor 2 elsewhere for a while; what came is shown if the block fails."""
+    """Redirect file descriptor 2 during the block; show the captured text if the block fails."""
     sys.stderr.flush()
     saved = os.dup(2)
     with tempfile.TemporaryFile() as kept:

@@ -1,6 +1,6 @@
-"""Gemma as a Keras 3 model, on JAX, TensorFlow or PyTorch.
+"""Gemma as a Keras 3 model on JAX, TensorFlow or PyTorch.
 
-Names load when they are first used, so `gemma_keras.config` and `gemma_keras.checkpoints` work
+Public names are imported at first use. So `gemma_keras.config` and `gemma_keras.checkpoints` work
 without starting a Keras backend.
 """
 

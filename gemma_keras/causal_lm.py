@@ -1,4 +1,5 @@
-"""`GemmaCausalLM`: a Gemma that predicts the next token; `fit`, `generate`, `export`."""
+"""Defines `GemmaCausalLM`, a Gemma that predicts the next token, with `fit`, `generate` and
+`export`."""
 
 # Keras's operations are typed as if they returned None or a PyTree.
 # pyright: reportOptionalOperand=false, reportOptionalSubscript=false, reportOperatorIssue=false
@@ -45,11 +46,11 @@ class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
     Args:
         backbone: the model.
         preprocessor: packs text; `None` if the model is used on token ids only.
-        instruction_tuned: whether it was tuned to follow `turns`.
-        provenance: where its weights came from; export passes it on.
+        instruction_tuned: whether the model was tuned to follow `turns`.
+        provenance: where its weights came from; an export records it.
         stop_token_ids: ids that end a text, beside the tokenizer's end of a text and of a turn.
         turns: the turn template, Gemma's by default; a `TurnTemplate`, or its fields.
-        chat_template: the same in Jinja as its authors wrote it, for other runtimes.
+        chat_template: the authors' Jinja template, for other runtimes.
 
     Raises:
         ConfigError: the backbone is bidirectional.
@@ -93,7 +94,7 @@ class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
     def compile(
         self, optimizer="auto", loss="auto", *, weighted_metrics="auto", sampler="greedy", **kwargs
     ) -> None:
-        """As `keras_hub.models.CausalLM.compile`, with greedy sampling by default."""
+        """Like `keras_hub.models.CausalLM.compile`, with greedy sampling by default."""
         super().compile(
             optimizer=optimizer,
             loss=loss,
@@ -103,7 +104,7 @@ class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
         )
 
     def make_train_function(self, force=False) -> None:
-        """As Keras does; on a processor JAX needs an option for gradient checkpointing."""
+        """Like Keras; on a CPU JAX needs an option for gradient checkpointing."""
         options = train_options(self)
         if options is None or (self.train_function is not None and not force):
             return super().make_train_function(force)
@@ -132,18 +133,19 @@ class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
                 Face folder or name, a folder written by `save_to_preset`, a KerasHub preset.
             load_weights: if false, weights are random.
             dtype: Keras dtype policy.
-            sequence_length: that `fit` and `generate` pad to, in tokens; by default that of a
-                folder of `save_to_preset`, else 1024, or the model's context where that is less.
-            base: the model that an adapter is for, where its folder does not say it.
+            sequence_length: length in tokens that `fit` and `generate` pad to. By default that of a
+                `save_to_preset` folder, else 1024 or the model's context, whichever is less.
+            base: the base model of an adapter, if the adapter's folder does not name it.
             instruction_tuned: whether it follows a turn template; by default what its chat
                 template says.
-            special_tokens_in_strings: whether control tokens in a text are those tokens, for text
-                in the model's template; see `GemmaTokenizer`. By default not, or as it was saved.
-            **kwargs: `gradient_checkpointing=True` for `fit` in less memory, and those of the
+            special_tokens_in_strings: whether control tokens in a text are parsed as such, for text
+                in the model's template; see `GemmaTokenizer`. By default false, or as it was saved.
+            **kwargs: `gradient_checkpointing=True` for `fit` in less memory, and arguments of the
                 class.
 
         Raises:
-            CheckpointError: it is missing, damaged or of another shape than it declares.
+            CheckpointError: the checkpoint is missing, damaged, or does not match its
+                configuration.
             ConfigError: it is not a Gemma.
 
         Warns:
@@ -155,9 +157,9 @@ class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
                 warnings.warn(remark, stacklevel=2)
             if checkpoint.tokenizer_model is None:
                 warnings.warn(
-                    f"{preset} has no tokenizer, so generate, stream, chat and fit take no text; "
-                    "logits, score, and generate and fit on token ids work. Put the model's "
-                    "tokenizer.model there, or set model.preprocessor",
+                    f"{preset} has no tokenizer, so generate, stream, chat and fit accept "
+                    "token ids only. To use text, put the model's tokenizer.model there, "
+                    "or set model.preprocessor",
                     stacklevel=2,
                 )
             return cls.from_checkpoint(
@@ -188,13 +190,13 @@ class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
     def from_keras_hub(
         cls, model, instruction_tuned=False, dtype=None, sequence_length=None, **kwargs
     ) -> GemmaCausalLM:
-        """Build from a live KerasHub model, such as one that was tuned there; LoRA is merged.
+        """Build from a KerasHub model in memory, for example after fine-tuning; LoRA is merged.
 
         Args:
             model: a `keras_hub.models.GemmaCausalLM` or `Gemma3CausalLM`, or its backbone.
-            instruction_tuned: whether it follows a turn template, which KerasHub's models do
-                not say.
-            dtype: Keras dtype policy; by default that of Keras.
+            instruction_tuned: whether it follows a turn template; KerasHub's models do not record
+                it.
+            dtype: Keras dtype policy; Keras's default policy if not given.
             sequence_length: as for `from_preset`.
 
         Raises:
@@ -206,10 +208,10 @@ class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
         )
 
     def to_keras_hub(self, dtype=None):
-        """This model as KerasHub's `GemmaCausalLM` or `Gemma3CausalLM`, LoRA merged.
+        """Convert this model to KerasHub's `GemmaCausalLM` or `Gemma3CausalLM`, with LoRA merged.
 
         Args:
-            dtype: Keras dtype policy; by default that of Keras.
+            dtype: Keras dtype policy; Keras's default policy if not given.
 
         Raises:
             ConfigError: KerasHub cannot build this architecture.
@@ -270,12 +272,13 @@ class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
         }
 
     def get_quantization_layer_structure(self, mode):
-        """What GPTQ and AWQ calibrate: the blocks, on embeddings scaled as Gemma scales them."""
+        """Returns what GPTQ and AWQ calibrate: the blocks, and the scaled embeddings as their
+        input."""
         structure = super().get_quantization_layer_structure(mode)
         return structure and structure | {"pre_block_layers": [self.backbone.embed]}
 
     def as_checkpoint(self) -> Checkpoint:
-        """This model as a `Checkpoint` whose weights are read from it, LoRA merged."""
+        """Returns this model as a `Checkpoint` that reads its weights from it, with LoRA merged."""
         tokenizer = self.preprocessor.tokenizer if self.preprocessor else None
         return Checkpoint(
             config=self.backbone.config,
@@ -302,35 +305,34 @@ class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
         return ops.convert_to_numpy(ops.cast(outputs, "float32"))
 
     def make_generate_function(self):
-        """What `generate` continues a batch with, a
+        """Returns the function that `generate` runs, a
         `gemma_keras.generate.loop.GenerateFunction`."""
         variables = [id(variable) for variable in self.variables]
-        # After `enable_lora` or `quantize` it is another model, which has to be compiled anew.
+        # `enable_lora` and `quantize` change the model, so functions must be compiled again.
         if self.generate_function is None or variables != self._generates_with:
             self._generates_with = variables
             self.generate_function = GenerateFunction(self)
         return self.generate_function
 
     def generate(self, inputs, max_length=None, stop_token_ids="auto", strip_prompt=False):
-        """As `keras_hub.models.CausalLM.generate`; it also stops at the ids that its checkpoint
-        names and, of an instruction-tuned model, where it ends its turn.
+        """Like `keras_hub.models.CausalLM.generate`. It also stops at the stop ids of the
+        checkpoint, and an instruction-tuned model stops at the end of its turn.
 
         Raises:
-            ValueError: `max_length`, by default the preprocessor's `sequence_length`, is beyond the
-                model's context, or a prompt leaves no room for a continuation in it. Or the model
-                has no preprocessor, and `max_length` is given, which then is that of `inputs`, or
-                no `stop_token_ids` are.
+            ValueError: `max_length`, by default the preprocessor's `sequence_length`, is more than
+                the model's context, or a prompt leaves no room within it. Or the model has no
+                preprocessor, and `max_length` is given or `stop_token_ids` is missing.
             NotFiniteError: logits are not finite.
         """
         if self.preprocessor is None and max_length is not None:
             raise ValueError(
-                f"max_length={max_length} needs a preprocessor, and this model has none; without "
-                "one, rows end at the length of token_ids, which is padded to it"
+                f"max_length={max_length} needs a preprocessor, and this model has none. "
+                "Without one, pad token_ids to the length that you want"
             )
         if self.preprocessor is None and stop_token_ids == "auto":
             raise ValueError(
-                "this model has no tokenizer: generate takes a dictionary of token_ids and "
-                "padding_mask, and needs stop_token_ids, a tuple of ids or None"
+                "this model has no tokenizer: give generate a dictionary of token_ids and "
+                "padding_mask, and stop_token_ids as a tuple of ids or None"
             )
         if self.preprocessor is not None:
             self._length(max_length)
@@ -341,7 +343,7 @@ class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
         return super().generate(inputs, max_length, stop_token_ids, strip_prompt)
 
     def _length(self, max_length: int | None) -> int:
-        """How long prompt and continuation may be together, in tokens."""
+        """Returns the maximum length of prompt and continuation together, in tokens."""
         name, length = "max_length", max_length
         if length is None:
             name, length = "sequence_length", self.preprocessor.sequence_length
@@ -359,8 +361,8 @@ class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
     def stream(
         self, prompt: str, max_length: int | None = None, stop_token_ids="auto"
     ) -> Iterator[str]:
-        """Continue a text, giving out its pieces as they come; together they are what `generate`
-        with `strip_prompt` returns.
+        """Generate a continuation and yield its text piece by piece. Together the pieces are the
+        result of `generate` with `strip_prompt`.
 
         Args:
             prompt: one text.
@@ -388,23 +390,23 @@ class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
         """Answer a conversation in the model's turn template.
 
         Args:
-            messages: what the user says, or the conversation so far, as for
+            messages: the user's message as text, or the conversation so far, as for
                 `gemma_keras.text.chat.encode_chat`.
             max_length: of conversation and answer together, in tokens; by default the
                 preprocessor's `sequence_length`.
-            stream: whether the pieces of the answer are given out as they come.
+            stream: whether to return an iterator over pieces of the answer as they are generated.
 
         Returns:
             The answer; with `stream`, an iterator of its pieces.
 
         Raises:
-            ValueError: the model has no preprocessor or was not tuned to the template, the
-                messages are not a conversation, or they leave no room for an answer.
+            ValueError: the model has no preprocessor or is not instruction-tuned, the messages are
+                not a conversation, or they leave no room for an answer.
         """
         tokenizer = self._tokenizer("chat")
         if not self.instruction_tuned:
             raise ValueError(
-                "the model was not tuned to follow a turn template; use generate, or build it with "
+                "this model is not instruction-tuned; use generate, or create it with "
                 "instruction_tuned=True"
             )
         if isinstance(messages, str):
@@ -415,7 +417,9 @@ class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
 
     def _tokenizer(self, method: str) -> GemmaTokenizer:
         if self.preprocessor is None:
-            raise ValueError(f"{method} needs a preprocessor, which this model has not")
+            raise ValueError(
+                f"{method} needs a preprocessor, and this model has none; set model.preprocessor"
+            )
         return self.preprocessor.tokenizer
 
     def _stream_ids(
@@ -427,8 +431,8 @@ class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
                 f"the prompt has {len(ids):,} tokens, which leaves no room for an answer in "
                 f"max_length={max_length:,}"
             )
-        found = self.make_generate_function().stream(ids, max_length, stop_token_ids)
-        return decode_stream(self.preprocessor.tokenizer.proto, found)
+        tokens = self.make_generate_function().stream(ids, max_length, stop_token_ids)
+        return decode_stream(self.preprocessor.tokenizer.proto, tokens)
 
     def score(
         self,
@@ -444,10 +448,9 @@ class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
             token_ids: int `(batch, length)`.
             padding_mask: int or bool `(batch, length)`; by default nothing is padding.
             scoring_mode: `"logits"`, or `"loss"` of each token.
-            layer_intercept_fn: called with hidden states `(batch, length, hidden_dim)` and -1 for
-                the embeddings, then the number of the block that made them; what it returns goes
-                on.
-            target_ids: int `(batch, length)`, what should have been predicted; `"loss"` needs it.
+            layer_intercept_fn: called with hidden states `(batch, length, hidden_dim)` and a block
+                index, -1 for the embeddings. Its return value replaces the hidden states.
+            target_ids: int `(batch, length)`, the correct tokens; required for `"loss"`.
 
         Returns:
             float `(batch, length, vocabulary_size)`, or the losses `(batch, length)`.
@@ -456,7 +459,7 @@ class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
             ValueError: an unknown mode, or `"loss"` without targets.
         """
         if scoring_mode not in ("logits", "loss"):
-            raise ValueError(f"scoring_mode is {scoring_mode!r}; it can be 'logits' or 'loss'")
+            raise ValueError(f"scoring_mode is {scoring_mode!r}; it must be 'logits' or 'loss'")
         if scoring_mode == "loss" and target_ids is None:
             raise ValueError("scoring_mode='loss' needs target_ids")
         intercept = layer_intercept_fn or (lambda x, index: x)
@@ -489,7 +492,7 @@ class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
                 such as `tensor_type="q8_0"`.
 
         Raises:
-            ValueError: there is no such format.
+            ValueError: the format is unknown.
         """
         if format == "safetensors":
             from gemma_keras.checkpoints.hf.writer import write_safetensors_folder
@@ -504,9 +507,9 @@ class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
             try:
                 return super().export(filepath, format=format, **kwargs)
             except ValueError as error:
-                if "Supported formats" in str(error):  # Keras lists its own alone
+                if "Supported formats" in str(error):  # Keras lists only its own formats
                     raise ValueError(
-                        f"there is no format {format!r}; those of Gemma Keras are 'onnx', "
+                        f"unknown export format {format!r}; Gemma Keras exports 'onnx', "
                         f"'safetensors' and 'gguf'. Keras says: {error}"
                     ) from error
                 raise
@@ -517,7 +520,7 @@ class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
 
 
 def open_with_keras(classified: Classified) -> Checkpoint:
-    """A preset as a checkpoint: one of KerasHub's, or a folder of `save_to_preset`.
+    """Open a preset as a checkpoint: a KerasHub preset, or a folder of `save_to_preset`.
 
     Raises:
         CheckpointError: it cannot be loaded.

@@ -1,10 +1,10 @@
-"""The architecture of a Gemma as data: sizes, windows, scales, soft caps.
+"""Defines the architecture of a Gemma as data: sizes, windows, scales, soft caps.
 
 Everything downstream (the Keras model, the ONNX lowerings, the engine) reads these two frozen
 dataclasses and never asks which generation it is looking at.
 
-Sources of the numbers: the Gemma, Gemma 2 and Gemma 3 technical reports, the ``config.json``
-files published with the checkpoints, and llama.cpp's conventions for GGUF metadata.
+Sources of the numbers: the Gemma, Gemma 2 and Gemma 3 technical reports; the ``config.json`` files
+of the published checkpoints; llama.cpp's conventions for GGUF metadata.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ class LayerSpec:
         head_dim: width of one head, even.
         ffw_dim: width of the gated MLP's hidden layer (one branch, not both).
         query_scale: factor of the query-key product, `query_pre_attn_scalar ** -0.5`.
-        sliding_window: a query sees keys at distances below it, so of a causal layer as many
-            tokens, itself included; `None` means no bound.
+        sliding_window: a query sees keys at smaller distances; in a causal layer that is this many
+            tokens, including itself. `None` means no limit.
         rope_theta: base of the rotary frequencies.
         rope_scale: positions are divided by it (linear RoPE scaling); 1 means no scaling.
-        qk_norm: whether RMS norms stand on queries and keys, before the rotation.
-        post_norms: whether RMS norms stand on the attention and MLP outputs, before they are added.
+        qk_norm: whether queries and keys have RMS norms, before the rotation.
+        post_norms: whether attention and MLP outputs have RMS norms, before they are added.
         attention_soft_cap: `cap * tanh(scores / cap)` before the mask, or `None`.
         bidirectional: whether a query also sees what comes after it, in a window as far ahead as
             back. Such a model gives vectors of whole texts; it cannot predict the next token.
@@ -59,7 +59,7 @@ class LayerSpec:
                 f"num_kv_heads ({self.num_kv_heads})"
             )
         if self.head_dim % 2:
-            raise ConfigError(f"head_dim must be even to be rotated, found {self.head_dim}")
+            raise ConfigError(f"head_dim must be even for rotary embeddings, found {self.head_dim}")
         if self.sliding_window is not None:
             require_positive_int("sliding_window", self.sliding_window)
         require_positive("query_scale", self.query_scale)
@@ -106,7 +106,7 @@ class GemmaConfig:
         for name in ("vocabulary_size", "hidden_dim", "context_length"):
             require_positive_int(name, getattr(self, name))
         if not self.layers:
-            raise ConfigError("a Gemma needs at least one layer")
+            raise ConfigError("the model needs at least one layer")
         for name in ("embedding_scale", "norm_epsilon"):
             require_positive(name, getattr(self, name))
         if self.final_soft_cap is not None:
@@ -115,7 +115,7 @@ class GemmaConfig:
         self._require_holdable()
 
     def _require_holdable(self) -> None:
-        """Refuse sizes whose product no graph and no memory can hold, before anything is made."""
+        """Raise an error for sizes whose product is too large, before anything is allocated."""
         require_layer_count("the number of layers", len(self.layers))
         widths = {"vocabulary_size": self.vocabulary_size}
         for layer in self.layers:
@@ -124,12 +124,12 @@ class GemmaConfig:
             for name, width in widths.items():
                 if width > LARGEST_SIZE or width * self.hidden_dim > _MOST_NUMBERS:
                     raise ConfigError(
-                        f"{name} ({width:,}) with hidden_dim ({self.hidden_dim:,}) asks for a "
-                        f"matrix that no graph can hold; the largest has {_MOST_NUMBERS:,} numbers"
+                        f"{name} ({width:,}) with hidden_dim ({self.hidden_dim:,}) needs a "
+                        f"matrix that is too large; the limit is {_MOST_NUMBERS:,} numbers"
                     )
 
     def require_causal(self, purpose: str) -> None:
-        """Refuse a bidirectional model where only a causal one has a meaning.
+        """Raise an error for a bidirectional model where a causal one is needed.
 
         Args:
             purpose: what needs it, the beginning of the sentence.
@@ -139,9 +139,9 @@ class GemmaConfig:
         """
         if any(layer.bidirectional for layer in self.layers):
             raise ConfigError(
-                f"{purpose} needs a model that predicts the next token, and this one looks both "
-                "ways (use_bidirectional_attention): it gives vectors of whole texts; use "
-                "gemma_keras.GemmaTextEmbedder"
+                f"{purpose} needs a model that predicts the next token, but this model has "
+                "bidirectional attention (use_bidirectional_attention) and embeds texts. "
+                "Use gemma_keras.GemmaTextEmbedder"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -163,7 +163,8 @@ class GemmaConfig:
 
 
 def layer_kinds(num_layers: int, global_every: Any) -> list[str]:
-    """Of each layer `full_attention` or `sliding_attention`: every n-th sees the whole context."""
+    """Returns `full_attention` or `sliding_attention` for each layer: every n-th layer is
+    global."""
     require_positive_int("sliding_window_pattern", global_every)
     return [
         "full_attention" if (i + 1) % global_every == 0 else "sliding_attention"
@@ -180,20 +181,18 @@ _MOST_LAYERS = 1000  # the largest Gemma has 62
 
 
 def require_positive_int(name: str, value: Any) -> None:
-    """Raise `ConfigError` unless it is one."""
+    """Raise `ConfigError` unless it is valid."""
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
         raise ConfigError(f"{name} must be a positive integer, found {quoted(value)}")
     if value > LARGEST_SIZE:
-        raise ConfigError(
-            f"{name} is {quoted(value)}; no graph can hold more than {LARGEST_SIZE:,}"
-        )
+        raise ConfigError(f"{name} is {quoted(value)}; the limit is {LARGEST_SIZE:,}")
 
 
 def require_layer_count(name: str, value: Any) -> None:
     """Raise `ConfigError` unless it can be a number of layers; call it before listing them."""
     require_positive_int(name, value)
     if value > _MOST_LAYERS:
-        raise ConfigError(f"{name} is {value}; no Gemma has over {_MOST_LAYERS}")
+        raise ConfigError(f"{name} is {value}; the limit is {_MOST_LAYERS}")
 
 
 def require_positive(name: str, value: Any) -> None:
@@ -209,13 +208,13 @@ def require_bool(name: str, value: Any) -> None:
 
 
 def not_a_gemma(found: str) -> str:
-    """The sentence for another architecture.
+    """Returns the message for an unsupported architecture.
 
     Args:
-        found: what says so, and what it says.
+        found: the value that was found, and where.
     """
     return (
-        f"{found}, another architecture; this project reads Gemma 1, 2 and 3 and what is built as "
-        "they are, such as CodeGemma, ShieldGemma and EmbeddingGemma (gemma, gemma2, gemma3_text, "
-        "gemma3)"
+        f"{found}, which is not supported. Supported are Gemma 1, 2 and 3 and models of the "
+        "same architecture, such as CodeGemma, ShieldGemma and EmbeddingGemma (gemma, "
+        "gemma2, gemma3_text, gemma3)"
     )

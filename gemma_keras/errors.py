@@ -1,4 +1,4 @@
-"""What can be wrong with a model that somebody hands us, as one sentence each."""
+"""The errors of `gemma_keras`; each message says what is wrong with a model and what to do."""
 
 import reprlib
 from collections.abc import Sequence
@@ -8,28 +8,29 @@ _LONGEST = 100  # characters of a value in a sentence
 
 
 def quoted(value: Any) -> str:
-    """A value from a file as it is told in an error: in Python's words, cut."""
+    """Formats a value from a file for an error message: its Python representation, shortened."""
     text = reprlib.repr(value)
     return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names from a file as they are told in an error: the first few, cut, and how many more."""
+    """Formats names from a file for an error message: the first few, shortened, and the number of
+    others."""
     more = f" and {len(names) - 10:,} more" if len(names) > 10 else ""
     return ", ".join(name[:60] for name in names[:10]) + more
 
 
 class ModelError(ValueError):
-    """A checkpoint, a configuration or a weight cannot be used as it is."""
+    """A checkpoint, a configuration or a weight cannot be used."""
 
 
 class ConfigError(ModelError):
-    """The configuration describes something that is not a Gemma, or not consistently."""
+    """The configuration does not describe a Gemma, or is inconsistent."""
 
 
 class CheckpointError(ModelError):
-    """A checkpoint file is missing, cut short, corrupt or of another format."""
+    """A checkpoint file is missing, truncated, corrupt or in another format."""
 
 
 class NotFiniteError(ModelError, ArithmeticError):
-    """A model computes numbers that are not finite, so what it says means nothing."""
+    """A model computes values that are not finite, so its output is meaningless."""

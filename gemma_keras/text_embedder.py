@@ -1,4 +1,4 @@
-"""`GemmaTextEmbedder`: a Gemma that gives a vector for a text, such as EmbeddingGemma."""
+"""Defines `GemmaTextEmbedder`, a Gemma that embeds texts as vectors, such as EmbeddingGemma."""
 
 # Keras's operations are typed as if they returned None or a PyTree.
 # pyright: reportOptionalOperand=false, reportOptionalSubscript=false, reportOperatorIssue=false
@@ -69,9 +69,9 @@ class GemmaTextEmbedder(TrainsOn, Quantizes, keras_hub.models.TextEmbedder):
         backbone: the model below the pooling.
         preprocessor: packs text; `None` if the model is used on token ids only.
         projection_dims: widths of the projections, first to last; the last is the vector's.
-        normalize: whether what the model returns has length 1.
-        prompts: name of a use to what `encode` puts before a text for it.
-        default_prompt_name: of the prompt that `encode` uses if it is told none.
+        normalize: whether the model's output has length 1.
+        prompts: name of a task to the prefix that `encode` adds to its texts.
+        default_prompt_name: of the prompt that `encode` uses by default.
     """
 
     backbone_cls = GemmaBackbone
@@ -131,8 +131,8 @@ class GemmaTextEmbedder(TrainsOn, Quantizes, keras_hub.models.TextEmbedder):
             sequence_length: the longest text, in tokens; by default the checkpoint's.
 
         Raises:
-            CheckpointError: it is missing, damaged, of another shape than it declares, or an
-                embedder of another kind.
+            CheckpointError: the checkpoint is missing, damaged, does not match its configuration,
+                or is another kind of embedder.
             ConfigError: it is not a Gemma.
         """
         if is_own_preset(preset):
@@ -193,7 +193,7 @@ class GemmaTextEmbedder(TrainsOn, Quantizes, keras_hub.models.TextEmbedder):
 
     @property
     def dim(self) -> int:
-        """How many numbers a vector has that is not cut."""
+        """Returns the length of a vector that is not truncated."""
         return (self.backbone.config.hidden_dim, *self.projection_dims)[-1]
 
     # --- texts ---
@@ -213,14 +213,15 @@ class GemmaTextEmbedder(TrainsOn, Quantizes, keras_hub.models.TextEmbedder):
         control token in a text is text: `"<eos>"` becomes the tokens of its five characters.
 
         Args:
-            texts: as many as are wanted; a string is one text.
+            texts: any number of texts; a string is one text.
             prompt: what is put before each text.
-            prompt_name: of one of the checkpoint's prompts, such as `query` or `document`, in place
-                of `prompt`; with neither, the checkpoint's default; EmbeddingGemma has none.
+            prompt_name: of one of the checkpoint's prompts, such as `query` or `document`, instead
+                of `prompt`. With neither, the checkpoint's default prompt is used; EmbeddingGemma
+                has none.
             normalize: whether each vector is divided by its length.
-            truncate_dim: leaves the first so many numbers of each vector, before it is normalized;
-                EmbeddingGemma was trained for 768, 512, 256 and 128 (Matryoshka representation
-                learning, Kusupati et al., 2022, arXiv:2205.13147).
+            truncate_dim: keeps only this many first numbers of each vector, before it is
+                normalized. EmbeddingGemma was trained for 768, 512, 256 and 128 (Matryoshka
+                representation learning, Kusupati et al., 2022, arXiv:2205.13147).
             batch_size: texts that are run at once.
 
         Returns:
@@ -231,7 +232,7 @@ class GemmaTextEmbedder(TrainsOn, Quantizes, keras_hub.models.TextEmbedder):
                 of range.
 
         Warns:
-            UserWarning: a text is longer than `preprocessor.sequence_length`; its end is left out.
+            UserWarning: a text is longer than `preprocessor.sequence_length` and is truncated.
         """
         dim = self.dim if truncate_dim is None else truncate_dim
         for name, value, most in (
@@ -246,14 +247,14 @@ class GemmaTextEmbedder(TrainsOn, Quantizes, keras_hub.models.TextEmbedder):
         vectors = np.empty((len(rows), self.dim), np.float32)
         run = self._compiled_vectors()
         for members, token_ids, padding_mask in _batches(rows, batch_size):
-            found = ops.convert_to_numpy(run(token_ids, padding_mask))
-            vectors[members] = found[: len(members)]
+            outputs = ops.convert_to_numpy(run(token_ids, padding_mask))
+            vectors[members] = outputs[: len(members)]
         vectors = vectors[:, :dim]
         return _unit(vectors) if normalize else vectors
 
     def _compiled_vectors(self):
         variables = [id(variable) for variable in self.variables]
-        # After `enable_lora` or `quantize` it is another model, which has to be compiled anew.
+        # `enable_lora` and `quantize` change the model, so functions must be compiled again.
         if self._vectors is None or variables != self._vectors_of:
             self._vectors_of = variables
             self._vectors = compiled(self, self._run_vectors, lambda: ())
@@ -271,13 +272,15 @@ class GemmaTextEmbedder(TrainsOn, Quantizes, keras_hub.models.TextEmbedder):
             return prompt or ""
         if name not in self.prompts:
             known = ", ".join(sorted(self.prompts)) or "none"
-            raise ValueError(f"no prompt is called {name!r}; those of this model: {known}")
+            raise ValueError(f"there is no prompt {name!r}; this model has: {known}")
         return self.prompts[name]
 
     def _token_rows(self, prompt: str, texts: Sequence[str]) -> list[list[int]]:
         """The token ids of each text."""
         if self.preprocessor is None:
-            raise ValueError("encode needs a preprocessor, which this model has not")
+            raise ValueError(
+                "encode needs a preprocessor, and this model has none; set model.preprocessor"
+            )
         tokenizer = self.preprocessor.tokenizer
         room = self.preprocessor.sequence_length - 2
         rows, too_long = [], 0
@@ -287,8 +290,8 @@ class GemmaTextEmbedder(TrainsOn, Quantizes, keras_hub.models.TextEmbedder):
             rows.append([tokenizer.start_token_id, *ids[:room], tokenizer.end_token_id])
         if too_long:
             warnings.warn(
-                f"{too_long} of {len(rows)} texts have over {room + 2:,} tokens; their ends are "
-                "left out",
+                f"{too_long} of {len(rows)} texts have over {room + 2:,} tokens; they are "
+                "truncated",
                 stacklevel=3,
             )
         return rows
@@ -299,8 +302,8 @@ def _batches(
 ) -> Iterator[tuple[list[int], np.ndarray, np.ndarray]]:
     """Rows of about the same length together: their indices, `token_ids` and `padding_mask`.
 
-    Lengths are rounded up, and numbers of rows to a power of two, because each shape is compiled.
-    What fills a batch up are copies of its first row.
+    Lengths are rounded up, and numbers of rows to a power of two, because each shape is compiled. A
+    batch is filled up with copies of its first row.
     """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for first in range(0, len(order), batch_size):

@@ -1,4 +1,4 @@
-"""Gemma's SentencePiece tokenizer and the preprocessor that packs text for `fit` and `generate`."""
+"""Defines Gemma's SentencePiece tokenizer and the preprocessor for `fit` and `generate`."""
 
 # Keras's operations are typed as if they returned None or a PyTree.
 # pyright: reportOptionalOperand=false, reportOptionalSubscript=false, reportOperatorIssue=false
@@ -30,13 +30,13 @@ class GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
     """Text to token ids and back, by SentencePiece.
 
     Text does not become a control token: `"<start_of_turn>"` in a user's words is split into
-    ordinary pieces, however the file types that piece. Control tokens are put in by id, as
-    `gemma_keras.text.chat` does. Text in which one stands is told of once.
+    ordinary pieces, however the file types that piece. Control tokens are added by id, as in
+    `gemma_keras.text.chat`. If a text contains one, a warning is printed once.
 
     Args:
         proto: the serialized SentencePiece model, or the path of one.
-        special_tokens_in_strings: whether the control tokens in a text are those tokens. For text
-            in the model's own template, whose writer is trusted; never for what users write.
+        special_tokens_in_strings: whether control tokens in a text are parsed as such. Use it only
+            for trusted text in the model's template, never for user input.
     """
 
     backbone_cls = GemmaBackbone
@@ -64,7 +64,7 @@ class GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
 
     @property
     def special_tokens_in_strings(self) -> bool:
-        """Whether the control tokens in a text are those tokens."""
+        """Whether control tokens in a text are parsed as such."""
         return self._in_strings
 
     @special_tokens_in_strings.setter
@@ -104,7 +104,7 @@ class GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         return encode(self.proto, text)
 
     def _look_for_marks(self, inputs) -> None:
-        """Tell of a control token in texts, also in those of a `tf.data` pipeline."""
+        """Warn about control tokens in texts, also in a `tf.data` pipeline."""
         if isinstance(inputs, (str, bytes)):
             inputs = [inputs]
         if isinstance(inputs, (list, tuple)):
@@ -140,10 +140,9 @@ class GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
             if mark is not None:
                 self._warned = True
                 warnings.warn(
-                    f"a text holds {mark}, which is read as these characters and not as the "
-                    "token. If the text is in the model's template, load the model with "
-                    "special_tokens_in_strings=True (an argument of from_preset and of "
-                    "GemmaTokenizer); chat() writes the template itself",
+                    f"a text holds {mark}, which is tokenized as plain text and not as the "
+                    "token. If the text follows the model's template, load the model with "
+                    "special_tokens_in_strings=True. chat() writes the template itself",
                     stacklevel=2,
                 )
                 return
@@ -153,8 +152,8 @@ class GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
 class GemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
     """Packs text into `token_ids` and `padding_mask`, with the beginning and end tokens.
 
-    See `keras_hub.models.CausalLMPreprocessor`. Where the tokenizer takes the control tokens in a
-    text for what they are, a `<bos>` that a text begins with is not put before it again.
+    See `keras_hub.models.CausalLMPreprocessor`. If the tokenizer parses control tokens and a text
+    begins with `<bos>`, no second `<bos>` is added.
     """
 
     backbone_cls = GemmaBackbone
@@ -205,7 +204,7 @@ class GemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         count = len(rows[row]) + bool(self.add_start_token)
         which = f"prompt {row} of {len(full)}" if len(full) > 1 else "the prompt"
         raise ValueError(
-            f"{which} has {count:,} tokens, which leaves no room for a continuation in "
-            f"{length:,}; give a greater max_length, or load the model with a greater "
+            f"{which} has {count:,} tokens, which leaves no room for an answer within "
+            f"{length:,}; give a larger max_length, or load the model with a larger "
             "sequence_length"
         )

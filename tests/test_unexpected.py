@@ -199,8 +199,8 @@ def test_what_of_the_users_is_called_export_is_named(tmp_path, imported, name, n
     )
     assert done.stdout == "the user’s own\n" * imported
     last = done.stderr.splitlines()[-1]
-    assert last.startswith(f"ImportError: gemma-keras's own package `export` is hidden by {hides};")
-    assert f"give that {named} another name" in last
+    assert last.startswith(f"ImportError: gemma-keras's package `export` is hidden by {hides};")
+    assert f"rename that {named}" in last
     script.unlink()
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True)
     assert done.returncode == 0

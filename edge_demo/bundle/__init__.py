@@ -1,1 +1,1 @@
-"""The files of a bundle: what they must hold, checked before anything runs."""
+"""Reads the files of a bundle and checks them before anything runs."""

@@ -1,7 +1,8 @@
-"""BatchDecoder of the embedding table, read from the weights file as they are wanted.
+"""Reads single rows of the embedding table from the weights file when they are needed.
 
-Were the table mapped, as onnxruntime would, a kernel whose page cache holds large pages would map
-one of those for each row that is touched: soon all of the table would count as resident.
+The table is not memory-mapped, unlike in onnxruntime. With a map, a kernel with large pages in its
+page cache would map a large page for each row that is read. Soon the whole table would count as
+resident memory.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ _LOW_PLANE_STEPS = np.float32(16)  # of the low plane in one of the high
 
 
 class EmbeddingTable:
-    """An embedding table in an open file.
+    """An embedding table in an open weights file.
 
     Args:
         path: of the weights file.
-        spec: where the table lies in it, and how.
+        spec: place and format of the table in it.
 
     Raises:
         BundleError: the file cannot be opened.
@@ -38,7 +39,7 @@ class EmbeddingTable:
         except OSError as error:
             raise BundleError(f"{path} cannot be read: {error.strerror}") from error
         weakref.finalize(self, os.close, self._file)
-        if hasattr(os, "posix_fadvise"):  # a row is no reason to read what stands after it
+        if hasattr(os, "posix_fadvise"):  # no read-ahead: rows are read at random
             os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)
         self._places = {
             name: (spec.parts[name].offset, np.dtype(dtype), row_bytes)
@@ -56,7 +57,7 @@ class EmbeddingTable:
         return self._spec.width
 
     def rows(self, ids: Sequence[int]) -> np.ndarray:
-        """Embeddings as the graphs take them, to the last bit what `model.onnx` computes.
+        """Returns embeddings as the graphs take them, bit-identical to those of `model.onnx`.
 
         Args:
             ids: of the tokens, at least one, in any order.
@@ -72,15 +73,16 @@ class EmbeddingTable:
         self._check(ids)
         distinct = ids if len(ids) == 1 else sorted(set(ids))
         with np.errstate(over="ignore", invalid="ignore"):  # as onnxruntime
-            found = self._dequantized(distinct)[:, : self._spec.width]
-            found *= self._scale
+            embeddings = self._dequantized(distinct)[:, : self._spec.width]
+            embeddings *= self._scale
         if len(ids) == 1:
-            return found
+            return embeddings
         place = {token: i for i, token in enumerate(distinct)}
-        return found[[place[token] for token in ids]]
+        return embeddings[[place[token] for token in ids]]
 
     def low_plane(self, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """The low plane of some rows of a table in two planes, as integers and their scales.
+        """Returns the low plane of some rows of a table in two planes, as integers and their
+        scales.
 
         Args:
             ids: of the tokens.
@@ -106,7 +108,7 @@ class EmbeddingTable:
                 )
 
     def _dequantized(self, ids: Sequence[int]) -> np.ndarray:
-        """Before the embedding scale: float32 `(len(ids), width or more)`."""
+        """Returns rows before the embedding scale: float32 `(len(ids), width or more)`."""
         spec = self._spec
         if not spec.block_size:
             return self._read("rows", ids).astype(np.float32)
@@ -128,7 +130,7 @@ class EmbeddingTable:
         scales: np.ndarray,
         zero_points: np.ndarray | np.float32,
     ) -> np.ndarray:
-        """What the levels of a part stand for: float32 `(n, blocks * block_size)`."""
+        """Returns the values of a part's quantized numbers: float32 `(n, blocks * block_size)`."""
         levels = self._levels(self._read(part, ids))
         blocks = levels.reshape(len(ids), -1, self._spec.block_size)
         blocks -= zero_points
@@ -148,8 +150,8 @@ class EmbeddingTable:
             raise EdgeError(f"{self._path} cannot be read: {error.strerror}") from error
         if len(data) != len(ids) * size:
             raise BundleError(
-                f"{self._path} ends before the embeddings do: it has changed since it was opened; "
-                "export or copy it again"
+                f"{self._path} is too short for its embeddings: the file has changed since "
+                "it was opened; export or copy the bundle again"
             )
         return np.frombuffer(data, dtype).reshape(len(ids), -1)
 

@@ -1,7 +1,7 @@
-"""Which weights a graph reads, and how: from the ONNX file alone, without onnx or onnxruntime.
+"""Finds the weights that a graph reads, and how, from the ONNX file without onnx or onnxruntime.
 
-ONNX is protocol buffers; the few fields wanted here are read by their numbers, from `onnx.proto3`
-(github.com/onnx/onnx). What is cut short or of another kind is a damaged bundle.
+ONNX files are protocol buffers. The few fields needed here are read by their field numbers in
+`onnx.proto3` (github.com/onnx/onnx). A truncated or malformed file raises `BundleError`.
 """
 
 from __future__ import annotations
@@ -37,32 +37,33 @@ class StoredWeight:
 
     @property
     def looked_up(self) -> bool:
-        """Whether rows of it are looked up, as of an embedding table."""
+        """Whether single rows of it are looked up, as in an embedding table."""
         return any(operator.startswith(_LOOKUPS) for operator in self.used_by)
 
     @property
     def multiplied(self) -> bool:
-        """Whether all of it is read, in a product or the like."""
+        """Whether all of it is read, for example in a matrix product."""
         return not all(operator.startswith(_LOOKUPS) for operator in self.used_by)
 
 
 def stored_weights(path: Path) -> list[StoredWeight]:
-    """The weights that a graph points at in its weights file, and uses.
+    """Returns the weights in the weights file that a graph uses.
 
     Raises:
-        BundleError: the file is no ONNX graph.
+        BundleError: the file is not a valid ONNX graph.
     """
     try:
         return list(_stored_weights(path.read_bytes()))
     except (IndexError, ValueError, KeyError) as error:
-        raise BundleError(f"{path} is no ONNX graph: {error}") from error
+        raise BundleError(f"{path} is not a valid ONNX graph: {error}") from error
 
 
 def bytes_per_token(path: Path) -> int:
-    """Bytes of weights that one step of decoding reads: all but those of which rows are looked up.
+    """Returns the bytes of weights that one decode step reads: all except tables whose rows are
+    looked up.
 
     Raises:
-        BundleError: the file is no ONNX graph.
+        BundleError: the file is not a valid ONNX graph.
     """
     read = {w.offset: w.num_bytes for w in stored_weights(path) if w.multiplied}
     return sum(read.values())  # a place that two shapes share is read once
@@ -72,7 +73,7 @@ def _stored_weights(data: bytes) -> Iterator[StoredWeight]:
     view = memoryview(data)
     graphs = [value for number, value in _fields(view) if number == 7]
     if len(graphs) != 1 or not isinstance(graphs[0], memoryview):
-        raise ValueError("it holds no graph")
+        raise ValueError("it contains no graph")
     users: dict[str, set[str]] = {}
     tensors: list[memoryview] = []
     for number, value in _fields(graphs[0]):
@@ -115,9 +116,9 @@ def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
         elif kind in (_FIXED64, _FIXED32):
             size = 8 if kind == _FIXED64 else 4
         else:
-            raise ValueError(f"a field of kind {kind}")
+            raise ValueError(f"it has a field of the unknown wire type {kind}")
         if place + size > len(data):
-            raise ValueError("it is cut short")
+            raise ValueError("the file is truncated")
         yield number, data[place : place + size]
         place += size
 
@@ -130,7 +131,7 @@ def _varint(data: memoryview, place: int) -> tuple[int, int]:
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value, place
-    raise ValueError("a number without end")
+    raise ValueError("it has a variable-length integer that is too long")
 
 
 def _varints(data: memoryview) -> list[int]:
@@ -143,5 +144,5 @@ def _varints(data: memoryview) -> list[int]:
 
 def _text(value: int | memoryview) -> str:
     if isinstance(value, int):
-        raise ValueError("a number where a name should be")
+        raise ValueError("it has a number where a name is expected")
     return bytes(value).decode("utf-8")

@@ -1,7 +1,7 @@
-"""`bundle.json`, the manifest of a bundle: its schema, and how each entry of it is read.
+"""Reads and checks `bundle.json`, the manifest of a bundle, and defines its schema.
 
-It is data about files that may come from anywhere, so nothing in it is believed before it is
-checked: names stay inside the folder, numbers have the type and the size that they can have.
+The manifest may come from an untrusted source, so every entry is checked. File names must stay
+inside the folder, and numbers must have a valid type and size.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class RopeSpec:
 
 @dataclasses.dataclass(frozen=True)
 class WindowSpec:
-    """A sliding window, and the layers that keep no more than it.
+    """A sliding window of layers that store only the last window of keys and values.
 
     Attributes:
         name: of the dimension that is the capacity of such a layer's keys and values.
@@ -77,7 +77,7 @@ class WindowSpec:
 
 @dataclasses.dataclass(frozen=True)
 class StoredPart:
-    """Where one part of every row of a table lies in the weights file, one row after another.
+    """The place of one part of a table's rows in the weights file, one row after another.
 
     Attributes:
         offset: of the first row, in bytes.
@@ -172,7 +172,7 @@ class TokenizerSpec:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a bundle, of which only format and version are checked.
+    """Reads the manifest of a bundle; checks only its format and version.
 
     Raises:
         BundleError: the folder has none, or one of another version.
@@ -183,7 +183,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}")
     if path.stat().st_size > _MAX_MANIFEST:
-        raise BundleError(f"{path} is larger than a manifest can be")
+        raise BundleError(f"{path} is too large for a bundle manifest")
     try:
         manifest = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -193,19 +193,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     version = manifest.get("format_version")
     if type(version) is not int or version not in READABLE_VERSIONS:
         raise BundleError(
-            f"{path} has format version {reprlib.repr(version)}; this edge-demo reads "
-            f"{' and '.join(map(str, READABLE_VERSIONS))}; export it again, or run the one it was "
-            "made for"
+            f"{path} has format version {reprlib.repr(version)}, but this edge-demo reads "
+            f"{' and '.join(map(str, READABLE_VERSIONS))}. Export the bundle again, or "
+            "install the edge-demo version that matches it"
         )
     return manifest
 
 
 def read_graph(data: Mapping[str, Any]) -> GraphSpec:
-    """A graph's entry; as the functions below it raises what says that the manifest is damaged.
+    """Reads a graph's entry. The errors below mean that the manifest is damaged.
 
     Raises:
         BundleError: a file's name leaves the folder.
-        KeyError, TypeError, ValueError, AttributeError: an entry is missing, or cannot be so.
+        KeyError, TypeError, ValueError, AttributeError: an entry is missing or not valid.
     """
 
     def tensors(entries: list[Any]) -> tuple[TensorSpec, ...]:
@@ -269,55 +269,55 @@ def read_embedding(data: Mapping[str, Any]) -> EmbeddingSpec:
     if spec.planes != 1:
         good = good and (spec.planes, spec.bits, spec.symmetric) == (2, 8, False)
     if not good or not isinstance(spec.symmetric, bool):
-        raise ValueError("there is no such format of an embedding")
+        raise ValueError("the format of the embedding is not supported")
     dtypes = {name: dtype for name, (dtype, _) in spec.layout.items()}
     if dtypes != {name: part.dtype for name, part in spec.parts.items()}:
-        raise ValueError(f"an embedding of that format has the parts {', '.join(dtypes)}")
+        raise ValueError(f"the parts of an embedding in this format must be {', '.join(dtypes)}")
     return spec
 
 
 def plain_name(name: Any) -> str:
-    """The name of a file in the bundle's folder.
+    """Checks the name of a file in the bundle's folder.
 
     Raises:
-        BundleError: it cannot be one.
+        BundleError: it is not a plain file name.
     """
     good = isinstance(name, str) and name.isprintable() and "\\" not in name
     if not good or name in ("", "..") or Path(name).name != name:
         raise BundleError(
-            f"the bundle names a file that cannot be in its folder: {reprlib.repr(name)}"
+            f"bundle.json names a file outside the bundle's folder: {reprlib.repr(name)}"
         )
     return name
 
 
 def count(value: Any) -> int:
-    """A size: a whole number above 0. Raises `ValueError` if it is none."""
+    """A size: a whole number above 0. Raises `ValueError` otherwise."""
     if index(value) == 0:
         raise ValueError("a size must not be 0")
     return value
 
 
 def index(value: Any) -> int:
-    """A whole number that is not negative. Raises `ValueError` if it is none."""
+    """A whole number that is not negative. Raises `ValueError` otherwise."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 50:
-        raise ValueError(f"{reprlib.repr(value)} is not a size or an index")
+        raise ValueError(f"{reprlib.repr(value)} is not a valid size or index")
     return value
 
 
 def window_length(value: Any, context_length: int) -> int:
-    """A window in tokens, shorter than the context. Raises `ValueError` if it is none."""
+    """A sliding window in tokens, shorter than the context. Raises `ValueError` otherwise."""
     if count(value) >= context_length:
-        raise ValueError(f"a sliding window of {value:,} tokens is not shorter than the context")
+        raise ValueError(f"a sliding window of {value:,} tokens must be shorter than the context")
     return value
 
 
 def soft_cap(value: Any) -> float | None:
-    """A cap of logits, or none. Raises `ValueError` if it is neither."""
+    """A soft cap of logits, or `None`. Raises `ValueError` otherwise."""
     return None if value is None else factor(value)
 
 
 def factor(value: Any) -> float:
-    """A positive number of a size that can occur. Raises `ValueError` if it is none."""
+    """A positive number within reasonable limits. Raises `ValueError` otherwise."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not 1e-6 < value < 1e12:
-        raise ValueError(f"{reprlib.repr(value)} is not a rotary base or a scale")
+        raise ValueError(f"{reprlib.repr(value)} is not a valid rotary base or scale")
     return float(value)

@@ -1,7 +1,7 @@
-"""The bundle: one folder with graphs, weights, tokenizer and `bundle.json`; its reader.
+"""Opens a bundle: one folder with graphs, weights, tokenizer and `bundle.json`.
 
-Sizes are compared before anything is opened, and every file's SHA-256 is compared before it is
-used.
+File sizes are checked when the bundle is opened. The SHA-256 of each file is checked before the
+file is used.
 """
 
 from __future__ import annotations
@@ -48,13 +48,12 @@ class Bundle:
         context_length: the longest sequence, in tokens.
         vocabulary_size: of the logits.
         engine: the graph that returns all logits.
-        candidates: the graph that returns the most likely tokens and their logits; `None` in
-            bundles that have none.
+        candidates: the graph that returns the most likely tokens and their logits, or `None`.
         weights: the file that the graphs point into.
-        embedding: the table of it whose rows the graphs are fed.
+        embedding: the table whose rows are the input of the graphs.
         final_soft_cap: logits end as `cap * tanh(logits / cap)`; `None` for no cap.
         ropes: the rotary tables it needs.
-        windows: the sliding windows of layers that keep no more than theirs.
+        windows: the sliding windows of layers that store only the last window of keys and values.
         tokenizer: file and ids.
         files: name to (bytes, SHA-256).
         manifest: all of `bundle.json`, for people: plan, provenance, quality, licence.
@@ -81,7 +80,7 @@ class Bundle:
         """Read and check `bundle.json`, and the presence and size of every file it lists.
 
         Raises:
-            BundleError: the folder is no bundle, of another version, or incomplete.
+            BundleError: the folder is not a bundle, has another version, or is incomplete.
         """
         folder = Path(path)
         manifest = read_manifest(folder)
@@ -106,13 +105,16 @@ class Bundle:
         table, size = self.embedding, self.files[self.weights][0]
         wrong = None
         if table.rows != self.vocabulary_size:
-            wrong = f"{table.rows:,} rows for a vocabulary of {self.vocabulary_size:,}"
+            wrong = f"{table.rows:,} rows, but the vocabulary size is {self.vocabulary_size:,}"
         for graph in filter(None, (self.engine, self.candidates)):
             for spec in graph.inputs:
                 if spec.name == "inputs_embeds" and spec.shape[-1:] != (table.width,):
-                    wrong = f"rows of {table.width:,} numbers, which {graph.file} does not take"
+                    wrong = (
+                        f"rows of {table.width:,} numbers, which does not match the input of "
+                        f"{graph.file}"
+                    )
         if self.low_plane_apart and table.planes != 2:
-            wrong = "one plane, where the candidates graph leaves a second one to the device"
+            wrong = "one plane, but the candidates graph needs a second one"
         for name, (_, row_bytes) in table.layout.items():
             end = table.parts[name].offset + table.rows * row_bytes
             if end > size:
@@ -161,9 +163,9 @@ class Bundle:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256, in hex, of all that decides which tokens and which keys and values come out.
+        """SHA-256, in hex, of everything that determines the output tokens, keys and values.
 
-        It is made of the hashes in the manifest, which `verify` compares with the files.
+        It is computed from the hashes in the manifest, which `verify` compares with the files.
         """
         graphs = [self.engine, *([self.candidates] if self.candidates else [])]
         names = [*(graph.file for graph in graphs), self.weights, self.tokenizer.file]
@@ -182,8 +184,8 @@ class Bundle:
         """Compare every file with its SHA-256.
 
         Args:
-            use_memory: whether a large file that was checked before, and has kept its size,
-                modification time and inode, may be passed over.
+            use_memory: whether to skip a large file that was checked before, if its size,
+                modification time and inode are unchanged.
 
         Raises:
             BundleError: a file has changed.

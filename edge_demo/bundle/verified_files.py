@@ -1,6 +1,6 @@
-"""The memory of checked files: what was compared with its SHA-256 need not be read again.
+"""Remembers which files were checked against their SHA-256, so that they are not read again.
 
-A check is remembered with the file's size, times and inode, so the next start takes no time for it.
+A check is stored with the file's size, times and inode. The next start then skips the file.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 
 from edge_demo.durable import write_whole
 
-_LARGE = 8 << 20  # bytes; what is smaller is read in no time
+_LARGE = 8 << 20  # bytes; reading smaller files is fast
 
 
 class VerifiedFiles:
     """Large files whose SHA-256 was checked, in `$XDG_CACHE_HOME/gemma-keras/verified.json`.
 
-    Losing it, or failing to write it, only costs time.
+    If this file is lost or cannot be written, checks only take longer.
     """
 
     _MOST = 64
@@ -28,7 +28,7 @@ class VerifiedFiles:
         self._path: Path | None = None
         self._entries: dict[str, Any] = {}
         with contextlib.suppress(OSError, ValueError, TypeError, RuntimeError):
-            # RuntimeError: the user has no home, or the JSON is nested without end
+            # RuntimeError: the user has no home folder, or the JSON is nested too deeply
             cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
             self._path = cache / "gemma-keras/verified.json"
             self._entries = dict(json.loads(self._path.read_bytes()))
@@ -43,7 +43,7 @@ class VerifiedFiles:
         return self._entries.get(str(file.resolve())) == self._stamp(file, sha256)
 
     def remember(self, file: Path, sha256: str) -> None:
-        """Keep that the file has this hash now, if it is large."""
+        """Remember that the file has this hash now, if it is large."""
         if file.stat().st_size < _LARGE:
             return
         key = str(file.resolve())

@@ -1,1 +1,1 @@
-"""The command `edge-demo`: a file for each command, its options and its terminal."""
+"""The command line `edge-demo`: one file per command, shared options, and terminal output."""

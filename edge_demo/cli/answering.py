@@ -1,4 +1,5 @@
-"""What `generate` and `chat` share: from arguments to a generator, and a report of an answer."""
+"""Code shared by `generate` and `chat`: makes a generator from arguments, and reports on an
+answer."""
 
 from __future__ import annotations
 
@@ -24,20 +25,20 @@ if TYPE_CHECKING:
 
 
 def sampler_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of a `Sampler`."""
+    """Returns the arguments of a `Sampler`."""
     return {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Sampler)}
 
 
 def stop_texts(arguments: argparse.Namespace) -> tuple[str, ...]:
-    """Those of `--stop`; errors as `check_stop_texts`."""
+    """Returns the stop texts of `--stop`; errors as `check_stop_texts`."""
     texts = check_stop_texts(arguments.stop)
     if any("\\n" in text for text in texts):
-        note("--stop has a backslash and an n, not a line break, which is $'\\n' in bash")
+        note("--stop contains a backslash and the letter n; in bash write a line break as $'\\n'")
     return texts
 
 
 def open_tokenizer(bundle: Bundle) -> Tokenizer:
-    """The bundle's; a file that has changed is told as that.
+    """Opens the bundle's tokenizer. If a file has changed, the error says so.
 
     Raises:
         BundleError: as `Tokenizer`, or a file has changed.
@@ -50,7 +51,7 @@ def open_tokenizer(bundle: Bundle) -> Tokenizer:
 
 
 class Answering:
-    """What a command's options ask for, checked before anything is loaded.
+    """The options of a command, checked before anything is loaded.
 
     Args:
         arguments: of `generate` or `chat`.

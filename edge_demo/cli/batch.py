@@ -1,4 +1,4 @@
-"""`edge-demo generate BUNDLE --batch FILE --out FILE`."""
+"""Runs `edge-demo generate BUNDLE --batch FILE --out FILE`."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def _result(item: Item, answer: Answer) -> dict[str, Any]:
 
 
 def run_batch(arguments: argparse.Namespace) -> int:
-    """Continue all prompts of a file; exit status 1 if some of them could not be."""
+    """Continue all prompts of a file; exit status 1 if some of them failed."""
     if arguments.out is None:
-        raise RequestError("--batch needs --out FILE for its results")
+        raise RequestError("--batch needs --out FILE to write its results")
     settings = sampler_settings(arguments)
     settings["seed"] = arguments.seed or 0
     defaults = Item(
@@ -48,14 +48,16 @@ def run_batch(arguments: argparse.Namespace) -> int:
         stop=stop_texts(arguments),
         **settings,
     )
-    defaults.sampler()  # refuses options out of range
+    defaults.sampler()  # raises an error for options out of range
     bundle = Bundle.open(arguments.bundle)
     items = read_items(arguments.batch, defaults, tuned=bundle.tokenizer.chat is not None)
     if os.path.exists(arguments.out) and os.path.samefile(arguments.batch, arguments.out):
-        raise RequestError(f"{arguments.out} holds the prompts; choose another --out")
+        raise RequestError(
+            f"--out {arguments.out} is the file of prompts; choose another file for the results"
+        )
     start = time.perf_counter()
     rows = arguments.batch_size or _ROWS
-    # before the results are touched: what is refused must not cost those of an earlier run
+    # before the results are opened, so that a refused request does not destroy earlier results
     tokenizer, threads = open_tokenizer(bundle), arguments.threads
     runner = BatchRunner(bundle, tokenizer, items, rows, threads, arguments.force)
     keys = [item.key(bundle.fingerprint) for item in items]
@@ -64,7 +66,7 @@ def run_batch(arguments: argparse.Namespace) -> int:
         rest = [item for item in items if item.index not in results.done]
         before = len(items) - len(rest)
         if before:
-            note(f"{before:,} of {len(items):,} results are in {arguments.out} already")
+            note(f"{before:,} of {len(items):,} results are already in {arguments.out}")
         try:
             progress = Progress("prompt")
             for done, (item, answer) in enumerate(runner.run(rest), start=1):
@@ -93,8 +95,8 @@ def run_batch(arguments: argparse.Namespace) -> int:
             f"{tokens / seconds:.0f} tokens/s · {megabytes(peak_rss_bytes())}"
         )
     if errors:
-        note(f'{errors:,} of them could not be run; their lines in {arguments.out} have an "error"')
+        note(f'{errors:,} of them failed; their lines in {arguments.out} have an "error"')
     if interrupted:
-        note("the same command goes on from here")
+        note("run the same command again to continue")
         return 130
     return 1 if errors else 0

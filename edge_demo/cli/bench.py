@@ -1,4 +1,4 @@
-"""`edge-demo bench`: its options, and its table in the form of llama-bench (llama.cpp)."""
+"""Runs `edge-demo bench` and prints its table in the form of llama-bench (llama.cpp)."""
 
 from __future__ import annotations
 
@@ -15,18 +15,28 @@ if TYPE_CHECKING:
     from edge_demo.bundle.reader import Bundle
     from edge_demo.evaluate.speed import BenchReport
 
-TEXT = "Measure prefill, decode, load time and memory, in a table."
+TEXT = "Measure prefill speed, decode speed, load time and memory."
 _MOST_REPEATS = 10_000
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What `bench` takes: the options of llama-bench where it has them."""
+    """Adds the options of `bench`, named as in llama-bench where it has them."""
     options.add_bundle(parser)
     for short, name, default, text in (
-        ("-p", "--prompt-tokens", [512], "time prompts of N tokens, pp; 0 leaves it out"),
-        ("-n", "--decode-tokens", [128], "time N tokens generated one by one, tg; 0 leaves it out"),
-        ("-d", "--depth", [0], "after N tokens that do not count"),
-        ("-t", "--threads", [None], "threads for an operator"),
+        (
+            "-p",
+            "--prompt-tokens",
+            [512],
+            "time the prefill of N prompt tokens (pp); 0 skips this test",
+        ),
+        ("-n", "--decode-tokens", [128], "time the generation of N tokens (tg); 0 skips this test"),
+        (
+            "-d",
+            "--depth",
+            [0],
+            "number of tokens in the context before each test; they are not timed",
+        ),
+        ("-t", "--threads", [None], "number of threads per operator"),
     ):
         shown = "cores" if default == [None] else default[0]
         parser.add_argument(
@@ -43,14 +53,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=_repeats,
         default=5,
         metavar="N",
-        help="measurements of each test (default: %(default)s)",
+        help="number of times each test is run (default: %(default)s)",
     )
     parser.add_argument(
         "-o",
         "--output",
         choices=("md", "csv", "json"),
         default="md",
-        help="a table for people, one for programs, or what --json prints (default: %(default)s)",
+        help="output format: a Markdown table, CSV, or the JSON that --json prints (default: "
+        "%(default)s)",
     )
     options.add_force(parser)
 
@@ -62,7 +73,7 @@ def _counts(text: str) -> list[int]:
         values = [-1]
     if min(values) < 0 or max(values) >= options.TOO_MANY:
         raise argparse.ArgumentTypeError(
-            f"{brief(text, 80)!r} is not a number, or numbers with commas"
+            f"{brief(text, 80)!r} is not a number or a comma-separated list of numbers"
         )
     return list(dict.fromkeys(values))
 
@@ -106,7 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def as_markdown(bundle: Bundle, report: BenchReport) -> str:
-    """The table, a row a test, speeds as mean ± standard deviation."""
+    """Returns the table: one row per test, with speeds as mean ± standard deviation."""
     rows = [("model", "size", "threads", "test", "t/s")]
     for row in _rows(bundle, report):
         speed = f"{row['mean']:.2f} ± {row['deviation']:.2f}"
@@ -129,7 +140,7 @@ def as_markdown(bundle: Bundle, report: BenchReport) -> str:
 
 
 def as_csv(bundle: Bundle, report: BenchReport) -> str:
-    """The same for programs: sizes in bytes, speeds unrounded."""
+    """Returns the same as CSV: sizes in bytes, speeds unrounded."""
     out = io.StringIO()
     names = ("model", "bytes", "threads", "test", "depth", "mean", "deviation")
     writer = csv.writer(out, lineterminator="\n")
@@ -139,7 +150,7 @@ def as_csv(bundle: Bundle, report: BenchReport) -> str:
 
 
 def as_json(bundle: Bundle, report: BenchReport, repeats: int) -> dict[str, Any]:
-    """One object: what is true of all, the first speeds by name, and every test."""
+    """Returns one object: general values, the first speeds by name, and every test."""
     prompt, decode = report.first("pp"), report.first("tg")
     return {
         "model": bundle.name,

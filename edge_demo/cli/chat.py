@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from edge_demo.text.generator import CompletionStream, Generator
     from edge_demo.text.session import ChatSession
 
-TEXT = "Talk in turns, or, with a base model, continue text in turns."
+TEXT = "Chat with a model, or continue text in turns with a base model."
 _HELP = """\
 /clear, /reset   begin a new conversation
 /bye, /exit      end; exit, quit and Ctrl-D too
@@ -35,15 +35,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "-p",
         "--prompt",
         metavar="TEXT",
-        help="the first message; where stdin is no terminal the only one, and stdin is not read. "
-        "Without it a piped text is one message, whatever its lines (a NUL character between "
-        "several)",
+        help="the first message; if stdin is not a terminal, it is the only message and stdin "
+        "is not read. Without --prompt a piped text is one message; NUL characters "
+        "separate several",
     )
     parser.add_argument(
         "--system",
         metavar="TEXT",
         default="",
-        help="instructions for an instruction-tuned model, before the first message",
+        help="system text for an instruction-tuned model, before the first message",
     )
     options.add_engine(parser)
     options.add_sampling(parser, options.Sampling(512, 1.0, 64, 0.95))
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     from edge_demo.text.session import ChatSession
 
     if arguments.prompt is not None and not arguments.prompt.strip():
-        raise RequestError("--prompt is empty; give a message, or leave it out")
+        raise RequestError("--prompt is empty; give a message, or remove --prompt")
     answering = Answering(arguments)
     messages = _messages(arguments.prompt)
     only_keeps = arguments.system and arguments.prompt_cache  # which needs no message
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     tuned = bundle.tokenizer.chat is not None
     if arguments.system and not tuned:
         raise RequestError(
-            f"{bundle.name} is a base model: it has no place for --system; leave it out"
+            f"{bundle.name} is a base model, which has no system text; remove --system"
         )
     session = ChatSession(
         generator,
@@ -99,9 +99,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _greeting(bundle: Bundle) -> str:
     kind = (
-        "instruction-tuned: answers in its turn template."
+        "instruction-tuned: it answers in its turn template."
         if bundle.tokenizer.chat is not None
-        else "a base model: it continues the text you write, it was not taught to answer."
+        else "a base model: it continues your text and is not tuned to answer."
     )
     keys = " Ctrl-C stops an answer, Ctrl-D ends, /help shows more." if sys.stdin.isatty() else ""
     return f"{bundle.name} ({bundle.recipe}), {kind}{keys}"
@@ -182,13 +182,13 @@ class _Talk:
 
         if command in ("clear", "reset"):
             self._session.clear()
-            note("a new conversation begins")
+            note("started a new conversation")
         elif command in ("help", "?"):
             note(_HELP)
         else:
             note(
-                f"there is no command /{brief(command, 40)}; /help shows those there are. Begin "
-                "with a space to send it as a message"
+                f"there is no command /{brief(command, 40)}; /help lists the commands. To "
+                "send it as a message, begin with a space"
             )
 
     def answer(self, message: str) -> bool:
@@ -212,7 +212,7 @@ class _Talk:
                 self._session.take_back()
             if not sys.stdin.isatty():
                 raise
-            note(f"{error}. The message was left out")
+            note(f"{error}. The message was dropped")
             return True
         except EdgeError:
             if stream is not None and stream.completion.ids and not self._json:
@@ -247,11 +247,11 @@ class _Talk:
             print(json.dumps(self._answering.report(completion)), flush=True)
         else:
             show("\n")
-            length = f"{len(completion.ids):,} tokens" if kept else "the message was left out"
+            length = f"{len(completion.ids):,} tokens" if kept else "the message was dropped"
             note(f"[{completion.finish_reason}] {length}")
         self._answering.cache.tell()
 
 
 def _dropped(count: int, context: int) -> str:
     what = "message and its answer were" if count == 1 else f"{count:,} messages and answers were"
-    return f"the conversation fills the context of {context:,} tokens: the oldest {what} left out"
+    return f"the conversation fills the context of {context:,} tokens: the oldest {what} dropped"

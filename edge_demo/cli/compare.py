@@ -1,4 +1,4 @@
-"""`edge-demo compare`: how far a bundle's predictions are from a reference's."""
+"""Runs `edge-demo compare`: compares a bundle's predictions with those of a reference."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ import dataclasses
 from edge_demo.cli import options
 from edge_demo.cli.text_files import read_text
 
-TEXT = "How far a bundle's predictions are from a reference's: KL divergence, perplexities."
+TEXT = "Compare a bundle with a reference bundle: KL divergence and perplexity."
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What `compare` takes."""
+    """Adds the options of `compare`."""
     parser.add_argument(
         "reference",
         metavar="REFERENCE",
-        help="the bundle to compare with, usually exported as fp32",
+        help="the reference bundle, usually exported as fp32",
     )
     options.add_bundle(parser)
     options.add_engine(parser)
-    parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text")
+    parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text file")
     options.add_windows(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """How far a bundle is from a reference."""
+    """Compare a bundle with a reference."""
     from edge_demo.bundle.reader import Bundle
     from edge_demo.cli.terminal import Progress, as_json, show
     from edge_demo.engine.runner import Engine

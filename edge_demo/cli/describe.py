@@ -1,4 +1,4 @@
-"""What a bundle holds, for people."""
+"""Describes the contents of a bundle as text."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from edge_demo.units import megabytes
 
 
 def describe(bundle: Bundle, *, verified: bool) -> str:
-    """A page about the bundle.
+    """Returns a text about the bundle.
 
     Args:
         bundle: opened.
         verified: whether its files were compared with their hashes.
 
     Raises:
-        BundleError: what only people read is missing or of another kind.
+        BundleError: an informational entry of the manifest is missing or not valid.
     """
     try:
         return _page(bundle, verified)
@@ -63,9 +63,9 @@ def _kept(bundle: Bundle) -> str:
     integers = sum(s.dtype == "int8" for s in keys)
     parts = ["keys and values in float32"]
     if integers:
-        parts.append(f"of {integers} layers in int8")
+        parts.append(f"int8 in {integers} layers")
     if windowed:
-        parts.append(f"of {windowed} layers for a window only")
+        parts.append(f"sliding window in {windowed} layers")
     return ", ".join(parts)
 
 

@@ -1,4 +1,4 @@
-"""What a device is, what fits on it, and how fast that may be: for programs and for people."""
+"""Reports a device's hardware, the models that fit on it, and their expected speed."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ LIKELY_SHARE = (0.3, 0.6)
 
 
 def examine(bundles: Sequence[Bundle], root: Path = Path("/")) -> dict[str, Any]:
-    """All that is known, as one object for programs; sizes in bytes, speeds a second.
+    """Collects everything known as one object; sizes in bytes, speeds per second.
 
     Args:
-        bundles: to judge; without any, common sizes are.
-        root: where `proc` and `sys` lie.
+        bundles: to check; without any, the published model sizes are checked.
+        root: the folder that contains `proc` and `sys`.
     """
     looked = hardware.look(root)
     room = memory_limits(root)
@@ -111,16 +111,16 @@ def _disk(bundle: Bundle) -> dict[str, Any] | None:
         from edge_demo.device.throughput import disk_speed
     except ImportError:
         return None
-    found = disk_speed(bundle.path / bundle.weights)
-    return None if found is None else dataclasses.asdict(found)
+    speed = disk_speed(bundle.path / bundle.weights)
+    return None if speed is None else dataclasses.asdict(speed)
 
 
 def _judge_sizes(free: int | None, speed: float | None) -> list[dict[str, Any]]:
-    found = []
+    rows = []
     for size in SIZES:
         for name, recipe in RECIPES.items():
             needed = _needed(size, recipe, free)
-            found.append(
+            rows.append(
                 {
                     "name": size.name,
                     "recipe": name,
@@ -129,17 +129,17 @@ def _judge_sizes(free: int | None, speed: float | None) -> list[dict[str, Any]]:
                     "tokens_per_s": _tokens_per_s(read_per_token(size, recipe), speed),
                 }
             )
-    return found
+    return rows
 
 
 def _needed(size: PublishedSize, recipe: RecipeBytes, free: int | None) -> int:
-    """Bytes it takes with the longest chunk of a prompt that fits, or with the shortest."""
+    """Returns the bytes it needs with the longest prompt chunk that fits, or with the shortest."""
     needed = [estimate(size, recipe, chunk).resident for chunk in memory.CHUNKS]
     return next((n for n in needed if free is None or n <= free), needed[-1])
 
 
 def _tokens_per_s(read: int, speed: float | None) -> dict[str, Any] | None:
-    """Of decoding: what memory allows at most, and the share of it that is likely."""
+    """Returns decode speeds: the upper limit from memory speed, and the likely range."""
     if speed is None or not read:
         return None
     most = speed / read
@@ -163,9 +163,9 @@ def _version(package: str) -> str | None:
 # --- for people ----------------------------------------------------------------------------------
 
 
-def describe(found: dict[str, Any]) -> str:
-    """A page from what `examine` found."""
-    looked, sizes = found["device"], found["memory"]
+def describe(report: dict[str, Any]) -> str:
+    """Returns a text from the result of `examine`."""
+    looked, sizes = report["device"], report["memory"]
     names = [looked["board"], looked["processor"]]
     title = ", ".join(name for name in names if name) or "unknown processor"
     cores = "unknown" if looked["cores"] is None else str(looked["cores"])
@@ -174,7 +174,7 @@ def describe(found: dict[str, Any]) -> str:
         f"  system        {looked['system']} {looked['machine']}, {looked['bits']}-bit",
         f"  cores         {cores}",
         f"  instructions  {_instructions(looked)}",
-        f"  memory        {_size(sizes['total'])}, {_size(sizes['available'])} to be had",
+        f"  memory        {_size(sizes['total'])}, {_size(sizes['available'])} available",
     ]
     for bound in sizes["bounds"][1:]:
         lines.append(f"                {megabytes(bound['free'])} {bound['bound']}")
@@ -184,26 +184,30 @@ def describe(found: dict[str, Any]) -> str:
         f"  memory reads  {_speed(sizes['read_bytes_per_s'])}",
         f"  temperature   {_celsius(looked['celsius'])}",
         f"  throttling    {looked['throttled'] or 'unknown'}",
-        f"  software      {_versions(found['versions'])}",
+        f"  software      {_versions(report['versions'])}",
     ]
-    if not found["runs_here"]:
+    if not report["runs_here"]:
         lines.append(
             "This is a 32-bit system (or Python): onnxruntime exists for 64 bits only. Install a "
             "64-bit system."
         )
         return "\n".join(lines)
-    for bundle in found["bundles"]:
+    for bundle in report["bundles"]:
         lines += ["", *_bundle_lines(bundle)]
-    if found["sizes"]:
-        lines += ["", "What fits, and tokens/s of decoding: what memory allows at most (likely)"]
-        lines += [_size_line(size) for size in found["sizes"]]
+    if report["sizes"]:
+        lines += [
+            "",
+            "Models that fit, with decode speed in tokens/s: upper limit from memory speed "
+            "(likely range)",
+        ]
+        lines += [_size_line(size) for size in report["sizes"]]
     return "\n".join(lines)
 
 
 def _instructions(looked: dict[str, Any]) -> str:
     if not looked["instructions"] and not looked["missing"]:
         return "unknown"
-    has = ", ".join(looked["instructions"]) or "none of those that matter"
+    has = ", ".join(looked["instructions"]) or "none that speeds up inference"
     return has + (f"; not {', '.join(looked['missing'])}" if looked["missing"] else "")
 
 
@@ -216,7 +220,7 @@ def _swap(sizes: dict[str, Any]) -> str:
         return "unknown"
     if not sizes["swap"]:
         return "none"
-    return f"{megabytes(sizes['swap'])}, {_size(sizes['swap_free'])} free (slow: not counted on)"
+    return f"{megabytes(sizes['swap'])}, {_size(sizes['swap_free'])} free (slow: not counted)"
 
 
 def _pages(looked: dict[str, Any]) -> str:
@@ -256,8 +260,8 @@ def _bundle_lines(bundle: dict[str, Any]) -> list[str]:
     else:
         short = bundle["shortage"]
         fits = (
-            f"does not fit: takes {megabytes(bundle['needed'])}, "
-            f"{megabytes(short['free'])} can be had {short['bound']}"
+            f"does not fit: takes {megabytes(bundle['needed'])}, {megabytes(short['free'])} "
+            f"is available {short['bound']}"
         )
     all_logits = (
         f"                {megabytes(bundle['needed_for_all_logits'])} to sample without --top-k"

@@ -1,4 +1,4 @@
-"""`edge-demo doctor`: what this device is, what fits on it, and how fast that may be."""
+"""Runs `edge-demo doctor`: shows the device, the models that fit, and their expected speed."""
 
 from __future__ import annotations
 
@@ -7,25 +7,27 @@ import json
 
 from edge_demo.cli import options
 
-TEXT = "What this device is, what fits on it, and how fast that may be."
+TEXT = "Show this device's hardware, which models fit, and their expected speed."
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What `doctor` takes."""
-    parser.add_argument("bundles", metavar="BUNDLE", nargs="*", help="bundles to judge too")
+    """Adds the options of `doctor`."""
+    parser.add_argument(
+        "bundles", metavar="BUNDLE", nargs="*", help="bundles to check against this device"
+    )
     options.add_json(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Report on the device, and on bundles if there are any."""
+    """Report on the device, and on the given bundles."""
     from edge_demo.bundle.reader import Bundle
     from edge_demo.cli.device_report import describe, examine
     from edge_demo.cli.terminal import show
 
     bundles = [Bundle.open(path) for path in arguments.bundles]
-    found = examine(bundles)
+    report = examine(bundles)
     if arguments.json:
-        print(json.dumps(found))
+        print(json.dumps(report))
     else:
-        show(describe(found) + "\n")
+        show(describe(report) + "\n")
     return 0

@@ -16,7 +16,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """What `generate` takes."""
     options.add_bundle(parser)
     parser.add_argument(
-        "-p", "--prompt", metavar="TEXT", help="what to continue (default: read stdin)"
+        "-p", "--prompt", metavar="TEXT", help="the prompt to continue (default: read stdin)"
     )
     options.add_engine(parser)
     options.add_sampling(parser, options.Sampling(128, 0.0, 0, 1.0))
@@ -28,13 +28,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Continue a prompt, or those of a file."""
     if arguments.batch is not None:
         others = ("prompt", "prompt_cache", "prompt_cache_ro", "lookup", "draft")
-        _refuse_with(arguments, others, "does not go with --batch; leave it out")
+        _refuse_with(arguments, others, "is not valid with --batch; remove it")
 
         from edge_demo.cli.batch import run_batch
 
         return run_batch(arguments)
     of_batch = ("out", "overwrite", "batch_size")
-    _refuse_with(arguments, of_batch, "goes with --batch FILE only; leave it out")
+    _refuse_with(arguments, of_batch, "is only valid with --batch FILE; remove it")
     return _continue_prompt(arguments)
 
 
@@ -53,7 +53,10 @@ def _continue_prompt(arguments: argparse.Namespace) -> int:
     _, generator, drafter = answering.load()
     cache = answering.cache
     if mark := generator.tokenizer.mark_in(prompt):
-        note(f"The prompt holds {mark}, which is read as text, not as the token; see chat.")
+        note(
+            f"The prompt holds {mark}, which is tokenized as plain text, not as the token; use "
+            "edge-demo chat for turns."
+        )
     stream = generator.stream(
         generator.tokenizer.encode(prompt),
         answering.sampler,
@@ -91,6 +94,7 @@ def _prompt_on_stdin() -> str:
     prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
     if not prompt.strip():
         raise RequestError(
-            "stdin is empty; give a prompt there, or with --prompt (--prompt '' for none)"
+            "stdin is empty; give a prompt on stdin, or with --prompt (--prompt '' for an "
+            "empty one)"
         )
     return prompt

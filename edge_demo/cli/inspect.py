@@ -1,4 +1,4 @@
-"""`edge-demo inspect`: what a bundle holds."""
+"""Runs `edge-demo inspect`: shows the contents of a bundle."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import json
 
 from edge_demo.cli import options
 
-TEXT = "Show what a bundle holds."
+TEXT = "Show the contents of a bundle."
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What `inspect` takes."""
+    """Adds the options of `inspect`."""
     options.add_bundle(parser)
-    parser.add_argument("--verify", action="store_true", help="compare every file with its SHA-256")
+    parser.add_argument("--verify", action="store_true", help="check the SHA-256 of every file")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Show what a bundle holds."""
+    """Show the contents of a bundle."""
     from edge_demo.bundle.reader import Bundle
     from edge_demo.cli.describe import describe
     from edge_demo.cli.terminal import show

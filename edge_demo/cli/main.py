@@ -120,7 +120,10 @@ def _parser() -> argparse.ArgumentParser:
 
     options.add_debug(parser)
     parser.add_argument(
-        "--version", action=_Version, nargs=0, help="show the version and what it runs on"
+        "--version",
+        action=_Version,
+        nargs=0,
+        help="show the versions of edge-demo, onnxruntime and Python",
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 

@@ -1,4 +1,4 @@
-"""Groups of options that several commands of `edge-demo` have."""
+"""Option groups that several commands of `edge-demo` share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import dataclasses
 from edge_demo.errors import brief
 
 WINDOW = 512
-TOO_MANY = 10**18  # of anything
+TOO_MANY = 10**18  # for any option
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Sampling:
 
 
 def positive(text: str) -> int:
-    """The type of an option that is a whole number above 0."""
+    """The argparse type of an option that is a whole number above 0."""
     try:
         value = int(text)
     except ValueError:
@@ -34,19 +34,19 @@ def positive(text: str) -> int:
 
 
 def add_bundle(parser: argparse.ArgumentParser) -> None:
-    """The bundle, and what `add_json` adds."""
+    """Adds the bundle and the options of `add_json`."""
     parser.add_argument("bundle", metavar="BUNDLE", help="the folder that export-onnx wrote")
     add_json(parser)
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    """`--json` and `--debug`."""
-    parser.add_argument("--json", action="store_true", help="print one JSON object, for programs")
+    """Adds `--json` and `--debug`."""
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     add_debug(parser)
 
 
 def add_debug(parser: argparse.ArgumentParser) -> None:
-    """`--debug`, which may stand before the command or after it."""
+    """Adds `--debug`, which is valid before or after the command."""
     parser.add_argument(
         "--debug",
         action="store_true",
@@ -58,74 +58,98 @@ def add_debug(parser: argparse.ArgumentParser) -> None:
 def add_force(parser: argparse.ArgumentParser) -> None:
     """`--force`."""
     parser.add_argument(
-        "--force", action="store_true", help="run even what seems not to fit into memory"
+        "--force",
+        action="store_true",
+        help="run the bundle even if it does not seem to fit into memory",
     )
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
-    """What decides how a bundle is run."""
+    """Adds the options that decide how a bundle is run."""
     parser.add_argument(
-        "--threads", type=positive, metavar="N", help="threads for an operator (default: cores)"
+        "--threads",
+        type=positive,
+        metavar="N",
+        help="number of threads per operator (default: physical cores)",
     )
     add_force(parser)
 
 
 def add_sampling(parser: argparse.ArgumentParser, defaults: Sampling) -> None:
-    """How tokens are chosen, where an answer ends, and what is guessed ahead."""
+    """Adds the options for sampling, stop texts and speculative decoding."""
     group = parser.add_argument_group("sampling")
     group.add_argument(
         "--max-tokens",
         type=positive,
         default=defaults.max_tokens,
         metavar="N",
-        help="the most tokens to generate (default: %(default)s)",
+        help="maximum number of tokens to generate (default: %(default)s)",
     )
     group.add_argument(
         "--stop",
         action="append",
         default=[],
         metavar="TEXT",
-        help="end the answer before TEXT, wherever it comes; may be given several times "
-        "(a line break: $'\\n' in bash)",
+        help="stop the answer before TEXT; can be given several times (in bash a line break is "
+        "$'\\n')",
     )
-    _number(group, "--temperature T", defaults.temperature, "0 is greedy")
+    _number(group, "--temperature T", defaults.temperature, "0 means greedy decoding")
     _number(
         group,
         "--top-k K",
         defaults.top_k,
-        "choose among the K most likely; 0 is all, which takes more time and memory",
+        "sample from the K most likely tokens; 0 means all tokens, which takes more time "
+        "and memory",
     )
     _number(
         group,
         "--top-p P",
         defaults.top_p,
-        "choose among the most likely that together have probability P",
+        "sample from the most likely tokens whose probabilities sum to P",
     )
-    _number(group, "--min-p P", 0.0, "choose among those at least P times as likely as the first")
-    group.add_argument("--seed", type=int, metavar="N", help="makes sampling repeatable")
+    _number(
+        group,
+        "--min-p P",
+        0.0,
+        "sample from tokens at least P times as likely as the most likely one",
+    )
+    group.add_argument(
+        "--seed", type=int, metavar="N", help="random seed; the same seed gives the same text"
+    )
     group = parser.add_argument_group(
-        "penalties", "for the last tokens of prompt and answer, as llama.cpp has them"
+        "penalties", "lower the logits of the last tokens of prompt and answer, as in llama.cpp"
     )
     _number(
         group,
         "--repeat-penalty R",
         1.0,
-        "divide a logit above 0 by R and multiply one below 0; 1 is none",
+        "divide positive logits by R and multiply negative logits by R; 1 means no penalty",
     )
-    _number(group, "--presence-penalty P", 0.0, "take P from the logit")
-    _number(group, "--frequency-penalty F", 0.0, "take F from the logit for each time")
-    _number(group, "--repeat-last-n N", 64, "how many tokens that is; -1 is all, 0 none")
+    _number(group, "--presence-penalty P", 0.0, "subtract P from the logit of a token that occurs")
+    _number(
+        group,
+        "--frequency-penalty F",
+        0.0,
+        "subtract F from the logit for each occurrence of the token",
+    )
+    _number(
+        group,
+        "--repeat-last-n N",
+        64,
+        "number of last tokens that are penalized; -1 means all, 0 means none",
+    )
     guesses = parser.add_argument_group(
-        "guesses", "tokens guessed ahead and run at once: answers of the same probability"
+        "speculative decoding",
+        "guess tokens and verify them in one step; the output distribution stays the same",
     ).add_mutually_exclusive_group()
     guesses.add_argument(
         "--lookup",
         action="store_true",
-        help="look up how the text went on before: sooner where an answer repeats its prompt or "
-        "itself",
+        help="guess from earlier text (n-gram lookup); faster if the answer repeats parts of "
+        "the prompt or of itself",
     )
     guesses.add_argument(
-        "--draft", metavar="BUNDLE", help="ask a smaller model with the same tokenizer"
+        "--draft", metavar="BUNDLE", help="guess with a smaller model that has the same tokenizer"
     )
 
 
@@ -141,57 +165,59 @@ def _number(group: argparse._ArgumentGroup, name: str, default: float, text: str
 
 
 def add_prompt_cache(parser: argparse.ArgumentParser, what: str) -> None:
-    """`--prompt-cache` and what belongs to it.
+    """Adds `--prompt-cache` and `--prompt-cache-ro`.
 
     Args:
         parser: of the command.
-        what: is kept.
+        what: the text whose keys and values are stored.
     """
     parser.add_argument(
         "--prompt-cache",
         metavar="FILE",
-        help=f"keep the keys and values of {what} in FILE, and begin with those that are there",
+        help=f"store the keys and values of {what} in FILE, and reuse them at the next start",
     )
     parser.add_argument(
         "--prompt-cache-ro",
         action="store_true",
-        help="use the prompt cache, and do not write it",
+        help="read the prompt cache, but do not write it",
     )
 
 
 def add_batch(parser: argparse.ArgumentParser) -> None:
-    """Many prompts from a file."""
+    """Adds the options for many prompts from a file."""
     group = parser.add_argument_group("many prompts")
     group.add_argument(
         "--batch",
         metavar="FILE",
-        help='prompts, one JSON object a line: {"prompt": TEXT}, or {"messages": [{"role": '
-        '"user", "content": TEXT}, …]} for a tuned model, and if wanted "id" and any option '
-        'above, such as "max_tokens", "stop", "top_k" or "seed"',
+        help='file of prompts, one JSON object per line: {"prompt": TEXT}, or {"messages": '
+        '[{"role": "user", "content": TEXT}, …]} for an instruction-tuned model. Optional '
+        'keys are "id" and the options above, such as "max_tokens", "stop", "top_k" or '
+        '"seed"',
     )
     group.add_argument(
         "--out",
         metavar="FILE",
-        help="where their answers go, one JSON object a line, in the same order; the same command "
-        "again goes on after those that are there",
+        help="file for the answers, one JSON object per line, in the same order. If the run was "
+        "interrupted, the same command continues after the last answer",
     )
     group.add_argument(
-        "--overwrite", action="store_true", help="begin anew, whatever --out has already"
+        "--overwrite", action="store_true", help="overwrite --out instead of continuing it"
     )
     group.add_argument(
         "--batch-size",
         type=positive,
         metavar="N",
-        help="how many are decoded at once: 1, 2, 4, 8, 16, 32 or 64 (default: 4)",
+        help="number of prompts decoded at once: 1, 2, 4, 8, 16, 32 or 64 (default: 4)",
     )
 
 
 def add_windows(parser: argparse.ArgumentParser) -> None:
-    """How a text is cut to be scored."""
+    """Adds the options that split a text into windows."""
     parser.add_argument(
         "--length",
         type=positive,
         metavar="N",
-        help=f"tokens in a window, the beginning-of-sequence token included (default: {WINDOW})",
+        help="window length in tokens, including the beginning-of-sequence token (default: "
+        f"{WINDOW})",
     )
-    parser.add_argument("--windows", type=positive, metavar="N", help="stop after as many windows")
+    parser.add_argument("--windows", type=positive, metavar="N", help="maximum number of windows")

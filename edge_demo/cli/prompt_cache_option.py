@@ -1,7 +1,7 @@
-"""`--prompt-cache FILE` as `generate` and `chat` understand it.
+"""Implements `--prompt-cache FILE` for `generate` and `chat`.
 
-A command's answer is right with the file or without it. So what is wrong with it is told in a
-sentence on stderr, and the answer goes on.
+The answer is the same with and without the file. So a problem with the file prints a warning on
+stderr, and the command continues.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from edge_demo.text.prompt_cache import CacheError, PromptCache
 
 
 class PromptCacheOption:
-    """The option's value, or that it was not given.
+    """The value of the option; also represents an option that was not given.
 
     Args:
         path: of the file; `None` for no prompt cache.
@@ -27,51 +27,52 @@ class PromptCacheOption:
         report: what happened, for programs; `None` without a prompt cache.
 
     Raises:
-        RequestError: the path cannot be one of a prompt cache, or there is none to be read only.
+        RequestError: the path is not valid for a prompt cache, or `read_only` is set without a
+            path.
     """
 
     def __init__(self, path: str | None, read_only: bool) -> None:
         if path is None and read_only:
-            raise RequestError("--prompt-cache-ro goes with --prompt-cache FILE; give both")
+            raise RequestError("--prompt-cache-ro needs --prompt-cache FILE; add it")
         self._cache = None if path is None else PromptCache(path, read_only)
-        self._untold: str | None = None
+        self._warning: str | None = None
         self.report: dict[str, Any] | None = None
 
     def load(self, engine: TokenRunner) -> None:
-        """Have the engine hold what the file holds, if it can be used."""
+        """Load the file into the engine, if it can be used."""
         if self._cache is None:
             return
         start = time.perf_counter()
         loaded = 0
-        without = "the prompt is run without it"
+        without = "the prompt is run without the cache"
         try:
             loaded = self._cache.load(engine)
             if self._cache.read_only and not loaded:
-                note(f"the prompt cache {self._cache.path} is not there; {without}")
+                note(f"the prompt cache {self._cache.path} does not exist; {without}")
         except CacheError as error:
-            note(f"{error}; {without if self._cache.read_only else 'it is made anew'}")
+            note(f"{error}; {without if self._cache.read_only else 'the file is recreated'}")
         load_s = time.perf_counter() - start
         self.report = {"loaded_tokens": loaded, "load_s": load_s, "saved": False}
 
     def save(self, engine: TokenRunner) -> None:
-        """Write what the engine holds; what goes wrong is kept for `tell`."""
+        """Write the engine's keys and values to the file; an error is stored for `tell`."""
         if self._cache is None or self._cache.read_only:
             return
         try:
             self._cache.save(engine)
         except CacheError as error:
-            self._untold = f"{error}; the answer is right without it"
+            self._warning = f"{error}; this does not change the answer"
             return
         if self.report is not None:
             self.report["saved"] = True
 
     def tell(self) -> None:
-        """Say what went wrong, once no answer stands on the line."""
-        if self._untold is not None:
-            note(self._untold)
-            self._untold = None
+        """Print the stored error, after the answer has ended."""
+        if self._warning is not None:
+            note(self._warning)
+            self._warning = None
 
     def save_prompt(self, engine: TokenRunner, completion: Completion) -> None:
-        """Write the prompt but its last token, which the engine holds, unless it was all there."""
+        """Write the prompt except its last token, unless the file already has all of it."""
         if completion.reused_tokens < len(engine.tokens):
             self.save(engine)

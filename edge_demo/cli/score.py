@@ -1,4 +1,4 @@
-"""`edge-demo score`: perplexity of a text, or accuracy on HellaSwag."""
+"""Runs `edge-demo score`: perplexity of a text, or accuracy on HellaSwag."""
 
 from __future__ import annotations
 
@@ -15,32 +15,34 @@ if TYPE_CHECKING:
     from edge_demo.engine.runner import Engine
     from edge_demo.text.tokenizer import Tokenizer
 
-TEXT = "Perplexity of a text, by windows, or accuracy on HellaSwag."
+TEXT = "Measure the perplexity of a text, or the accuracy on HellaSwag."
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What `score` takes."""
+    """Adds the options of `score`."""
     options.add_bundle(parser)
     options.add_engine(parser)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--text", metavar="FILE", help="UTF-8 text")
+    what.add_argument("--text", metavar="FILE", help="UTF-8 text file")
     what.add_argument(
-        "--hellaswag", metavar="FILE", help="HellaSwag tasks as text, six lines a task"
+        "--hellaswag",
+        metavar="FILE",
+        help="file of HellaSwag tasks in llama.cpp's text form, six lines per task",
     )
     options.add_windows(parser)
     parser.add_argument(
         "--stride",
         type=options.positive,
         metavar="N",
-        help="tokens from one window to the next (default: half the length)",
+        help="number of tokens from one window to the next (default: half the window length)",
     )
     parser.add_argument(
-        "--tasks", type=options.positive, metavar="N", help="stop after as many HellaSwag tasks"
+        "--tasks", type=options.positive, metavar="N", help="maximum number of HellaSwag tasks"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Perplexity of a text, or accuracy on HellaSwag."""
+    """Measure the perplexity of a text, or the accuracy on HellaSwag."""
     text_options = {name: getattr(arguments, name) for name in ("length", "stride", "windows")}
     if arguments.hellaswag is not None:
         _refuse_options(text_options, "--text")
@@ -84,7 +86,7 @@ def _load_for_scoring(arguments: argparse.Namespace) -> tuple[Engine, Tokenizer]
 def _refuse_options(given: dict[str, int | None], belong_to: str) -> None:
     for name, value in given.items():
         if value is not None:
-            raise RequestError(f"--{name} goes with {belong_to} only; leave it out")
+            raise RequestError(f"--{name} is only valid with {belong_to}; remove it")
 
 
 def _score_hellaswag(arguments: argparse.Namespace) -> int:

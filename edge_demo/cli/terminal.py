@@ -1,4 +1,4 @@
-"""Showing a model's words on a terminal without letting them steer it."""
+"""Prints model output safely on a terminal, and shows progress."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _VISIBLE |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 
 def show(text: str) -> None:
-    """Write generated text to stdout at once; as it is unless stdout is a terminal."""
+    """Write generated text to stdout and flush it; escape control characters only on a terminal."""
     sys.stdout.write(_visible(text, sys.stdout))
     sys.stdout.flush()
 
@@ -46,7 +46,7 @@ def _visible(text: str, stream: TextIO) -> str:
 
 
 def as_json(value: Any) -> str:
-    """JSON, which has no number for infinity or NaN: they are null."""
+    """Returns JSON; infinity and NaN, which JSON lacks, become null."""
 
     def known(value: Any) -> Any:
         if isinstance(value, float):
@@ -59,14 +59,14 @@ def as_json(value: Any) -> str:
 
 
 class Progress:
-    """Shows on stderr how much of a long run is done and about how long the rest takes.
+    """Shows the progress of a long run on stderr, with an estimate of the remaining time.
 
-    On a terminal it is one line that changes; elsewhere, for a log, a new line now and then.
+    On a terminal it updates one line; otherwise it prints a new line from time to time.
 
     Args:
-        what: the steps' name, singular.
-        every_s: seconds from one line of a log to the next.
-        vanishes: whether nothing of it is left on a terminal when all is done.
+        what: name of one step.
+        every_s: seconds between two lines of a log.
+        vanishes: whether the line is removed from a terminal at the end.
     """
 
     def __init__(self, what: str, every_s: float = 30.0, vanishes: bool = False) -> None:

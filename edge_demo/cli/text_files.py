@@ -1,4 +1,4 @@
-"""Text files that commands read."""
+"""Reads the text files that commands take."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from edge_demo.errors import RequestError
 
 
 def read_text(path: str) -> str:
-    """A UTF-8 file.
+    """Reads a UTF-8 file.
 
     Raises:
-        RequestError: it is no file, or not UTF-8.
+        RequestError: it is not a regular file, or not UTF-8.
     """
     try:
         with open(path, "rb") as file:

@@ -1,4 +1,4 @@
-"""Messages for `chat`: typed at a terminal, or piped."""
+"""Reads messages for `chat` from a terminal or a pipe."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Iterator
 
 _CHUNK = 1 << 16
 _PROMPT = "> "
-_TYPING_S = 0.05  # nobody types a line so quickly
+_TYPING_S = 0.05  # seconds; pasted lines arrive faster than typed ones
 
 
 def piped_messages() -> Iterator[str]:
-    """What stands on stdin, all of it one message, or several with a NUL character between them.
+    """Reads stdin as one message, or as several that NUL characters separate.
 
-    The last line break is no part of a message; one without a word is passed over.
+    The last line break is not part of a message. Messages that are only white space are skipped.
     """
     handle, held = sys.stdin.buffer, b""
     while True:
@@ -32,13 +32,13 @@ def piped_messages() -> Iterator[str]:
 
 
 def typed_message() -> str | None:
-    """Ask for a message at the terminal that stdin is.
+    """Ask for a message at the terminal.
 
     A pasted text of several lines is one message.
 
     Returns:
-        `""` after Ctrl-C, which throws away what was typed; `None` after Ctrl-D, which ends, be it
-        typed now or while the last answer was written.
+        Returns `""` after Ctrl-C, which discards the typed text. Returns `None` after Ctrl-D, also
+        if it was typed during the last answer.
     """
     try:
         if _ended_already():
@@ -60,14 +60,14 @@ def typed_message() -> str | None:
 
 
 def _ended_already() -> bool:
-    """Whether Ctrl-D waits in the terminal. Line editing would take it for another key."""
+    """Whether Ctrl-D is waiting in the terminal. Line editing would treat it as another key."""
     if not _waits():
         return False
     import fcntl
     import termios
 
     count = fcntl.ioctl(sys.stdin, termios.FIONREAD, bytes(4))
-    # Something can be read, and it has no bytes: the end.
+    # Readable without any bytes means the end of input.
     return not int.from_bytes(count, sys.byteorder) and not os.read(sys.stdin.fileno(), 1)
 
 
@@ -83,7 +83,7 @@ def _plain_line() -> str:
 
 
 def _pasted() -> str:
-    """The lines that are there so soon after the first that nobody has typed them."""
+    """Returns the lines that arrive so soon after the first that they were pasted, not typed."""
     data = b""
     while _waits(_TYPING_S) and (more := os.read(sys.stdin.fileno(), _CHUNK)):
         data += more
@@ -91,11 +91,11 @@ def _pasted() -> str:
 
 
 def _edited_line() -> tuple[str, bool]:
-    """A line, or several that were pasted, and whether the terminal says what was pasted."""
+    """Returns a line, or several pasted lines, and whether the terminal marks pasted text."""
     import readline
 
-    # Python turns it off, though `input` takes several lines well. libedit has no such thing, and
-    # neither has a terminal that cannot move its cursor.
+    # Python turns it off, although `input` handles several lines. libedit does not have it, and
+    # neither do terminals that cannot move their cursor.
     gnu = "libedit" not in (readline.__doc__ or "")
     brackets = gnu and os.environ.get("TERM", "dumb") != "dumb"
     if brackets:

@@ -1,1 +1,1 @@
-"""The machine: processor, memory, disk, pages."""
+"""Information about the machine: processor, memory, disk, memory pages."""

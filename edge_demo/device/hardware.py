@@ -1,7 +1,7 @@
-"""What this device is: processor, board, pages, temperature, throttling.
+"""Finds the device's processor, board, memory pages, temperature and throttling state.
 
-What a device does not tell is `None`. What reads a text takes it as an argument; what reads a
-device takes the folder where `proc` and `sys` lie.
+Unknown values are `None`. Functions that parse text take it as an argument. Functions that read the
+device take the folder that contains `proc` and `sys`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from edge_demo.device.system_files import read_text
 
 _ROOT = Path("/")
-# Instructions that products of 4 and 8 bit weights are made for, by the names Linux has for them.
+# Instructions that speed up products of 4-bit and 8-bit weights, by their Linux names.
 _INSTRUCTIONS = {
     "x86_64": {
         "avx2": "AVX2",
@@ -28,7 +28,7 @@ _INSTRUCTIONS = {
     },
     "aarch64": {"asimddp": "dot product", "i8mm": "i8mm", "asimdhp": "fp16"},
 }
-# Of `CPU part` with implementer 0x41; Linux, arch/arm64/include/asm/cputype.h
+# `CPU part` with implementer 0x41; source: Linux, arch/arm64/include/asm/cputype.h
 _ARM_CORES = {
     "0xd03": "Cortex-A53",
     "0xd05": "Cortex-A55",
@@ -49,7 +49,7 @@ _THROTTLING = ("under-voltage", "frequency capped", "throttled", "soft temperatu
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """What a device says of itself.
+    """Facts about a device.
 
     Attributes:
         system: such as `Linux`.
@@ -58,12 +58,12 @@ class Device:
         board: such as `Raspberry Pi 5 Model B Rev 1.0`.
         processor: its model.
         cores: physical ones that this process may use.
-        instructions: that the kernels for few-bit weights profit from, found here.
-        missing: those not found; both empty where the processor does not tell.
+        instructions: those found that speed up kernels for low-bit weights.
+        missing: those not found; both are empty if the processor does not report them.
         page_bytes: of memory.
         huge_pages: the kernel's policy: `always`, `madvise` or `never`.
         celsius: the hottest sensor.
-        throttled: what the board says of throttling.
+        throttled: the board's throttling state in words.
     """
 
     system: str
@@ -81,7 +81,7 @@ class Device:
 
 
 def look(root: Path = _ROOT) -> Device:
-    """Ask this device, or one whose `proc` and `sys` lie in a folder."""
+    """Examine this device, or one whose `proc` and `sys` are in a folder."""
     cpuinfo = read_text(root / "proc/cpuinfo")
     machine = platform.machine()
     found, missing = instructions(cpuinfo)
@@ -102,7 +102,7 @@ def look(root: Path = _ROOT) -> Device:
 
 
 def kind(root: Path = _ROOT) -> str:
-    """The processor and its instructions in a line: what decides how kernels round."""
+    """Returns the processor and its instructions in a line; they determine how kernels round."""
     cpuinfo = read_text(root / "proc/cpuinfo")
     name = processor(cpuinfo) or _sysctl("machdep.cpu.brand_string") or ""
     return " ".join(filter(None, (platform.machine(), name, *instructions(cpuinfo)[0])))
@@ -163,7 +163,7 @@ def celsius(root: Path = _ROOT) -> float | None:
 
 
 def throttled(root: Path = _ROOT) -> str | None:
-    """What a Raspberry Pi says of throttling, in words; see `throttling`."""
+    """Returns a Raspberry Pi's throttling state in words; see `throttling`."""
     text = read_text(root / "sys/devices/platform/soc/soc:firmware/get_throttled")
     if not text and root == _ROOT and shutil.which("vcgencmd"):
         text = _output("vcgencmd", "get_throttled") or ""

@@ -1,4 +1,4 @@
-"""Pages of mapped files that a process need not hold."""
+"""Releases pages of memory-mapped files that a process no longer needs."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import re
 from pathlib import Path
 
 _MAPS = Path("/proc/self/maps")
-# start-end permissions offset device inode path; private, so that nobody else's pages are meant
+# start-end permissions offset device inode path; only private mappings of this process
 _LINE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ...p \S+ \S+ [1-9]\d* +(.*)")
 
 
 def forget_pages(path: Path) -> None:
-    """Let go of the pages of a file that this process has mapped; they come back when read.
+    """Release the mapped pages of a file; they are loaded again when they are read.
 
-    onnxruntime maps a weight, copies it rearranged for its products, and never reads what it
-    mapped again; the pages count as the process's memory for as long as it runs. Nothing is done
-    where the system does not tell what is mapped.
+    onnxruntime maps a weight, copies it in a layout for its products, and never reads the mapping
+    again. The mapped pages count as the process's memory while it runs. If the system does not list
+    mappings, nothing is done.
 
     Args:
-        path: of a file whose mappings nobody writes to.
+        path: of a file whose mappings are never written to.
     """
     advice = getattr(mmap, "MADV_DONTNEED", None)
     try:
@@ -34,7 +34,7 @@ def forget_pages(path: Path) -> None:
     advise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     name = os.path.realpath(path)
     for line in lines:
-        found = _LINE.fullmatch(line)
-        if found is not None and found[3] == name:
-            start, end = int(found[1], 16), int(found[2], 16)
+        mapping = _LINE.fullmatch(line)
+        if mapping is not None and mapping[3] == name:
+            start, end = int(mapping[1], 16), int(mapping[2], 16)
             advise(start, end - start, advice)

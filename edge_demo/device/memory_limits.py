@@ -1,4 +1,4 @@
-"""What bounds the memory of this process: the device, control groups, resource limits."""
+"""Finds what limits the memory of this process: the device, control groups, resource limits."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from edge_demo.device.system_files import read_sizes, read_text
 
 @dataclasses.dataclass(frozen=True)
 class MemoryLimit:
-    """Memory that this process may still take, by one of the things that bound it.
+    """Memory that this process may still allocate under one limit.
 
     Attributes:
-        bound: what bounds it, for people.
+        bound: the limit in words.
         counts: the property of `MemoryEstimate` that it is compared with.
         free: bytes.
     """
@@ -26,18 +26,18 @@ class MemoryLimit:
 
 
 def memory_limits(root: Path = Path("/")) -> list[MemoryLimit]:
-    """All that bounds this process's memory here, as far as it is known.
+    """Returns all known limits of this process's memory.
 
     Args:
-        root: where `proc` and `sys` lie.
+        root: the folder that contains `proc` and `sys`.
     """
-    found = []
+    limits = []
     meminfo = read_sizes(read_text(root / "proc/meminfo"))
     if "MemAvailable" in meminfo:
-        found.append(MemoryLimit("of the device", "resident", meminfo["MemAvailable"]))
+        limits.append(MemoryLimit("of the device", "resident", meminfo["MemAvailable"]))
     groups = [free for free in control_group_limits(root) if free is not None]
     if groups:
-        found.append(MemoryLimit("in its control group", "resident", min(groups)))
+        limits.append(MemoryLimit("in its control group", "resident", min(groups)))
     status = read_sizes(read_text(root / "proc/self/status"))
     for name, field, counts in (
         ("RLIMIT_DATA", "VmData", "data"),
@@ -45,19 +45,22 @@ def memory_limits(root: Path = Path("/")) -> list[MemoryLimit]:
     ):
         limit = _resource_limit(name)
         if limit is not None:
-            found.append(MemoryLimit(f"under {name}", counts, max(0, limit - status.get(field, 0))))
-    return found
+            limits.append(
+                MemoryLimit(f"under {name}", counts, max(0, limit - status.get(field, 0)))
+            )
+    return limits
 
 
 def free_memory(root: Path = Path("/")) -> int | None:
-    """Bytes of memory that can be had without swapping; `None` where that is not known."""
+    """Bytes of memory available without swapping; `None` if unknown."""
     return min((r.free for r in memory_limits(root) if r.counts == "resident"), default=None)
 
 
 def control_group_limits(root: Path = Path("/")) -> Iterator[int | None]:
-    """Bytes free in each control group this process is in, the outer ones too; `None` is no limit.
+    """Bytes free in each control group of this process, including outer ones; `None` means
+    unlimited.
 
-    What the group holds of files can be dropped, so it counts as free.
+    The group's page cache can be dropped, so it counts as free.
     """
     for line in read_text(root / "proc/self/cgroup").splitlines():
         parts = line.split(":", 2)

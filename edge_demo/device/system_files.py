@@ -1,4 +1,4 @@
-"""The files in which Linux tells of itself, and of this process."""
+"""Reads Linux's files about the system and this process."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def read_text(path: Path) -> str:
-    """What a file says; nothing where there is none, or it must not be read."""
+    """Returns a file's text; empty if it is missing or not readable."""
     try:
         return path.read_text(errors="replace")
     except OSError:

@@ -1,4 +1,4 @@
-"""How fast this device reads: memory with all cores, and the disk that a file lies on."""
+"""Measures how fast this device reads memory with all cores, and the disk of a file."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from pathlib import Path
 
 import numpy as np
 
-_MEMORY_BYTES = 256 << 20  # beyond the caches of what this is made for
+_MEMORY_BYTES = 256 << 20  # larger than the caches of typical devices
 _PIECE = 8 << 20
 _DISK_BYTES = 512 << 20
 
 
 def memory_bytes_per_s(threads: int, seconds: float = 1.0, num_bytes: int = _MEMORY_BYTES) -> float:
-    """The best of several passes in which each thread reads an array of its own.
+    """Returns the best of several passes, in which each thread reads its own array.
 
-    numpy's reductions let other threads run; one that only combines bits waits for memory alone.
+    numpy's reductions release the GIL. A reduction that only combines bits is limited by memory
+    alone.
 
     Args:
         threads: that read at once.
-        seconds: to go on for, about.
+        seconds: approximate duration.
         num_bytes: of all arrays together.
     """
     size = max(1, num_bytes // threads // 8)
@@ -41,11 +42,11 @@ def memory_bytes_per_s(threads: int, seconds: float = 1.0, num_bytes: int = _MEM
 
 @dataclasses.dataclass(frozen=True)
 class DiskSpeed:
-    """What reading a file took.
+    """The result of reading a file.
 
     Attributes:
         bytes_per_s: read.
-        direct: whether the disk itself was read; else pages kept in memory may have been.
+        direct: whether the page cache was bypassed; otherwise data may have come from memory.
     """
 
     bytes_per_s: float
@@ -57,7 +58,7 @@ def disk_speed(path: Path, seconds: float = 1.0) -> DiskSpeed | None:
 
     Args:
         path: of a large file.
-        seconds: to go on for, at most about.
+        seconds: approximate maximum duration.
 
     Returns:
         `None` where the file is empty or cannot be read.
@@ -79,7 +80,7 @@ def disk_speed(path: Path, seconds: float = 1.0) -> DiskSpeed | None:
 
 def _read(handle: int, seconds: float) -> float:
     done, start = 0, time.perf_counter()
-    with mmap.mmap(-1, _PIECE) as piece:  # begins at a page, which direct reads want
+    with mmap.mmap(-1, _PIECE) as piece:  # page-aligned, as direct reads require
         while done < _DISK_BYTES and time.perf_counter() - start < seconds:
             count = os.readv(handle, [piece])
             done += count

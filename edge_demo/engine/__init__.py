@@ -1,1 +1,1 @@
-"""One bundle's graphs in onnxruntime: tokens to logits, caches, memory."""
+"""Runs a bundle's graphs in onnxruntime: token ids to logits, key-value caches, memory."""

@@ -1,10 +1,10 @@
-"""Several texts decoded at once, a row each: the weights are read once for all of them.
+"""Decodes several texts at once, one row each, so that the weights are read once for all.
 
-onnxruntime's `GroupQueryAttention` takes rows of different lengths as long as each adds one
-token. So a text's prompt is run on an engine alone, what it left is copied into a row, and the rows
-then go on together. Every row gets what it would get alone, up to rounding: 4-bit products add
-several rows up in another order than one. For the same number of rows, 1, 2 or a multiple of 4, it
-does not matter which row a text has and what the others hold.
+onnxruntime's `GroupQueryAttention` accepts rows of different lengths if each adds one token. So
+each prompt is run alone on an engine, and its keys and values are copied into a row. Then all rows
+decode together. Each row gets the same result as alone, up to rounding: 4-bit products sum several
+rows in another order than one. With 1, 2 or a multiple of 4 rows, a row's result does not depend on
+its index or on the other rows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class BatchDecoder:
     """Buffers for some texts, over the session of an engine.
 
     Args:
-        engine: whose graph and weights are run; what it holds is left alone.
+        engine: whose graph and weights are run; its tokens are not changed.
         count: of the rows, at least one.
 
     Attributes:
@@ -41,20 +41,20 @@ class BatchDecoder:
         self.lengths = [0] * count
 
     def put(self, row: int, snapshot: Snapshot) -> None:
-        """Have a row hold what an engine of the same bundle holds, instead of what it held."""
+        """Replace a row's keys and values by those of an engine of the same bundle."""
         self._reserve(len(snapshot.tokens))
         self._cache.fill(snapshot.filled, row)
         self.lengths[row] = len(snapshot.tokens)
 
     def decode(self, tokens: Mapping[int, int]) -> dict[int, np.ndarray | Candidates]:
-        """Add one token to some rows; the others lose what they held.
+        """Add one token to some rows; the other rows are cleared.
 
         Args:
             tokens: row to token id.
 
         Returns:
-            For each of these rows what the engine's `decode` returns; the arrays are used again by
-            the next call.
+            For each of these rows the result of the engine's `decode`; the next call reuses the
+            arrays.
 
         Raises:
             RequestError: a row is full, or an id is outside the vocabulary.
@@ -62,19 +62,21 @@ class BatchDecoder:
         self.lengths = [n if row in tokens else 0 for row, n in enumerate(self.lengths)]
         totals = [n + 1 for n in self.lengths]
         if max(totals) > self._engine.context_length:
-            raise RequestError(f"a text fills the context of {self._engine.context_length:,}")
+            raise RequestError(
+                f"a text already fills the context of {self._engine.context_length:,}"
+            )
         self._reserve(max(totals))
         if self._binding is None:
             self._binding = self._engine.bind_rows(self._cache)
-        # A row that is not asked for runs a token at position 0, which is nobody's.
+        # An unused row runs a token at position 0, whose result is ignored.
         ids = [tokens.get(row, 0) for row in range(len(totals))]
         self._binding.fill(ids, totals, [0])
-        found = [array[:, 0] for array in self._binding.run()]
+        outputs = [array[:, 0] for array in self._binding.run()]
         for row in tokens:
             self.lengths[row] += 1
         if isinstance(self._engine, CandidateEngine):
-            return {row: self._engine.candidates(found, row) for row in tokens}
-        return {row: found[0][row] for row in tokens}
+            return {row: self._engine.candidates(outputs, row) for row in tokens}
+        return {row: outputs[0][row] for row in tokens}
 
     def _reserve(self, tokens: int) -> None:
         if self._cache.reserve(tokens):

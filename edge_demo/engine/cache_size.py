@@ -1,4 +1,4 @@
-"""How large the key-value buffers are: what `KVCache` makes, as arithmetic alone."""
+"""Computes the size of the key-value buffers that `KVCache` allocates."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from edge_demo.errors import BundleError
 
 STEP = 256
 # Places beyond a window: its tokens are moved to the front, by one place more than these. That is a
-# multiple of `prompt_chunks.UNIT`, so that sums over keys are cut alike wherever the tokens lie.
+# multiple of `prompt_chunks.UNIT`, so that sums over keys are split in the same way at any
+# position.
 SLACK = 255
 
 
@@ -26,7 +27,7 @@ def cache_bytes(
     """Bytes of keys, values and rotary tables, of buffers made for `tokens` at once.
 
     Raises:
-        BundleError: the graph names a dimension that is none of these.
+        BundleError: the graph has a dimension with an unknown name.
     """
     capacity = capacity_for(tokens, limit)
     sizes = {w.name: w.length + SLACK for w in windows} | {"batch": 1, "capacity": capacity}
@@ -36,7 +37,10 @@ def cache_bytes(
             count = 1 if spec.dtype == "int8" else 4
             for size in spec.shape:
                 if isinstance(size, str) and size not in sizes:
-                    raise BundleError(f"{graph.file} has a {spec.name!r} of unknown size")
+                    raise BundleError(
+                        f"{graph.file} has a {spec.name!r} whose size is unknown; export the "
+                        "bundle again"
+                    )
                 count *= size if isinstance(size, int) else sizes[size]
             total += count
     return total

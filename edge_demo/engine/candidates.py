@@ -1,4 +1,4 @@
-"""The most likely next tokens, which one of a bundle's graphs returns in place of all logits."""
+"""Candidates: the most likely next tokens, which one graph returns instead of all logits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from edge_demo.errors import EdgeError
 
 @dataclasses.dataclass(frozen=True)
 class Candidates:
-    """The most likely next tokens, in no order.
+    """The most likely next tokens, unordered.
 
     Attributes:
         ids: int64 `(k,)`.
@@ -23,14 +23,14 @@ class Candidates:
 
 
 def below(logits: np.ndarray | Candidates, count: int) -> np.ndarray | Candidates:
-    """The logits of the ids 0 to `count - 1`: those that the tokenizer has a piece for.
+    """Returns the logits of the ids 0 to `count - 1`, which are the tokenizer's tokens.
 
     Args:
         logits: float32 `(vocabulary_size,)`, or the candidates.
         count: of the tokenizer's pieces; a table may have more rows.
 
     Raises:
-        EdgeError: no candidate is among them.
+        EdgeError: none of the candidates is among them.
     """
     if isinstance(logits, np.ndarray):
         return logits[:count]
@@ -39,7 +39,7 @@ def below(logits: np.ndarray | Candidates, count: int) -> np.ndarray | Candidate
         return logits
     if not known.any():
         raise EdgeError(
-            f"none of the {known.size} likeliest tokens has a piece in the tokenizer; run the "
+            f"none of the {known.size} likeliest tokens exists in the tokenizer; run the "
             "graph that returns all logits"
         )
     return Candidates(logits.ids[known], logits.logits[known])

@@ -1,12 +1,13 @@
-"""Prompts in float32, where that is faster: which processors, and what graph.
+"""Decides whether prompts run faster in float32, and prepares the graph for it.
 
 Products with weights of 4 and 8 bits (`MatMulNBits`) round activations to 8 bits and multiply
-integers. x86-64 without instructions for that (VNNI) takes longer for many rows than products of
-float32 do. There, on Linux, which tells what a processor has, a prompt is run by a second session
-over the same weights file: the same graph, whose products multiply the weights out. It copies no
-weights, so it is made in some milliseconds. AMD's Zen 3, which has no VNNI either, is left alone:
-there `int4` was slower in float32 and `int8` little faster (docs/lab-notes.md), for more memory. So
-is ARM without dot products: onnxruntime multiplies floats there as it is.
+integers. On x86-64 without VNNI, the instructions for that, many rows take longer than float32
+products. On Linux, where the processor's features are known, a second session then runs prompts
+over the same weights file. It has the same graph, but its products dequantize the weights. It
+copies no weights, so it loads in some milliseconds. AMD's Zen 3 has no VNNI either, but does not
+use this. There `int4` was slower in float32 and `int8` only slightly faster (docs/lab-notes.md),
+with more memory. ARM without dot products does not need it: there onnxruntime already multiplies
+floats.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def preferred(bundle: Bundle, cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
     Args:
         bundle: opened.
-        cpuinfo: the file that tells of the processor; without one it is not preferred.
+        cpuinfo: the file that describes the processor; without it float32 is not preferred.
     """
     asked = os.environ.get(VARIABLE)
     if asked == "0" or (asked != "1" and not _gains(read_text(cpuinfo))):
@@ -45,11 +46,11 @@ def preferred(bundle: Bundle, cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     try:
         return _ROUNDED in _graph(bundle)
     except BundleError:
-        return False  # whoever runs it will say what is wrong with it
+        return False  # the error is reported when the bundle is run
 
 
 def graph_in_float(bundle: Bundle) -> bytes:
-    """The graph of all logits, its products told to leave activations as they are.
+    """Returns the graph of all logits, with products that do not quantize activations.
 
     Raises:
         BundleError: the graph cannot be read.
@@ -65,7 +66,7 @@ def _graph(bundle: Bundle) -> bytes:
 
 
 def _gains(cpuinfo: str) -> bool:
-    """Whether a processor is one of those that multiply floats faster than 8-bit integers."""
+    """Whether a processor multiplies floats faster than 8-bit integers."""
     if platform.machine() != "x86_64" or _ZEN_3.search(cpuinfo):
         return False  # an emulator may show another processor's file
     flags = re.search(r"^flags\s*:\s*(.*)$", cpuinfo, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens seen so far, in buffers the graph reads and writes in place."""
+"""The key-value cache: buffers that the graph reads and updates in place."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from edge_demo.engine.prompt_chunks import PromptRun
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """What some tokens left in the buffers, from which an engine can go on.
+    """A snapshot of the buffers, from which an engine can continue.
 
     Attributes:
         tokens: their ids.
@@ -27,7 +27,7 @@ class Snapshot:
     prompt_run: PromptRun
 
     def copy(self) -> Snapshot:
-        """One that lasts, whatever is run meanwhile."""
+        """Returns a copy that later runs do not change."""
         filled = {name: rows.copy() for name, rows in self.filled.items()}
         return dataclasses.replace(self, tokens=list(self.tokens), filled=filled)
 
@@ -35,10 +35,10 @@ class Snapshot:
 class KVCache:
     """One numpy buffer for each `past_key_values.*` input, `(batch, kv_heads, capacity, head_dim)`.
 
-    Buffers of layers that see everything grow in steps as tokens come, rather than being made for
-    the longest context. Those of layers with a sliding window keep one size, whatever the context:
-    of `length` tokens, the operator keeps `resident(length)` at the front and forgets the others
-    (`GroupQueryAttention`'s `sliding_window_cache`, onnxruntime, ContribOperators.md).
+    Buffers of global layers grow in steps as tokens are added; they are not allocated for the
+    longest context at once. Those of layers with a sliding window keep one size, whatever the
+    context: of `length` tokens, the operator keeps `resident(length)` at the front and forgets the
+    others (`GroupQueryAttention`'s `sliding_window_cache`, onnxruntime, ContribOperators.md).
 
     Args:
         graph: the engine graph, whose contract gives the shapes.
@@ -52,7 +52,8 @@ class KVCache:
         tables: input name to rotary table, `(capacity, dims)`.
         capacity: tokens that fit now.
         batch: as it was given.
-        reached: tokens that the buffers were last taken to, by a run that has ended or not.
+        reached: number of tokens up to which the buffers were last written, also by an interrupted
+            run.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class KVCache:
         self.batch = batch
         self.capacity = 0
         self.reached = 0
-        # Memory that is not written to yet costs nothing, so a window may be longer than the text.
+        # Memory that is not written to is not allocated, so a window may be longer than the text.
         self._sizes = {w.name: w.length + cache_size.SLACK for w in windows} | {
             "batch": batch,
             "capacity": 0,
@@ -89,7 +90,7 @@ class KVCache:
         """Make room for `tokens` in all; true if the buffers were replaced by larger ones."""
         if tokens <= self.capacity:
             return False
-        # A half more than now, so that growing costs little in the end, in whole steps.
+        # Half more than now, in whole steps, so that growing takes little time in total.
         wanted = max(tokens, self.capacity + self.capacity // 2)
         old, capacity = self.capacity, cache_size.capacity_for(wanted, self._limit)
         self._sizes["capacity"] = capacity
@@ -99,12 +100,13 @@ class KVCache:
         for rope in self._ropes:
             cos, sin = rope_table(rope, capacity)
             self.tables |= {f"{rope.name}.cos": cos, f"{rope.name}.sin": sin}
-        self.buffers |= grown  # only now, so that Ctrl-C leaves a cache that can be used
+        self.buffers |= grown  # only now, so that the cache stays valid after Ctrl-C
         self.capacity = capacity
         return True
 
     def holds(self, length: int, reached: int | None = None) -> bool:
-        """Whether all that the first `length` tokens left is there, now or at `reached` tokens."""
+        """Whether the keys and values of the first `length` tokens are all present, now or at
+        `reached` tokens."""
         tokens = self.reached if reached is None else reached
         return all(
             tokens - _resident(tokens, w.length) == length - _resident(length, w.length)
@@ -122,20 +124,21 @@ class KVCache:
         return layout
 
     def filled(self) -> dict[str, np.ndarray]:
-        """Views of what the tokens reached have left, shaped as `layout` says."""
+        """Returns views of the keys and values of the tokens reached, in the shapes of `layout`."""
         return {
             name: self.buffers[name][:, :, : shape[2]]
             for name, (_, shape) in self.layout(self.reached).items()
         }
 
     def fill(self, filled: dict[str, np.ndarray], row: int = 0) -> None:
-        """Copy what one text left, as `filled` gives it, into a row; there must be room."""
+        """Copy one text's keys and values, as `filled` returns them, into a row; there must be
+        room."""
         for name, rows in filled.items():
             self.buffers[name][row, :, : rows.shape[2]] = rows[0]
 
     @property
     def num_bytes(self) -> int:
-        """What the buffers and tables take, in bytes."""
+        """The size of buffers and tables in bytes."""
         return sum(a.nbytes for a in (*self.buffers.values(), *self.tables.values()))
 
 

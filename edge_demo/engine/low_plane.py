@@ -1,9 +1,9 @@
-"""What the low plane of a table in two planes adds to the logits of candidates.
+"""Adds the low plane of a table in two planes to the logits of candidates.
 
-The candidates graph multiplies the hidden state by the high plane of the head's table and keeps the
-most likely tokens. The low plane is read for these alone, here, from the weights file. Were it
-mapped, some hundred tokens of text would make all of it resident: see `edge_demo.bundle.embedding`.
-Text proposes the same tokens again and again, so rows that were read are kept.
+The candidates graph multiplies the hidden state by the high plane of the head's table, and returns
+the most likely tokens. This module reads the low plane only for these tokens, from the weights
+file. If it were mapped, a few hundred tokens of text would make all of it resident: see
+`edge_demo.bundle.embedding`. The same tokens are often proposed again, so rows are cached.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from edge_demo.bundle.reader import Bundle
 from edge_demo.errors import BundleError
 
 KEPT_BYTES = 6 << 20  # of rows; of Gemma 3 270M some 8,700
-_FEWEST = 1024  # rows that are kept, whatever their size: more than there are candidates
+_FEWEST = 1024  # minimum number of cached rows, which is more than the number of candidates
 
 
 class LowPlane:
@@ -41,7 +41,7 @@ class LowPlane:
         self._shape = spec.blocks, spec.block_size
         width = spec.blocks * spec.block_size
         count = _num_kept(spec)
-        self._places = np.full(spec.rows, -1, np.int32)  # of a row among those kept
+        self._places = np.full(spec.rows, -1, np.int32)  # index of a row in the cache
         self._numbers = np.empty((count, width), np.int8)
         self._scales = np.empty((count, spec.blocks), np.float32)
         self._used = 0
@@ -50,7 +50,8 @@ class LowPlane:
 
     @classmethod
     def of(cls, bundle: Bundle) -> LowPlane | None:
-        """That of a bundle whose candidates graph leaves it to the device; `None` of any other."""
+        """Returns the low plane of a bundle whose candidates graph needs it from the device, else
+        `None`."""
         if not bundle.low_plane_apart:
             return None
         return cls(bundle.path / bundle.weights, bundle.embedding, bundle.final_soft_cap)
@@ -71,12 +72,15 @@ class LowPlane:
             EdgeError: the file cannot be read.
         """
         if not 0 <= ids.min() <= ids.max() < self._rows:
-            raise BundleError("the candidates graph returns tokens that are not in the vocabulary")
+            raise BundleError(
+                "the candidates graph returned token ids outside the vocabulary; export the "
+                "bundle again"
+            )
         places = self._places[ids]
         if places.min() < 0:
             self._keep(ids[places < 0].tolist(), len(ids))
             places = self._places[ids]
-            if places.min() < 0:  # all were forgotten to make room
+            if places.min() < 0:  # the cache was cleared to make room
                 self._keep(ids[places < 0].tolist(), len(ids))
                 places = self._places[ids]
         blocks = np.zeros(self._shape, np.float32)
@@ -96,7 +100,7 @@ class LowPlane:
         return self._floats
 
     def _keep(self, ids: Sequence[int], wanted: int) -> None:
-        """Read rows and keep them; forget all others where there is no room."""
+        """Read rows and cache them; clear the cache if it is full."""
         if self._used + len(ids) > len(self._numbers):
             self._places.fill(-1)
             self._used = 0
@@ -110,7 +114,7 @@ class LowPlane:
 
 
 def memory_needed(spec: EmbeddingSpec, num_candidates: int) -> int:
-    """What a `LowPlane` of a table takes, in bytes, for calls of so many candidates."""
+    """Returns the bytes that a `LowPlane` of a table needs for calls with that many candidates."""
     kept = _num_kept(spec) * (spec.blocks * (spec.block_size + 4))
     return 4 * spec.rows + kept + num_candidates * 5 * spec.blocks * spec.block_size
 

@@ -291,9 +291,10 @@ def check_fits(
     if short is None or force:
         return needed.chunk, needed.in_float
     raise EdgeError(
-        f"{bundle.name} ({bundle.recipe}) takes about {megabytes(getattr(needed, short.counts))} "
-        f"of memory, and {megabytes(short.free)} can be had {short.bound}; close other programs, "
-        "export with fewer bits, or try it nevertheless with --force"
+        f"{bundle.name} ({bundle.recipe}) needs about "
+        f"{megabytes(getattr(needed, short.counts))} of memory, but only "
+        f"{megabytes(short.free)} is available {short.bound}; close other programs, export "
+        "with fewer bits, or try it anyway with --force"
     )
 
 

@@ -1,16 +1,16 @@
-"""How a prompt is run, so that what is held of one can be used for another to the bit.
+"""Decides how a prompt is split into chunks, so that cached tokens can be reused bit for bit.
 
-Several rows may be added up in another order than one row, and a bit can flip an activation that is
-rounded to 8 bits, and then a token. A text must not depend on what an earlier one left. So there is
-one rule, whatever is held before: the last token of a prompt is run alone, the others many at once,
-in pieces that end at multiples of `UNIT` or with them, all in float32 or none
-(`edge_demo.engine.float_prompts`). A whole unit comes out the same whatever else its piece holds,
-and so do the tokens after the last whole unit, unless it is a single one: that is run alone, too.
+A kernel may sum several rows in another order than one row. One bit can change an activation that
+is rounded to 8 bits, and then a token. A text must not depend on an earlier text in the cache. So
+one rule always applies. The last token of a prompt runs alone. The other tokens run in chunks that
+end at a multiple of `UNIT` or at the end. All chunks run in float32, or none
+(`edge_demo.engine.float_prompts`). A whole unit gets the same result in any chunk. The tokens after
+the last whole unit do too, unless it is a single token, which runs alone.
 
-No kernel promises that. It follows from how they cut their work: products take 128 rows at a time,
-within them eight, four, two or one; attention takes 64 rows, and adds up keys by 64, 128 or 256.
-Heads of 64 dimensions or fewer are added up by more, and no Gemma has them.
-`tests/edge_demo/test_courses.py` holds the kernels of a processor to it.
+No kernel guarantees this. It follows from how kernels split their work. Products take 128 rows at a
+time, within them eight, four, two or one. Attention takes 64 rows, and sums keys by 64, 128 or 256.
+Heads of 64 dimensions or fewer use larger steps, but no Gemma has them.
+`tests/edge_demo/test_courses.py` checks this for the kernels of a processor.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class PromptRun:
         return dataclasses.replace(self, left=min(self.left, tokens))
 
     def shared(self, wanted: PromptRun, same: int) -> int:
-        """How many of the first tokens are as `wanted` would leave them.
+        """Returns how many of the first tokens have the same result as a run like `wanted`.
 
         Args:
-            wanted: how the tokens of a new prompt are to be run.
+            wanted: how the tokens of the new prompt would be run.
             same: how many first tokens the two texts have in common.
         """
         if self.in_float != wanted.in_float:

@@ -86,11 +86,14 @@ class TokenRunner:
             strict=True,
         ):
             has = {(f.name, _DTYPES.get(f.type, f.type), tuple(f.shape)) for f in found}
-            for expected, whose in ((specs, "bundle.json says"), (bound, "the engine needs")):
+            for expected, whose in ((specs, "bundle.json"), (bound, "the engine")):
                 wrong = has ^ {(s.name, s.dtype, s.shape) for s in expected}
                 if wrong:
                     name = min(name for name, _, _ in wrong)
-                    raise BundleError(f"{graph.file} has not the {name!r} that {whose}")
+                    raise BundleError(
+                        f"{graph.file} does not match {whose}: {name!r} is missing, unexpected "
+                        "or of another type or shape; export the bundle again"
+                    )
 
     @property
     def context_length(self) -> int:
@@ -242,14 +245,14 @@ class TokenRunner:
     def check(self, ids: Sequence[int], held: int = 0) -> None:
         """Refuse tokens that cannot be run after so many; errors as `check_prompt`."""
         if not ids:
-            raise RequestError("there are no tokens to run; the prompt is empty")
+            raise RequestError("the prompt is empty; give at least one token")
         self._refuse(ids, held)
 
     def _refuse(self, ids: Sequence[int], held: int) -> None:
         total = held + len(ids)
         if total > self.context_length:
             raise RequestError(
-                f"the text has {total:,} tokens, the bundle's context holds "
+                f"the text has {total:,} tokens, but the bundle's context holds "
                 f"{self.context_length:,}; shorten it"
             )
         for token in ids:

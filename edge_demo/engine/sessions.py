@@ -1,4 +1,4 @@
-"""onnxruntime's sessions: one that runs a bundle's graph, and one for prompts in float32."""
+"""Makes onnxruntime sessions: one for a bundle's graph, and one for prompts in float32."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def open_session(
 def open_for_prompts(bundle: Bundle, threads: int | None) -> Session:
     """Make the graph of all logits ready to run prompts in float32; nothing is copied.
 
-    Its output of logits is to be asked for none, since the head would be multiplied out too.
+    Do not request its logits, because then the head would be dequantized too.
 
     Raises:
         BundleError: onnxruntime cannot load it.
@@ -61,21 +61,21 @@ def open_for_prompts(bundle: Bundle, threads: int | None) -> Session:
     entries = {
         "session.model_external_initializers_file_folder_path": str(bundle.path),
         "session.disable_prepacking": "1",  # no copies
-        "session.force_spinning_stop": "1",  # when a run ends: the other session's threads go on
+        "session.force_spinning_stop": "1",  # at the end of a run: the other threads continue
     }
-    # Without an arena what is multiplied out is given back at once, which costs no time.
+    # Without an arena, dequantized weights are freed at once, which takes no extra time.
     graph = graph_in_float(bundle)
     session = _load(bundle, bundle.engine, graph, threads, entries, arena=False)
     return Session(session, (all_logits(bundle),))
 
 
 def all_logits(bundle: Bundle) -> TensorSpec:
-    """What the graph of all logits returns beside the keys and values."""
+    """The outputs of the graph of all logits besides keys and values."""
     return TensorSpec("logits", "float32", ("batch", "num_logits", bundle.vocabulary_size))
 
 
 def candidates(bundle: Bundle) -> list[TensorSpec]:
-    """What the graph of candidates returns beside the keys and values."""
+    """The outputs of the graph of candidates besides keys and values."""
     shape = ("batch", "num_logits", bundle.num_candidates)
     ids = TensorSpec("candidate_ids", "int64", shape)
     if not bundle.low_plane_apart:
@@ -97,7 +97,7 @@ def _load(
     arena: bool = True,
 ) -> ort.InferenceSession:
     options = ort.SessionOptions()
-    options.log_severity_level = 4  # errors are raised, they need not be printed too
+    options.log_severity_level = 4  # errors are raised, so they are not printed too
     options.enable_cpu_mem_arena = arena
     # On ARM its products of 4 bits round a token's activations with one scale, not one a block.
     options.add_session_config_entry("mlas.disable_kleidiai", "1")
@@ -111,8 +111,8 @@ def _load(
     except Exception as error:  # onnxruntime's errors share no base class of their own
         if "bad_alloc" in str(error):
             raise EdgeError(
-                f"memory ran out while {graph.file} was loaded; close other programs, or "
-                "export with fewer bits"
+                f"not enough memory to load {graph.file}; close other programs, or export "
+                "with fewer bits"
             ) from error
         raise BundleError(
             f"onnxruntime {ort.__version__} cannot load {graph.file}: {error}"

@@ -1,7 +1,7 @@
-"""The published sizes, as far as it matters whether they fit on a device.
+"""Estimates whether the published model sizes fit on a device.
 
-The device does not have `gemma_keras`, whose `sizes.py` is where sizes are told; a test compares
-the two.
+The device does not have `gemma_keras`, whose `sizes.py` defines the sizes. A test compares the two
+tables.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def read_per_token(size: PublishedSize, recipe: RecipeBytes) -> int:
 
 
 def estimate(size: PublishedSize, recipe: RecipeBytes, chunk: int) -> memory.MemoryEstimate:
-    """What a bundle of that size would take, as `memory.estimate` tells it of one that is there.
+    """Estimates the memory of a bundle of that size, as `memory.estimate` does for an existing one.
 
     Args:
         size: of the model.

@@ -1,1 +1,1 @@
-"""Measurements of a bundle: perplexity, divergence, tasks, speed."""
+"""Measures a bundle: perplexity, KL divergence, task accuracy, speed."""

@@ -1,10 +1,10 @@
-"""How far a bundle is from another, usually its float32 reference, on windows of a text.
+"""Compares a bundle with another, usually its float32 reference, on windows of a text.
 
-The figures are those that llama.cpp's `llama-perplexity --kl-divergence` prints, by the same
-formulas (`tools/perplexity/perplexity.cpp`, `kl_divergence`), with two differences. A window is the
+The figures are those of llama.cpp's `llama-perplexity --kl-divergence`, with the same formulas
+(`tools/perplexity/perplexity.cpp`, `kl_divergence`), with two differences. A window is the
 beginning-of-sequence token and `length - 1` tokens of the text; llama.cpp writes that token over
-one of the text's. And a window's last position counts too, since the text goes on: the second half
-of a window of 512 is positions 256 to 511, where llama.cpp ends at 510.
+one of the text's. And a window's last position counts too, because the text continues. So the
+second half of a window of 512 is positions 256 to 511; in llama.cpp it ends at 510.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class MeanWithError:
 
 @dataclasses.dataclass(frozen=True)
 class Divergence:
-    """How far a bundle's predictions are from the reference's, over some positions.
+    """The difference between a bundle's and the reference's predictions over some positions.
 
     Standard errors take positions as independent, as llama.cpp does.
 
@@ -41,13 +41,14 @@ class Divergence:
         positions: how many.
         reference_perplexity: of the reference.
         perplexity: of the bundle.
-        log_ratio: `ln(perplexity / reference_perplexity)`; its error knows that they go together.
+        log_ratio: `ln(perplexity / reference_perplexity)`; its error takes their correlation into
+            account.
         kl: mean Kullback-Leibler divergence of the next-token distributions, from the reference to
             the bundle, in nats.
-        kl_quantiles: `(share, KL)` for each of `QUANTILES`; the last is the greatest.
+        kl_quantiles: `(share, KL)` for each of `QUANTILES`; the last is the maximum.
         probability_difference: mean of the right token's probability, bundle less reference.
         rms_probability_difference: root of the mean square of the same.
-        same_top_token: share of positions where both find the same token most likely.
+        same_top_token: share of positions where the most likely token is the same.
     """
 
     positions: int
@@ -80,11 +81,11 @@ class Comparison:
 
 
 class LogitsSource(Protocol):
-    """What can be compared; `Engine` is one."""
+    """The interface of a model that can be compared; `Engine` has it."""
 
     @property
     def context_length(self) -> int:
-        """The most tokens it can hold."""
+        """The maximum number of tokens that it can hold."""
         ...
 
     def rewind(self, length: int) -> None:
@@ -97,7 +98,7 @@ class LogitsSource(Protocol):
 
 
 def check_comparable(reference: Bundle, bundle: Bundle) -> None:
-    """Refuse two bundles whose positions and probabilities do not correspond.
+    """Raise an error for two bundles that cannot be compared.
 
     Raises:
         RequestError: their tokenizers or their vocabularies differ.
@@ -105,14 +106,14 @@ def check_comparable(reference: Bundle, bundle: Bundle) -> None:
     if reference.vocabulary_size != bundle.vocabulary_size:
         raise RequestError(
             f"{reference.path} and {bundle.path} have vocabularies of "
-            f"{reference.vocabulary_size:,} and {bundle.vocabulary_size:,}; only bundles of one "
-            "model can be compared"
+            f"{reference.vocabulary_size:,} and {bundle.vocabulary_size:,}; compare bundles "
+            "of the same model"
         )
     hashes = [b.files[b.tokenizer.file][1] for b in (reference, bundle)]
     if hashes[0] != hashes[1] or reference.tokenizer.bos != bundle.tokenizer.bos:
         raise RequestError(
-            f"{reference.path} and {bundle.path} have different tokenizers; only bundles of one "
-            "model can be compared"
+            f"{reference.path} and {bundle.path} have different tokenizers; compare bundles "
+            "of the same model"
         )
 
 
@@ -125,7 +126,7 @@ def compare(
     max_windows: int | None = None,
     on_window: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Comparison]:
-    """Run all over the same windows; no more than one chunk of logits of each is ever held.
+    """Run all on the same windows; only one chunk of logits of each is in memory at a time.
 
     Args:
         reference: emptied and used.
@@ -166,8 +167,8 @@ def compare(
         for one in everyone:
             one.rewind(0)
         position = 0
-        for p, *found in zip(*(one.all_logits(window) for one in everyone), strict=True):
-            for table, q in zip(tables, found, strict=True):
+        for p, *others in zip(*(one.all_logits(window) for one in everyone), strict=True):
+            for table, q in zip(tables, others, strict=True):
                 table.put(number, position, p, q, targets[position : position + len(p)])
             position += len(p)
         on_window(number + 1, num_windows)
@@ -183,7 +184,7 @@ def compare(
 
 
 class _Table:
-    """What is kept of each position: float64 and bool arrays `(windows, length)`."""
+    """Values stored for each position: float64 and bool arrays `(windows, length)`."""
 
     def __init__(self, num_windows: int, length: int) -> None:
         shape = (num_windows, length)
@@ -247,7 +248,7 @@ def _mean(values: np.ndarray) -> MeanWithError:
 
 
 def _exponential(estimate: MeanWithError) -> MeanWithError:
-    """Of an estimate, with the error carried along to first order."""
+    """Applies a function to an estimate; the error is propagated to first order."""
     with np.errstate(over="ignore"):
         value = float(np.exp(estimate.value))
     return MeanWithError(value, value * estimate.error)

@@ -1,14 +1,14 @@
-"""HellaSwag: which of four endings the model finds likeliest.
+"""Measures accuracy on HellaSwag: which of four endings the model finds most likely.
 
-The data: Zellers et al., 2019, arXiv:1905.07830. The file and the score are those of llama.cpp's
+The data: Zellers et al., 2019, arXiv:1905.07830. The file and the score are as in llama.cpp's
 `llama-perplexity --hellaswag` (`tools/perplexity/perplexity.cpp`, `hellaswag_score`), so that
 figures can be compared. Six lines a task: `activity: context`, the right ending's number 0 to 3,
 four endings. `context + " " + ending` is tokenized as one text after the beginning-of-sequence
 token; an ending's score is the mean log-probability of its tokens after those that all four texts
 begin with; the greatest wins, the first of equals.
 
-llama.cpp calls that `acc_norm`; lm-evaluation-harness, where the name is from, divides by the
-ending's characters and not by its tokens, so its figures are others. llama.cpp shuffles the tasks,
+llama.cpp calls this `acc_norm`. lm-evaluation-harness, where the name comes from, divides by the
+ending's characters and not by its tokens, so its figures differ. llama.cpp shuffles the tasks, and
 here the first ones are taken; over a whole file both are the same.
 """
 
@@ -85,19 +85,19 @@ def read_tasks(path: str | Path, text: str) -> list[Task]:
     # Only line feeds end a line, as in llama.cpp: a sentence may hold U+2028 or U+0085.
     lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
     if lines == [""]:
-        raise RequestError(f"{path} is empty; it must hold {_LINES} lines a task")
+        raise RequestError(f"{path} is empty; it must have {_LINES} lines per task")
     if len(lines) % _LINES:
         raise RequestError(
-            f"{path} has {len(lines):,} lines; HellaSwag's text form has {_LINES} a task: context, "
-            "label, four endings"
+            f"{path} has {len(lines):,} lines; HellaSwag's text form needs {_LINES} lines "
+            "per task: context, label, four endings"
         )
     tasks = []
     for first in range(0, len(lines), _LINES):
         context, label, *endings = lines[first : first + _LINES]
         if not re.fullmatch(r"[0-3]", label.strip(), re.ASCII):
             raise RequestError(
-                f"line {first + 2} of {path} must be the right ending's number, 0 to 3; found "
-                f"{label[:40]!r}"
+                f"line {first + 2} of {path} must be the number of the correct ending, 0 to "
+                f"3; found {label[:40]!r}"
             )
         a, b, c, d = endings
         tasks.append(Task(context, (a, b, c, d), int(label)))
@@ -110,7 +110,7 @@ def hellaswag(
     tasks: Sequence[Task],
     on_task: Callable[[int, int], None] = lambda done, total: None,
 ) -> Accuracy:
-    """Let the model choose.
+    """Runs the tasks.
 
     Args:
         engine: emptied and used; the four endings share what it holds of their beginning.

@@ -1,4 +1,4 @@
-"""Perplexity of a text, by windows."""
+"""Computes the perplexity of a text in windows."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ class Score:
 
 
 def windows(num_tokens: int, length: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Cut a text into overlapping windows, in each of which the tokens not predicted before count.
+    """Split a text into overlapping windows; in each window only tokens that were not predicted
+    before count.
 
     Args:
         num_tokens: of the text, without a beginning-of-sequence token.
@@ -50,8 +51,8 @@ def windows(num_tokens: int, length: int, stride: int) -> Iterator[tuple[int, in
     room = length - 1
     if room < 1 or not 1 <= stride <= room:
         raise RequestError(
-            f"the window must hold at least 2 tokens and the stride 1 to {max(1, room)}; "
-            f"found {length} and {stride}"
+            "the window must have at least 2 tokens, and the stride must be 1 to "
+            f"{max(1, room)}; found {length} and {stride}"
         )
     end = 0
     first = 0

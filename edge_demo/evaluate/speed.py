@@ -1,4 +1,4 @@
-"""How fast a bundle is on this machine, and how much memory it takes."""
+"""Measures a bundle's speed and memory use on this machine."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from edge_demo.text.sampling import Sampler
 
 @dataclasses.dataclass(frozen=True)
 class BenchCase:
-    """What is timed: a prompt (`pp`) or tokens one by one (`tg`).
+    """A benchmark case: a prompt (`pp`) or tokens generated one by one (`tg`).
 
     Attributes:
         kind: `pp` or `tg`.
         tokens: timed.
-        depth: tokens in the context before, whose time does not count.
+        depth: tokens in the context before the test; they are not timed.
     """
 
     kind: str
@@ -74,10 +74,10 @@ class BenchReport:
 
     Attributes:
         timings: in order.
-        load_s: from nothing to a ready engine, the first time.
+        load_s: seconds to load the engine the first time.
         peak_rss_bytes: of the whole process.
-        celsius: the hottest the device has been before and after a test; `None` if it does not say.
-        throttled: what the device says of throttling now; `None` if it does not say.
+        celsius: the highest temperature before and after a test; `None` if unknown.
+        throttled: the device's throttling state now; `None` if unknown.
     """
 
     timings: tuple[Timing, ...]
@@ -113,7 +113,9 @@ def run_tests(
         RequestError: there are no tests, or one does not fit the context.
     """
     if not tests:
-        raise RequestError("there is nothing to measure; ask for prompt tokens or decode tokens")
+        raise RequestError(
+            "there is no test to run; give a number of prompt tokens (-p) or generated tokens (-n)"
+        )
     for test in tests:
         _check_fits(bundle, test.depth, test.tokens)
     runs, done = len(threads) * len(tests) * repeats, 0
@@ -151,7 +153,8 @@ def _check_fits(bundle: Bundle, before: int, tokens: int) -> None:
 
 
 class _Runner:
-    """An engine that has run once, so that its weights are in memory, and random tokens for it."""
+    """Returns an engine after a warm-up run, which loads its weights into memory, and random
+    tokens."""
 
     def __init__(self, bundle: Bundle, threads: int | None, force: bool) -> None:
         start = time.perf_counter()
@@ -166,7 +169,7 @@ class _Runner:
         self._engine.prefill(self._text[:16])
 
     def _hold(self, tokens: int) -> None:
-        """Have so many tokens in the context, those generated after them forgotten."""
+        """Bring the context to that many tokens, and drop tokens generated after them."""
         self._engine.rewind(min(tokens, len(self._engine.tokens)))
         if len(self._engine.tokens) < tokens:
             self._engine.prefill(self._text[len(self._engine.tokens) : tokens])

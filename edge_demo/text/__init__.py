@@ -1,1 +1,1 @@
-"""From prompts to answers: tokenizer, turns, sampling, completion."""
+"""Generates text: tokenizer, chat turns, sampling, completions."""

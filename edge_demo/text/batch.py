@@ -1,9 +1,9 @@
-"""Going on from many prompts, some at once.
+"""Completes many prompts, several at once.
 
-A prompt's text depends on the file of prompts, the bundle, the machine, how its memory lets prompts
-be run (`edge_demo.engine.memory`), and the number of rows, and on nothing that happened before: not
-on the prompts that an interrupted run had done already. So what is used again is what all prompts
-begin with, and there are as many rows as in the first run, some of them idle.
+A completion depends on the file of prompts, the bundle, the machine, its memory
+(`edge_demo.engine.memory`) and the number of rows. It does not depend on the prompts that an
+interrupted run had already completed. So only the common beginning of all prompts is reused. The
+number of rows is always that of the first run; some rows may be idle.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from edge_demo.text.batch_items import Item
 from edge_demo.text.generator import candidates_suffice
 from edge_demo.text.tokenizer import Tokenizer
 
-# Products of 4-bit weights take rows by fours, twos and ones, and round otherwise in each: of
-# other numbers of rows, the last ones would get other texts than the first.
+# Products of 4-bit weights process rows in groups of four, two and one, which round differently.
+# With other numbers of rows, the last rows would get other texts than the first.
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 
-# what a prompt gets: a text, or why there is none
+# the result of a prompt: a text, or an error
 Answer = Completion | RequestError | NotFiniteError
 
 
@@ -45,7 +45,7 @@ class _Text:
 
 
 class BatchRunner:
-    """Answers the prompts of a file.
+    """Completes the prompts of a file.
 
     Args:
         bundle: opened; its files are checked against their hashes here.
@@ -88,10 +88,10 @@ class BatchRunner:
         """Answer some of the prompts.
 
         Args:
-            items: in the order in which they are to begin.
+            items: in the order in which they begin.
 
         Yields:
-            Each with its answer, or with why it has none, as they end.
+            Each item with its completion or its error, in the order in which they end.
         """
         waiting = iter(items)
         texts: dict[int, _Text] = {}
@@ -114,8 +114,8 @@ class BatchRunner:
                 else:
                     yield item, answer
             if texts:
-                found = self._rows.decode({r: t.completion.ids[-1] for r, t in texts.items()})
-                for row, logits in found.items():
+                outputs = self._rows.decode({r: t.completion.ids[-1] for r, t in texts.items()})
+                for row, logits in outputs.items():
                     if (answer := self._go_on(texts[row], logits)) is not None:
                         yield texts.pop(row).item, answer
                         free.append(row)
@@ -140,7 +140,7 @@ class BatchRunner:
         return _Text(item, completion, writer, start), logits
 
     def _go_on(self, text: _Text, logits: np.ndarray | Candidates) -> Answer | None:
-        """Choose the next token; what the prompt gets, or `None` while there is more to come."""
+        """Choose the next token; returns the result of the prompt, or `None` while it continues."""
         out = text.completion
         try:
             text.writer.add(logits)
@@ -156,13 +156,14 @@ class BatchRunner:
 
 
 def _beginning_of_all(tokenizer: Tokenizer, items: Sequence[Item], longest: int) -> list[int]:
-    """The tokens that all prompts begin with, of those that fit; each has at least one more."""
+    """Returns the common first tokens of all prompts that fit; each prompt has at least one more
+    token."""
     shared: list[int] | None = None
     for item in items:
         ids = item.encode(tokenizer)
         if len(ids) <= longest:
             shared = ids if shared is None else shared[: common_prefix(shared, ids)]
             shared = shared[: len(ids) - 1]
-            if len(shared) < 2:  # nothing but the beginning of the text
+            if len(shared) < 2:  # only the beginning-of-sequence token
                 return []
     return (shared or []) if len(items) > 1 else []

@@ -1,4 +1,4 @@
-"""The input of a batch: a file of prompts, one JSON object a line."""
+"""Reads the input of a batch: a file of prompts, one JSON object per line."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ _KEYS: dict[str, tuple[Any, str]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One prompt and how to go on from it.
+    """One prompt and its generation settings.
 
     Attributes:
         index: of the prompts in the file, from 0.
         id: as the file gives it; `None` if it does not.
         prompt: to continue; empty where there are `turns`.
-        max_tokens: the most to generate.
-        temperature: as `Sampler`, as what follows.
-        seed: of this prompt alone, so that it gets the same text whatever else is run.
+        max_tokens: maximum number of tokens to generate.
+        temperature: as in `Sampler`, like the settings after it.
+        seed: of this prompt only, so that its text does not depend on other prompts.
         stop: texts that end the answer.
         turns: of a conversation to answer, instead of a prompt.
-        system: what the model is told before the first of them.
+        system: the system text before the first turn.
     """
 
     index: int
@@ -76,13 +76,13 @@ class Item:
         return Sampler(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Sampler)})
 
     def encode(self, tokenizer: Tokenizer) -> list[int]:
-        """The tokens to go on from."""
+        """Returns the tokens of the prompt."""
         if self.turns:
             return tokenizer.encode_chat(self.turns, self.system)
         return tokenizer.encode(self.prompt)
 
     def key(self, fingerprint: str) -> str:
-        """Hash of all that decides its text, in hex.
+        """Hash, in hex, of everything that determines its completion.
 
         Args:
             fingerprint: of the bundle.
@@ -92,18 +92,18 @@ class Item:
 
 
 def read_items(path: str | Path, defaults: Item, tuned: bool = False) -> list[Item]:
-    """The prompts of a file; empty lines are passed over.
+    """Reads the prompts of a file; empty lines are ignored.
 
     Args:
-        path: of the file, UTF-8. A line is an object with `prompt` or `messages` and, if wanted,
+        path: of the file, UTF-8. A line is an object with `prompt` or `messages`. Optional keys are
             `id` (text or a whole number), `max_tokens`, `stop` and the settings of a `Sampler`.
-        defaults: what counts where a line says nothing. Its seed is that of the whole file: every
-            line without one of its own gets one made of it and the line's place.
+        defaults: settings for lines that do not have their own. Its seed is for the whole file: a
+            line without a seed gets one derived from it and the line's index.
         tuned: whether the model has a chat template, which `messages` need.
 
     Raises:
-        RequestError: the file cannot be read or has no prompts, or a line is not what it must be;
-            the message has its number.
+        RequestError: the file cannot be read or has no prompts, or a line is not valid; the message
+            has its number.
     """
     items = []
     try:
@@ -128,8 +128,8 @@ def _item(line: bytes, index: int, defaults: Item, tuned: bool) -> Item:
     if "messages" in data:
         if not tuned:
             raise RequestError(
-                'it has "messages", but the bundle is a base model, without a chat template; give '
-                'a "prompt"'
+                'it has "messages", but the bundle is a base model without a chat '
+                'template; use "prompt" instead'
             )
         data["system"], data["turns"] = read_messages(data.pop("messages"))
         data["prompt"] = ""
@@ -141,7 +141,7 @@ def _item(line: bytes, index: int, defaults: Item, tuned: bool) -> Item:
     item = dataclasses.replace(defaults, index=index, **data)
     if item.max_tokens < 1:
         raise RequestError(f'"max_tokens" must be positive, not {brief(item.max_tokens)}')
-    item.sampler()  # refuses what is out of range
+    item.sampler()  # raises an error for values out of range
     return item
 
 

@@ -1,9 +1,9 @@
-"""The output of a batch: a file that a killed run leaves good, and the next run goes on with.
+"""Writes the output of a batch, so that a run continues after an interrupted one.
 
-Every result is one line, in the order of the prompts, and on the disk before the next is written.
-BatchDecoder end in another order than they began: what is ready before its turn waits on the disk
-too, in `.FILE.ahead`, which is removed at the end. So a kill costs what was being decoded, and no
-more.
+Each result is one line, in the order of the prompts, and is flushed to disk before the next one.
+Rows do not end in the order in which they began. A result that is ready early waits on disk in
+`.FILE.ahead`, which is removed at the end. So a killed run loses only the prompts that were being
+decoded.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ class Results:
 
     Args:
         path: of the file; made if it is not there.
-        keys: of all prompts, in order: what decides a result.
-        overwrite: whether to begin anew, whatever is there.
+        keys: of all prompts, in order; a key is a hash of everything that determines the result.
+        overwrite: whether to discard existing results.
 
     Attributes:
         done: indices of the prompts whose results are there.
         errors: how many of these are errors.
 
     Raises:
-        RequestError: the file holds something else than results of the first of these prompts, it
-            cannot be written, or another run is writing it.
+        RequestError: the file does not match the first of these prompts, it cannot be written, or
+            another run is writing it.
     """
 
     def __init__(self, path: str | Path, keys: Sequence[str], overwrite: bool = False) -> None:
@@ -49,12 +49,12 @@ class Results:
         self.errors = 0
         existed = self._path.exists()
         if existed and not self._path.is_file():
-            raise RequestError(f"{path} is not a file, so no results can be kept in it")
+            raise RequestError(f"{path} is not a file, so results cannot be written to it")
         with contextlib.ExitStack() as files:
             self._files = files
             self._file = self._open(self._path)
             self._go_on(keep=existed and not overwrite)
-            self._files = files.pop_all()  # they stay open: nothing went wrong
+            self._files = files.pop_all()  # no error: the files stay open
 
     def _open(self, path: Path) -> BinaryIO:
         try:
@@ -62,7 +62,9 @@ class Results:
             file = self._files.enter_context(os.fdopen(handle, "r+b", buffering=0))
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RequestError(f"another run is writing {path}; wait for it, or end it") from None
+            raise RequestError(
+                f"another run is writing {path}; wait until it ends, or stop it"
+            ) from None
         except OSError as error:
             raise RequestError(f"{path} cannot be written: {error.strerror}") from error
         return file
@@ -89,8 +91,9 @@ class Results:
             record = _record(line)
             if number >= len(self._keys) or not self._belongs(record, number):
                 raise RequestError(
-                    f"line {number + 1:,} of {self._path} is not the result of that prompt with "
-                    "this bundle and these options; choose another --out, or --overwrite"
+                    f"line {number + 1:,} of {self._path} does not match that prompt with "
+                    "this bundle and these options; choose another --out, or add "
+                    "--overwrite"
                 )
             self._count(number, record)
             end += len(line)
@@ -128,7 +131,7 @@ class Results:
             result: what the line holds beside index and key; `error` if there is no text.
 
         Raises:
-            EdgeError: it cannot be written. The file can be gone on with.
+            EdgeError: it cannot be written. The file stays valid, and a later run can continue it.
         """
         record = {"index": index, **result, "key": self._keys[index]}
         line = json.dumps(record).encode() + b"\n"
@@ -158,15 +161,15 @@ class Results:
             os.fsync(file.fileno())
         except OSError as error:
             raise EdgeError(
-                f"{self._path} cannot be written: {error.strerror}; the results that are there "
-                "are kept, and the same command goes on from them"
+                f"{self._path} cannot be written: {error.strerror}. The results written so "
+                "far are kept; run the same command again to continue"
             ) from error
 
     def __enter__(self) -> Results:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close the files; what waited for nothing is removed."""
+        """Close the files; remove `.FILE.ahead` if it is empty."""
         if not self._waiting:
             with contextlib.suppress(OSError):
                 os.unlink(self._path.with_name(f".{self._path.name}{_AHEAD}"))
@@ -182,7 +185,7 @@ def _record(line: bytes) -> dict[str, Any]:
 
 
 def _is_torn(line: bytes) -> bool:
-    """Whether it is the beginning of a result, or of nothing, and not somebody's text."""
+    """Whether this is the beginning of a result or empty, and not another file's text."""
     if line.endswith(b"\n"):
         return False
     return line[: len(_BEGINNING)] == _BEGINNING[: len(line)] or not line.strip(b"\0")

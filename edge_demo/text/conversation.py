@@ -1,4 +1,4 @@
-"""A conversation: its turns, of which the oldest go when the context is full."""
+"""Keeps the turns of a conversation, and drops the oldest when the context is full."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from edge_demo.text.tokenizer import Tokenizer
 
 
 class Conversation:
-    """Turns of a user and a model, by turns, the user's first.
+    """Alternating turns of a user and a model; the user begins.
 
     Args:
         tokenizer: of the bundle. With a base model the turns are one text.
-        context_length: the most tokens there may be.
+        context_length: maximum number of tokens.
         answer_tokens: how many an answer may have; a quarter of the context at most is kept for it.
-        system: instructions that stand before all turns; they are never dropped.
+        system: system text before all turns, which is never dropped.
 
     Attributes:
-        dropped: how many of the user's messages went, their answers with them, to make room for the
+        dropped: number of user messages, with their answers, that were dropped to make room for the
             last one.
     """
 
@@ -34,13 +34,13 @@ class Conversation:
         return len(self._turns)
 
     def ask(self, message: str) -> list[int]:
-        """Add a message of the user's; the tokens to go on from.
+        """Add a user message; returns the tokens of the prompt.
 
-        Where it does not fit, so many of the oldest turns go that half of the room for them is
-        free: what is left is run again, which is not to happen at every message.
+        If it does not fit, the oldest turns are dropped until half of their space is free. The
+        remaining turns must be run again, so this must not happen at every message.
 
         Raises:
-            RequestError: the message alone does not fit. The conversation is as it was.
+            RequestError: the message alone does not fit. The conversation is unchanged.
         """
         turns = [*self._turns, ("user", message)]
         ids = self._encode(turns)
@@ -52,23 +52,23 @@ class Conversation:
                 ids = self._encode(turns)
         if len(ids) > self._context:
             raise RequestError(
-                f"the message has {len(ids):,} tokens, with all that goes before it; the bundle's "
-                f"context holds {self._context:,}"
+                f"the message has {len(ids):,} tokens, including the system text and the "
+                f"turn template, but the context holds {self._context:,}"
             )
         self.dropped = (len(self._turns) + 1 - len(turns)) // 2
         self._turns = turns
         return ids
 
     def answer(self, text: str) -> None:
-        """Add what the model said."""
+        """Add the model's answer."""
         self._turns.append(("model", text))
 
     def take_back(self) -> None:
-        """Forget the last message of the user's, which has no answer."""
+        """Remove the last user message, which has no answer."""
         del self._turns[-1:]
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Remove all turns."""
         self._turns.clear()
 
     def _encode(self, turns: list[tuple[str, str]]) -> list[int]:

@@ -1,4 +1,5 @@
-"""`messages`, a conversation as OpenAI's API and Hugging Face's chat templates write it."""
+"""Reads `messages`, a conversation in the format of OpenAI's API and Hugging Face chat
+templates."""
 
 from __future__ import annotations
 
@@ -15,14 +16,14 @@ def read_messages(value: Any) -> tuple[str, Turns]:
     """A conversation that waits for the model's answer.
 
     Args:
-        value: a list of `{"role": ROLE, "content": TEXT}`: if wanted one of the role `system`, then
-            `user` and `assistant` (or `model`, Gemma's own word) in turn, a `user` last.
+        value: a list of `{"role": ROLE, "content": TEXT}`: optionally one of the role `system`,
+            then `user` and `assistant` (or `model`, Gemma's own word) in turn, with a `user` last.
 
     Returns:
         The system text, which may be empty, and the turns as `Tokenizer.encode_chat` takes them.
 
     Raises:
-        RequestError: it is something else.
+        RequestError: it has another form.
     """
     if not isinstance(value, list) or not value:
         raise RequestError('"messages" must be a list of {"role": ROLE, "content": TEXT}')
@@ -37,12 +38,13 @@ def read_messages(value: Any) -> tuple[str, Turns]:
         expected = "model" if len(turns) % 2 else "user"
         if speaker != expected:
             raise RequestError(
-                f'the roles of "messages" must be user and assistant in turn, after at most one '
-                f"system; found {brief(message['role'], 40)!r} in the place of {_role(expected)}"
+                'the roles of "messages" must be user and assistant in turn, after at most '
+                f"one system; found {brief(message['role'], 40)!r} instead of "
+                f"{_role(expected)}"
             )
         turns.append((speaker, message["content"]))
     if len(turns) % 2 == 0:
-        raise RequestError('the last of "messages" must be a user\'s, which the model answers')
+        raise RequestError('the last of "messages" must have the role user')
     return system, tuple(turns)
 
 
@@ -52,7 +54,7 @@ def _role(speaker: str) -> str:
 
 def _check(message: Any, number: int) -> None:
     if not isinstance(message, dict) or set(message) != {"role", "content"}:
-        raise RequestError(f'message {number:,} must have a "role" and a "content", nothing else')
+        raise RequestError(f'message {number:,} must have exactly the keys "role" and "content"')
     for key, content in message.items():
         if not isinstance(content, str):
             raise RequestError(

@@ -1,13 +1,14 @@
-"""Penalties for what a text has already: the token's logit is lowered before one is chosen.
+"""Applies repetition penalties: lowers the logits of tokens that already occur in the text.
 
-`repeat_penalty` r divides a logit above 0 by r and multiplies one below by r, once however often
-the token stands there (Keskar et al., 2019, arXiv:1909.05858; the sign as transformers'
-`RepetitionPenaltyLogitsProcessor` and llama.cpp's `llama_sampler_penalties_apply` have it). Then
-`frequency_penalty` f and `presence_penalty` p take away `count * f + p`, where `count` is how often
-it stands there (OpenAI's API reference; llama.cpp the same).
+`repeat_penalty` r divides a positive logit by r and multiplies a negative one by r. It applies
+once, however often the token occurs (Keskar et al., 2019, arXiv:1909.05858). The sign is as in
+transformers' `RepetitionPenaltyLogitsProcessor` and llama.cpp's `llama_sampler_penalties_apply`.
+Then `frequency_penalty` f and `presence_penalty` p subtract `count * f + p`, where `count` is the
+number of occurrences (OpenAI's API reference; llama.cpp the same).
 
-The window is llama.cpp's too: the last n tokens of prompt and answer together. transformers has all
-of them, which is -1 here. OpenAI's and vLLM's presence and frequency leave the prompt out.
+The window is also llama.cpp's: the last n tokens of prompt and answer together. transformers uses
+all tokens, which is -1 here. OpenAI's and vLLM's presence and frequency penalties exclude the
+prompt.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def penalize(
     Args:
         logits: float32 `(n,)`, of the ids 0 to n - 1.
         ids: int64 `(n,)` where they are of other ids, in ascending order.
-        text: the tokens to penalize; those without a logit are passed over.
+        text: the tokens to penalize; those without a logit are ignored.
         repeat: above 0; 1 for none.
         presence: 0 for none.
         frequency: 0 for none.

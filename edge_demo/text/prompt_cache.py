@@ -1,15 +1,15 @@
-"""A prompt's keys and values in a file, so that the next start need not compute them.
+"""Stores a prompt's keys and values in a file, so that the next start does not compute them again.
 
-The file has the layout of safetensors (8 bytes of header length, a JSON header, the arrays' bytes
-one after another): it can be looked into with common tools, it holds data and nothing else, and
-where every array lies is known before any of them is read. `np.savez` would hide that in a zip.
+The file has the layout of safetensors: 8 bytes of header length, a JSON header, the arrays' bytes
+one after another. Common tools can read it, it contains only data, and the offset of every array is
+known before reading. `np.savez` would hide that in a zip.
 
-It is believed only as far as it can be checked: it is of this bundle (hashes), this onnxruntime and
-this kind of processor, which decide the numbers to the last bit; its header is exactly the one that
-as many tokens would be given here; the checksum, the token ids and the numbers are good. The
-checksum, CRC-32, is there for damage; who may write the file may write any numbers.
+The file is checked before use. It must belong to this bundle (hashes), this onnxruntime version and
+this kind of processor, because these determine the numbers to the last bit. Its header must be
+exactly the one that is written for as many tokens. The checksum, the token ids and the numbers must
+be valid. The CRC-32 checksum detects damage, not manipulation.
 
-How the tokens were run is written, too, so that only what would come out the same is used again
+The file also says how the tokens were run, so that only identical results are reused
 (`edge_demo.engine.prompt_chunks`).
 """
 
@@ -44,19 +44,19 @@ _DTYPES = {"float32": "F32", "float16": "F16", "int8": "I8", "uint8": "U8", "int
 
 
 class CacheError(EdgeError):
-    """A prompt cache cannot be used, or not be written; the prompt can be run without it."""
+    """A prompt cache cannot be read or written; the prompt can be run without it."""
 
 
 class PromptCache:
-    """One file.
+    """A prompt cache in one file.
 
     Args:
-        path: of the file, which need not be there yet.
+        path: of the file, which may not exist yet.
         read_only: whether it is never written.
 
     Raises:
-        RequestError: there can be no such file, or what is there is something else, which is not
-            to be overwritten.
+        RequestError: the path is not valid, or the file is not a prompt cache and must not be
+            overwritten.
     """
 
     def __init__(self, path: str | os.PathLike[str], read_only: bool = False) -> None:
@@ -67,29 +67,29 @@ class PromptCache:
             if exists and self.path.exists() and not self.path.is_file():
                 raise RequestError(f"the prompt cache {self.path} is not a file")
             if not read_only and not Path(os.path.realpath(self.path)).parent.is_dir():
-                raise RequestError(f"the prompt cache {self.path} would lie in no folder")
+                raise RequestError(f"the parent of the prompt cache {self.path} is not a folder")
             if not self.path.is_file():
                 return
             with self.path.open("rb") as file:
-                found = file.read(_LENGTH + len(_BEGINNING))
+                beginning = file.read(_LENGTH + len(_BEGINNING))
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or error
             raise RequestError(f"the prompt cache {brief(path)} cannot be read: {why}") from error
-        if found and found[_LENGTH:] != _BEGINNING:
+        if beginning and beginning[_LENGTH:] != _BEGINNING:
             raise RequestError(
-                f"{self.path} is not a prompt cache, so it is not overwritten; choose another "
-                "name, or remove it"
+                f"{self.path} is not a prompt cache, so it is not overwritten; choose "
+                "another name, or remove the file"
             )
 
     def load(self, engine: TokenRunner) -> int:
-        """Have the engine hold what the file holds.
+        """Load the file into the engine.
 
         Returns:
-            How many tokens that is; 0 if there is no file yet, or an empty one.
+            The number of loaded tokens; 0 if there is no file yet, or an empty one.
 
         Raises:
-            CacheError: the file is of another bundle or version, too long, or damaged. The engine
-                is as it was.
+            CacheError: the file belongs to another bundle or version, is too long, or damaged. The
+                engine is unchanged.
         """
         try:
             if not self.path.exists() or not self.path.stat().st_size:
@@ -106,7 +106,8 @@ class PromptCache:
         return len(snapshot.tokens)
 
     def save(self, engine: TokenRunner) -> None:
-        """Write what the engine holds, whole or not at all; what was there is replaced.
+        """Write the engine's keys and values; the file is replaced only when the new one is
+        complete.
 
         Raises:
             CacheError: it cannot be written.
@@ -134,7 +135,7 @@ class PromptCache:
 
 
 class _Unusable(Exception):
-    """Why a file cannot be used: a sentence's end."""
+    """Why a file cannot be used, as the end of a sentence."""
 
 
 def _bytes(array: np.ndarray) -> memoryview:
@@ -150,7 +151,7 @@ def _header(
 ) -> dict[str, Any]:
     header: dict[str, Any] = {
         "__metadata__": {
-            "format": FORMAT,  # first: it is what the file is known by
+            "format": FORMAT,  # first, because it identifies the file
             "format_version": FORMAT_VERSION,
             "bundle": engine.bundle.fingerprint,
             "onnxruntime": ort.__version__,
@@ -178,7 +179,7 @@ def _read(file: BinaryIO, engine: TokenRunner) -> Snapshot:
     for name, (dtype, shape) in _arrays(engine, length).items():
         arrays[name] = np.empty(shape, dtype)
         if file.readinto(_bytes(arrays[name])) != arrays[name].nbytes:
-            raise _Unusable("became shorter while it was read")
+            raise _Unusable("changed while it was being read")
         found = zlib.crc32(_bytes(arrays[name]), found)
     if f"{found:08x}" != checksum:
         raise _Unusable("is damaged: its checksum is wrong")
@@ -196,14 +197,14 @@ def _checked_header(file: BinaryIO, engine: TokenRunner) -> tuple[int, PromptRun
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(_LENGTH), "little")
     if not 0 < length <= min(_MAX_HEADER, size - _LENGTH):
-        raise _Unusable("is damaged: its header has no possible length")
+        raise _Unusable("is damaged: the length of its header is not valid")
     try:
         header = json.loads(file.read(length))
         metadata = dict(header["__metadata__"])
         tokens = header["tokens"]["shape"][0]
         checksum = metadata["crc32"]
     except (ValueError, TypeError, KeyError, IndexError, RecursionError):
-        raise _Unusable("is damaged: its header is none") from None
+        raise _Unusable("is damaged: its header is not valid JSON") from None
     if metadata.get("format_version") != FORMAT_VERSION:
         version = reprlib.repr(metadata.get("format_version"))
         raise _Unusable(f"has format version {version}, not {FORMAT_VERSION!r}")
@@ -214,19 +215,21 @@ def _checked_header(file: BinaryIO, engine: TokenRunner) -> tuple[int, PromptRun
         raise _Unusable(f"was made with onnxruntime {version}, not {ort.__version__}")
     if metadata.get("processor") != hardware.kind():
         processor = reprlib.repr(metadata.get("processor"))
-        raise _Unusable(f"was made on another processor ({processor}), which rounds otherwise")
+        raise _Unusable(f"was made on another processor ({processor}), which rounds differently")
     if type(tokens) is not int or tokens < 1:
         raise _Unusable("is damaged: it holds no tokens")
     if tokens > engine.context_length:
-        raise _Unusable(f"holds {tokens:,} tokens, the context {engine.context_length:,}")
-    found = _COURSE.fullmatch(str(metadata.get("run_as_prompt")))
-    if found is None:
-        raise _Unusable("is damaged: it does not tell how its tokens were run")
-    prompt_run = PromptRun(int(found[2]), found[3] is not None, int(found[1]))
+        raise _Unusable(
+            f"holds {tokens:,} tokens, more than the context of {engine.context_length:,}"
+        )
+    match = _COURSE.fullmatch(str(metadata.get("run_as_prompt")))
+    if match is None:
+        raise _Unusable("is damaged: its header does not say how its tokens were run")
+    prompt_run = PromptRun(int(match[2]), match[3] is not None, int(match[1]))
     if prompt_run.left > min(prompt_run.length, tokens):
-        raise _Unusable("is damaged: it tells of more tokens than it holds")
+        raise _Unusable("is damaged: its header describes more tokens than the file holds")
     if header != _header(engine, tokens, prompt_run, checksum):
-        raise _Unusable("is damaged: its arrays are not those of this bundle")
+        raise _Unusable("is damaged: its arrays do not match this bundle")
     expected = (
         _LENGTH + length + max(a["data_offsets"][1] for n, a in header.items() if n[0] != "_")
     )

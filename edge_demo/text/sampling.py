@@ -1,4 +1,4 @@
-"""Choosing the next token from logits."""
+"""Chooses the next token from logits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from edge_demo.engine.candidates import Candidates
 from edge_demo.errors import NotFiniteError, RequestError, brief
 from edge_demo.text.penalties import penalize
 
-# What each setting may be: from, to, and whether the first itself is among them.
+# The range of each setting: from, to, and whether the lower limit is included.
 _RANGES: dict[str, tuple[float, float, bool]] = {
     "temperature": (0, 100, True),
     "top_p": (0, 1, False),
@@ -29,16 +29,17 @@ class Sampler:
     In this order: penalties, temperature, top-k, top-p, min-p, which is transformers' order.
 
     Args:
-        temperature: logits are divided by it; 0 takes the greatest logit.
+        temperature: logits are divided by it; 0 means greedy decoding.
         top_k: keep this many of the most likely tokens; 0 keeps all.
         top_p: keep the smallest set of the most likely tokens whose probabilities sum to at least
             this (nucleus sampling, Holtzman et al., 2019, arXiv:1904.09751).
         seed: of the random numbers; `None` takes one from the system.
         min_p: keep tokens at least this times as probable as the likeliest (Nguyen et al., 2024,
             arXiv:2407.01082); 0 keeps all.
-        repeat_penalty: see `edge_demo.text.penalties`, as the other penalties; 1 is none.
-        presence_penalty: 0 is none.
-        frequency_penalty: 0 is none.
+        repeat_penalty: see `edge_demo.text.penalties`, as for the other penalties; 1 means no
+            penalty.
+        presence_penalty: 0 means no penalty.
+        frequency_penalty: 0 means no penalty.
         repeat_last_n: how many of the text's last tokens are penalized, the prompt's among them;
             0 for none, -1 for all.
 
@@ -75,10 +76,10 @@ class Sampler:
 
     @property
     def effective_top_k(self) -> int:
-        """How many of the most likely tokens it chooses among; 0 for all.
+        """Effective top-k: how many of the most likely tokens it chooses among; 0 for all.
 
-        Where penalties only lower logits, of n tokens at most, the k likeliest afterwards are among
-        the k + n likeliest before: above a token there are fewer than k that are not penalized.
+        If penalties only lower the logits of at most n tokens, the k likeliest tokens afterwards
+        are among the k + n likeliest before.
         """
         reach = 1 if self.temperature == 0 else self.top_k
         if not reach or not self._penalizes:
@@ -99,8 +100,8 @@ class Sampler:
             text: the tokens so far that penalties count.
 
         Raises:
-            NotFiniteError: a logit is NaN or infinity. -infinity is a token that never comes,
-                unless all are.
+            NotFiniteError: a logit is NaN or infinity. A token with -infinity is never chosen,
+                unless all logits are -infinity.
         """
         ids = None
         if isinstance(logits, Candidates):
@@ -137,7 +138,7 @@ class Sampler:
         # Equal logits in order of their ids, so that a seed gives the same text everywhere.
         ids = ids[np.argsort(-logits[ids], kind="stable")[:keep]]
         below_first = logits[ids].astype(np.float64) - logits[ids[0]]
-        with np.errstate(over="ignore"):  # a temperature near 0 takes what is below to -inf
+        with np.errstate(over="ignore"):  # a temperature near 0 turns lower logits into -inf
             scaled = below_first / self.temperature
         weights = np.exp(scaled)
         probabilities = weights / weights.sum()

@@ -1,11 +1,11 @@
-"""Speculative decoding: guess some tokens, run them at once, keep those that come out the same.
+"""Speculative decoding: guesses tokens, verifies them in one step, and keeps the matching ones.
 
-A model reads all its weights to run one token or a few. So tokens that are guessed well come nearly
-for nothing (Leviathan et al., 2022, arXiv:2211.17192). Here a guess is a single token, not a
-distribution, and each token is chosen by the sampler from the model's own logits, guessed or not:
-what comes out is what plain decoding gives, with the same random numbers, as far as arithmetic on
-several rows rounds as that on one does. With activations in 8 bits it does not always, and where
-two tokens are nearly as likely the other one may come.
+A model reads all its weights to run one token or several. So correctly guessed tokens cost almost
+no time (Leviathan et al., 2022, arXiv:2211.17192). Here a guess is a single token, not a
+distribution. The sampler chooses every token from the model's own logits, with the same random
+numbers as in plain decoding. The result is the same if several rows round like one. With 8-bit
+activations this is not always so: if two tokens are almost equally likely, the other one may be
+chosen.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _LONGEST_PAUSE = 128
 
 
 class Drafter(Protocol):
-    """What guesses the next tokens."""
+    """The interface of a drafter, which guesses the next tokens."""
 
     def draft(self, tokens: Sequence[int], most: int) -> list[int]:
-        """At most `most` tokens that may follow; none if it knows nothing."""
+        """Returns at most `most` tokens that may follow; none if it has no guess."""
         ...
 
 
 class PromptLookup:
-    """Guesses that a text goes on as it did the last time the same few tokens stood there.
+    """Guesses that a text continues as it did after the last occurrence of the same tokens.
 
     The n-grams of prompt and answer are the draft model: good where an answer repeats its prompt,
     as in summaries, edits of code, or quotations (prompt lookup decoding, Saxena, 2023).
@@ -53,24 +53,24 @@ class PromptLookup:
         if list(tokens[:known]) != self._tokens:
             known = 0
             self._after.clear()
-        # What follows position `end` is known only from the next token on.
+        # The token after position `end` is not known yet.
         for end in range(max(1, known), len(tokens)):
             for n in _NGRAMS:
                 if n <= end:
                     self._after[tuple(tokens[end - n : end])] = end
         self._tokens = list(tokens)
         for n in _NGRAMS:
-            found = self._after.get(tuple(tokens[-n:])) if n <= len(tokens) else None
-            if found is not None:
-                return list(tokens[found : found + most])
+            position = self._after.get(tuple(tokens[-n:])) if n <= len(tokens) else None
+            if position is not None:
+                return list(tokens[position : position + most])
         return []
 
 
 class DraftModel:
-    """Guesses what a smaller model of the same vocabulary would say, greedily.
+    """Guesses with a smaller model of the same vocabulary, by greedy decoding.
 
     Args:
-        engine: of the smaller model; it follows the text, and is nobody else's.
+        engine: of the smaller model; it follows the text, and nothing else may use it.
         num_pieces: of the tokenizer; `None` where every id has one.
     """
 
@@ -106,28 +106,28 @@ class DraftModel:
 
 
 def check_draft(bundle: Bundle, draft: Bundle) -> None:
-    """Refuse a draft bundle whose tokens are not the bundle's.
+    """Raise an error if a draft bundle has another tokenizer than the bundle.
 
     Raises:
-        RequestError: it has another tokenizer.
+        RequestError: its tokenizer differs.
     """
     own, other = (b.files[b.tokenizer.file][1] for b in (bundle, draft))
     if (own, bundle.vocabulary_size) != (other, draft.vocabulary_size):
         raise RequestError(
-            f"the draft {draft.path} has another tokenizer than {bundle.path}; its guesses would "
-            "mean nothing"
+            f"the draft {draft.path} has a different tokenizer from {bundle.path}; choose a "
+            "draft with the same tokenizer"
         )
 
 
 class Speculator:
-    """Decodes with guesses; leaves the engine as plain decoding would.
+    """Decodes with guesses; leaves the engine in the same state as plain decoding.
 
-    It measures what guesses gain, and pauses, longer each time, while they cost more.
+    It measures the gain of guessing. If guessing is slower, it pauses, longer each time.
 
     Args:
         engine: to run.
         drafter: guesses; `None` for plain decoding.
-        prompt_ids: what the engine has run.
+        prompt_ids: the tokens that the engine has run.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class Speculator:
 
     @property
     def held(self) -> int:
-        """How many tokens the engine would hold without guesses."""
+        """Number of tokens that the engine would hold without guesses."""
         return len(self._engine.tokens) - len(self._ahead)
 
     def decode(self, token: int) -> np.ndarray | Candidates:
@@ -183,7 +183,7 @@ class Speculator:
         return self._drafter.draft(self._text, most) if most else []
 
     def settle(self) -> None:
-        """Take back what was guessed and not reached, and judge the guesses."""
+        """Remove guessed tokens that were not reached, and measure the gain."""
         if self._drafted:
             if self._accepted == self._drafted:
                 self._length = min(2 * self._drafted, _MOST)

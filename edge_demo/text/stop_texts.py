@@ -1,4 +1,4 @@
-"""Texts that end an answer, wherever its tokens' borders are."""
+"""Ends an answer at a stop text, also if the stop text does not begin or end at a token."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ _LONGEST = 1000
 
 
 def check_stop_texts(texts: str | Sequence[str]) -> tuple[str, ...]:
-    """The same, one or several, if each can end an answer.
+    """Checks one or several stop texts.
 
     Raises:
-        RequestError: one is empty, too long or no UTF-8, or there are too many.
+        RequestError: one is empty, too long or not UTF-8, or there are too many.
     """
     if isinstance(texts, str):
         texts = (texts,)
     if len(texts) > _MOST:
-        raise RequestError(f"there can be {_MOST} stop texts, not {len(texts):,}")
+        raise RequestError(f"there can be at most {_MOST} stop texts, not {len(texts):,}")
     for text in texts:
         if not text:
             raise RequestError("a stop text must not be empty: it would end every answer at once")
         if len(text) > _LONGEST:
             raise RequestError(
-                f"a stop text has {len(text):,} characters; it can have {_LONGEST:,}"
+                f"a stop text has {len(text):,} characters; the limit is {_LONGEST:,}"
             )
         if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-            raise RequestError("a stop text must be UTF-8; an answer never has what is not")
+            raise RequestError("a stop text must be valid UTF-8, because answers always are")
     return tuple(texts)
 
 
 class StopTexts:
-    """Watches a text as it grows; what may yet become a stop text is held back.
+    """Watches a growing text; holds back text that may become a stop text.
 
     Args:
-        texts: as `check_stop_texts` has found them good; none lets all text through.
+        texts: checked by `check_stop_texts`; without any, all text passes.
 
     Attributes:
-        found: whether one has come.
+        found: whether a stop text has occurred.
     """
 
     def __init__(self, texts: Sequence[str] = ()) -> None:
@@ -48,13 +48,13 @@ class StopTexts:
         self.found = False
 
     def push(self, piece: str) -> str:
-        """The text that is certain now: up to the first stop text, which is not part of it."""
+        """Returns the text that is certain now: up to the first stop text, which is excluded."""
         if not self._texts:
             return piece
         if self.found:
             return ""
         text = self._held + piece
-        # The one that ends first, and of these the longest: whatever the pieces are.
+        # The one that ends first, and of these the longest, independent of how the text was split.
         places = [(text.find(stop), len(stop)) for stop in self._texts]
         ends = [(place + length, place) for place, length in places if place >= 0]
         if ends:
@@ -65,7 +65,7 @@ class StopTexts:
         return text[: len(text) - held]
 
     def flush(self) -> str:
-        """What was held back, when no more comes."""
+        """Returns the held-back text at the end."""
         held, self._held = self._held, ""
         return held
 

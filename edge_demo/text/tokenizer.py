@@ -1,4 +1,4 @@
-"""Text to token ids and back, and back piece by piece without ever splitting a character."""
+"""Converts text to token ids and back, also as a stream that never splits a character."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _clean(text: str) -> str:
 class Tokenizer:
     """Gemma's SentencePiece tokenizer, read from a bundle.
 
-    Text never becomes a control token: those are put in by id.
+    Text never becomes a control token; control tokens are added by id.
 
     Args:
         bundle: opened.
@@ -42,34 +42,35 @@ class Tokenizer:
         except Exception as error:  # sentencepiece raises RuntimeError or its own, by version
             raise BundleError(f"{path} is not a SentencePiece model: {error}") from error
         if self._model.vocab_size() > bundle.vocabulary_size:
-            raise BundleError(f"{path} has more pieces than the model's vocabulary")
+            raise BundleError(f"{path} has more tokens than the model's vocabulary")
         self._check_control(path)
         self._num_pieces = self._model.vocab_size()
         while self._num_pieces > 1 and self._model.is_unused(self._num_pieces - 1):
             self._num_pieces -= 1
 
     def _check_control(self, path: Path) -> None:
-        """Refuse a model that would make control tokens of a user's words."""
+        """Raise an error for a model that would turn user text into control tokens."""
         ids = {self.spec.bos}
         if self.spec.chat is not None:
             ids |= {self.spec.chat.start_of_turn, self.spec.chat.end_of_turn}
         for token in sorted(ids):
             if token >= self._model.vocab_size() or not self._model.is_control(token):
                 raise BundleError(
-                    f"{path} has no control piece of id {token}, which begins a text or holds its "
-                    "turns: a user's words could become that token; export the bundle again"
+                    f"{path} has no control token with the id {token}, which marks the "
+                    "beginning of a text or a turn. User text could become that token; "
+                    "export the bundle again"
                 )
 
     @property
     def num_pieces(self) -> int:
-        """How many ids have a piece that a model may say; its table may have more rows, which
-        stand for nothing."""
+        """Number of ids that have a token; the embedding table may have more rows, which are
+        unused."""
         return self._num_pieces
 
     def encode(self, text: str, *, bos: bool = True) -> list[int]:
         """The ids of a text, after the beginning-of-sequence token if `bos`.
 
-        Lone surrogates, which stand for bytes that were no UTF-8, become U+FFFD.
+        Lone surrogates, which represent bytes that are not UTF-8, become U+FFFD.
         """
         ids = self._model.encode(_clean(text))
         return [self.spec.bos, *ids] if bos else ids
@@ -90,7 +91,8 @@ class Tokenizer:
         return ids if ids[:1] == [self.spec.bos] else [self.spec.bos, *ids]
 
     def mark_in(self, text: str) -> str | None:
-        """A control token that a text is written with, which `encode` takes for its characters."""
+        """Returns a control token that occurs in a text, which `encode` treats as plain
+        characters."""
         return next((mark for mark in self._marks() if mark in text), None)
 
     def _marks(self) -> dict[str, int]:
@@ -119,7 +121,8 @@ class Tokenizer:
         return [*ids, chat.start_of_turn, *self.encode(f"{chat.model}\n", bos=False)]
 
     def encode_system(self, system: str) -> list[int]:
-        """What every conversation begins with that `encode_chat` makes with this system text.
+        """Returns the common beginning of all conversations that `encode_chat` encodes with this
+        system text.
 
         Raises:
             BundleError: the bundle is not instruction-tuned.
@@ -142,7 +145,9 @@ class Tokenizer:
 
     def _chat(self) -> ChatTemplate:
         if self.spec.chat is None:
-            raise BundleError("the bundle has no turn template; it is not instruction-tuned")
+            raise BundleError(
+                "the bundle has no turn template, because its model is not instruction-tuned"
+            )
         return self.spec.chat
 
     def decode(self, ids: Sequence[int]) -> str:

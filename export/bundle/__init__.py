@@ -1,1 +1,1 @@
-"""The folder that is written: manifest, model card, ecosystem files, verification."""
+"""Writes the bundle's folder: manifest, model card, files for other runtimes, verification."""

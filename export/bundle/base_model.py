@@ -1,7 +1,7 @@
-"""Which model on the Hugging Face Hub a bundle was made from, as far as its source says so.
+"""Finds the model on the Hugging Face Hub that a bundle was made from, if its source names it.
 
-An architecture is no evidence: CodeGemma 2B has Gemma 2B's, and every fine-tune has its base's.
-What counts is what the provenance names; without a name there is none.
+The architecture alone proves nothing: CodeGemma 2B has Gemma 2B's, and every fine-tune has that of
+its base. Only the names in the provenance count; without a name there is no base model.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from gemma_keras.sizes import Release, Size, releases
 
 
 class BaseModel(NamedTuple):
-    """What a bundle was made from.
+    """The model that a bundle was made from.
 
     Attributes:
         repository: on the Hugging Face Hub.
-        same_weights: whether its weights are what was converted, as far as is known; else they were
-            trained on, or may have been.
+        same_weights: whether its weights were converted unchanged, as far as is known; otherwise
+            they were, or may have been, trained further.
     """
 
     repository: str
@@ -30,14 +30,14 @@ class BaseModel(NamedTuple):
 
 
 def base_model(provenance: Mapping[str, Any], config: GemmaConfig, tuned: bool) -> BaseModel | None:
-    """The base model of a checkpoint; `None` if its source does not say it.
+    """Returns the base model of a checkpoint; `None` if its source does not name it.
 
     Args:
         provenance: of the checkpoint, see `gemma_keras.checkpoints.source.Checkpoint`.
         config: its architecture.
         tuned: whether it was tuned to Gemma's turn template.
     """
-    untouched = not provenance.get("through")  # what a Keras model held may have been trained
+    untouched = not provenance.get("through")  # a Keras model may have been trained
     if name := _name(provenance.get("repository")):
         return BaseModel(name, untouched)
     if name := _name(provenance.get("base_model")):

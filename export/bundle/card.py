@@ -1,4 +1,4 @@
-"""The model card: `README.md` in the bundle, as Hugging Face shows it, and readable by itself.
+"""Writes the model card: the bundle's `README.md`, as Hugging Face shows it.
 
 Front matter: huggingface.co/docs/hub/model-cards.
 """
@@ -25,7 +25,7 @@ CHART_FILE = "kl_by_group.svg"
 def write_card(
     folder: Path, manifest: Mapping[str, Any], report: Mapping[str, Any] | None = None
 ) -> None:
-    """Write the card, and the chart if there is something to draw.
+    """Write the card, and the chart if there are values to draw.
 
     Args:
         folder: the bundle.
@@ -266,6 +266,6 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def _plain(text: Any) -> str:
-    """Text from a checkpoint, which may be anybody's, on one line and without markup."""
+    """Formats untrusted text from a checkpoint on one line and without markup."""
     kept = "".join(c if c.isprintable() else " " for c in str(text))
     return "".join("\\" + c if c in "\\`*_[]<>|#!" else c for c in kept)

@@ -1,4 +1,4 @@
-"""A bundle in the making: weights and graphs that can be written more than once."""
+"""An unfinished bundle, whose weights and graphs can be written several times."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ LOWERINGS = {"fused": build_graph, "traced": build_traced_graph}
 
 
 def _low_plane_apart(config: GemmaConfig, plan: Plan) -> bool:
-    """Whether the device adds the low plane of the head, which it can where that is the embedding
-    table, whose rows it reads."""
+    """Whether the device adds the low plane of the head. It can if the head is the embedding table,
+    whose rows it reads."""
     return config.tied_head and plan[head_table(config)].planes == 2
 
 
 class BundleDraft:
-    """What stands in an unfinished folder.
+    """The contents of an unfinished folder.
 
     Args:
         folder: empty.
@@ -101,7 +101,7 @@ class BundleDraft:
 
     @property
     def bundle(self) -> Bundle:
-        """As it was written last; there is none before `store`."""
+        """The bundle as written by the last `store`."""
         assert self._bundle is not None
         return self._bundle
 
@@ -111,7 +111,7 @@ class BundleDraft:
         plan: Plan,
         rounded: Callable[[str, Format], Quantized | None] = lambda name, fmt: None,
     ) -> Bundle:
-        """Write weights, graphs and manifest; what stood there before is replaced.
+        """Write weights, graphs and manifest; earlier ones are replaced.
 
         The bundle is also kept as `bundle`.
 
@@ -159,11 +159,10 @@ class BundleDraft:
         )
 
     def describe(self, report: Mapping[str, Any]) -> Bundle:
-        """Write the manifest about what is in the folder.
+        """Write the manifest of the folder.
 
         Args:
-            report: its entries about quality and how the weights were rounded, and what else the
-                model card is to show.
+            report: its entries about quality and rounding, and further content of the model card.
         """
         assert self._embedding is not None
         writer.write_manifest(

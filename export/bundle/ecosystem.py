@@ -1,9 +1,9 @@
-"""Files by which other runtimes load a bundle: onnxruntime-genai, Optimum and transformers.js.
+"""Writes the files with which onnxruntime-genai, Optimum and transformers.js load a bundle.
 
-They all run `model.onnx`, whose inputs and outputs have the names they expect, over the bundle's
-one weights file. What they want beside it is small: the architecture in Hugging Face's
-`config.json`, token ids and sampling in `generation_config.json`, the tokenizer as `tokenizer.json`
-with `tokenizer_config.json`, and for onnxruntime-genai `genai_config.json`.
+They all run `model.onnx` with the bundle's weights file; its inputs and outputs have the names that
+they expect. They also need small files. Hugging Face's `config.json` describes the architecture,
+and `generation_config.json` token ids and sampling. `tokenizer.json` and `tokenizer_config.json`
+describe the tokenizer, and `genai_config.json` is for onnxruntime-genai.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 def write_ecosystem_files(
     folder: Path, checkpoint: Checkpoint, tokenizer: Mapping[str, Any], max_context: int
 ) -> bool:
-    """Write them, or none if the model cannot be said in these forms.
+    """Write all of them, or none if these formats cannot describe the model.
 
     That is so when its layers differ in more than their window, or its tokenizer is not BPE. Then
     only `edge_demo` runs the bundle, and the model card says so.
@@ -62,7 +62,7 @@ def _files(
     ids = TokenIds(tokenizer["bos"], tuple(tokenizer["stop"]))
     files = hf_files(dataclasses.replace(checkpoint, config=config), ids, "float32")
     hf = files[CONFIG_FILE]
-    # transformers.js takes a file's name from its dtype, and fetches what it is told to.
+    # transformers.js derives a file's name from its dtype, and downloads the files listed here.
     hf["transformers.js_config"] = {
         "dtype": "fp32",
         "use_external_data_format": {INTERCHANGE_FILE: 1},
@@ -85,7 +85,7 @@ def _genai_config(
         config: with the bundle's context length.
         model_type: Hugging Face's.
         ids: `bos_token_id`, `eos_token_id` and `pad_token_id`.
-        sampling: `do_sample` and, if it is true, what it goes by.
+        sampling: `do_sample` and, if it is true, its parameters.
     """
     layer = config.layers[0]
     return {

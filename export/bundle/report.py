@@ -1,4 +1,5 @@
-"""The quality report of a model card: a bundle against the float model, on a text of one's own."""
+"""Makes the quality report of a model card: compares a bundle with the float model on a user's
+text."""
 
 from __future__ import annotations
 
@@ -44,10 +45,11 @@ class _FloatModel:
         self._number = {row.tobytes(): number for number, row in enumerate(rows)}
 
     def rewind(self, length: int) -> None:
-        """Nothing to forget: every window is a whole text."""
+        """Does nothing, because every window is a separate text."""
 
     def all_logits(self, ids: Sequence[int]) -> Iterator[np.ndarray]:
-        """Of one of the windows: float32 `(chunk, vocabulary_size)`, one row for each id."""
+        """Yields the logits of one window: float32 `(chunk, vocabulary_size)`, one row for each
+        id."""
         hidden = self._hidden[self._number[np.asarray(ids, np.int32).tobytes()]]
         # All at once: the head's table is read, and perhaps dequantized, for every call.
         logits = head_logits(self._checkpoint.config, self._checkpoint.weights, hidden)
@@ -58,11 +60,11 @@ class _FloatModel:
 def measure_on_text(
     bundle: Bundle, checkpoint: Checkpoint, text: Windows, on_progress: Callable[[float], None]
 ) -> dict[str, Any]:
-    """What `edge-demo compare --json` would print of a bundle and its float32 reference.
+    """Returns what `edge-demo compare --json` would print for a bundle and its float32 reference.
 
     Args:
-        bundle: to judge.
-        checkpoint: what it was made from.
+        bundle: to compare.
+        checkpoint: that it was made from.
         text: to compare on.
         on_progress: called with the share that is done.
 

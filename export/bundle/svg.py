@@ -1,4 +1,4 @@
-"""One kind of picture, a bar chart, written by hand: a plotting library would be its only use."""
+"""Draws a bar chart as SVG; one chart does not justify a plotting library."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _VALUE = 80
 
 
 def bar_chart(values: Mapping[str, float], title: str) -> str:
-    """A horizontal bar for each value, in the order given, with the value beside it.
+    """Draws a labelled horizontal bar for each value, in the given order.
 
     Args:
         values: label to value, not negative, at least one.

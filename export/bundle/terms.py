@@ -1,4 +1,4 @@
-"""Under which terms a bundle's weights may be used and passed on, in the words of its files."""
+"""The terms of use of a bundle's weights, for its notice and model card."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Terms:
     """Terms of use.
 
     Attributes:
-        subject: what they are about, as they call it.
+        subject: the name of the model in the terms.
         title: theirs.
         url: where they are.
         policy: the title of the policy that belongs to them.
@@ -56,7 +56,7 @@ _BY_LICENCE = {"gemma": _GEMMA, "health-ai-developer-foundations": _HEALTH}
 
 
 def terms_of(provenance: Mapping[str, Any], config: GemmaConfig, tuned: bool) -> Terms:
-    """The terms of a checkpoint: those of the published one that it is, or was made from.
+    """Returns the terms of a checkpoint: those of the published model that it is, or was made from.
 
     Arguments as for `export.bundle.base_model.base_model`.
     """

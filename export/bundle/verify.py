@@ -1,4 +1,4 @@
-"""Comparing what was written with the Keras model it was made from."""
+"""Compares a written bundle with the Keras model that it was made from."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from export.graph.run_in_chunks import logits_in_chunks
 from gemma_keras.config import GemmaConfig
 
 TEXT = Path(__file__).with_name("verification.txt")
-# What a recipe may lose at most before its bundle is refused: mean KL, in nats. The 270M loses
-# 1e-11 as fp32, 1e-3 as int8, 0.5 as int4 rounded to nearest everywhere; a random model as int8 up
-# to 0.02; a wrong graph whole nats.
+# The largest mean KL of a recipe, in nats; a bundle with more is rejected. The 270M loses 1e-11 as
+# fp32, 1e-3 as int8, 0.5 as int4 rounded to nearest everywhere; a random model as int8 up to 0.02;
+# a wrong graph whole nats.
 _MOST_MEAN_KL = {"fp32": 1e-5, "fp16": 1e-3, "int8": 0.1, "int4": 2.0}
 _BATCH = 64
 _MOST_BYTES_WHOLE = 1 << 30  # of a bundle; onnxruntime holds most of them twice
@@ -29,16 +29,16 @@ _MOST_BYTES_WHOLE = 1 << 30  # of a bundle; onnxruntime holds most of them twice
 
 @dataclasses.dataclass(frozen=True)
 class Quality:
-    """How near a bundle is to the model it was made from.
+    """How close a bundle is to the model that it was made from.
 
     Attributes:
-        max_logit_difference: greatest absolute difference of any logit.
+        max_logit_difference: largest absolute difference of any logit.
         logit_spread: standard deviation of the reference's logits, to judge it by.
         same_top_token: share of positions whose most likely token is the same.
         mean_kl: mean Kullback-Leibler divergence of the next-token distributions, in nats, from
             the reference to the bundle.
         tokens: positions compared.
-        against: what the reference is.
+        against: a description of the reference.
     """
 
     max_logit_difference: float
@@ -49,18 +49,18 @@ class Quality:
     against: str
 
 
-def compare_logits(reference: np.ndarray, found: np.ndarray, against: str) -> Quality:
+def compare_logits(reference: np.ndarray, measured: np.ndarray, against: str) -> Quality:
     """Compare two float32 arrays `(positions, vocabulary_size)`."""
     divergences = []
     greatest = 0.0
     for first in range(0, len(reference), _BATCH):
-        p, q = reference[first : first + _BATCH], found[first : first + _BATCH]
+        p, q = reference[first : first + _BATCH], measured[first : first + _BATCH]
         greatest = max(greatest, float(np.abs(p - q).max()))
         divergences.append(kl_divergence(p, q))
     return Quality(
         max_logit_difference=greatest,
         logit_spread=float(reference.std()),
-        same_top_token=float((reference.argmax(axis=-1) == found.argmax(axis=-1)).mean()),
+        same_top_token=float((reference.argmax(axis=-1) == measured.argmax(axis=-1)).mean()),
         mean_kl=float(np.concatenate(divergences).mean()),
         tokens=len(reference),
         against=against,
@@ -73,11 +73,11 @@ def verify(
     """Run the bundle and the Keras layers on the fixed text of `verification.txt`.
 
     The engine runs it; of a bundle that would take too much memory, its interchange graph is run
-    piece by piece.
+    chunk by chunk.
 
     Raises:
-        ExportError: the bundle does not run, or they differ by more than the recipe can explain,
-            so the graph is wrong.
+        ExportError: the bundle does not run, or differs more than the recipe allows, so the graph
+            is wrong.
     """
     import keras
 
@@ -86,16 +86,17 @@ def verify(
     positions = np.arange(rows.shape[1])
     reference = reference_logits(config, weights, rows, positions)
     if bundle.num_bytes > _MOST_BYTES_WHOLE:
-        found = logits_in_chunks(bundle.path, config, rows, positions)
+        measured = logits_in_chunks(bundle.path, config, rows, positions)
     else:
-        found = _engine_logits(bundle, rows[0].tolist())
+        measured = _engine_logits(bundle, rows[0].tolist())
     against = f"against the Keras layers on {keras.config.backend()} in float32"
-    quality = compare_logits(reference, found, against)
+    quality = compare_logits(reference, measured, against)
     most = _MOST_MEAN_KL[recipe]
     if not quality.mean_kl <= most:
         raise ExportError(
-            f"the exported model differs from the Keras model: mean KL {quality.mean_kl:.3g} "
-            f"where {recipe} may lose {most:g}; nothing was written"
+            "the exported model differs from the Keras model: mean KL "
+            f"{quality.mean_kl:.3g}, but the limit for {recipe} is {most:g}; nothing was "
+            "written"
         )
     return quality
 

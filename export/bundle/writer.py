@@ -1,4 +1,4 @@
-"""Writing a bundle: a folder that gets its final name only when everything in it is right."""
+"""Writes a bundle: a folder that gets its final name only when it is complete."""
 
 from __future__ import annotations
 
@@ -45,12 +45,13 @@ of Use with it, and may use it only as the {terms.policy} allows
 
 @contextlib.contextmanager
 def unfinished_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A fresh folder beside `out` that becomes `out` when the block ends well, and else vanishes.
+    """Makes a new folder beside `out`, which is renamed to `out` if the block succeeds, and removed
+    otherwise.
 
-    What lies in a bundle that is replaced and is not the bundle's own goes along into the new one.
+    Files in a replaced bundle that do not belong to the bundle are moved into the new one.
 
     Raises:
-        ExportRequestError: `out` exists and is not to be overwritten, or is not a bundle.
+        ExportRequestError: `out` exists and must not be overwritten, or is not a bundle.
     """
 
     def check() -> None:
@@ -61,11 +62,11 @@ def unfinished_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def check_out(out: Path, *, overwrite: bool) -> None:
-    """Refuse an output path that is taken.
+    """Raise an error if the output path is not usable.
 
     Raises:
-        ExportRequestError: it exists and is not to be overwritten, or is not a bundle, or lies
-            below something that is not a folder.
+        ExportRequestError: it exists and must not be overwritten, or is not a bundle, or its parent
+            is not a folder.
     """
     if not (out.exists() or out.is_symlink()):
         parent = next(p for p in out.parents if p.exists())
@@ -73,9 +74,12 @@ def check_out(out: Path, *, overwrite: bool) -> None:
             raise ExportRequestError(f"{parent} is not a folder, so {out} cannot be made in it")
         return
     if not overwrite:
-        raise ExportRequestError(f"{out} exists already; choose another folder, or add --overwrite")
+        raise ExportRequestError(f"{out} already exists; choose another folder, or add --overwrite")
     if not _is_bundle(out):
-        raise ExportRequestError(f"{out} is not a bundle, so it will not be overwritten; move it")
+        raise ExportRequestError(
+            f"{out} is not a bundle, so it will not be overwritten; move it away or choose "
+            "another folder"
+        )
 
 
 def _is_bundle(folder: Path) -> bool:
@@ -83,7 +87,7 @@ def _is_bundle(folder: Path) -> bool:
 
 
 def _manifest_of(folder: Path) -> dict[str, Any] | None:
-    """Its manifest if it is ours: a file of that name may be anybody's."""
+    """Returns its manifest if it is a bundle's; another program may use the same file name."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -93,8 +97,8 @@ def _manifest_of(folder: Path) -> dict[str, Any] | None:
 
 
 def _not_the_bundles(folder: Path) -> list[str]:
-    """The names in a bundle's folder of which its manifest says nothing, such as notes of the
-    user's or `.git`."""
+    """Returns the names in a bundle's folder that its manifest does not list, such as the user's
+    notes or `.git`."""
     files = (_manifest_of(folder) or {}).get("files")
     own = {MANIFEST, *(files if isinstance(files, dict) else ())}
     return sorted(path.name for path in folder.iterdir() if path.name not in own)
@@ -108,8 +112,8 @@ def open_tokenizer(checkpoint: Checkpoint) -> sentencepiece.SentencePieceProcess
     """
     if not checkpoint.tokenizer_model:
         raise ExportError(
-            "the checkpoint has no tokenizer, which a bundle needs; copy tokenizer.model or "
-            "tokenizer.json of the model into its folder"
+            "the checkpoint has no tokenizer, and a bundle needs one; copy the model's "
+            "tokenizer.model or tokenizer.json into its folder"
         )
     try:
         model = sentencepiece.SentencePieceProcessor(model_proto=checkpoint.tokenizer_model)
@@ -117,13 +121,13 @@ def open_tokenizer(checkpoint: Checkpoint) -> sentencepiece.SentencePieceProcess
         raise ExportError(f"tokenizer.model is not a SentencePiece model: {error}") from error
     if min(model.bos_id(), model.eos_id()) < 0:
         raise ExportError(
-            "tokenizer.model has no beginning-of-sequence or no end-of-sequence token, which "
-            "Gemma's has"
+            "tokenizer.model lacks the beginning-of-sequence or the end-of-sequence token, "
+            "which Gemma's tokenizer has"
         )
     if model.vocab_size() > checkpoint.config.vocabulary_size:
         raise ExportError(
-            f"the tokenizer has {model.vocab_size():,} pieces, the model's vocabulary "
-            f"{checkpoint.config.vocabulary_size:,}"
+            f"the tokenizer has {model.vocab_size():,} tokens, but the model's vocabulary "
+            f"has {checkpoint.config.vocabulary_size:,}"
         )
     return model
 

@@ -1,1 +1,1 @@
-"""Rounding that looks at what a model computes: statistics, feedback, balance, sensitivity."""
+"""Calibrates quantization: input statistics, error feedback, balancing, sensitivity."""

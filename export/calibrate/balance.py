@@ -1,14 +1,14 @@
-"""Moving the unevenness of activations into the weights, exactly, before both are rounded.
+"""Balances activations by moving their channel scales into the weights before both are quantized.
 
-onnxruntime rounds the activations of a quantized matrix product to 8 bits too, with one scale for
-each block of input channels; one large channel costs its whole block precision. Dividing channel
-j by `s_j` and multiplying row j of the matrix by it changes nothing in exact arithmetic, and the
-division costs nothing where something linear stands before it: the norm's factors, the value
-projection, the `up` branch of the MLP. With `s_j` the square root of the channel's size, halfway
-between evening out the activations and leaving the weights alone, both lose less.
+onnxruntime also rounds the activations of a quantized matrix product to 8 bits, with one scale for
+each block of input channels. One large channel reduces the precision of its whole block. Dividing
+channel j by `s_j` and multiplying row j of the matrix by it changes nothing in exact arithmetic.
+The division is free if a linear operation precedes it: the norm's factors, the value projection,
+the `up` branch of the MLP. With `s_j` the square root of the channel's size, both activations and
+weights lose less.
 
 Xiao et al., 2022, SmoothQuant, arXiv:2211.10438, with migration strength 0.5 and the activations'
-root mean square in place of their maximum.
+root mean square instead of their maximum.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 
-from gemma_keras.checkpoints.source import table_pieces
+from gemma_keras.checkpoints.source import table_chunks
 from gemma_keras.config import GemmaConfig, LayerSpec
 
 _STRENGTH = 0.5
-_WIDEST = 1e3  # a channel is taken to be at most as much larger, or smaller, than the typical one
+_WIDEST = 1e3  # limit of a channel's size relative to the typical one
 
 
 class BalancedWeights(Mapping[str, np.ndarray]):
-    """The same model in other weights: canonical name to array, changed as it is read.
+    """The weights of an equivalent, balanced model: canonical name to array, computed on reading.
 
     Args:
         config: the model's.
@@ -61,7 +61,7 @@ class BalancedWeights(Mapping[str, np.ndarray]):
         Args:
             i: which.
             rms: name within the block to the root mean square of its input channels, `[in]`.
-            keep: canonical names of matrices that must stay as they are.
+            keep: canonical names of matrices that must not change.
         """
         name, layer = f"layers.{i}", self._config.layers[i]
         shared = _factors(rms["attention.query"])
@@ -78,7 +78,7 @@ class BalancedWeights(Mapping[str, np.ndarray]):
         self._move(f"{name}.attention.value", values, for_heads, output, keep)
 
     def input_factors(self, name: str) -> np.ndarray | None:
-        """What the inputs of a matrix were divided by, `[in]`; `None` if by nothing."""
+        """Returns the divisors of a matrix's inputs, `[in]`; `None` if they were not divided."""
         return self._inputs.get(name)
 
     def _move(
@@ -95,15 +95,15 @@ class BalancedWeights(Mapping[str, np.ndarray]):
         for name in after:
             self._inputs[name] = multiply
 
-    def table_pieces(self, name: str, piece_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
-        """A table, which balancing leaves as it is."""
-        return table_pieces(self._weights, name, piece_bytes)
+    def table_chunks(self, name: str, chunk_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Returns a table, which balancing does not change."""
+        return table_chunks(self._weights, name, chunk_bytes)
 
     def __getitem__(self, name: str) -> np.ndarray:
         array = self._weights[name]
         if name.endswith("_norm") and name in self._outputs:
             return (1 + array) / self._outputs[name] - 1
-        fresh = None  # an array of our own, which may be changed in place: matrices are large
+        fresh = None  # a copy, which may be changed in place because matrices are large
         if name in self._inputs:
             array = fresh = array * self._inputs[name][:, None]
         if name in self._outputs:

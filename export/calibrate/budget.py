@@ -1,4 +1,4 @@
-"""Choosing which matrices get 8 bits, so that the whole stays within a loss."""
+"""Chooses which matrices get 8 bits, so that the model stays within a loss budget."""
 
 from __future__ import annotations
 
@@ -17,19 +17,18 @@ def plan_within(
     losses: Mapping[str, float],
     most: float,
 ) -> dict[str, Format]:
-    """Raise groups of matrices to a better format until what the others lose is small enough.
+    """Raise groups of matrices to a better format until the loss of the others is small enough.
 
-    Losses of different groups add up, nearly: in each, most of it is the square of a small
-    change, and the changes are unrelated. Those that lose most for the bytes that they would cost
-    are raised first.
+    Losses of different groups almost add up: each is mostly the square of a small change, and the
+    changes are independent. The groups with the most loss per added byte are raised first.
 
     Args:
         config: the model's.
-        plan: canonical name to the format it would like to keep.
-        better: canonical name to the format to raise to, taken to lose nothing.
+        plan: canonical name to the preferred format.
+        better: canonical name to the better format, which is assumed to lose nothing.
         groups: group name to the matrices that are raised together.
-        losses: group name to what rounding it alone costs.
-        most: what they may lose together, in the units of `losses`.
+        losses: group name to the loss that quantizing only this group causes.
+        most: the maximum total loss, in the units of `losses`.
 
     Returns:
         The plan.

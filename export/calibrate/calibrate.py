@@ -1,4 +1,5 @@
-"""Balancing and rounding a model by what flows through it, block after block."""
+"""Calibrates a model block by block: balances activations and rounds weights with input
+statistics."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ class Calibrated:
 
     Attributes:
         weights: the same model with balanced activations.
-        workspace: holds, by matrix, what was rounded with error feedback.
+        workspace: stores the matrices that were rounded with error feedback.
     """
 
     weights: BalancedWeights
@@ -53,9 +54,9 @@ def calibrate(
     keep: Collection[str] = (),
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Calibrated:
-    """Balance every block, and round those of its matrices that get few bits.
+    """Balance every block, and round its low-bit matrices with error feedback.
 
-    Each block's results are kept, so that an interrupted run goes on where it was.
+    The results of each block are stored, so that an interrupted run can continue.
 
     Args:
         config: the model's.
@@ -76,7 +77,7 @@ def calibrate(
         state = workspace.load("state")
         if state is not None and int(state["blocks"]) == done:
             x = state["x"]
-        elif done < len(config.layers):  # it stopped between two writes: watch from the start
+        elif done < len(config.layers):  # it stopped between two writes: start again
             done, balanced = 0, BalancedWeights(config, weights)
     on_progress(done, len(config.layers))
     if done < len(config.layers):
@@ -118,7 +119,8 @@ def _round_block(
     ) -> Iterator[tuple[str, Format, Quantized]]:
         names, seen, fmt = job
         feedback = feedbacks(seen, weights.input_factors(names[0]))
-        # What matrices of one input share is worked out once, but they are in memory one by one.
+        # Values that matrices with the same input share are computed once; only one matrix is in
+        # memory at a time.
         if len(names) > 1:
             feedback = list(feedback)
         for name in names:

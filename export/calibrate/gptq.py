@@ -1,8 +1,8 @@
-"""Rounding with error feedback: each input's rounding error is passed on to those not yet rounded.
+"""Rounds with error feedback (GPTQ): later inputs compensate the rounding error of each input.
 
-Of a matrix `W` with inputs `x`, the loss is the mean of `|(W - Q) x|²`, which needs of the text
-only `H = mean(x xᵀ)`. Inputs are rounded one after the other; what rounding input j has done to the
-output is made up for, as well as can be, by changing the inputs that are still free:
+For a matrix `W` with inputs `x`, the loss is the mean of `|(W - Q) x|²`. It depends on the text
+only through `H = mean(x xᵀ)`. Inputs are rounded one after the other. The inputs that are not yet
+rounded are changed to compensate the error of input j:
 
     W[:, k] -= (W[:, j] - Q[:, j]) / U[j, j] * U[j, k]    for k after j, with H⁻¹ = Uᵀ U
 
@@ -25,12 +25,12 @@ from export.formats.round_to_nearest import best_scales
 _DAMPING = 0.01  # of the mean of H's diagonal, added to it
 _SMALL = 128  # triangular matrices up to this size are inverted as any other
 _LAZY = 128  # inputs whose corrections to the rest of the matrix are applied together
-_PIECE_BYTES = 32 << 20  # of the matrix, rounded at once
+_CHUNK_BYTES = 32 << 20  # of the matrix, rounded at once
 
 
 @dataclasses.dataclass(frozen=True)
 class Feedback:
-    """What rounding needs to know of some inputs, for any matrix that sees them.
+    """What rounding needs to know about some inputs, for all matrices that multiply them.
 
     Attributes:
         importance: their mean squares, float32 `[in]`.
@@ -46,12 +46,11 @@ class Feedback:
 def feedbacks(
     statistics: InputStatistics, divisors: np.ndarray | None = None
 ) -> Iterator[Feedback]:
-    """One for each of the statistics' squares, when it is asked for: each takes as much memory.
+    """Yields one for each of the statistics' squares, on demand, because each needs as much memory.
 
     Args:
         statistics: of the inputs.
-        divisors: what the inputs are divided by since they were watched, `[in]`; `None` if by
-            nothing.
+        divisors: by which the inputs have been divided since they were observed, `[in]`, or `None`.
     """
     for square in statistics.divided_by(divisors):
         importance = np.maximum(np.diag(square), 0).astype(np.float32)
@@ -87,13 +86,13 @@ def _joined(parts: Sequence[Quantized], axis: int) -> Quantized:
 
 
 def _round_span(rows: np.ndarray, feedback: Feedback, fmt: Format) -> Quantized:
-    # Outputs know nothing of each other; so many at a time bound the memory.
-    step = max(1, _PIECE_BYTES // (4 * rows.shape[1]))
-    pieces = [
+    # Outputs are independent; processing this many at a time limits the memory.
+    step = max(1, _CHUNK_BYTES // (4 * rows.shape[1]))
+    chunks = [
         _round_rows(rows[first : first + step], feedback, fmt)
         for first in range(0, len(rows), step)
     ]
-    return _joined(pieces, axis=0)
+    return _joined(chunks, axis=0)
 
 
 def _round_rows(rows: np.ndarray, feedback: Feedback, fmt: Format) -> Quantized:

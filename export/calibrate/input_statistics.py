@@ -1,4 +1,4 @@
-"""Second statistics of what flows into a matrix."""
+"""Computes the input statistics of a matrix: second moments of its inputs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class InputStatistics:
     def divided_by(self, divisors: np.ndarray | None) -> Iterator[np.ndarray]:
         """The squares of the same inputs when input j is divided by `divisors[j]`, if by anything.
 
-        One is made when it is asked for, because all of them can be a large part of the memory.
+        They are made on demand, because all of them can be a large part of the memory.
         """
         first = 0
         for square in self.squares:
@@ -43,7 +43,7 @@ class InputStatistics:
 
 
 class MomentSum:
-    """Adds up the statistics of inputs that come in pieces."""
+    """Adds up the statistics of inputs that come in chunks."""
 
     def __init__(self) -> None:
         self._squares: list[np.ndarray] = []

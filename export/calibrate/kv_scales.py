@@ -1,7 +1,7 @@
-"""The scales of keys and values that are kept as 8-bit integers: one for each channel of a head.
+"""Measures the scales for int8 keys and values, one for each channel of a head.
 
-Keys are kept rotated. A rotation turns channels i and `i + head_dim / 2` into each other, so these
-two get one scale, of the length that the pair has: no later position then reaches further.
+Keys are stored after the rotation. The rotation mixes channels i and `i + head_dim / 2`, so these
+two share one scale, from the length of the pair. Then no later position exceeds it.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from export.graph.contract import INTERCHANGE_FILE, interchange_inputs
-from export.graph.run_in_chunks import run_in_pieces
+from export.graph.run_in_chunks import run_in_chunks
 from gemma_keras.config import GemmaConfig
 
-_MARGIN = 1.25  # beyond the largest that was seen; what is larger still is cut off
+_MARGIN = 1.25  # margin above the largest value observed; larger values are clipped
 _MOST = 127
 
 
@@ -26,10 +26,10 @@ def measure_kv_scales(
     layers: Collection[int],
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, np.ndarray]:
-    """Watch a model's keys and values on a text.
+    """Observe a model's keys and values on a text.
 
     Args:
-        folder: where its interchange graph and weights stand.
+        folder: of its interchange graph and weights.
         config: the model's.
         ids: of the text, `(batch, length)`.
         layers: by index.
@@ -45,7 +45,7 @@ def measure_kv_scales(
     largest = {"key": _largest_of_pairs, "value": _largest}
     picks = {f"present.{i}.{part}": pick for i in layers for part, pick in largest.items()}
     inputs = [interchange_inputs(config, row[None]) for row in ids]
-    runs = run_in_pieces(folder / INTERCHANGE_FILE, inputs, picks, on_progress)
+    runs = run_in_chunks(folder / INTERCHANGE_FILE, inputs, picks, on_progress)
     return {name: _scale(np.max([run[name] for run in runs], axis=0)) for name in picks}
 
 

@@ -1,4 +1,4 @@
-"""Watching what flows into each matrix, one decoder block in memory at a time."""
+"""Observes the inputs of each matrix, with one decoder block in memory at a time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OBSERVED = {names[0]: names for names in SAME_INPUT}
 def observe(
     config: GemmaConfig, weights: Mapping[str, np.ndarray], x: np.ndarray, first_block: int = 0
 ) -> Iterator[dict[str, InputStatistics]]:
-    """Watch the inputs of each block's matrices, on one text.
+    """Observe the inputs of each block's matrices on one text.
 
     Args:
         config: the model's.

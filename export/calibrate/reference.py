@@ -1,7 +1,7 @@
-"""The float model run one decoder block at a time: what exports are measured against.
+"""Runs the float model one decoder block at a time, as the reference for exports.
 
-The Keras layers do the work, but only one block of them is in memory, so a model of any size can be
-run on a laptop, for as many tokens as are wanted at once.
+It uses the Keras layers with only one block in memory. So a laptop can run a model of any size, for
+many tokens at once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from keras import ops
 
 from gemma_keras.checkpoints.names import head_table, weight_specs
-from gemma_keras.checkpoints.source import table_pieces
+from gemma_keras.checkpoints.source import table_chunks
 from gemma_keras.config import GemmaConfig, LayerSpec
 from gemma_keras.model.layers import GemmaDecoderBlock
 
@@ -22,7 +22,8 @@ _WORTH_COLLECTING = 64 << 20  # bytes of a block
 
 
 def embedded(config: GemmaConfig, weights: Mapping[str, np.ndarray], ids: np.ndarray) -> np.ndarray:
-    """What the first block sees of ids `(batch, length)`: float32 `(batch, length, hidden_dim)`."""
+    """Returns the input of the first block for ids `(batch, length)`: float32 `(batch, length,
+    hidden_dim)`."""
     tokens, places = np.unique(ids, return_inverse=True)
     rows = table_rows(config, weights, "token_embedding", tokens)
     return rows[places.reshape(ids.shape)] * np.float32(config.embedding_scale)
@@ -33,9 +34,9 @@ def table_rows(
 ) -> np.ndarray:
     """Rows of a table, float32 `(len(tokens), hidden_dim)`, of ids in ascending order."""
     rows = np.empty((len(tokens), config.hidden_dim), np.float32)
-    for first, piece in table_pieces(weights, name):
-        here = slice(*np.searchsorted(tokens, (first, first + len(piece))))
-        rows[here] = piece[tokens[here] - first]
+    for first, chunk in table_chunks(weights, name):
+        here = slice(*np.searchsorted(tokens, (first, first + len(chunk))))
+        rows[here] = chunk[tokens[here] - first]
     return rows
 
 
@@ -90,13 +91,13 @@ def head_logits(
     hidden: np.ndarray,
     rows: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Logits of what the last block returned.
+    """Computes the logits of the last block's output.
 
     Args:
         config: the model's.
         weights: canonical name to float array.
         hidden: float32 `(n, hidden_dim)`.
-        rows: of the head's table, those of the tokens whose logits are wanted; all by default.
+        rows: of the head's table, for the tokens whose logits are needed; all by default.
 
     Returns:
         float32 `(n, vocabulary_size)`, or as many columns as rows.
@@ -108,8 +109,8 @@ def head_logits(
         logits = normed @ rows.T
     else:
         logits = np.empty((len(hidden), config.vocabulary_size), np.float32)
-        for first, piece in table_pieces(weights, head_table(config)):
-            logits[:, first : first + len(piece)] = normed @ piece.T
+        for first, chunk in table_chunks(weights, head_table(config)):
+            logits[:, first : first + len(chunk)] = normed @ chunk.T
     if config.final_soft_cap is not None:
         cap = np.float32(config.final_soft_cap)
         logits = np.tanh(logits / cap) * cap
@@ -129,7 +130,7 @@ def reference_logits(
         config: the model's.
         weights: canonical name to float array.
         ids: `(batch, length)`.
-        positions: of each row, those whose logits are wanted.
+        positions: in each row, whose logits are needed.
         on_progress: called with (blocks done, all of them).
 
     Returns:

@@ -1,8 +1,9 @@
-"""What rounding a few matrices costs the whole model, for all of them at once.
+"""Estimates, in one pass over the weights, the KL divergence that quantizing each group of matrices
+causes.
 
-The model is run block by block with as many hidden states beside each other as there are groups of
-matrices: each state has met one rounded group and is exact otherwise. So the weights are read once,
-and a model of any size can be measured.
+The model runs block by block on one copy of the hidden states for each group of matrices. In each
+copy only that group is quantized. So the weights are read once, and a model of any size can be
+measured.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from export.formats.packing import Quantized
 from gemma_keras.checkpoints.names import head_table
 from gemma_keras.config import GemmaConfig
 
-# Matrices of a block that get their bits together: those of like cost and like effect. A query with
-# its key and value would be one product of three, but then it gets 8 bits nearly everywhere.
+# Matrices of a block that get the same bits: they have similar size and effect. Query, key and
+# value could be one product of three, but the query would then get 8 bits nearly everywhere.
 _GROUPS = (
     ("attention.query",),
     ("attention.key", "attention.value"),
@@ -37,7 +38,7 @@ def group_members(
 ) -> dict[str, tuple[str, ...]]:
     """Group name, such as `layers.3.mlp.gate+up`, to its matrices of fewer than 8 bits.
 
-    Those in `keep` are left out.
+    Matrices in `keep` are excluded.
     """
     groups = {}
     for i in range(len(config.layers)):
@@ -59,11 +60,12 @@ def sensitivities(
     positions: np.ndarray,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, float]:
-    """Mean KL divergence from the float model when one group of matrices alone is rounded.
+    """Returns the mean KL divergence from the float model if only one group of matrices is
+    quantized.
 
-    It is taken over the tokens that are likely at some position, which hold nearly all of the
-    probability and cost a small part of the head; and a position counts at most as ten typical
-    ones, so that a single one does not decide what is raised.
+    It is computed over the tokens that are likely at some position. They have nearly all of the
+    probability, and need only a small part of the head. A position counts at most as ten typical
+    ones, so that a single one does not decide which groups get 8 bits.
 
     Args:
         config: the model's.
@@ -115,8 +117,8 @@ def sensitivities(
     rows = table_rows(config, weights, head_table(config), likely)
     losses = {}
     for group in groups:
-        found = head_logits(config, weights, picked[group], rows)
-        divergences = kl_divergence(reference, found)
+        quantized = head_logits(config, weights, picked[group], rows)
+        divergences = kl_divergence(reference, quantized)
         typical = float(np.median(divergences))
         losses[group] = float(np.minimum(divergences, _MOST_TYPICAL * typical).mean())
     return losses

@@ -62,7 +62,7 @@ def read_text(path: Path, what: str) -> str:
     except OSError as error:
         raise ExportRequestError(f"the {what} {path} cannot be read: {error.strerror}") from error
     if "\0" in decoded:
-        raise ExportRequestError(f"the {what} {path} is not text: it holds zero bytes")
+        raise ExportRequestError(f"the {what} {path} is not text: it contains NUL characters")
     return decoded
 
 
@@ -98,8 +98,8 @@ def cut_text(bos: int, tokens: Sequence[int], context: int, origin: str) -> Cali
     """
     if len(tokens) < _FEWEST_TOKENS:
         raise ExportRequestError(
-            f"{origin} is too short to calibrate on: it has {len(tokens)} tokens, at least "
-            f"{_FEWEST_TOKENS} are needed"
+            f"{origin} is too short to calibrate on: it has {len(tokens)} tokens, but at "
+            f"least {_FEWEST_TOKENS} are needed"
         )
     length = min(ROW_LENGTH, context, len(tokens) // 4 + 1)
     count = min(len(tokens) // (length - 1), MOST_ROWS + _HELD_OUT_ROWS)

@@ -1,7 +1,8 @@
-"""What a long export has worked out so far, in a folder that outlives an interruption.
+"""Stores intermediate results of a long export in a folder, so that an interrupted export can
+continue.
 
-Every file is written whole or not at all, and only numpy arrays are read back. A workspace is of
-use only to the export that it was made for: the same weights, text and method.
+Files get their names only when they are complete, and only numpy arrays are read back. A workspace
+is valid only for the same weights, text and method.
 """
 
 from __future__ import annotations
@@ -17,20 +18,19 @@ from pathlib import Path
 import numpy as np
 
 from gemma_keras.checkpoints.names import weight_specs
-from gemma_keras.checkpoints.source import table_pieces
+from gemma_keras.checkpoints.source import table_chunks
 from gemma_keras.config import GemmaConfig
 
 _KEY = "key.txt"
 
 
 def workspace_path(out: Path) -> Path:
-    """Where an export to `out` keeps what it has worked out until it is done."""
+    """Returns the folder in which an export to `out` stores intermediate results."""
     return out.parent / f".{out.name}.work"
 
 
 def kept_work(out: Path) -> bool:
-    """Whether an export to `out` that did not end has left something of use; a workspace that holds
-    nothing is removed."""
+    """Whether an unfinished export to `out` has left results; an empty workspace is removed."""
     folder = workspace_path(out)
     with contextlib.suppress(OSError):  # as of a name that is too long: there is none
         if any(folder.glob("*.npz")):
@@ -45,7 +45,7 @@ class Workspace:
     Args:
         folder: made if it is missing, emptied if it was made for something else; `None` keeps all
             in memory.
-        key: what it is for.
+        key: identifies weights, text and method.
     """
 
     def __init__(self, folder: Path | None, key: str) -> None:
@@ -70,7 +70,7 @@ class Workspace:
         os.replace(unfinished, path)
 
     def load(self, name: str) -> dict[str, np.ndarray] | None:
-        """The group of that name; `None` if it was not kept, or cannot be read."""
+        """Returns the group of that name; `None` if it was not stored, or cannot be read."""
         if self._folder is None:
             return self._memory.get(name)
         try:
@@ -90,15 +90,15 @@ def _key_of(folder: Path) -> str:
 
 
 def fingerprint(config: GemmaConfig, weights: Mapping[str, np.ndarray], *others: object) -> str:
-    """A SHA-256 of a model, in float32, and of whatever else decides a result."""
+    """Returns a SHA-256 of a model in float32, and of everything else that determines a result."""
     digest = hashlib.sha256(repr((config, *others)).encode())
     for spec in weight_specs(config).values():
         digest.update(f"{spec.name} {spec.shape}".encode())
         if spec.kind == "table":
-            pieces = (piece for _, piece in table_pieces(weights, spec.name))
+            chunks = (chunk for _, chunk in table_chunks(weights, spec.name))
         else:
-            pieces = [weights[spec.name]]
-        for piece in pieces:
-            array = np.ascontiguousarray(piece, np.float32)
+            chunks = [weights[spec.name]]
+        for chunk in chunks:
+            array = np.ascontiguousarray(chunk, np.float32)
             digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

@@ -1,1 +1,1 @@
-"""How weights are stored: formats, recipes, and numbers rounded to nearest."""
+"""Defines how weights are stored: formats, recipes, and rounding to nearest."""

@@ -1,4 +1,4 @@
-"""Storage formats of one weight, and the plan that gives each weight its format."""
+"""Defines the storage format of a weight, and the plan that gives each weight its format."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Format:
         block_size: inputs that share a scale; 0 for floats.
         symmetric: whether the zero point is the middle, `2 ** (bits - 1)`, in every block; else
             each block has its own.
-        planes: 2 splits each 8-bit integer into two of 4 bits, stored apart: the high one alone is
-            a symmetric 4-bit table of the same scales, 16 times as wide; the low one has the zero
-            points.
+        planes: 2 splits each 8-bit integer into two of 4 bits, stored separately. The high plane is
+            a symmetric 4-bit table with the same scales, 16 times as wide. The low plane has the
+            zero points.
     """
 
     bits: int
@@ -40,7 +40,7 @@ class Format:
         if self.planes != 1:
             good = good and (self.planes, self.bits, self.symmetric) == (2, 8, False)
         if not good:
-            raise ValueError(f"there is no such format: {self}")
+            raise ValueError(f"the format is not supported: {self}")
 
     @property
     def quantized(self) -> bool:

@@ -1,4 +1,4 @@
-"""Matrices that multiply the same input, stored one after another, so that one product is enough.
+"""Finds fused matrices (QKV, gate-up): they multiply the same input and are stored together.
 
 A runtime then rounds the input once and hands its threads one larger piece of work.
 """
@@ -21,13 +21,13 @@ SAME_INPUT = (
 
 def fused_matrices(config: GemmaConfig, plan: Plan) -> dict[str, tuple[str, ...]]:
     """Matrices of one quantized format that are stored together, by the name of the first."""
-    found = {}
+    fused = {}
     for i in range(len(config.layers)):
         for group in SAME_INPUT:
             for run in _runs([f"layers.{i}.{name}" for name in group], plan):
                 if len(run) > 1 and plan[run[0]].quantized:
-                    found[run[0]] = run
-    return found
+                    fused[run[0]] = run
+    return fused
 
 
 def _runs(names: Sequence[str], plan: Plan) -> Iterator[tuple[str, ...]]:
@@ -40,6 +40,6 @@ def _runs(names: Sequence[str], plan: Plan) -> Iterator[tuple[str, ...]]:
 
 
 def joined_name(names: Sequence[str]) -> str:
-    """What matrices are called together: `layers.0.mlp.gate+up`."""
+    """Returns the name of fused matrices, such as `layers.0.mlp.gate+up`."""
     first, *others = names
     return "+".join([first, *(name.rpartition(".")[2] for name in others)])

@@ -1,8 +1,8 @@
-"""Storing again, without rounding again, what the source already holds as small integers.
+"""Stores weights that are already quantized in the source without rounding them again.
 
-A storage format holds a grid where each of its blocks lies within one block of the source, and
-the source's levels, moved to the format's zero point, fit its range. Nothing is believed: a block
-counts as kept when the numbers that it will stand for equal the source's.
+A storage format can hold a source's grid under two conditions. Each of its blocks is inside one
+block of the source, and the shifted levels fit its range. Every block is checked: it counts as kept
+only if its dequantized values equal the source's.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from gemma_keras.config import GemmaConfig
 
 MOST_BITS_KEPT = 4
 TABLES = ("token_embedding", "head")
-_PIECE_BYTES = 8 << 20  # rows whose float values fit a cache
-_BLOCK_OF_A_ROW = 32  # where one scale serves a whole row any block will do; activations like it
+_CHUNK_BYTES = 8 << 20  # rows whose float values fit a cache
+_BLOCK_OF_A_ROW = (
+    32  # if a whole row has one scale, any block size works; this one suits the activations
+)
 
 
 def keep(grid: QuantizedGrid, fmt: Format) -> Quantized | None:
-    """The same numbers in a storage format, or `None` if it cannot hold them all exactly.
+    """Returns the same values in a storage format, or `None` if it cannot store them all exactly.
 
     Args:
         grid: of the source.
@@ -35,7 +37,7 @@ def keep(grid: QuantizedGrid, fmt: Format) -> Quantized | None:
     """
     if _block_of(grid, fmt) is None:
         return None
-    first = next(_pieces(grid), None)  # a grid that does not fit shows it early
+    first = next(_chunks(grid), None)  # a grid that does not fit shows it early
     if first is not None and not _keep_blocks(grid.rows(first), fmt)[1].all():
         return None
     kept, again = keep_or_round(grid, fmt)
@@ -43,11 +45,12 @@ def keep(grid: QuantizedGrid, fmt: Format) -> Quantized | None:
 
 
 def keep_or_round(grid: QuantizedGrid, fmt: Format) -> tuple[Quantized, float]:
-    """A grid in a storage format, and the share of its blocks that had to be rounded again.
+    """Converts a grid to a storage format; also returns the share of its blocks that had to be
+    rounded again.
 
-    Blocks that the format holds exactly are kept; the others are rounded to nearest. In two planes
-    blocks of few levels are stretched by a power of two, and some are stored negated, scale and
-    all, so that the high plane alone says as much as it can.
+    Blocks that the format stores exactly are kept; the others are rounded to nearest. In two
+    planes, blocks of few levels are multiplied by a power of two, and some are negated together
+    with their scale. Then the high plane is as accurate as possible.
 
     Args:
         grid: of the source.
@@ -58,21 +61,21 @@ def keep_or_round(grid: QuantizedGrid, fmt: Format) -> tuple[Quantized, float]:
     scales = np.empty((num_rows, num_blocks), np.float32)
     zeros = None if fmt.symmetric else np.empty((num_rows, num_blocks), np.uint8)
     num_again = 0
-    for piece in _pieces(grid):
-        some = grid.rows(piece)
+    for chunk in _chunks(grid):
+        some = grid.rows(chunk)
         quantized, exact = _keep_blocks(some, fmt)
         if not exact.all():
             rounded = round_to_nearest(some.values(), fmt)
             quantized = _choose(exact, quantized, rounded)
             num_again += int((~exact).sum())
-        levels[piece], scales[piece] = quantized.levels, quantized.scales
+        levels[chunk], scales[chunk] = quantized.levels, quantized.scales
         if zeros is not None and quantized.zero_points is not None:
-            zeros[piece] = quantized.zero_points
+            zeros[chunk] = quantized.zero_points
     return Quantized(levels, scales, zeros), num_again / max(1, scales.size)
 
 
 def best_format(grid: QuantizedGrid, most_bits: int = 8) -> Format | None:
-    """The smallest format of few bits that holds a grid exactly, or `None` if none does.
+    """Returns the smallest low-bit format that stores a grid exactly, or `None`.
 
     Its blocks are the source's, or the largest that onnxruntime takes and that divide the source's.
 
@@ -99,16 +102,16 @@ def _block_size(grid: QuantizedGrid) -> int | None:
 
 
 def _block_of(grid: QuantizedGrid, fmt: Format) -> np.ndarray | None:
-    """The source's block that each of the format's lies in: int `[blocks]`; `None` if one lies in
-    two."""
+    """Returns, for each block of the format, the source's block that contains it: int `[blocks]`;
+    `None` if one overlaps two."""
     first = np.arange(fmt.num_blocks(grid.num_inputs)) * fmt.block_size
     last = np.minimum(first + fmt.block_size, grid.num_inputs) - 1
     owner = first // grid.block_size
     return owner if (owner == last // grid.block_size).all() else None
 
 
-def _pieces(grid: QuantizedGrid) -> Iterator[slice]:
-    step = max(1, _PIECE_BYTES // (4 * max(1, grid.num_inputs)))
+def _chunks(grid: QuantizedGrid) -> Iterator[slice]:
+    step = max(1, _CHUNK_BYTES // (4 * max(1, grid.num_inputs)))
     for first in range(0, len(grid.levels), step):
         yield slice(first, first + step)
 
@@ -138,7 +141,7 @@ def _keep_blocks(grid: QuantizedGrid, fmt: Format) -> tuple[Quantized, np.ndarra
     real = np.pad(np.ones(grid.num_inputs, bool), (0, padding))
     levels = np.pad(grid.levels, ((0, 0), (0, padding))).astype(np.int16)
     signed = levels.reshape(-1, num_blocks, fmt.block_size) - zeros[..., None].astype(np.int16)
-    signed[:, ~real.reshape(num_blocks, fmt.block_size)] = 0  # padding stands for nothing
+    signed[:, ~real.reshape(num_blocks, fmt.block_size)] = 0  # padding has no value
     least, greatest = signed.min(axis=-1), signed.max(axis=-1)
 
     top = (1 << fmt.bits) - 1
@@ -165,8 +168,8 @@ def _keep_blocks(grid: QuantizedGrid, fmt: Format) -> tuple[Quantized, np.ndarra
 
 
 def _factors(least: np.ndarray, greatest: np.ndarray, fmt: Format) -> np.ndarray:
-    """What each block's levels are multiplied by to fit about the middle, int16: 1 or -1, and in
-    two planes powers of two. Blocks that fit by no factor get 1."""
+    """Returns the factor of each block's levels that makes them fit around the middle, int16: 1 or
+    -1, and in two planes powers of two. Blocks that no factor fits get 1."""
     chosen = np.ones(least.shape, np.int16)
     found = np.zeros(least.shape, bool)
     for size in (16, 8, 4, 2, 1) if fmt.planes == 2 else (1,):
@@ -197,13 +200,13 @@ def _choose(exact: np.ndarray, kept: Quantized, rounded: Quantized) -> Quantized
 
 @dataclasses.dataclass(frozen=True)
 class KeptWeights:
-    """What of a source is stored as the source holds it, without balancing or rounding.
+    """The weights that are stored as in the source, without balancing or rounding.
 
     Attributes:
         source: the weights themselves, not balanced ones.
         formats: name to the format that holds it exactly, for the matrices that are kept.
-        sentence: for people, which matrices are kept and which are rounded again; empty if the
-            source holds floats only.
+        sentence: says which matrices are kept and which are rounded again; empty if the source has
+            only floats.
         tables_rounded_again: a table's name to the share of its blocks that had to be rounded
             again; filled in when `rounded` has read it.
     """
@@ -214,14 +217,13 @@ class KeptWeights:
     tables_rounded_again: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def matrix(self, name: str, fmt: Format) -> Quantized | None:
-        """A kept matrix; `None` for all else, which goes through memory in pieces."""
+        """A kept matrix; `None` for all else, which goes through memory in chunks."""
         return self.rounded(name, fmt) if name in self.formats else None
 
     def rounded(self, name: str, fmt: Format) -> Quantized | None:
         """A kept matrix, or a table as nearly as its format can hold it; `None` for all others.
 
-        Made for `export.graph.store_weights.store_weights`: it reads what it is asked for, one at a
-        time.
+        Made for `export.graph.store_weights.store_weights`, which reads one weight at a time.
         """
         is_table = name in TABLES and fmt.quantized
         if not isinstance(self.source, GridSource):
@@ -240,7 +242,7 @@ class KeptWeights:
 def kept_weights(
     config: GemmaConfig, weights: Mapping[str, np.ndarray], most_bits: int = MOST_BITS_KEPT
 ) -> KeptWeights:
-    """Which matrices lie on a grid that a format of few bits holds exactly.
+    """Finds the matrices whose grid a low-bit format stores exactly.
 
     For the int4 recipe: to round 4 bits again costs a mean KL of 0.05. Not for int8, where
     balancing the activations, which changes every matrix, gains more (0.0024 to 0.0010) than
@@ -275,7 +277,7 @@ def kept_weights(
 
 def _sentence(kept: Counter[str], again: Counter[str]) -> str:
     parts = []
-    for kinds, verb in ((kept, "stored as they are"), (again, "rounded again")):
+    for kinds, verb in ((kept, "stored unchanged"), (again, "rounded again")):
         if kinds:
             counts = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
             matrices, are = ("matrix", "is") if kinds.total() == 1 else ("matrices", "are")

@@ -1,7 +1,8 @@
-"""Integers with scales, and the bytes that onnxruntime's operators read.
+"""Packs integers with scales into the bytes that onnxruntime's operators read.
 
-`MatMulNBits` and `GatherBlockQuantized` take `value = (level - zero_point) * scale` with levels of
-2, 4 or 8 bits, the first one in the lowest bits of a byte. onnxruntime, ContribOperators.md.
+`MatMulNBits` and `GatherBlockQuantized` compute `value = (level - zero_point) * scale`. Levels have
+2, 4 or 8 bits, the first one in the lowest bits of a byte. Source: onnxruntime,
+ContribOperators.md.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Quantized:
     zero_points: np.ndarray | None = None
 
     def values(self, fmt: Format, num_inputs: int) -> np.ndarray:
-        """The numbers that it stands for: float32 `[rows, num_inputs]`."""
+        """Returns the dequantized values: float32 `[rows, num_inputs]`."""
         zero = fmt.middle if self.zero_points is None else self.zero_points[..., None]
         levels = self.levels.astype(np.float32) - np.asarray(zero, np.float32)
         return (levels * self.scales[..., None]).reshape(len(levels), -1)[:, :num_inputs]
@@ -77,11 +78,11 @@ def unpack_bits(packed: np.ndarray, bits: int, length: int) -> np.ndarray:
 def zero_points_in_planes(greatest: np.ndarray) -> np.ndarray:
     """The zero point of each block in two planes, 128 to 136.
 
-    It is 136 where it can be: the high plane is then the nearest 4-bit table there is. A block that
-    goes beyond 119 has a lower one.
+    It is 136 if possible: the high plane is then the best 4-bit approximation. A block with values
+    above 119 has a lower one.
 
     Args:
-        greatest: the block's, as a multiple of its scale; at most 127.
+        greatest: the block's largest value, as a multiple of its scale; at most 127.
     """
     return (128 + np.clip(127 - greatest, 0, 8)).astype(np.uint8)
 
@@ -104,7 +105,7 @@ def split_planes(
 
 
 def stored_tensors(quantized: Quantized, fmt: Format) -> dict[str, np.ndarray]:
-    """What goes into the weights file: part name to array."""
+    """Returns the arrays for the weights file: part name to array."""
     if fmt.planes == 2:
         assert quantized.zero_points is not None
         halves = split_planes(quantized.levels, quantized.zero_points)

@@ -1,4 +1,4 @@
-"""Named ways to store a model."""
+"""Defines the recipes: named ways to store a model."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from gemma_keras.checkpoints.names import weight_specs
 from gemma_keras.config import GemmaConfig
 
 INT8 = Format(8, 32)
-# Blocks of 128 lose more than those of 32, but what int4 raises to 8 bits makes up for it, and a
-# product takes three quarters of the time.
+# Blocks of 128 lose more than those of 32, but the matrices that int4 raises to 8 bits compensate
+# for it, and a product takes three quarters of the time.
 INT4 = Format(4, 128, symmetric=False)
 # Of a table: generation reads the high plane, and the low one for the few tokens that it proposes.
 TWO_PLANES = Format(8, 128, symmetric=False, planes=2)
 _FINE_INT8 = Format(8, 16)
-# What `int4` raises a matrix to: next to its 4 bits, the blocks' size is lost in the noise.
+# The format to which `int4` raises a matrix; compared with 4 bits, its block size hardly matters.
 _RAISED = Format(8, 128)
 
 
@@ -32,12 +32,12 @@ class Recipe:
         matrices: the format of the decoder blocks' matrices.
         table: the format of the token embedding and the head; its blocks are made as much smaller
             as the model's width asks.
-        finer: the format of some matrices in place of `matrices`, by their name within a block.
-        kl_budget: for a recipe that chooses formats by measurement: the mean KL divergence from
-            the float model that it may lose, in nats; `None` for a fixed one.
-        calibration: what the model is calibrated on by default. With any text, activations are
-            balanced (`export.calibrate.balance`) and matrices of few bits are rounded with error
-            feedback (`export.calibrate.gptq`).
+        finer: the format of some matrices instead of `matrices`, by their name within a block.
+        kl_budget: for a recipe that chooses formats by measurement, the maximum mean KL divergence
+            from the float model in nats; `None` for a fixed recipe.
+        calibration: the default calibration text. Calibration balances activations
+            (`export.calibrate.balance`) and rounds low-bit matrices with error feedback
+            (`export.calibrate.gptq`).
     """
 
     matrices: Format
@@ -54,7 +54,7 @@ class Recipe:
 
 RECIPES = {
     "int4": Recipe(INT4, TWO_PLANES, kl_budget=0.045, calibration=SelfWritten()),
-    # These three lose most for their size: blocks of 16 in them take a sixth of the whole loss.
+    # These three lose most for their size: blocks of 16 in them remove a sixth of the total loss.
     "int8": Recipe(
         INT8,
         dataclasses.replace(TWO_PLANES, block_size=32),
@@ -70,12 +70,10 @@ def recipe_named(name: str) -> Recipe:
     """The recipe of that name.
 
     Raises:
-        ExportRequestError: there is none.
+        ExportRequestError: no recipe has that name.
     """
     if name not in RECIPES:
-        raise ExportRequestError(
-            f"no recipe is called {name!r}; choose one of {', '.join(RECIPES)}"
-        )
+        raise ExportRequestError(f"there is no recipe {name!r}; choose one of {', '.join(RECIPES)}")
     return RECIPES[name]
 
 
@@ -117,7 +115,7 @@ def _fitting(fmt: Format, width: int) -> Format:
 
 
 def raised_plan(config: GemmaConfig) -> dict[str, Format]:
-    """What each matrix gets when the 4 bits of `int4` are too few for it."""
+    """Returns the format of each matrix for which the 4 bits of `int4` are not enough."""
     return {
         spec.name: _fitting(_RAISED, rows_and_inputs(spec)[1])
         for spec in weight_specs(config).values()
@@ -129,12 +127,13 @@ def plan_from_json(entries: Mapping[str, Any], config: GemmaConfig) -> dict[str,
     """A plan that comes from elsewhere, such as another bundle's, checked.
 
     Raises:
-        ExportRequestError: it names a weight that the model does not have, or a format that there
-            is not.
+        ExportRequestError: it names an unknown weight or an unsupported format.
     """
     specs = {s.name: s for s in weight_specs(config).values() if s.kind != "norm"}
     if not isinstance(entries, Mapping):
-        raise ExportRequestError("a plan is an object that gives each weight's name its format")
+        raise ExportRequestError(
+            "a plan must be a JSON object that maps each weight's name to its format"
+        )
     plan = {}
     for name, entry in entries.items():
         if name not in specs:
@@ -145,21 +144,23 @@ def plan_from_json(entries: Mapping[str, Any], config: GemmaConfig) -> dict[str,
         fields = {field.name: field for field in dataclasses.fields(Format)}
         if not isinstance(entry, Mapping) or not entry.keys() <= fields.keys():
             raise ExportRequestError(
-                f"the plan's entry for {name} must be an object of {', '.join(fields)}"
+                f"the plan's entry for {name} must be an object with the keys {', '.join(fields)}"
             )
         try:
             fmt = Format(**{key: _whole(value) for key, value in entry.items()})
         except (TypeError, ValueError):
             raise ExportRequestError(
-                f"the plan gives {name} a format that there is not: {reprlib.repr(dict(entry))}"
+                f"the plan gives {name} an unsupported format: {reprlib.repr(dict(entry))}"
             ) from None
         if fmt.quantized and fmt.block_size not in BLOCK_SIZES:
             raise ExportRequestError(
-                f"the plan gives {name} blocks of {fmt.block_size}; onnxruntime takes "
+                f"the plan gives {name} blocks of {fmt.block_size}; onnxruntime supports "
                 f"{', '.join(map(str, BLOCK_SIZES))}"
             )
         if fmt.planes == 2 and specs[name].kind != "table":
-            raise ExportRequestError(f"the plan splits {name} in 2 planes; only tables can be")
+            raise ExportRequestError(
+                f"the plan splits {name} in 2 planes, but only embedding tables can be split"
+            )
         plan[name] = fmt
     for name in plan.keys() & {"token_embedding", "head"}:
         _check_table(plan[name], config)
@@ -177,6 +178,6 @@ def _check_table(fmt: Format, config: GemmaConfig) -> None:
         # Gather reads unpadded rows, the head's matrix product padded ones: the one stored table
         # serves both only without padding.
         raise ExportRequestError(
-            f"the embedding would be stored in blocks of {fmt.block_size}, which do not divide "
-            f"hidden_dim ({config.hidden_dim}); use --recipe fp32"
+            f"the embedding would be stored in blocks of {fmt.block_size}, which does not "
+            f"divide hidden_dim ({config.hidden_dim}); use --recipe fp32"
         )

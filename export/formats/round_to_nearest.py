@@ -1,7 +1,7 @@
-"""Rounding to nearest, without calibration.
+"""Rounds weights to nearest, without calibration.
 
-Which scale a block gets decides what is lost. `round_to_nearest` takes the one that reaches the
-block's extremes; `search_scales` tries narrower ones, which clip a little and round finer.
+The scale of a block determines its error. `round_to_nearest` uses the scale that covers the block's
+extremes. `search_scales` tries smaller ones, which clip a little and round more finely.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from export.formats.formats import Format
 from export.formats.packing import Quantized, blocks_of, zero_points_in_planes
 
 _SMALLEST_SCALE = np.float32(1e-37)  # below it the inverse overflows, and the block is all zeros
-_PIECE_BYTES = 8 << 20  # rows that fit a cache
+_CHUNK_BYTES = 8 << 20  # rows that fit a cache
 _SHRINKS = np.linspace(1.0, 0.70, 13, dtype=np.float32)
 
 
 def round_to_nearest(rows: np.ndarray, fmt: Format) -> Quantized:
     """Round each value to the nearest level of a grid that reaches its block's extremes.
 
-    * 8 bits symmetric: the scale is the greatest magnitude / 127. A GGUF Q8_0 tensor comes out
-      exactly as it went in, scale and integers.
+    * 8 bits symmetric: the scale is the largest magnitude / 127. A GGUF Q8_0 tensor keeps its
+      scales and integers exactly.
     * 8 bits in two planes: the same values; the scale is negative where that gives the high plane
       its middle as the zero point, or brings it nearer.
-    * 2 and 4 bits symmetric: the scale takes the value of greatest magnitude to the lowest level,
-      as GGUF's Q4_0 does; it may be negative.
-    * asymmetric: from the least to the greatest value, 0 included, with 0 exact.
+    * 2 and 4 bits symmetric: the scale maps the value of largest magnitude to the lowest level, as
+      in GGUF's Q4_0; it may be negative.
+    * asymmetric: from the smallest to the largest value, including 0, with 0 exact.
 
     Args:
         rows: float32 `[outputs, inputs]`.
         fmt: a quantized one.
     """
-    return _by_pieces(rows, fmt, lambda blocks: _quantize(blocks, *_reaching(blocks, fmt), fmt))
+    return _by_chunks(rows, fmt, lambda blocks: _quantize(blocks, *_reaching(blocks, fmt), fmt))
 
 
 def search_scales(rows: np.ndarray, fmt: Format, importance: np.ndarray | None = None) -> Quantized:
@@ -52,7 +52,7 @@ def search_scales(rows: np.ndarray, fmt: Format, importance: np.ndarray | None =
         scales, zeros = best_scales(blocks, weight, fmt)
         return _quantize(blocks, scales, zeros, fmt)
 
-    return _by_pieces(rows, fmt, best)
+    return _by_chunks(rows, fmt, best)
 
 
 def best_scales(
@@ -87,7 +87,7 @@ def best_scales(
     return scales, zeros
 
 
-def _by_pieces(
+def _by_chunks(
     rows: np.ndarray, fmt: Format, quantize: Callable[[np.ndarray], Quantized]
 ) -> Quantized:
     num_rows, num_inputs = rows.shape
@@ -95,13 +95,13 @@ def _by_pieces(
     levels = np.empty((num_rows, num_blocks, fmt.block_size), np.uint8)
     scales = np.empty((num_rows, num_blocks), np.float32)
     zeros = None if fmt.symmetric else np.empty((num_rows, num_blocks), np.uint8)
-    step = max(1, _PIECE_BYTES // max(1, num_blocks * fmt.block_size * 4))
+    step = max(1, _CHUNK_BYTES // max(1, num_blocks * fmt.block_size * 4))
     for first in range(0, num_rows, step):
-        piece = quantize(blocks_of(rows[first : first + step], fmt.block_size))
-        levels[first : first + step] = piece.levels
-        scales[first : first + step] = piece.scales
-        if zeros is not None and piece.zero_points is not None:
-            zeros[first : first + step] = piece.zero_points
+        chunk = quantize(blocks_of(rows[first : first + step], fmt.block_size))
+        levels[first : first + step] = chunk.levels
+        scales[first : first + step] = chunk.scales
+        if zeros is not None and chunk.zero_points is not None:
+            zeros[first : first + step] = chunk.zero_points
     return Quantized(levels, scales, zeros)
 
 

@@ -1,1 +1,1 @@
-"""ONNX graphs: two lowerings, what they promise, and the weights file below them."""
+"""Builds ONNX graphs: two lowerings, their contract, and the weights file."""

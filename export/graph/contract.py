@@ -1,19 +1,20 @@
-"""Names, shapes and dtypes of each graph's inputs and outputs, computed from the configuration.
+"""Computes the names, shapes and dtypes of each graph's inputs and outputs from the configuration.
 
-Three graphs stand over the same weights:
+Three graphs share the same weights:
 
 * `model.onnx`, the interchange graph, keeps the names that onnxruntime-genai, Optimum and
   transformers.js read. Its past grows by concatenation and it returns logits for all positions.
   `attention_mask` says where padding is, on the left, on the right or between; a row's tokens have
   the positions, and see of one another, what they would without it.
-* `engine.onnx` is what `edge_demo` runs: keys and values live in buffers of fixed capacity that are
-  input and output at once, the rotary tables are inputs (so they grow with the buffers instead of
-  being stored for the longest context), and logits are computed only where they are asked for.
-  A layer that sees a sliding window keeps no more than the window. In place of token ids it takes
-  their embeddings, scaled: the device reads these rows itself, so that the table is not mapped.
-* `candidates.onnx` is the same for generation: in place of all logits it returns the ids and logits
-  of the few hundred most likely tokens, found inside the graph. Of a head in two planes it
-  multiplies by the high one; what the low one adds to these tokens the device may compute itself.
+* `engine.onnx` is the graph that `edge_demo` runs. Keys and values are in buffers of fixed
+  capacity, which are both input and output. The rotary tables are inputs, so they grow with the
+  buffers instead of being stored for the longest context. Logits are computed only at requested
+  positions. Sliding-window layers store only the last window of keys and values. The graph takes
+  scaled embeddings instead of token ids: the device reads these rows itself, so that the table is
+  not mapped.
+* `candidates.onnx` is a variant for generation. It returns only the ids and logits of the few
+  hundred most likely tokens, instead of all logits. With a head in two planes it multiplies by the
+  high plane; the device may add the low plane for these tokens.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def ropes(config: GemmaConfig) -> dict[tuple[float, float, int], RopeSpec]:
 
 
 def rope_key(layer: LayerSpec) -> tuple[float, float, int]:
-    """What two layers must share to share a rotary table."""
+    """Returns the values that two layers must have in common to share a rotary table."""
     return layer.rope_theta, layer.rope_scale, layer.head_dim
 
 
@@ -82,7 +83,7 @@ def interchange_contract(config: GemmaConfig) -> GraphSpec:
 
 
 def interchange_inputs(config: GemmaConfig, ids: np.ndarray) -> dict[str, np.ndarray]:
-    """Every input of `model.onnx`, by name, for rows of tokens that nothing stands before.
+    """Returns every input of `model.onnx`, by name, for rows of tokens without a past.
 
     Args:
         config: the model's.
@@ -110,12 +111,13 @@ def engine_contract(
 ) -> GraphSpec:
     """The contract of `engine.onnx`.
 
-    `seqlens_k` is the number of tokens each row will have after the call, less 1, as
-    `GroupQueryAttention` counts; `logit_positions` picks positions within the call.
+    `seqlens_k` is the number of tokens of each row after the call, minus 1, as in
+    `GroupQueryAttention`. `logit_positions` selects positions within the call.
 
     Args:
         config: the model's.
-        windows: as `windows` gives them; layers with one of these windows keep no more than it.
+        windows: as `windows` returns them; layers with one of these windows store only the last
+            window of keys and values.
         int8_layers: those whose keys and values are kept as 8-bit integers.
     """
     shape = ("batch", "num_logits", config.vocabulary_size)
@@ -135,8 +137,8 @@ def candidates_contract(
         config: the model's.
         windows: as for `engine_contract`.
         int8_layers: as for `engine_contract`.
-        low_plane_apart: whether the device adds what the low plane of the head says: then the graph
-            returns the products with the high plane and the state that it multiplied.
+        low_plane_apart: whether the device adds the low plane of the head. The graph then returns
+            the products with the high plane, and the hidden state.
     """
     shape = ("batch", "num_logits", num_candidates(config))
     hidden = ("batch", "num_logits", config.hidden_dim)

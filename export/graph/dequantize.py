@@ -1,8 +1,8 @@
-"""Quantized weights in standard operators: `DequantizeLinear` over what the weights file holds.
+"""Reads quantized weights in a graph with standard operators (`DequantizeLinear`).
 
-A matrix is transposed while it is packed and dequantized along its first axis, because that is the
-shape in which onnxruntime recognizes a quantized matrix product: it transposes the constant when it
-loads the graph and then runs on the packed weights. Another runtime computes what is written here.
+A matrix is transposed while it is packed, and dequantized along its first axis. In this form
+onnxruntime recognizes a quantized matrix product. It transposes the constant when it loads the
+graph, and then runs on the packed weights. Other runtimes compute the operators as written.
 """
 
 from __future__ import annotations
@@ -19,19 +19,21 @@ _LAST = np.array([-1], np.int64)
 
 
 def check_format(name: str, fmt: Format) -> None:
-    """Refuse a format that has no standard operators.
+    """Raise an error for a format that standard operators do not support.
 
     Raises:
-        ExportRequestError: it is neither a float nor of 4 or 8 bits, or in two planes.
+        ExportRequestError: it is not a float and not an integer of 4 or 8 bits, or it is in two
+            planes.
     """
     if fmt.planes != 1:
         raise ExportRequestError(
-            f"the traced lowering cannot express {name} in {fmt.planes} planes; one holds the same"
+            f"the traced lowering does not support {name} in {fmt.planes} planes; use 1 "
+            "plane, which stores the same values"
         )
     if fmt.bits not in (4, 8, 16, 32):
         raise ExportRequestError(
-            f"the traced lowering cannot express {name} in {fmt.bits} bits; it knows 4, 8, 16 and "
-            "32. Use --lowering fused"
+            f"the traced lowering supports 4, 8, 16 and 32 bits, not {fmt.bits} for {name}; "
+            "use --lowering fused"
         )
 
 

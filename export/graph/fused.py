@@ -1,4 +1,5 @@
-"""The fused lowering: a configuration and stored weights to a graph of onnxruntime's operators.
+"""The fused lowering: builds a graph of onnxruntime's operators from a configuration and stored
+weights.
 
 It reads top to bottom as the model does (`gemma_keras.model.layers`), and is independent of Keras.
 Operators of the domain `com.microsoft` are documented in onnxruntime's ContribOperators.md.
@@ -31,7 +32,7 @@ _MICROSOFT = "com.microsoft"
 _INT8_ACTIVATIONS = 4
 _LOW_PLANE_STEPS = 16  # of the low plane in one of the high
 _PER_CHANNEL = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL"}
-_GROUP = 64  # logits whose maximum stands for them while candidates are sought
+_GROUP = 64  # size of a group of logits; the search for candidates compares group maxima
 _MOST_PACKED = 24 << 20  # bytes of the head that the candidates graph has packed at once
 
 
@@ -58,7 +59,7 @@ def build_graph(
     Raises:
         ConfigError: the model is bidirectional, which `GroupQueryAttention` is not.
     """
-    config.require_causal("a graph over kept keys and values")
+    config.require_causal("a graph with a key-value cache")
     return _FusedGraph(config, plan, weights, contract, max_context, kv_scales or {}).build()
 
 
@@ -122,7 +123,8 @@ class _FusedGraph(NamedNodes):
     def _lengths(self, tokens: Unpadded | None) -> tuple[ir.Value, ir.Value]:
         """`seqlens_k` and `total_sequence_length` as `GroupQueryAttention` takes them.
 
-        To it every token of a call is real: padding comes last, where no real token looks.
+        For this operator every token of a call is real: padding comes last, where no real token
+        attends.
         """
         if tokens is None:
             return self.inputs["seqlens_k"], self.inputs["total_sequence_length"]
@@ -246,7 +248,7 @@ class _FusedGraph(NamedNodes):
         return self.op("Expand", [norm, shape], f"{norm.name}.repeated")
 
     def _keeps_a_window(self, i: int) -> bool:
-        """Whether the contract wants no more than a sliding window kept in a layer's buffers."""
+        """Whether the contract stores only the last window of keys and values of a layer."""
         capacity = self.contracted[f"past_key_values.{i}.key"].shape[2]
         return self.for_engine and capacity != "capacity"
 
@@ -273,7 +275,7 @@ class _FusedGraph(NamedNodes):
         return self._head_product(hidden, "logits.uncapped", fmt)
 
     def _proposals(self, hidden: ir.Value) -> ir.Value:
-        """The logits from the high plane of the head alone."""
+        """Returns the logits from only the high plane of the head."""
         steps = self.constant("low_plane_steps", np.array(_LOW_PLANE_STEPS, np.float32))
         scaled = self.op("Mul", [hidden, steps], "hidden.scaled")
         fmt = self.plan[self.head].high_plane
@@ -284,9 +286,9 @@ class _FusedGraph(NamedNodes):
     ) -> ir.Value:
         """The product with the head's table, or with a plane of it.
 
-        While onnxruntime packs a matrix, it is there twice. So the candidates graph has a large
-        table as several, each some rows of it. Not so the engine's: logits of many positions would
-        be there twice, too.
+        While onnxruntime packs a matrix, it is in memory twice. So the candidates graph splits a
+        large table into several, by rows. The engine's graph does not, because then the logits of
+        many positions would be in memory twice.
         """
         rows, width = rows_and_inputs(self.specs[self.head])
         count = 1
@@ -315,9 +317,9 @@ class _FusedGraph(NamedNodes):
     def _candidates(self, hidden: ir.Value) -> Sequence[ir.Value]:
         """Ids and logits of the most likely tokens.
 
-        Of a head in two planes, the high one proposes them, and what the low one adds is computed
-        for them alone: the product of `hidden` with a few hundred rows costs next to nothing. Where
-        the contract leaves that to the device, the graph ends before it.
+        With a head in two planes, the high plane proposes them, and the low plane is added only for
+        them. The product of `hidden` with a few hundred rows takes almost no time. If the contract
+        leaves this to the device, the graph ends before it.
         """
         if self.plan[self.head].planes == 1:
             values, ids = self._greatest(self._logits(hidden))
@@ -338,10 +340,11 @@ class _FusedGraph(NamedNodes):
         return ids, self._cap(logits, "candidate_logits")
 
     def _greatest(self, logits: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """The greatest logits and their ids, `(batch, num_logits, k)` each, in no order.
+        """Returns the largest logits and their ids, `(batch, num_logits, k)` each, unordered.
 
-        The k greatest lie in the k groups of greatest maxima, so that most of the vocabulary is
-        only read once, for its maxima: an eighth of the time of `TopK` over all of it.
+        The k largest logits are in the k groups with the largest maxima. So most of the vocabulary
+        is read only once, for the maxima. This takes an eighth of the time of `TopK` over all
+        logits.
         """
         size, k = self.config.vocabulary_size, num_candidates(self.config)
         count = self.constant("num_candidates", np.array([k], np.int64))
@@ -390,15 +393,15 @@ class _FusedGraph(NamedNodes):
 
     def _matmuls(self, names: Sequence[str], x: ir.Value) -> list[ir.Value]:
         """Products of one input with several matrices; those stored together are one product."""
-        found: list[ir.Value] = []
-        while len(found) < len(names):
-            first = names[len(found)]
+        products: list[ir.Value] = []
+        while len(products) < len(names):
+            first = names[len(products)]
             run = self.fused_matrices.get(first)
             if run is None:
-                found.append(self._matmul(first, x))
+                products.append(self._matmul(first, x))
                 continue
-            found += self._split(self._joined_matmul(run, x), self._num_outputs(run))
-        return found
+            products += self._split(self._joined_matmul(run, x), self._num_outputs(run))
+        return products
 
     def _joined_matmul(self, names: Sequence[str], x: ir.Value) -> ir.Value:
         """The products with matrices that are stored together, one after another."""
@@ -484,7 +487,7 @@ class _FusedGraph(NamedNodes):
     def _head_norm(self, name: str, x: ir.Value, factors: ir.Value, head_dim: int) -> ir.Value:
         """The norm of each head by itself: `(batch, length, heads * head_dim)` in and out.
 
-        The factors are those of one head, or of each.
+        The factors are for one head, or for each head.
         """
         split = self.constant(f"shape.heads.{head_dim}", np.array([0, 0, -1, head_dim], np.int64))
         merge = self.constant("shape.merged", np.array([0, 0, -1], np.int64))

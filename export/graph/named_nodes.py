@@ -1,4 +1,4 @@
-"""The nodes and constants of a graph of onnxruntime's operators, while it is being put together.
+"""Builds a graph of onnxruntime's operators, in which every value has a given name.
 
 Every value has the name that it is given, so a graph can be read, and profiled, by its names.
 """
@@ -85,7 +85,7 @@ class NamedNodes:
         return self.op("Cast", [x], out, to=int(ir.DataType.FLOAT))
 
     def rename(self, x: ir.Value, name: str) -> ir.Value:
-        """Give a node's output the name that the contract asks for."""
+        """Give a node's output the name that the contract requires."""
         x.name = name
         return x
 
@@ -93,7 +93,9 @@ class NamedNodes:
         """The graph as a model; its outputs must be those of the contract, in order."""
         for value, spec in zip(outputs, self.contract.outputs, strict=True):
             if value.name != spec.name:
-                raise AssertionError(f"the graph ends in {value.name}, the contract in {spec.name}")
+                raise AssertionError(
+                    f"the graph's output is {value.name}, but the contract requires {spec.name}"
+                )
             value.dtype = ir.DataType.from_numpy(np.dtype(spec.dtype))
             value.shape = ir.Shape(spec.shape)
         graph = ir.Graph(

@@ -1,4 +1,4 @@
-"""The nodes and constants of a graph of standard operators, while it is being put together."""
+"""Builds a graph of standard operators."""
 
 from __future__ import annotations
 

@@ -1,11 +1,10 @@
-"""Padding in `model.onnx`, wherever `attention_mask` says it is, as operators of ONNX.
+"""Adds ONNX operators to `model.onnx` that handle padding anywhere in `attention_mask`.
 
-transformers, Optimum and transformers.js pad prompts on the left; attention over kept keys and
-values, as `GroupQueryAttention` and the traced layers do it, wants a row's tokens one after
-another from position 0. So the tokens of a call are moved together, real ones first; what the model
-makes of them is moved back. The kept keys and values of a row are those of its real tokens, then
-what padding left, which the next tokens overwrite. Nothing but the ids and the last hidden states
-moves, and a row without padding is left as it is, to the bit.
+transformers, Optimum and transformers.js pad prompts on the left. `GroupQueryAttention` and the
+traced layers need a row's tokens one after another from position 0. So the real tokens of a call
+are moved to the front, and the model's outputs are moved back. The cache of a row has the keys and
+values of its real tokens, then those of padding, which the next tokens overwrite. Only the ids and
+the last hidden states move. A row without padding stays bit-identical.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class Unpadded:
 
     Attributes:
         ids: int64 `(batch, sequence_length)`, of each row the real tokens first, in their order.
-        places: where each token of the call stands in them, int64 of the same shape.
+        places: the index of each token of the call in `ids`, int64 of the same shape.
         past: real tokens before this call, int64 `(batch,)`: the first new token's position.
         length: tokens of the call, int64 `(1,)`.
     """
@@ -58,7 +57,7 @@ def without_padding(op: AddNode, constant: AddConstant, ids: ir.Value, mask: ir.
         constant: adds a constant.
         ids: int64 `(batch, sequence_length)`.
         mask: 1 for a real token, else 0, int64 `(batch, total_sequence_length)`; the last columns
-            are those of `ids`. What it says of a token it says in every later call.
+            are those of `ids`. A token has the same value in every later call.
     """
     axis, one = constant("axis_1", np.array([1], np.int64)), constant("one", np.array(1, np.int64))
     length = op("Shape", [ids], "padding.length", start=1, end=2)
@@ -86,7 +85,7 @@ def without_padding(op: AddNode, constant: AddConstant, ids: ir.Value, mask: ir.
 
 
 def moved_back(op: AddNode, constant: AddConstant, hidden: ir.Value, tokens: Unpadded) -> ir.Value:
-    """What the model made of `tokens.ids`, in the places of the tokens as they were given.
+    """Moves the model's outputs for `tokens.ids` back to the original places of the tokens.
 
     Args:
         op: adds a node.

@@ -1,8 +1,8 @@
-"""Running a graph one piece at a time, so that a model of any size can be run on a laptop.
+"""Runs a graph chunk by chunk, so that a model of any size runs on a laptop.
 
-A piece is a run of the graph's nodes with a bounded amount of weights. onnxruntime loads it, runs
-every input through it and lets it go; what later pieces read is carried over. So the weights are
-read once however many inputs there are, and only one piece of them is in memory.
+A chunk is a sequence of the graph's nodes with a limited amount of weights. onnxruntime loads a
+chunk, runs all inputs through it and frees it; values for later chunks are kept. So the weights are
+read once for any number of inputs, and only one chunk of them is in memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from export.errors import ExportError
 from export.graph.contract import INTERCHANGE_FILE, interchange_inputs
 from gemma_keras.config import GemmaConfig
 
-PIECE_BYTES = 128 << 20
+CHUNK_BYTES = 128 << 20
 _FOLDER_OF_WEIGHTS = "session.model_external_initializers_file_folder_path"
 
 
@@ -30,7 +30,7 @@ def logits_in_chunks(
     ids: np.ndarray,
     positions: np.ndarray,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-    piece_bytes: int = PIECE_BYTES,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> np.ndarray:
     """Logits of an exported model of any size, by its interchange graph.
 
@@ -38,9 +38,9 @@ def logits_in_chunks(
         folder: of the bundle.
         config: the model's.
         ids: of the text, `(batch, length)`.
-        positions: of each row, those whose logits are wanted.
+        positions: in each row, whose logits are needed.
         on_progress: called with (chunks done, all of them).
-        piece_bytes: as `cut_graph` takes it.
+        chunk_bytes: as `cut_graph` takes it.
 
     Returns:
         float32 `(batch * len(positions), vocabulary_size)`, row after row.
@@ -48,31 +48,32 @@ def logits_in_chunks(
     Raises:
         ExportError: onnxruntime cannot run it.
     """
-    found = run_in_pieces(
+    runs = run_in_chunks(
         folder / INTERCHANGE_FILE,
         [interchange_inputs(config, row[None]) for row in ids],
         {"logits": lambda logits: logits[0, positions]},
         on_progress,
-        piece_bytes,
+        chunk_bytes,
     )
-    return np.concatenate([values["logits"] for values in found])
+    return np.concatenate([values["logits"] for values in runs])
 
 
-def run_in_pieces(
+def run_in_chunks(
     path: Path,
     inputs: Sequence[Mapping[str, np.ndarray]],
     picks: Mapping[str, Callable[[np.ndarray], np.ndarray]],
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-    piece_bytes: int = PIECE_BYTES,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> list[dict[str, np.ndarray]]:
     """Run a graph on several inputs.
 
     Args:
-        path: of the ONNX model; its external weights stand in the same folder.
+        path: of the ONNX model; its external weights are in the same folder.
         inputs: for each run, every input of the graph by name.
-        picks: the values that are wanted, by name, and what is to be kept of each.
+        picks: the names of the values to return, each with a function that selects the part to
+            keep.
         on_progress: called with (chunks done, all of them).
-        piece_bytes: as `cut_graph` takes it.
+        chunk_bytes: as `cut_graph` takes it.
 
     Returns:
         For each run, what was picked, by name.
@@ -81,36 +82,38 @@ def run_in_pieces(
         ExportError: onnxruntime cannot run it.
     """
     model = onnx.load(str(path), load_external_data=False)
-    pieces = list(cut_graph(model.graph, picks, piece_bytes))
+    chunks = list(cut_graph(model.graph, picks, chunk_bytes))
     runs = [dict(given) for given in inputs]
     picked: list[dict[str, np.ndarray]] = [{} for _ in inputs]
-    for number, piece in enumerate(pieces):
+    for number, chunk in enumerate(chunks):
         try:
-            session = _session(model, piece, runs[0], path.parent)
+            session = _session(model, chunk, runs[0], path.parent)
             for values, picks_of_run in zip(runs, picked, strict=True):
-                found: Any = session.run(piece.gives, {name: values[name] for name in piece.reads})
-                values |= dict(zip(piece.gives, found, strict=True))
-                for name in picks.keys() & piece.gives:
+                outputs: Any = session.run(
+                    chunk.gives, {name: values[name] for name in chunk.reads}
+                )
+                values |= dict(zip(chunk.gives, outputs, strict=True))
+                for name in picks.keys() & chunk.gives:
                     picks_of_run[name] = picks[name](values[name])
-                for name in values.keys() - piece.kept:
+                for name in values.keys() - chunk.kept:
                     del values[name]
         except Exception as error:  # onnxruntime's errors share no base class of their own
             raise ExportError(f"the exported model does not run: {error}") from error
         del session  # before the next is loaded
-        on_progress(number + 1, len(pieces))
+        on_progress(number + 1, len(chunks))
     return picked
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class Chunk:
     """A run of a graph's nodes.
 
     Attributes:
         nodes: in the graph's order.
         weights: the initializers they read.
-        reads: names of inputs of the graph, or of values of earlier pieces.
-        gives: names of values that later pieces read, or that are wanted.
-        kept: names of what later pieces read.
+        reads: names of inputs of the graph, or of values of earlier chunks.
+        gives: names of values that later chunks read, or that are returned.
+        kept: names of what later chunks read.
     """
 
     nodes: list[onnx.NodeProto]
@@ -121,21 +124,21 @@ class Piece:
 
 
 def cut_graph(
-    graph: onnx.GraphProto, wanted: Collection[str], piece_bytes: int = PIECE_BYTES
-) -> Iterator[Piece]:
-    """Cut what some values need of a graph into pieces.
+    graph: onnx.GraphProto, wanted: Collection[str], chunk_bytes: int = CHUNK_BYTES
+) -> Iterator[Chunk]:
+    """Split the part of a graph that some values need into chunks.
 
     Args:
         graph: its nodes in an order in which they can run.
-        wanted: the names of the values.
-        piece_bytes: of weights, the most in one piece, unless a single node has more.
+        wanted: the names of the values to compute.
+        chunk_bytes: maximum bytes of weights in one chunk, unless a single node has more.
     """
     weights = {tensor.name: tensor for tensor in graph.initializer}
     runs: list[list[onnx.NodeProto]] = []
     size = 0
     for node in _needed(graph, wanted):
         own = sum(weight_bytes(weights[name]) for name in node.input if name in weights)
-        if not runs or size + own > piece_bytes:
+        if not runs or size + own > chunk_bytes:
             runs.append([])
             size = 0
         runs[-1].append(node)
@@ -146,7 +149,7 @@ def cut_graph(
         later = set().union(*read[number + 1 :])
         inputs = read[number] - given[number] - weights.keys()
         own = [weights[name] for name in sorted(read[number] & weights.keys())]
-        yield Piece(run, own, sorted(inputs), sorted(given[number] & (later | set(wanted))), later)
+        yield Chunk(run, own, sorted(inputs), sorted(given[number] & (later | set(wanted))), later)
 
 
 def _needed(graph: onnx.GraphProto, wanted: Collection[str]) -> list[onnx.NodeProto]:
@@ -160,26 +163,26 @@ def _needed(graph: onnx.GraphProto, wanted: Collection[str]) -> list[onnx.NodePr
 
 
 def weight_bytes(tensor: onnx.TensorProto) -> int:
-    """Bytes of an initializer, wherever they are."""
+    """Returns the size of an initializer in bytes, in the graph or in an external file."""
     placed = {entry.key: entry.value for entry in tensor.external_data}
     return int(placed["length"]) if placed else tensor.ByteSize()
 
 
 def _session(
-    model: onnx.ModelProto, piece: Piece, values: Mapping[str, np.ndarray], folder: Path
+    model: onnx.ModelProto, chunk: Chunk, values: Mapping[str, np.ndarray], folder: Path
 ) -> ort.InferenceSession:
     def described(name: str) -> onnx.ValueInfoProto:
         dtype = onnx.helper.np_dtype_to_tensor_dtype(values[name].dtype)
         return onnx.helper.make_tensor_value_info(name, dtype, [None] * values[name].ndim)
 
     part = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
-    part.graph.name = "piece"
-    part.graph.node.extend(piece.nodes)
-    part.graph.initializer.extend(piece.weights)
-    part.graph.input.extend(described(name) for name in piece.reads)
-    part.graph.output.extend(onnx.ValueInfoProto(name=name) for name in piece.gives)
+    part.graph.name = "chunk"
+    part.graph.node.extend(chunk.nodes)
+    part.graph.initializer.extend(chunk.weights)
+    part.graph.input.extend(described(name) for name in chunk.reads)
+    part.graph.output.extend(onnx.ValueInfoProto(name=name) for name in chunk.gives)
     options = ort.SessionOptions()
-    options.log_severity_level = 4  # errors are raised, they need not be printed too
+    options.log_severity_level = 4  # errors are raised, so they are not printed too
     options.add_session_config_entry(_FOLDER_OF_WEIGHTS, str(folder))
     return ort.InferenceSession(
         part.SerializeToString(), options, providers=["CPUExecutionProvider"]

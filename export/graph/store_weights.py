@@ -1,4 +1,4 @@
-"""From a weight source and a plan to the weights file: one tensor in memory at a time."""
+"""Writes the weights file from a weight source and a plan, with one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from export.formats.packing import Quantized, stored_tensors
 from export.formats.round_to_nearest import round_to_nearest
 from export.graph.weights_file import WeightsFile
 from gemma_keras.checkpoints.names import WeightSpec, weight_specs
-from gemma_keras.checkpoints.source import row_pieces, table_pieces
+from gemma_keras.checkpoints.source import row_chunks, table_chunks
 from gemma_keras.config import GemmaConfig
 
 
@@ -42,10 +42,11 @@ def store_weights(
         plan: canonical name to format, for all but the norms.
         file: open for writing.
         on_progress: called with (parameters stored so far, all of them).
-        rounded: what is on a grid already, by name and format; the rest is rounded to nearest.
+        rounded: weights that are already quantized, by name and format; the others are rounded to
+            nearest.
 
     Raises:
-        ExportError: a weight does not fit float16 where the plan asks for it.
+        ExportError: a weight does not fit float16, but the plan requires it.
     """
     specs = weight_specs(config)
     total = sum(int(np.prod(spec.shape)) for spec in specs.values())
@@ -67,7 +68,7 @@ def store_weights(
 
 
 def embedding_spec(config: GemmaConfig, plan: Plan, file: WeightsFile) -> EmbeddingSpec:
-    """Where and how `store_weights` has stored the embedding table."""
+    """Returns where and how `store_weights` stored the embedding table."""
     fmt, tensors = plan["token_embedding"], file.tensors
     parts = {
         part: tensors[name]
@@ -91,13 +92,13 @@ def _store_float(
     dtype = np.dtype(np.float16 if fmt.bits == 16 else np.float32)
     file.reserve(spec.name, dtype, spec.shape)
     is_table = spec.kind == "table"
-    pieces = table_pieces(weights, spec.name) if is_table else [(0, weights[spec.name])]
-    for first, piece in pieces:
+    chunks = table_chunks(weights, spec.name) if is_table else [(0, weights[spec.name])]
+    for first, chunk in chunks:
         with np.errstate(over="ignore"):
-            stored = piece.astype(dtype, copy=False)
+            stored = chunk.astype(dtype, copy=False)
         if fmt.bits == 16 and not np.isfinite(stored).all():
             raise ExportError(
-                f"{spec.name} holds values beyond float16's 65,504; use another recipe"
+                f"{spec.name} has values beyond 65,504, the largest float16; use another recipe"
             )
         file.write_rows(spec.name, first, stored)
 
@@ -109,13 +110,13 @@ def _store_quantized(
     file: WeightsFile,
     rounded: Callable[[str, Format], Quantized | None],
 ) -> None:
-    """Store a matrix or a table, or matrices that lie one after another."""
+    """Store a matrix or a table, or fused matrices one after another."""
     label = joined_name([spec.name for spec in specs])
     num_rows = [rows_and_inputs(spec)[0] for spec in specs]
     for i, spec in enumerate(specs):
         before = sum(num_rows[:i])
-        for first, piece in _pieces(spec, weights, fmt, rounded):
-            parts = stored_tensors(piece, fmt)
+        for first, chunk in _chunks(spec, weights, fmt, rounded):
+            parts = stored_tensors(chunk, fmt)
             for part, array in parts.items():
                 name = f"{label}.{part}"
                 if not before + first:
@@ -130,7 +131,7 @@ def _store_quantized(
             file.add_view(f"{label}.{rows_of}", f"{label}.{part}", (num_rows[0], width))
 
 
-def _pieces(
+def _chunks(
     spec: WeightSpec,
     weights: Mapping[str, np.ndarray],
     fmt: Format,
@@ -142,6 +143,6 @@ def _pieces(
         yield 0, whole
         return
     is_table = spec.kind == "table"
-    pieces = table_pieces(weights, spec.name) if is_table else row_pieces(weights[spec.name].T)
-    for first, rows in pieces:
+    chunks = table_chunks(weights, spec.name) if is_table else row_chunks(weights[spec.name].T)
+    for first, rows in chunks:
         yield first, round_to_nearest(rows, fmt)

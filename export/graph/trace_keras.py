@@ -1,11 +1,11 @@
-"""The Keras layers as ONNX fragments, traced on TensorFlow: `python -m export.graph.trace_keras
+"""Traces the Keras layers on TensorFlow as ONNX fragments: `python -m export.graph.trace_keras
 FOLDER`.
 
-A process of its own, whatever backend the caller's Keras has. It reads a configuration as JSON from
-stdin and writes into FOLDER `embed.onnx`, `head.onnx` and, for each kind of block, `block.{i}.onnx`
-with i the first layer of that kind. Blocks of a kind differ in their weights only, and weights are
-inputs of the fragments: time and size of what is written do not grow with the model's depth, and no
-weight is ever allocated.
+It runs in a separate process, because the caller's Keras may have another backend. It reads a
+configuration as JSON from stdin. It writes `embed.onnx`, `head.onnx` and one `block.{i}.onnx` for
+each kind of block into FOLDER; i is the first layer of that kind. Blocks of a kind differ only in
+their weights, and weights are inputs of the fragments. So time and file size do not grow with the
+model's depth, and no weight is ever allocated.
 """
 
 # Keras's operations are typed as if they returned None or a PyTree.
@@ -55,7 +55,7 @@ def trace(config: GemmaConfig, folder: Path) -> None:
         config: the model's.
         folder: exists and is empty.
     """
-    # In this scope a variable is a shape and an initializer that nobody calls.
+    # In this scope a variable is a shape and an initializer that is never called.
     with keras.StatelessScope(initialize_variables=False):
         backbone = GemmaBackbone(config, dtype="float32", kernel_initializer="zeros")
     specs = weight_specs(config)
@@ -149,7 +149,9 @@ def _write(
     expected = {spec.name for spec in signature}
     found = {value.name for value in model.graph.input}
     if found != expected:
-        raise AssertionError(f"{path.name}: {sorted(found ^ expected)} are inputs too many or few")
+        raise AssertionError(
+            f"{path.name}: {sorted(found ^ expected)} are missing or unexpected inputs"
+        )
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 
@@ -174,7 +176,7 @@ def _convert(function) -> onnx.ModelProto:
 
 
 def main() -> int:
-    """Trace the model that stdin describes; the last line on stderr tells a failure."""
+    """Trace the model that stdin describes; after a failure the last line on stderr says why."""
     try:
         trace(GemmaConfig.from_dict(json.load(sys.stdin)), Path(sys.argv[1]))
     except Exception as error:

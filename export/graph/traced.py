@@ -1,12 +1,12 @@
-"""The traced lowering: the Keras code itself, converted to a graph of standard ONNX operators.
+"""The traced lowering: converts the Keras code to a graph of standard ONNX operators.
 
-A process of its own traces the layers on TensorFlow (`export.graph.trace_keras`), each kind of
-block once. Here the fragments are laid end to end over the stored weights, between the inputs and
-outputs of the contract. Only what the contract adds to the model is written here: where a row's
-text ends, how a past grows, at which positions logits are wanted.
+A separate process traces the layers on TensorFlow (`export.graph.trace_keras`), each kind of block
+once. This module joins the fragments over the stored weights, between the inputs and outputs of the
+contract. It adds only what the contract requires: where a row's text ends, how the past grows, and
+at which positions logits are computed.
 
-Any ONNX runtime can run the result, and because it shares no line with `export.graph.fused` it is
-that one's referee.
+Any ONNX runtime can run the result. It shares no code with `export.graph.fused`, so the two
+lowerings check each other.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ def build_traced_graph(
         ExportError: the layers could not be traced.
         ConfigError: the model is bidirectional: what it keeps of a text changes with each token.
     """
-    config.require_causal("a graph over kept keys and values")
+    config.require_causal("a graph with a key-value cache")
     for name, fmt in plan.items():
         check_format(name, fmt)
     if kv_scales:
         raise ExportRequestError(
-            "standard operators keep keys and values as floats; leave --kv-cache-dtype, or use "
-            "--lowering fused"
+            "with standard operators keys and values are floats; remove --kv-cache-dtype, "
+            "or use --lowering fused"
         )
     return _TracedGraph(config, plan, weights, contract).build()
 
@@ -225,7 +225,7 @@ class _TracedGraph:
             elif node.op_type == "Gather" and inputs[0] is table and inputs[1] is not None:
                 copied = [self._rows(str(table.name), inputs[1])]
             else:
-                raise AssertionError(f"{node.op_type} reads the whole of {table.name}")
+                raise AssertionError(f"{node.op_type} reads all of {table.name}")
             values |= dict(zip(node.outputs, copied, strict=True))
         return {str(value.name): values[value] for value in graph.outputs}
 
@@ -242,7 +242,8 @@ class _TracedGraph:
 
 
 def _in_order(graph: ir.Graph) -> list[ir.Node]:
-    """Its nodes as its outputs need them: an order that depends on the graph's structure alone."""
+    """Returns its nodes in the order in which its outputs need them, which depends only on the
+    graph's structure."""
     order: dict[ir.Node, None] = {}
 
     def visit(value: ir.Value | None) -> None:
@@ -268,7 +269,7 @@ sys.exit(main())
 
 @functools.lru_cache(maxsize=4)
 def trace(config: GemmaConfig) -> Mapping[str, bytes]:
-    """What `export.graph.trace_keras` makes of a configuration: fragment name to ONNX model.
+    """Runs `export.graph.trace_keras` on a configuration; returns fragment name to ONNX model.
 
     Raises:
         ExportError: it failed; the message ends with its reason.
@@ -298,7 +299,9 @@ def trace(config: GemmaConfig) -> Mapping[str, bytes]:
 def _reason(done: subprocess.CompletedProcess[str]) -> str:
     what = "the Keras model could not be traced on TensorFlow"
     if done.returncode < 0:
-        return f"{what}: the process was ended by signal {-done.returncode}; is memory short?"
+        return (
+            f"{what}: signal {-done.returncode} ended the process, perhaps because memory was short"
+        )
     said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     reason = said[-1] if said else f"exit status {done.returncode}"
     if reason.startswith("ModuleNotFoundError"):

@@ -1,4 +1,4 @@
-"""The bundle's one file of weights: tensors appended as they are made, shared by all graphs."""
+"""Writes the bundle's weights file, to which tensors are appended and which all graphs share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SMALL = 64
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies in the weights file."""
+    """The place of a tensor in the weights file."""
 
     dtype: ir.DataType
     shape: tuple[int, ...]
@@ -58,7 +58,7 @@ class WeightsFile:
     def reserve(self, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> None:
         """Append room for a tensor under a new name, to be filled by `write_rows`."""
         if name in self.tensors:
-            raise ValueError(f"{name} is stored already")
+            raise ValueError(f"{name} is already stored")
         num_bytes = math.prod(shape) * dtype.itemsize
         offset = self._position + -self._position % (_PAGE if num_bytes >= _PAGE else _SMALL)
         self._position = offset + num_bytes
@@ -76,7 +76,7 @@ class WeightsFile:
         """Name the bytes of a stored tensor a second time, under another shape."""
         stored = self.tensors[of]
         if math.prod(shape) != math.prod(stored.shape):
-            raise ValueError(f"{name}: {shape} and {stored.shape} differ in size")
+            raise ValueError(f"{name}: {shape} and {stored.shape} have different sizes")
         self.tensors[name] = dataclasses.replace(stored, shape=shape)
 
     def add_rows(self, name: str, of: str, first: int, count: int) -> None:
@@ -109,7 +109,7 @@ class WeightsFile:
         dtype = stored.dtype if dtype is None else dtype
         shape = stored.shape if shape is None else tuple(shape)
         if math.ceil(math.prod(shape) * dtype.bitwidth / 8) != stored.num_bytes:
-            raise ValueError(f"{name}: {dtype.name} {shape} does not take {stored.num_bytes} bytes")
+            raise ValueError(f"{name}: {dtype.name} {shape} does not have {stored.num_bytes} bytes")
         tensor = ir.ExternalTensor(
             self.path.name,
             stored.offset,

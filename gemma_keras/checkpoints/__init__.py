@@ -1,4 +1,4 @@
-"""Files of checkpoints, of every format: what `gemma_keras.open_checkpoint` reads."""
+"""Reads and writes checkpoint files of all formats for `gemma_keras.open_checkpoint`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def __getattr__(name: str) -> Any:
-    """`open_checkpoint`, which was here before; it is `gemma_keras.open_checkpoint`."""
+    """Keeps the old import of `open_checkpoint`, now `gemma_keras.open_checkpoint`."""
     if name != "open_checkpoint":
         raise AttributeError(f"module 'gemma_keras.checkpoints' has no attribute {name!r}")
     from gemma_keras.open import open_checkpoint

@@ -1,8 +1,8 @@
-"""Chat templates, which are Jinja programs, and the `TurnTemplate` that does what one does.
+"""Recognizes chat templates, which are Jinja programs, as an equivalent `TurnTemplate`.
 
-A template is recognized by what it renders: a probe conversation, whose turns show tokens, role
-names and the place of a system text; what a `TurnTemplate` then makes of the probes has to be that
-same text. So a template may be written in any way, and be of Gemma's turns or of ChatML.
+A template is recognized by its output for probe conversations. The output shows its tokens, role
+names and the place of the system text. A `TurnTemplate` must then render the probes to the same
+text. So the Jinja code does not matter; the turns must be Gemma's or ChatML's.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def read_folder_template(folder: Path, tokenizer_config: Mapping[str, Any]) -> s
 
 
 def _template_in(entry: Any) -> str | None:
-    """A template as text, or the default one of a list of those with names."""
+    """Returns a template as text, or the default one of a list of named templates."""
     if isinstance(entry, list):
         pairs = [e for e in entry if isinstance(e, Mapping)]
         named = {str(e.get("name")): e.get("template") for e in pairs}
@@ -68,10 +68,10 @@ def _template_in(entry: Any) -> str | None:
 def turns_of(
     template: str | None, tokenizer_model: bytes | None
 ) -> tuple[TurnTemplate, bool, tuple[str, ...]]:
-    """The turns that a model was tuned to follow, whether its template says so, and remarks.
+    """Returns the turns that a model follows, whether its template says so, and remarks.
 
-    Where there is no template, or none that is known, they are those that the tokenizer has tokens
-    for, and a remark tells of the template.
+    Without a supported template, the turns are those that the tokenizer has tokens for. A remark
+    then says that the template was not supported.
 
     Args:
         template: the Jinja text.
@@ -84,11 +84,12 @@ def turns_of(
     if isinstance(found, TurnTemplate):
         if tokenizer_model is None or _has_tokens(found, tokenizer_model):
             return found, True, ()
-        found = f"the tokenizer has no tokens {found.start_of_turn} and {found.end_of_turn}"
+        found = f"the tokenizer lacks the tokens {found.start_of_turn} and {found.end_of_turn}"
     remark = (
-        f"the model's chat template cannot be followed: {found}. So it counts as a model that was "
-        "not tuned to follow turns; instruction_tuned=True (export-onnx: --instruction-tuned) "
-        f"decides otherwise, and then its turns are {likely.start_of_turn} … {likely.end_of_turn}"
+        f"the model's chat template is not supported: {found}. The model is therefore "
+        "treated as a base model. To treat it as instruction-tuned, set "
+        "instruction_tuned=True (export-onnx: --instruction-tuned); its turns are then "
+        f"{likely.start_of_turn} … {likely.end_of_turn}"
     )
     return likely, False, (remark,)
 
@@ -103,7 +104,8 @@ def _has_tokens(turns: TurnTemplate, tokenizer_model: bytes | None) -> bool:
 
 @functools.lru_cache(maxsize=32)
 def recognized(template: str) -> TurnTemplate | str:
-    """The turns that a template renders, or a sentence's end that says why there are none."""
+    """Returns the turns that a template renders, or the end of a sentence that says why it is not
+    supported."""
     for turns in TURN_TEMPLATES:
         if template == jinja_template(turns):  # what is written here need not be run
             return turns
@@ -116,7 +118,7 @@ def recognized(template: str) -> TurnTemplate | str:
         found = _turns_in(texts, turns.start_of_turn, turns.end_of_turn)
         if found is not None:
             return found
-    return "what it renders is neither Gemma's turns nor ChatML"
+    return "it renders neither Gemma's turns nor ChatML"
 
 
 def _turns_in(texts: Sequence[str | None], start: str, end: str) -> TurnTemplate | None:
@@ -145,7 +147,7 @@ def _turns_in(texts: Sequence[str | None], start: str, end: str) -> TurnTemplate
     )
     beginning = match["bos"] or ""
     for probe, text in zip(_PROBES, texts, strict=True):
-        # A template may refuse a system text, or leave it out.
+        # A template may reject a system text, or ignore it.
         silent = probe[0]["role"] == "system" and (text is None or text == talk)
         if not silent and not _same(turns.text(probe, beginning), text, turns):
             return None
@@ -153,7 +155,7 @@ def _turns_in(texts: Sequence[str | None], start: str, end: str) -> TurnTemplate
 
 
 def _same(ours: str, text: str | None, turns: TurnTemplate) -> bool:
-    """Whether a text is ours, perhaps without the beginning of the model's turn."""
+    """Whether a text equals ours, possibly without the beginning of the model's turn."""
     prompt = f"{turns.start_of_turn}{turns.model}\n"
     return text is not None and text.removesuffix("\n") in (
         ours.removesuffix("\n"),
@@ -162,7 +164,7 @@ def _same(ours: str, text: str | None, turns: TurnTemplate) -> bool:
 
 
 def _render(template: str) -> list[str | None] | str:
-    """What the probes become, or why there is nothing."""
+    """Returns the rendered probes, or why they could not be rendered."""
     request = {
         "path": sys.path,
         "template": template,
@@ -181,9 +183,9 @@ def _render(template: str) -> list[str | None] | str:
         texts = None
     else:
         if texts is None and b"No module named 'jinja2'" in done.stderr:
-            return "jinja2, which runs it, is not installed (pip install jinja2)"
+            return "jinja2, which renders it, is not installed (pip install jinja2)"
     if not isinstance(texts, list) or len(texts) != len(_PROBES):
-        return "it is no Jinja template, or takes too long or too much memory to render"
+        return "it is not a valid Jinja template, or it needs too much time or memory to render"
     return texts
 
 
@@ -233,8 +235,8 @@ def _literal(text: str) -> str:
 
 
 def chat_template(checkpoint: Checkpoint) -> str | None:
-    """The template for other runtimes: the model's own, unless `instruction_tuned` was set to what
-    that does not say; then that of its turns, or none."""
+    """Returns the template for other runtimes: the model's own, unless `instruction_tuned`
+    contradicts it. Then it is the template of its turns, or none."""
     own, tuned = checkpoint.chat_template, checkpoint.instruction_tuned
     if own is not None and (recognized(own) == checkpoint.turns) == tuned:
         return own

@@ -1,4 +1,4 @@
-"""What a file is by its first bytes: a GGUF, or what Git leaves in place of a large file."""
+"""Recognizes a file by its first bytes: a GGUF file or a Git LFS pointer."""
 
 from __future__ import annotations
 
@@ -13,13 +13,10 @@ def begins_as_gguf(path: Path) -> bool:
 
 
 def explain_pointer(path: Path) -> str | None:
-    """What to say of a Git LFS pointer; `None` for any other file."""
+    """Returns the message for a Git LFS pointer; `None` for any other file."""
     if _first_bytes(path, len(_POINTER)) != _POINTER:
         return None
-    return (
-        f"{path} is a Git LFS pointer, a few lines in place of the file; fetch the file itself "
-        "with: git lfs pull"
-    )
+    return f"{path} is a Git LFS pointer, not the file itself; fetch the file with: git lfs pull"
 
 
 def _first_bytes(path: Path, count: int) -> bytes:

@@ -1,4 +1,4 @@
-"""Checkpoints that have a name elsewhere: on the Hugging Face Hub, or among KerasHub's presets."""
+"""Finds checkpoints by name on the Hugging Face Hub or among KerasHub's presets."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def hf_name(source: str | os.PathLike[str]) -> str | None:
 def download(name: str) -> Path:
     """A repository of the Hugging Face Hub as a folder, from its cache if it is there.
 
-    Files that may hold code, such as pickles, are not fetched.
+    Files that may contain code, such as pickles, are not downloaded.
 
     Raises:
         CheckpointError: it does not exist, its terms were not accepted, or there is no network.
@@ -42,19 +42,19 @@ def download(name: str) -> Path:
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError as error:
         raise CheckpointError(
-            f"{name} is no file here; to look for it on the Hugging Face Hub, run: "
-            "pip install huggingface_hub"
+            f"{name} is not a local file; to find it on the Hugging Face Hub, run: pip "
+            "install huggingface_hub"
         ) from error
     try:
         return Path(snapshot_download(name, allow_patterns=_HF_FILES))
     except LocalEntryNotFoundError as error:
         raise CheckpointError(
-            f"{name} is no file here, and the Hugging Face Hub cannot be reached"
+            f"{name} is not a local file, and the Hugging Face Hub cannot be reached"
         ) from error
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
-            f"{name} cannot be fetched from the Hugging Face Hub ({reason}); if it is a gated "
+            f"{name} cannot be downloaded from the Hugging Face Hub ({reason}); for a gated "
             "model, accept its terms there and run: hf auth login"
         ) from error
 
@@ -64,10 +64,10 @@ def local_or_downloaded(source: str | os.PathLike[str], wanted: str) -> Path:
 
     Args:
         source: a path, or a name on the Hugging Face Hub.
-        wanted: what to give in place of it where it is neither, after "give".
+        wanted: valid sources, for the error message after "give".
 
     Raises:
-        CheckpointError: it is neither, or cannot be fetched.
+        CheckpointError: it is neither, or cannot be downloaded.
     """
     path = Path(source)
     if path.exists():
@@ -79,8 +79,8 @@ def local_or_downloaded(source: str | os.PathLike[str], wanted: str) -> Path:
 
 
 def opens_with_keras(source: str | os.PathLike[str]) -> bool:
-    """Whether opening it starts Keras, which may take seconds: what Keras wrote, and whatever may
-    be the name of a preset."""
+    """Whether opening it starts Keras, which may take seconds: files that Keras wrote, and possible
+    preset names."""
     path = Path(source)
     if path.exists():
         return path.is_dir() and bool(_registered_name(path))
@@ -132,13 +132,13 @@ def is_own_preset(path: str | os.PathLike[str]) -> bool:
 
 
 def _registered_name(folder: Path) -> str:
-    """The class that a `config.json` of Keras's names; empty if there is none."""
+    """Returns the class that a Keras `config.json` names; empty if it names no class."""
     path = folder / "config.json"
     try:
         if path.stat().st_size > _MAX_JSON:
             return ""
-        found = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return ""
-    name = found.get("registered_name") if isinstance(found, dict) else None
+    name = content.get("registered_name") if isinstance(content, dict) else None
     return name if isinstance(name, str) else ""

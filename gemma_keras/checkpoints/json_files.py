@@ -1,4 +1,4 @@
-"""JSON files of a checkpoint, read with care: they may come from anywhere."""
+"""Reads the JSON files of a checkpoint safely, because they may come from an untrusted source."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
-        CheckpointError: the file is missing or larger than one can be, or holds something else.
+        CheckpointError: the file is missing, too large, or not a JSON object.
     """
     data = read_json_value(path)
     if not isinstance(data, dict):
@@ -25,10 +25,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_json_value(path: Path) -> Any:
-    """As `read_json`, whatever the value is."""
+    """Like `read_json`, for any JSON value."""
     try:
         if path.stat().st_size > _MAX_JSON:
-            raise CheckpointError(f"{path} is larger than a JSON file of a checkpoint can be")
+            raise CheckpointError(f"{path} is too large for a JSON file of a checkpoint")
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None

@@ -1,7 +1,7 @@
-"""One table of every weight: its name here, in Hugging Face and in GGUF, its shape and its kind.
+"""The table of all weights: canonical name, Hugging Face name, GGUF name, shape and kind.
 
-Readers and writers of all formats go through it, in both directions, so a name or a transform is
-written once. Canonical conventions:
+Readers and writers of all formats use this table, so each name and transform is defined once.
+Canonical conventions:
 
 * a `matrix` is `[in, out]`, as a Keras `Dense` kernel is; both files store `[out, in]`;
 * a `norm` is the `scale` in `x * (1 + scale)`; GGUF stores `1 + scale`;
@@ -202,5 +202,5 @@ def head_table(config: GemmaConfig) -> str:
 
 
 def parameter_count(config: GemmaConfig) -> int:
-    """How many numbers the model has, the embedding counted once when it is also the head."""
+    """Returns the number of parameters; a tied embedding counts once."""
     return sum(int(np.prod(spec.shape, dtype=np.int64)) for spec in weight_specs(config).values())

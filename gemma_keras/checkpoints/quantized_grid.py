@@ -1,8 +1,8 @@
-"""Weights that a checkpoint holds as small integers, read as those integers: `QuantizedGrid`.
+"""Reads the quantized weights of a checkpoint as integers with scales (`QuantizedGrid`).
 
-What a file keeps in 4 or 8 bits was rounded once already, sometimes by training (Gemma's QAT
-checkpoints). Read as floats it would be rounded a second time when it is exported; read as levels
-and scales it can be stored again as it is.
+Weights of 4 or 8 bits have already been rounded once, sometimes by training (Gemma's QAT
+checkpoints). Read as floats they would be rounded again at export. Read as integers and scales they
+can be stored unchanged.
 
 GGUF's block layouts: https://github.com/ggml-org/ggml/blob/master/src/ggml-common.h
 """
@@ -54,8 +54,8 @@ class QuantizedGrid:
         )
 
     def values(self) -> np.ndarray:
-        """The numbers that it stands for, float32 `[rows, inputs]`: to the bit what its source
-        gives as floats."""
+        """Returns the dequantized values, float32 `[rows, inputs]`, bit-identical to the source's
+        floats."""
         values = self.levels.astype(np.float32)
         values -= self._by_input(self.zero_points)
         values *= self._by_input(self.scales)
@@ -69,15 +69,14 @@ class QuantizedGrid:
 
 @runtime_checkable
 class GridSource(Protocol):
-    """Weights by canonical name, some of which lie on a grid."""
+    """Weights by canonical name, some of which are quantized."""
 
     def stored_as(self, name: str) -> str | None:
-        """In what type of few bits the source holds a weight, for people; `None` for floats."""
+        """Returns the name of a weight's quantized type in the source; `None` for floats."""
         ...
 
     def grid(self, name: str) -> QuantizedGrid | None:
-        """A weight on its grid, rows as in `QuantizedGrid`; `None` if it lies on none known
-        here."""
+        """Returns a weight as a `QuantizedGrid`; `None` if it is not on a supported grid."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""A SentencePiece model as the vocabulary that GGUF metadata carries, in both directions."""
+"""Converts a SentencePiece model to the vocabulary in GGUF metadata, and back."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gemma_keras.text.stream import processor
 _USER_DEFINED, _UNUSED, _BYTE = 4, 5, 6
 _TYPES = range(1, 7)
 SPACE = "\u2581"
-# More ids that end a text than GGUF has keys for.
+# Holds stop ids for which GGUF has no keys.
 STOP_KEY = "gemma_keras.stop_token_ids"
 # SentencePiece's name of a token with a meaning, GGUF's key, Gemma's id.
 _ROLES = (
@@ -33,19 +33,19 @@ def build_sentencepiece_model(metadata: Mapping[str, Any]) -> bytes:
     that SentencePiece matches the piece against.
 
     Raises:
-        CheckpointError: the keys are missing, of unequal lengths, describe another tokenizer, or
-            one that SentencePiece refuses.
+        CheckpointError: the keys are missing, have unequal lengths, describe another kind of
+            tokenizer, or SentencePiece cannot load the result.
     """
     if metadata.get("tokenizer.ggml.model") != "llama":
         raise CheckpointError(
-            f"the tokenizer is {reprlib.repr(metadata.get('tokenizer.ggml.model'))}; Gemma's is a "
-            "SentencePiece model, which GGUF calls 'llama'"
+            f"the tokenizer is {reprlib.repr(metadata.get('tokenizer.ggml.model'))}; Gemma "
+            "needs a SentencePiece model, which GGUF calls 'llama'"
         )
     tokens, scores, kinds = (_column(metadata, key) for key in ("tokens", "scores", "token_type"))
     if not len(tokens) == len(scores) == len(kinds):
         raise CheckpointError(
-            f"the tokenizer has {len(tokens):,} tokens, {len(scores):,} scores and {len(kinds):,} "
-            "types; they must be equally many"
+            f"the tokenizer has {len(tokens):,} tokens, {len(scores):,} scores and "
+            f"{len(kinds):,} types; the three numbers must be equal"
         )
 
     model = empty_model()
@@ -79,7 +79,7 @@ def gguf_stops(metadata: Mapping[str, Any]) -> tuple[int, ...]:
     """The ids that end a text, by `tokenizer.ggml.*` keys.
 
     Raises:
-        CheckpointError: one is no id of the vocabulary.
+        CheckpointError: one is not an id of the vocabulary.
     """
     num_tokens = len(metadata.get("tokenizer.ggml.tokens", []))
     found = [
@@ -119,33 +119,33 @@ def empty_model() -> Any:
 
 
 def serialized(model: Any) -> bytes:
-    """A SentencePiece model as bytes, which SentencePiece has opened.
+    """Returns a SentencePiece model as bytes, after SentencePiece has loaded it.
 
     Raises:
-        CheckpointError: it refuses them.
+        CheckpointError: SentencePiece cannot load them.
     """
     return opened(model.SerializeToString())
 
 
 def opened(data: bytes) -> bytes:
-    """The same bytes of a SentencePiece model, which SentencePiece has opened.
+    """Returns the same bytes of a SentencePiece model, after SentencePiece has loaded it.
 
     Raises:
-        CheckpointError: it refuses them.
+        CheckpointError: SentencePiece cannot load them.
     """
     try:
         processor(data)
     except Exception as error:  # RuntimeError or its own, by version
-        raise CheckpointError(f"SentencePiece refuses the tokenizer: {error}") from error
+        raise CheckpointError(f"SentencePiece cannot load the tokenizer: {error}") from error
     return data
 
 
 def tokenizer_metadata(model: bytes, vocabulary_size: int) -> dict[str, Any]:
     """The `tokenizer.ggml.*` keys that say a SentencePiece model: `build_sentencepiece_model` back.
 
-    A user-defined piece is written with spaces, not with U+2581: llama.cpp looks for it in the text
-    as it is. A table longer than the tokenizer, as that of Gemma 3 with images, is filled with
-    unused pieces: GGUF's vocabulary is as long as its list of tokens.
+    A user-defined token is written with spaces, not with U+2581, because llama.cpp matches it in
+    the original text. If the embedding table has more rows than the tokenizer, as in Gemma 3 with
+    images, unused tokens are added: GGUF's vocabulary size is the length of its list of tokens.
 
     Args:
         model: the serialized SentencePiece model.
@@ -192,16 +192,20 @@ def parse_tokenizer(model: bytes) -> Any:
     parsed = parse_model(model)
     trainer, normalizer = parsed.trainer_spec, parsed.normalizer_spec
     if trainer.model_type != trainer.BPE:
-        raise CheckpointError("tokenizer.model is not a BPE model, which Gemma's tokenizer is")
+        raise CheckpointError("tokenizer.model is not a BPE model, as Gemma's tokenizer is")
     if (
         normalizer.precompiled_charsmap
         or normalizer.add_dummy_prefix
         or normalizer.remove_extra_whitespaces
     ):
-        raise CheckpointError("tokenizer.model changes text before it cuts it; Gemma's does not")
+        raise CheckpointError(
+            "tokenizer.model normalizes text before tokenizing it; Gemma's tokenizer does not"
+        )
     for name in ("bos", "eos", "unk"):
         if not 0 <= getattr(trainer, f"{name}_id") < len(parsed.pieces):
-            raise CheckpointError(f"tokenizer.model has no {name} token, which Gemma's has")
+            raise CheckpointError(
+                f"tokenizer.model lacks the {name} token, which Gemma's tokenizer has"
+            )
     return parsed
 
 
@@ -209,7 +213,8 @@ def check_fits(num_pieces: int, vocabulary_size: int) -> None:
     """Raise `CheckpointError` if the model's table lacks rows for pieces of the tokenizer."""
     if num_pieces > vocabulary_size:
         raise CheckpointError(
-            f"the tokenizer has {num_pieces:,} pieces, the model's vocabulary {vocabulary_size:,}"
+            f"the tokenizer has {num_pieces:,} tokens, but the model's vocabulary has "
+            f"{vocabulary_size:,}"
         )
 
 
@@ -230,7 +235,7 @@ def _token_id(metadata: Mapping[str, Any], key: str, default: int, vocabulary_si
     value = metadata.get(f"tokenizer.ggml.{key}", default)
     if type(value) is not int or not 0 <= value < vocabulary_size:
         raise CheckpointError(
-            f"tokenizer.ggml.{key} is {reprlib.repr(value)}; the vocabulary's ids end at "
-            f"{vocabulary_size - 1}"
+            f"tokenizer.ggml.{key} is {reprlib.repr(value)}; the largest id of the "
+            f"vocabulary is {vocabulary_size - 1}"
         )
     return value

@@ -1,4 +1,4 @@
-"""What every checkpoint format is read into: a configuration, lazy weights, a tokenizer."""
+"""Defines `Checkpoint`: a configuration, weights that are read on demand, and a tokenizer."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from gemma_keras.config import GemmaConfig
 from gemma_keras.errors import CheckpointError
 from gemma_keras.text.chat import GEMMA_TURNS, TurnTemplate, all_stops
 
-PIECE_BYTES = 64 << 20  # of a table, in float32, in memory at once
+CHUNK_BYTES = 64 << 20  # chunk of a table in memory at a time, in float32
 
 
 class WeightSource(Mapping[str, np.ndarray]):
-    """Canonical names to float32 arrays, each read from its file when it is asked for.
+    """Canonical names to float32 arrays, each read from its file on demand.
 
     Args:
         config: what the weights must fit.
@@ -26,7 +26,7 @@ class WeightSource(Mapping[str, np.ndarray]):
         file_shapes: name in the file to row-major shape, for all its tensors.
         read: reads one tensor of the file, by its name there, as float32.
         ignore: names in the file that are allowed to be left over.
-        stored_as: names a tensor's type of few bits, or `None`, by its name in the file.
+        stored_as: returns a tensor's quantized type or `None`, by its name in the file.
         read_rows: the same of some rows of a tensor, first and last; reads no others.
         grid: reads one tensor as integers with scales, by its name in the file, `None` where it
             has none; the file's last axis must be the inputs.
@@ -60,18 +60,18 @@ class WeightSource(Mapping[str, np.ndarray]):
             left_over.discard(spec.file_name(file_format))
         if left_over:
             raise CheckpointError(
-                f"the checkpoint holds {len(left_over)} tensors that this model has no place for: "
-                f"{', '.join(sorted(left_over)[:5])}"
+                f"the checkpoint holds {len(left_over)} tensors that this model does not "
+                f"have: {', '.join(sorted(left_over)[:5])}"
             )
 
     def _check(self, spec: WeightSpec, file_shapes: Mapping[str, tuple[int, ...]]) -> None:
         name = spec.file_name(self._format)
-        found = file_shapes.get(name)
-        if found is None:
+        shape = file_shapes.get(name)
+        if shape is None:
             raise CheckpointError(f"the checkpoint lacks the tensor {name}")
-        if tuple(found) != spec.file_shape:
+        if tuple(shape) != spec.file_shape:
             raise CheckpointError(
-                f"the tensor {name} has shape {list(found)}; the configuration asks for "
+                f"the tensor {name} has shape {list(shape)}, but the configuration needs "
                 f"{list(spec.file_shape)}"
             )
 
@@ -93,25 +93,25 @@ class WeightSource(Mapping[str, np.ndarray]):
         self._check_finite(spec, rows)
         return rows
 
-    def table_pieces(self, name: str, piece_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
-        """A table in pieces, one in memory at a time: the first row's number, float32 rows.
+    def table_chunks(self, name: str, chunk_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields a table in chunks, one in memory at a time: the first row's index, float32 rows.
 
-        Of a matrix too, whose rows are those of the file, its outputs.
+        Also works for a matrix; its rows are then the outputs, as in the file.
 
         Raises:
             CheckpointError: a value is not finite.
         """
         num_rows, width = self.specs[name].file_shape
-        step = _rows_in(piece_bytes, width)
+        step = _rows_in(chunk_bytes, width)
         for first in range(0, num_rows, step):
             yield first, self.rows(name, first, min(first + step, num_rows))
 
     def stored_as(self, name: str) -> str | None:
-        """In what type of few bits the file holds a weight, such as `Q4_0`; `None` for floats."""
+        """Returns a weight's quantized type in the file, such as `Q4_0`; `None` for floats."""
         return self._stored_as(self.specs[name].file_name(self._format))
 
     def grid(self, name: str) -> QuantizedGrid | None:
-        """A matrix or table as the integers that the file holds; `None` if it holds none known.
+        """Returns a matrix or table as the integers in the file; `None` for an unsupported type.
 
         Rows are a matrix's outputs or a table's tokens; `values()` are to the bit what reading the
         weight by its name gives (transposed, for a matrix).
@@ -147,50 +147,51 @@ class WeightSource(Mapping[str, np.ndarray]):
 
 @runtime_checkable
 class TableSource(Protocol):
-    """Weights whose tables can be read piece by piece, as those of a file can."""
+    """Weights whose tables can be read in chunks."""
 
-    def table_pieces(self, name: str, piece_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
-        """As `table_pieces`."""
+    def table_chunks(self, name: str, chunk_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
+        """As `table_chunks`."""
         ...
 
 
-def table_pieces(
-    weights: Mapping[str, np.ndarray], name: str, piece_bytes: int = PIECE_BYTES
+def table_chunks(
+    weights: Mapping[str, np.ndarray], name: str, chunk_bytes: int = CHUNK_BYTES
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """A table in pieces of about `piece_bytes`: the first row's number, float32 rows.
+    """Yields a table in chunks of about `chunk_bytes`: the first row's index, float32 rows.
 
-    Where the weights are a `TableSource`, only one piece is in memory.
+    If the weights are a `TableSource`, only one chunk is in memory.
     """
     if isinstance(weights, TableSource):
-        return weights.table_pieces(name, piece_bytes)
-    return row_pieces(weights[name], piece_bytes)
+        return weights.table_chunks(name, chunk_bytes)
+    return row_chunks(weights[name], chunk_bytes)
 
 
 def finite(name: str, array: np.ndarray) -> np.ndarray:
-    """A weight of a live model, as it is.
+    """Returns a weight of a model in memory, after checking that it is finite.
 
     Raises:
-        CheckpointError: a number in it is not finite.
+        CheckpointError: a value is not finite.
     """
     if not np.isfinite(array).all():
         raise CheckpointError(
-            f"the model's weight {name} holds numbers that are not finite, as training leaves them "
-            "whose loss became nan; load the model again"
+            f"the model's weight {name} holds values that are not finite, for example after "
+            "a training whose loss became NaN; load the model again"
         )
     return array
 
 
-def row_pieces(
-    array: np.ndarray, piece_bytes: int = PIECE_BYTES
+def row_chunks(
+    array: np.ndarray, chunk_bytes: int = CHUNK_BYTES
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """An array in pieces of about `piece_bytes` of float32: the first row's number, the rows."""
-    step = _rows_in(piece_bytes, array.shape[1])
+    """Yields an array in chunks of about `chunk_bytes` of float32: the first row's index, the
+    rows."""
+    step = _rows_in(chunk_bytes, array.shape[1])
     for first in range(0, len(array), step):
         yield first, array[first : first + step]
 
 
-def _rows_in(piece_bytes: int, width: int) -> int:
-    return max(1, piece_bytes // (4 * width))
+def _rows_in(chunk_bytes: int, width: int) -> int:
+    return max(1, chunk_bytes // (4 * width))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +200,7 @@ class Checkpoint:
 
     Attributes:
         config: its architecture.
-        weights: canonical name to float32 array, read when asked for.
+        weights: canonical name to float32 array, read on demand.
         tokenizer_model: the SentencePiece model, serialized; `None` if the checkpoint has none.
             Text does not produce its control pieces; see `special_pieces`.
         instruction_tuned: whether it was tuned to follow `turns`.
@@ -211,7 +212,7 @@ class Checkpoint:
         stop: ids that end a text, as far as its files name them; `stop_ids` are all.
         turns: the turn template that it follows, or that its tokenizer has tokens for.
         chat_template: its own template in Jinja, whether or not that could be recognized.
-        remarks: what reading it has passed over or changed, a sentence each.
+        remarks: what was ignored or changed while reading, one sentence each.
     """
 
     config: GemmaConfig
@@ -239,43 +240,45 @@ class Checkpoint:
         )
 
 
-def file_pieces(
+def file_chunks(
     checkpoint: Checkpoint, spec: WeightSpec, file_format: FileFormat
 ) -> Iterator[np.ndarray]:
-    """A weight as a file holds it, float32 from row to row; of a table a piece is in memory.
+    """Yields a weight as a file stores it, float32 in order of rows; only one chunk of a table is
+    in memory.
 
     Raises:
-        CheckpointError: the weight is missing or of another shape.
+        CheckpointError: the weight is missing or has another shape.
     """
     if spec.name not in checkpoint.weights:
         raise CheckpointError(f"the weights lack {spec.name}")
     if spec.kind == "table":
-        pieces = (rows for _, rows in table_pieces(checkpoint.weights, spec.name))
+        chunks = (rows for _, rows in table_chunks(checkpoint.weights, spec.name))
     else:
         array = spec.to_file(checkpoint.weights[spec.name], file_format)
-        pieces = iter([array]) if array.ndim == 1 else (rows for _, rows in row_pieces(array))
-    wrong = CheckpointError(f"{spec.name} is not of the shape {list(spec.shape)}")
+        chunks = iter([array]) if array.ndim == 1 else (rows for _, rows in row_chunks(array))
+    wrong = CheckpointError(f"{spec.name} must have the shape {list(spec.shape)}")
     num_rows = 0
-    for piece in pieces:
-        num_rows += len(piece)
-        if piece.shape[1:] != spec.file_shape[1:] or num_rows > spec.file_shape[0]:
+    for chunk in chunks:
+        num_rows += len(chunk)
+        if chunk.shape[1:] != spec.file_shape[1:] or num_rows > spec.file_shape[0]:
             raise wrong
-        yield np.ascontiguousarray(piece, np.float32)
+        yield np.ascontiguousarray(chunk, np.float32)
     if num_rows != spec.file_shape[0]:
         raise wrong
 
 
 def check_range(array: np.ndarray, largest: float, name: str, stored_as: str) -> None:
-    """Refuse numbers that become infinite in another type, and those that are not finite.
+    """Raise an error for values that are not finite, or too large for another type.
 
     Args:
         array: float32.
-        largest: the greatest magnitude that `stored_as` holds.
+        largest: the largest magnitude of `stored_as`.
         name: of the weight.
         stored_as: the type, for people.
     """
-    found = np.abs(array).max()
-    if not found <= largest:
+    greatest = np.abs(array).max()
+    if not greatest <= largest:
         raise CheckpointError(
-            f"{name} holds {found:g}, {stored_as} ends at {largest:g}; write another type"
+            f"{name} holds {greatest:g}, but the largest {stored_as} is {largest:g}; write "
+            "another type"
         )

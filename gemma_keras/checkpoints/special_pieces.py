@@ -1,8 +1,8 @@
-"""Which pieces of a tokenizer a text cannot produce, whatever the files call them.
+"""Makes special tokens control tokens, so that plain text cannot produce them.
 
-Files type the pieces of turns and of a text's beginning and end as they like: as control, as
-user-defined (which SentencePiece finds in a text) or as ordinary pieces. Here they are control
-pieces, so that a user's words never open or close a turn; who wants them is given them by id.
+Files mark the tokens of turns and of a text's beginning and end differently. They may be control
+tokens, user-defined tokens (which SentencePiece matches in a text) or ordinary tokens. Here they
+become control tokens, so that user text never opens or closes a turn. They can only be added by id.
 """
 
 from __future__ import annotations
@@ -25,19 +25,21 @@ def parse_model(model: bytes, what: str = "tokenizer.model") -> Any:
     """A serialized SentencePiece model as its protobuf message.
 
     Raises:
-        CheckpointError: it is none.
+        CheckpointError: it is not valid.
     """
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2 as proto
 
     if len(model) > _MAX_BYTES:
-        raise CheckpointError(f"{what} has {len(model):,} bytes, more than a tokenizer can have")
+        raise CheckpointError(
+            f"{what} has {len(model):,} bytes, which is too large for a tokenizer"
+        )
     try:
         parsed = proto.ModelProto.FromString(model)
     except DecodeError as error:
         raise CheckpointError(f"{what} is not a SentencePiece model: {error}") from error
     if not parsed.pieces:
-        raise CheckpointError(f"{what} is not a SentencePiece model: it has no pieces")
+        raise CheckpointError(f"{what} is not a SentencePiece model: it has no tokens")
     return parsed
 
 
@@ -45,10 +47,10 @@ def parse_model(model: bytes, what: str = "tokenizer.model") -> Any:
 def with_control_pieces(model: bytes) -> bytes:
     """A serialized SentencePiece model whose special pieces are control pieces.
 
-    It is returned as it is where they are already.
+    If they already are, the model is returned unchanged.
 
     Raises:
-        CheckpointError: it is no SentencePiece model.
+        CheckpointError: it is not a SentencePiece model.
     """
     parsed = parse_model(model)
     return parsed.SerializeToString() if mark_control(parsed) else model
@@ -58,7 +60,7 @@ def mark_control(parsed: Any, ids: Iterable[int] = ()) -> bool:
     """Make the special pieces of a parsed model, and those of `ids`, control pieces.
 
     Returns:
-        Whether one of them was not.
+        Returns whether one of them was not a control piece before.
     """
     kinds = parsed.SentencePiece
     kept = (kinds.CONTROL, kinds.UNKNOWN, kinds.BYTE)
@@ -72,7 +74,7 @@ def mark_control(parsed: Any, ids: Iterable[int] = ()) -> bool:
 
 @functools.lru_cache(maxsize=4)
 def with_pieces_in_text(model: bytes) -> bytes:
-    """A serialized SentencePiece model that finds its control pieces in a text."""
+    """Returns a serialized SentencePiece model that matches its control tokens in a text."""
     parsed = parse_model(model)
     kinds = parsed.SentencePiece
     for piece in parsed.pieces:

@@ -1,10 +1,10 @@
-"""Renders a chat template, in a process of its own: `chat_templates` starts it by this file's path.
+"""Renders a chat template in a separate process, which `chat_templates` starts by this file's path.
 
-A template is a program from anywhere. jinja2's sandbox keeps it from Python's insides, not from
-running for ever or filling the memory; this process has limits for both, and is killed in time.
+A template is an untrusted program. jinja2's sandbox protects Python's internals, but does not limit
+time or memory. This process limits both, and is killed after a timeout.
 
-It reads a JSON object from stdin, `path` (for imports), `template`, `conversations` and `names`,
-and writes a list: for each conversation its text, or `null` if the template refuses it.
+It reads a JSON object from stdin with `path` (for imports), `template`, `conversations` and
+`names`. It writes a list: for each conversation its text, or `null` if the template rejects it.
 """
 
 import json
@@ -71,7 +71,7 @@ def _main() -> None:
             text = template.render(
                 messages=messages, add_generation_prompt=True, **request["names"]
             )
-        except Exception:  # whatever a template does wrong
+        except Exception:  # any error of a template
             text = None
         texts.append(text if text is None or len(text) <= _LONGEST else None)
     sys.stdout.buffer.write(json.dumps(texts).encode())

@@ -1,4 +1,4 @@
-"""Ids of the tokens with a meaning, as a checkpoint's tokenizer has them."""
+"""Finds the ids of special tokens in a checkpoint's tokenizer."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from gemma_keras.errors import CheckpointError
 
 
 class TokenIds(NamedTuple):
-    """Ids of the tokens with a meaning; `stop` are those that end a text, first the one that the
-    tokenizer calls its end."""
+    """Ids of special tokens; `stop` are those that end a text, beginning with the tokenizer's
+    end-of-sequence token."""
 
     bos: int
     stop: tuple[int, ...]
 
 
 def token_ids(checkpoint: Checkpoint) -> TokenIds:
-    """Those of a checkpoint with a tokenizer.
+    """Returns the special token ids of a checkpoint with a tokenizer.
 
     Raises:
-        CheckpointError: it lacks one of them.
+        CheckpointError: the tokenizer lacks one of them.
     """
     pieces = processor(checkpoint)
     try:
@@ -28,7 +28,9 @@ def token_ids(checkpoint: Checkpoint) -> TokenIds:
     except ValueError as error:
         raise CheckpointError(str(error)) from None
     if not stop or pieces.bos_id() < 0 or pieces.eos_id() < 0:
-        raise CheckpointError("the tokenizer lacks the tokens that begin or end a text")
+        raise CheckpointError(
+            "the tokenizer lacks the beginning-of-sequence or end-of-sequence token"
+        )
     return TokenIds(pieces.bos_id(), stop)
 
 

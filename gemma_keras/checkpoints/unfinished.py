@@ -1,8 +1,8 @@
-"""Writing a file or folder that has its final name only when everything in it is right.
+"""Writes a file or folder that gets its final name only when it is complete.
 
-What is half made lies beside the target under a random name, and is locked for as long as its
-writer lives: process ids mean nothing between containers that share a volume. What is locked by
-nobody was left by a writer that was killed.
+An unfinished target is in the same folder under a random name, and is locked while its writer
+lives. (Process ids mean nothing between containers that share a volume.) If it is not locked, its
+writer was killed.
 """
 
 from __future__ import annotations
@@ -161,10 +161,13 @@ def _check_target(target: Path, *, overwrite: bool, is_replaceable: Callable[[Pa
     if not (target.exists() or target.is_symlink()):
         return
     if not overwrite:
-        raise CheckpointError(f"{target} exists already; choose another, or overwrite=True")
+        raise CheckpointError(
+            f"{target} already exists; choose another path, or set overwrite=True"
+        )
     if not is_replaceable(target):
         raise CheckpointError(
-            f"{target} is not a checkpoint of this format, so it will not be overwritten; move it"
+            f"{target} is not a checkpoint of this format, so it will not be overwritten; "
+            "move it away or choose another path"
         )
 
 

@@ -1,1 +1,1 @@
-"""Generation in Keras: the loop, what is compiled, what is refused."""
+"""Generates text with Keras: the loop, compiled functions, and checks for finite logits."""

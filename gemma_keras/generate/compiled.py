@@ -1,4 +1,4 @@
-"""Compiling functions that read a model's variables, as each Keras backend does it.
+"""Compiles functions that read a model's variables, on every Keras backend.
 
 JAX and TensorFlow compile a whole function with XLA. PyTorch runs as it goes, and Keras's layers
 then cost as much time as a token's mathematics; there `recorded` keeps the operations of a part of
@@ -76,8 +76,8 @@ def recorded(model: keras.Model, function: Callable[..., Any]) -> Callable[..., 
 
     Args:
         model: whose variables it reads.
-        function: takes tensors, and does the same operations whatever their values are: no random
-            numbers, no branches.
+        function: takes tensors, and does the same operations for all values: no random numbers, no
+            branches.
     """
     if keras.config.backend() != "torch" or model.run_eagerly:
         return function
@@ -123,8 +123,8 @@ def _tensorflow(model, function):
 
 
 def train_options(model: keras.Model) -> dict[str, Any] | None:
-    """What JAX has to be told to compile a training step with gradient checkpointing for a
-    processor, where XLA's usual schedule computes everything again at once; `None` elsewhere."""
+    """Returns JAX compiler options for training with gradient checkpointing on a CPU, where XLA's
+    default schedule would recompute everything at once; `None` elsewhere."""
     if keras.config.backend() != "jax" or model.run_eagerly or not model.jit_compile:
         return None
     import jax
@@ -136,7 +136,7 @@ def train_options(model: keras.Model) -> dict[str, Any] | None:
 
 
 def _cpu_options(model: keras.Model) -> dict[str, Any] | None:
-    """What XLA is told for a processor, which multiplies 16-bit floats as float32; else `None`.
+    """Returns XLA options for a CPU, which multiplies 16-bit floats as float32; else `None`.
 
     By default it makes float32 copies of all weights at once, and before a loop over tokens.
     Scheduled for memory there is one at a time, which is faster too; a copy a token instead of one

@@ -1,4 +1,4 @@
-"""Numbers that are not finite: a model that computes them says so, and what to do."""
+"""Checks that logits are finite, and explains the cause if they are not."""
 
 # Keras's operations are typed as if they returned None or a PyTree.
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false
@@ -14,10 +14,10 @@ from gemma_keras.errors import NotFiniteError
 
 
 def require_finite_logits(model: keras.Model, finite: Sequence[bool], lengths) -> None:
-    """Refuse to go on where logits are not finite, naming why.
+    """Raise an error that names the cause if logits are not finite.
 
     Args:
-        model: which computed them.
+        model: that computed them.
         finite: of each row, whether its logits are.
         lengths: of each row, tokens of the prompt, or of prompt and continuation so far.
 
@@ -38,8 +38,9 @@ def _reason(model: keras.Model) -> str:
     damaged = first_not_finite(model)
     if damaged is not None:
         return (
-            f"the weight {damaged} holds numbers that are not finite; load the model again, and if "
-            "training made them, train with a lower learning rate or in mixed_bfloat16 or float32"
+            f"the weight {damaged} holds values that are not finite. Load the model again; "
+            "if training caused them, use a lower learning rate, or train in "
+            "mixed_bfloat16 or float32"
         )
     policy = model.dtype_policy.name
     if "float16" in policy.replace("bfloat16", ""):
@@ -47,7 +48,7 @@ def _reason(model: keras.Model) -> str:
             f"the dtype policy {policy} overflows with this model; load it with dtype='bfloat16' "
             "or 'float32'"
         )
-    return f"its weights are finite, but what they compute in {policy} overflows; check the weights"
+    return f"its weights are finite, but the computation in {policy} overflows; check the weights"
 
 
 def first_not_finite(model: keras.Model) -> str | None:

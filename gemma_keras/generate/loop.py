@@ -1,7 +1,7 @@
-"""Continuing token ids: the prompts at once, then a token a row at a time.
+"""The generation loop: prefills all prompts at once, then decodes one token per row and step.
 
-A compiled function is of use to all prompts of about the same length: lengths are rounded up to
-`bucket`, and where rows end is data.
+A compiled function is used for all prompts of about the same length. Lengths are rounded up to
+`bucket`, and the end of each row is data.
 """
 
 # Keras's operations are typed as if they returned None or a PyTree.
@@ -29,7 +29,7 @@ _NO_TOKEN = -1  # where the logits are not finite
 
 
 def bucket(length: int) -> int:
-    """The least length of at least `length` that functions are compiled for.
+    """Returns the smallest compiled length that is at least `length`.
 
     Longer by an eighth at most, or by 15.
     """
@@ -38,8 +38,9 @@ def bucket(length: int) -> int:
 
 
 def _without_piece(model: keras_hub.models.CausalLM) -> Callable[[Any], Any]:
-    """What takes from logits `(batch, vocabulary_size)` those of ids that the tokenizer has no
-    piece for, or an unused one. A table may have more rows than the tokenizer has pieces."""
+    """Returns a function that masks logits `(batch, vocabulary_size)` of ids that the tokenizer
+    does not have or does not use. An embedding table may have more rows than the tokenizer has
+    tokens."""
     if model.preprocessor is None:
         return lambda found: found
     usable = list(is_usable(model.preprocessor.tokenizer.proto))
@@ -60,7 +61,7 @@ def _without_piece(model: keras_hub.models.CausalLM) -> Callable[[Any], Any]:
 
 
 class GenerateFunction:
-    """The compiled functions of a model and its sampler.
+    """The compiled generation functions of a model and its sampler.
 
     Args:
         model: a compiled `GemmaCausalLM`, in the sense of `compile`.
@@ -107,7 +108,7 @@ class GenerateFunction:
         end = token_ids.shape[1]
         if self._has_own_loop:
             found = self._whole(token_ids, np.arange(end) < lengths[:, None], stop_token_ids=stops)
-            # What it looked at is not seen, but whatever was not finite is so to the end.
+            # Its logits are not visible here, but values that are not finite stay so to the end.
             last = self._check(found)
             found = ops.convert_to_numpy(found)
             require_finite_logits(self._model, ops.convert_to_numpy(last) >= 0, lengths)
@@ -135,7 +136,7 @@ class GenerateFunction:
         Args:
             prompt: its ids.
             max_length: of prompt and continuation together, in tokens.
-            stop_token_ids: ids that end it; they are not given out.
+            stop_token_ids: ids that end it; they are not yielded.
 
         Raises:
             ValueError: the prompt is empty, or the sampler looks at more than the next token, as
@@ -144,7 +145,7 @@ class GenerateFunction:
         """
         if self._has_own_loop:
             kind = type(self._sampler).__name__
-            raise ValueError(f"{kind} has no token to give out before it has them all")
+            raise ValueError(f"{kind} cannot stream: it produces its tokens only at the end")
         row = np.asarray([prompt], np.int32)
         token_ids, lengths = self._checked({"token_ids": row, "padding_mask": np.ones_like(row)})
         if len(prompt) >= max_length:
@@ -165,7 +166,7 @@ class GenerateFunction:
         mask = ops.convert_to_numpy(inputs["padding_mask"]).astype(bool)
         lengths = mask.sum(axis=1).astype(np.int32)
         if not lengths.all():
-            raise ValueError("a prompt is empty; it needs at least the beginning-of-sequence token")
+            raise ValueError("a prompt is empty; give at least the beginning-of-sequence token")
         if (mask != (np.arange(mask.shape[1]) < lengths[:, None])).any():
             raise ValueError("prompts must be padded on the right")
         return token_ids, lengths
@@ -189,11 +190,11 @@ class GenerateFunction:
 
     def _sample(self, logits):
         """From `(batch, vocabulary_size)` to ids, int32 `(batch,)`; -1 if they are not finite."""
-        # The greatest of numbers of which one is none is none; what must not be chosen is -inf.
+        # The maximum of values with a NaN is NaN; forbidden tokens have -inf.
         finite = ops.isfinite(ops.max(logits, axis=-1))
         if type(self._sampler) is keras_hub.samplers.GreedySampler:
-            scores = logits  # the greatest has the greatest probability, which is not needed
-        else:  # a sampler fails on numbers that are none
+            scores = logits  # the largest logit has the largest probability, which is not needed
+        else:  # a sampler fails on NaN
             logits = ops.where(finite[:, None], logits, 0.0)
             scores = self._sampler.compute_probabilities(logits)
         token = ops.cast(self._sampler.get_next_token(scores), "int32")
@@ -204,17 +205,17 @@ class GenerateFunction:
         return self._sample(self._logits(hidden))
 
     def _run_forward(self, cache, token, start):
-        """The cache, and the logits after ids `(batch,)` that stand at position `start`."""
+        """Returns the cache, and the logits after ids `(batch,)` at position `start`."""
         hidden, cache = self._model.backbone.call_with_cache(token[:, None], cache, start)
         return cache, self._logits(hidden)
 
     def _run_step(self, cache, token, start):
-        """The cache, and what follows ids `(batch,)` that stand at position `start`."""
+        """Returns the cache, and the next tokens after ids `(batch,)` at position `start`."""
         cache, logits = self._forward(cache, token, start)
         return cache, self._sample(logits)
 
     def _run_loop(self, cache, hidden, token_ids, lengths, end, aligned: bool, stop_token_ids):
-        """What follows prompts, until every row is done: the cache and the ids."""
+        """Generates after the prompts until every row is done; returns the cache and the ids."""
         last_place = token_ids.shape[1] - 1
         places = ops.arange(token_ids.shape[1], dtype="int32")[None]
 
@@ -231,7 +232,8 @@ class GenerateFunction:
             return ops.logical_not(ops.all(done))
 
         def body(token_ids, token, positions, done, cache):
-            # A row that is done goes on beside the others, for nobody, and not beyond the cache.
+            # A finished row continues with the others; its tokens are ignored, and never exceed the
+            # cache.
             start = positions[0] if aligned else ops.minimum(positions, last_place)
             cache, token = self._run_step(cache, ops.maximum(token, 0), start)
             positions = positions + 1
@@ -273,7 +275,8 @@ class GenerateFunction:
         )
 
     def _run_check(self, token_ids):
-        """What would follow whole rows, int32 `(batch,)`; -1 if their logits are not finite."""
+        """Returns the next tokens of full rows, int32 `(batch,)`; -1 if their logits are not
+        finite."""
         lengths = ops.full((token_ids.shape[0],), token_ids.shape[1], dtype="int32")
         hidden, _ = self._model.backbone.prefill(token_ids, lengths, capacity=token_ids.shape[1])
         found = self._logits(hidden)

@@ -1,12 +1,12 @@
-"""Making a recorded PyTorch graph shorter without changing what it computes.
+"""Simplifies a recorded PyTorch graph without changing its results.
 
-A graph that `make_fx` records has every operation that Keras called. Each is called from Python
-again for each token, and for one token of a small model calling takes as long as computing. So what
-needs no call is taken out: constants made of constants, what every layer computes anew from the
-same position, views of views.
+A graph that `make_fx` records has every operation that Keras called. Python calls each of them
+again for each token. For a small model the calls take as long as the computation. So unnecessary
+calls are removed: constants made of constants, values that every layer computes again from the same
+position, views of views.
 
-What is changed in place, the cache, is left as it is, and so is whatever looks at it: there the
-order of reads and writes counts. Weights are read when the graph runs, never folded.
+The cache, which is changed in place, is not simplified, and neither are its views, because the
+order of reads and writes matters. Weights are read when the graph runs, and never folded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 _aten = torch.ops.aten
-# Results that are their first argument, where nobody writes to either.
+# Operations that return their first argument, if neither is written to.
 _COPIES = {_aten.lift_fresh_copy.default, _aten.detach.default, _aten.alias.default}
 # Results that show the numbers of their first argument in another arrangement.
 _VIEWS = {
@@ -33,16 +33,15 @@ _VIEWS = {
     _aten.permute.default,
     _aten.expand.default,
 }
-_LARGEST_CONSTANT = 1 << 20  # numbers; more are computed anew rather than kept
+_LARGEST_CONSTANT = 1 << 20  # maximum number of values of a constant; larger ones are recomputed
 
 
 def simplified(recorded: fx.GraphModule) -> Callable[..., Any]:
     """A function that computes what a recorded graph computes, in fewer and quicker calls.
 
     Args:
-        recorded: what `make_fx` returned for a function of tensors that returns a list of tensors.
-            Tensors that it holds and that are no `torch.nn.Parameter` are taken for constants. It
-            is changed.
+        recorded: the result of `make_fx` for a function of tensors that returns a list of tensors.
+            Its tensors that are not a `torch.nn.Parameter` are treated as constants. It is changed.
 
     Returns:
         A function of tensors of the same shapes, strides and dtypes. It reads the parameters
@@ -66,7 +65,7 @@ def drop_copies(recorded: fx.GraphModule) -> None:
 
 
 def fold_constants(recorded: fx.GraphModule) -> None:
-    """Compute once what depends on constants alone, and hold one of several that are equal."""
+    """Compute once what depends only on constants, and keep one of several equal ones."""
     graph, written = recorded.graph, _written(recorded.graph)
     values: dict[fx.Node, torch.Tensor] = {}
     holders: dict[Any, fx.Node] = {}
@@ -87,8 +86,8 @@ def fold_constants(recorded: fx.GraphModule) -> None:
 def join_views(recorded: fx.GraphModule) -> None:
     """Make one view of a view of a view, and none where a view has its tensor's own shape.
 
-    Two contiguous tensors over the same numbers have them in the same order, so whatever views
-    lie between them are one.
+    Two contiguous tensors over the same values have them in the same order, so all views between
+    them are equivalent to one.
     """
     graph = recorded.graph
     for node in _calls(graph):
@@ -177,7 +176,7 @@ def call_directly(recorded: fx.GraphModule) -> None:
 
 
 def _public(operation: Any) -> Callable[..., Any] | None:
-    """PyTorch's own function or method of the operation, if there is one that is no Python."""
+    """Returns PyTorch's own function or method of the operation, if it is not a Python function."""
     namespace, name = operation._schema.name.split("::")
     if namespace != "aten" or name.startswith("_"):
         return None
@@ -287,7 +286,8 @@ def _keeps_its_dtype(node: fx.Node) -> bool:
 
 
 def _constant_value(recorded: fx.GraphModule, node: fx.Node, values) -> torch.Tensor | None:
-    """What a node always is: a parameter, or numbers; `None` if it may change or is large.
+    """Returns the constant value of a node: a parameter or an array; `None` if it may change or is
+    large.
 
     Args:
         recorded: the graph's.
@@ -314,7 +314,7 @@ def _constant_value(recorded: fx.GraphModule, node: fx.Node, values) -> torch.Te
 
 
 def _contents(value: torch.Tensor) -> tuple[Any, ...]:
-    """What two constants that are equal have in common."""
+    """Returns a key that equal constants share."""
     numbers = value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
     return value.dtype, value.shape, value.stride(), value.device, numbers
 

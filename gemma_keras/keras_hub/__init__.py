@@ -1,1 +1,1 @@
-"""From KerasHub's models and to them."""
+"""Converts from and to KerasHub's models."""

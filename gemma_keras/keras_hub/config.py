@@ -1,6 +1,6 @@
-"""What KerasHub's backbones are built with, read as a `GemmaConfig` and written from one.
+"""Converts the arguments of KerasHub's backbones to a `GemmaConfig`, and back.
 
-What KerasHub 0.32 makes of its arguments is told in `gemma_keras.keras_hub.convert`.
+`gemma_keras.keras_hub.convert` describes how KerasHub 0.32 interprets its arguments.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from gemma_keras.config import GemmaConfig, LayerSpec, layer_kinds
 from gemma_keras.errors import ConfigError
 
-_EPSILON = 1e-6  # of the norms in KerasHub's blocks, whatever it is asked for
+_EPSILON = 1e-6  # of the norms in KerasHub's blocks, independent of the argument
 _LOCAL_THETA, _GLOBAL_THETA = 10_000.0, 1_000_000.0
 _GLOBAL_EVERY = {False: 2, True: 6}  # by whether it is a Gemma3Backbone
 
@@ -22,13 +22,13 @@ def config_from_keras_hub(backbone: Any, context_length: int | None) -> GemmaCon
     """The architecture of a live backbone; its last norm's epsilon counts.
 
     Raises:
-        ConfigError: its mathematics cannot be said.
+        ConfigError: a `GemmaConfig` cannot describe its computation.
     """
     if getattr(backbone, "is_embedding_model", False):
         raise ConfigError(
-            f"the KerasHub model {backbone.name} gives embeddings of whole texts "
-            "(is_embedding_model), not next tokens; for EmbeddingGemma load its Hugging Face "
-            "folder with gemma_keras.GemmaTextEmbedder"
+            f"the KerasHub model {backbone.name} embeds texts (is_embedding_model) and does "
+            "not predict tokens. To load EmbeddingGemma, open its Hugging Face folder with "
+            "gemma_keras.GemmaTextEmbedder"
         )
     layers = tuple(_layer_spec(block) for block in backbone.transformer_layers)
     if context_length is None:
@@ -51,22 +51,23 @@ def _layer_spec(block: Any) -> LayerSpec:
     attention, rope = block.attention, block.attention.rope_layer
     if block.use_post_attention_norm != block.use_post_ffw_norm:
         raise ConfigError(
-            f"{block.name} of the KerasHub model has use_post_attention_norm="
-            f"{block.use_post_attention_norm} and use_post_ffw_norm={block.use_post_ffw_norm}; a "
-            "Gemma has both norms or neither"
+            f"{block.name} of the KerasHub model has "
+            f"use_post_attention_norm={block.use_post_attention_norm} and "
+            f"use_post_ffw_norm={block.use_post_ffw_norm}; Gemma has both norms or neither"
         )
     if getattr(block, "use_bidirectional_attention", False):
         raise ConfigError(
-            f"{block.name} of the KerasHub model looks ahead (use_bidirectional_attention), and a "
-            "KerasHub window of even length reaches further ahead than back; for EmbeddingGemma "
-            "load its Hugging Face folder with gemma_keras.GemmaTextEmbedder"
+            f"{block.name} of the KerasHub model has bidirectional attention "
+            "(use_bidirectional_attention), which is not supported here. To load "
+            "EmbeddingGemma, open its Hugging Face folder with "
+            "gemma_keras.GemmaTextEmbedder"
         )
     if rope.rope_type != "linear":
         raise ConfigError(
-            f"{block.name} of the KerasHub model has RoPE of type {rope.rope_type!r}; Gemma's is "
-            "'linear'"
+            f"{block.name} of the KerasHub model has RoPE of type {rope.rope_type!r}; Gemma "
+            "uses 'linear'"
         )
-    # The first is what was asked for, the second what attention does: see the top of this module.
+    # The first is the argument, the second what attention does: see the top of this module.
     by_head_dim = block.query_head_dim_normalize and attention.query_head_dim_normalize
     # A block of a Gemma 1 or 2 always halves, and has no such attribute.
     ffw_dim = block.intermediate_dim // getattr(block, "gate_dim_reduction", 2)
@@ -105,7 +106,7 @@ def needs_gemma3(config: GemmaConfig) -> bool:
 
 
 def config_to_keras_hub(config: GemmaConfig) -> dict[str, Any]:
-    """What to build KerasHub's backbone with, a `Gemma3Backbone` if it `needs_gemma3`.
+    """Returns the arguments of KerasHub's backbone, a `Gemma3Backbone` if it `needs_gemma3`.
 
     Raises:
         ConfigError: that is another architecture; the message names what KerasHub lacks.
@@ -116,8 +117,8 @@ def config_to_keras_hub(config: GemmaConfig) -> dict[str, Any]:
     name = "Gemma3Backbone" if gemma3 else "GemmaBackbone"
     for path, found, built in _differences(config, nearest):
         raise ConfigError(
-            f"KerasHub cannot express this architecture: {path} is {found!r}, and its {name} "
-            f"has {built!r} there"
+            f"KerasHub cannot express this architecture: {path} is {found!r}, but its "
+            f"{name} has {built!r} there"
         )
     first = config.layers[0]
     window, local_scale, global_scale = _windows(config)

@@ -1,22 +1,23 @@
-"""KerasHub's own Gemmas, live models in memory, read as a `Checkpoint` and made from one.
+"""Converts KerasHub's Gemma models in memory to a `Checkpoint`, and makes them from one.
 
-Read are `GemmaBackbone` (Gemma 1 and 2) and `Gemma3Backbone`, alone or inside a task such as
-`GemmaCausalLM`. What counts is what the layers compute. KerasHub 0.32 in its layers:
+Supported are `GemmaBackbone` (Gemma 1 and 2) and `Gemma3Backbone`, alone or inside a task such as
+`GemmaCausalLM`. The computation of the layers counts. In KerasHub 0.32:
 
 * `intermediate_dim` of a Gemma 1 or 2 is twice the width of the MLP, of a Gemma 3 the width;
-* the rotary bases are constants: 10 000, and 1 000 000 in the layers of a Gemma 3 that see the
-  whole text, which are all of them where it has no sliding window;
+* the rotary bases are constants: 10 000, and 1 000 000 in the global layers of a Gemma 3; without a
+  sliding window all layers are global;
 * Gemma 1 and 2 interleave the halves of rotated queries and keys alike, so scores are the same;
-* `layer_norm_epsilon` reaches the last norm alone, the blocks always have 1e-6. A `GemmaConfig`
-  has one epsilon: a model with two is refused;
+* `layer_norm_epsilon` only applies to the last norm; the blocks always have 1e-6. A `GemmaConfig`
+  has one epsilon: a model with two is rejected;
 * `query_head_dim_normalize=False`, the 27B sizes, is not passed on to attention either, so KerasHub
-  scales their queries by `head_dim ** -0.5`. Here the configuration counts, not the layers: Gemma 2
-  27B and Gemma 3 27B were trained with `(hidden_dim // num_query_heads) ** -0.5`, and so their
-  authors' code and every other runtime scale them. In models made here attention is told;
-* `use_bidirectional_attention` with a window of W sees W // 2 tokens ahead and W - 1 - W // 2 back,
-  one fewer than transformers where W is even, as EmbeddingGemma's 512 is: such models are refused.
+  scales their queries by `head_dim ** -0.5`. Here the configuration counts, not the layers. Gemma 2
+  27B and Gemma 3 27B were trained with `(hidden_dim // num_query_heads) ** -0.5`, as in the
+  authors' code and every other runtime. Models made here set the scale in their attention layers;
+* `use_bidirectional_attention` with a window of W sees W // 2 tokens ahead and W - 1 - W // 2 back.
+  If W is even, as EmbeddingGemma's 512, that is one fewer than transformers: such models are
+  rejected.
 
-Dropout is of no account, it is for training. Source: keras_hub/src/models/gemma and gemma3.
+Dropout is ignored, because it only affects training. Source: keras_hub/src/models/gemma and gemma3.
 """
 
 # Keras and KerasHub are typed only in part.
@@ -54,7 +55,7 @@ _BACKBONES = {
 def read_keras_hub(
     model: Any, *, instruction_tuned: bool = False, context_length: int | None = None
 ) -> Checkpoint:
-    """Read a live KerasHub Gemma, whatever the generation.
+    """Read a KerasHub Gemma of any generation from memory.
 
     Args:
         model: a `keras_hub.models.GemmaBackbone` or `Gemma3Backbone`, or a task that has one, such
@@ -65,21 +66,22 @@ def read_keras_hub(
             have: 8,192, of a Gemma 3 32,768, or 131,072 if its positions are scaled.
 
     Returns:
-        Its weights are read from the model, LoRA merged, when they are asked for.
+        Its weights are read from the model on demand, with LoRA merged.
 
     Raises:
-        ConfigError: it is not such a model, or one whose mathematics a `GemmaConfig` cannot say.
-        CheckpointError: it has been quantized, or has weights that a Gemma has no place for.
+        ConfigError: it is not such a model, or a `GemmaConfig` cannot describe its computation.
+        CheckpointError: it has been quantized, or has weights that a Gemma does not have.
     """
     backbone = _backbone_of(model)
     _refuse_quantized(backbone)
     config = config_from_keras_hub(backbone, context_length)
     _check_epsilons(backbone, config)
-    found = sum(math.prod(variable.shape) for variable in _text_weights(backbone))
-    if found != parameter_count(config):
+    num_parameters = sum(math.prod(variable.shape) for variable in _text_weights(backbone))
+    if num_parameters != parameter_count(config):
         raise CheckpointError(
-            f"the KerasHub model {backbone.name} has {found:,} parameters; a Gemma with its "
-            f"configuration has {parameter_count(config):,}, so it holds something unknown here"
+            f"the KerasHub model {backbone.name} has {num_parameters:,} parameters; a Gemma "
+            f"with its configuration has {parameter_count(config):,}, so one of its parts "
+            "is not supported"
         )
     tokenizer = getattr(getattr(model, "preprocessor", None), "tokenizer", None)
     proto = getattr(tokenizer, "proto", None)
@@ -109,7 +111,8 @@ def write_keras_hub(checkpoint: Checkpoint, dtype: Any = None) -> Any:
 
     Raises:
         ConfigError: KerasHub cannot build this architecture; the message names what it lacks.
-        CheckpointError: a weight is missing or of another shape, or KerasHub refuses the tokenizer.
+        CheckpointError: a weight is missing or has another shape, or KerasHub cannot load the
+            tokenizer.
     """
     import keras_hub
 
@@ -132,7 +135,7 @@ def write_keras_hub(checkpoint: Checkpoint, dtype: Any = None) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Transform:
-    """How a weight lies in KerasHub, both ways.
+    """Converts a weight from and to KerasHub's layout.
 
     Attributes:
         read: KerasHub's array as the canonical one.
@@ -188,7 +191,7 @@ def _find(backbone: Any, name: str) -> tuple[Any, _Transform]:
 
 
 class _KerasHubWeights(Mapping[str, np.ndarray]):
-    """Canonical names to float32 arrays, each read from the live model when it is asked for."""
+    """Canonical names to float32 arrays, each read on demand from the model in memory."""
 
     def __init__(self, backbone: Any, config: GemmaConfig) -> None:
         self._backbone = backbone
@@ -204,11 +207,11 @@ class _KerasHubWeights(Mapping[str, np.ndarray]):
             raise CheckpointError(f"{name} has shape {array.shape}, expected {spec.shape}")
         return finite(name, array)
 
-    def table_pieces(self, name: str, piece_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
-        """As `gemma_keras.checkpoints.source.table_pieces`."""
-        from gemma_keras.model.chunked import variable_pieces
+    def table_chunks(self, name: str, chunk_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
+        """As `gemma_keras.checkpoints.source.table_chunks`."""
+        from gemma_keras.model.chunked import variable_chunks
 
-        pieces = variable_pieces(_find(self._backbone, name)[0], piece_bytes)
+        pieces = variable_chunks(_find(self._backbone, name)[0], chunk_bytes)
         return ((first, finite(name, array)) for first, array in pieces)
 
     def __contains__(self, name: object) -> bool:
@@ -223,13 +226,13 @@ class _KerasHubWeights(Mapping[str, np.ndarray]):
 
 def _assign(backbone: Any, config: GemmaConfig, weights: Mapping[str, np.ndarray]) -> None:
     from gemma_keras.model.chunked import fill
-    from gemma_keras.model.loading import weight_pieces
+    from gemma_keras.model.loading import weight_chunks
 
     for name, spec in weight_specs(config).items():
         if name not in weights:
             raise CheckpointError(f"the weights lack {name}")
         if spec.kind == "table":
-            fill(_find(backbone, name)[0], weight_pieces(weights, spec))
+            fill(_find(backbone, name)[0], weight_chunks(weights, spec))
             continue
         array = weights[name]
         if array.shape != spec.shape:
@@ -247,8 +250,8 @@ def _backbone_of(model: Any) -> Any:
     kind = type(backbone)
     if (kind.__name__, kind.__module__.rpartition(".")[0]) not in _BACKBONES:
         raise ConfigError(
-            f"a {kind.__module__}.{kind.__name__} is not a KerasHub Gemma that can be read; those "
-            "are keras_hub.models.GemmaBackbone and Gemma3Backbone, and tasks that have one"
+            f"a {kind.__module__}.{kind.__name__} is not supported; give a "
+            "keras_hub.models.GemmaBackbone or Gemma3Backbone, or a task that has one"
         )
     return backbone
 
@@ -273,8 +276,8 @@ def _refuse_quantized(backbone: Any) -> None:
             if sublayer.quantization_mode is not None:
                 raise CheckpointError(
                     f"{sublayer.path} of the KerasHub model has been quantized to "
-                    f"{sublayer.quantization_mode}; convert the model before quantize, which works "
-                    "on the converted one as well"
+                    f"{sublayer.quantization_mode}; convert the model before you call "
+                    "quantize. The converted model has quantize, too"
                 )
 
 
@@ -282,10 +285,11 @@ def _check_epsilons(backbone: Any, config: GemmaConfig) -> None:
     for path, epsilon in _epsilons(backbone, config.layers):
         if not close(epsilon, config.norm_epsilon):
             raise ConfigError(
-                f"the norm {path} of the KerasHub model has the epsilon {epsilon}, the last norm "
-                f"{config.norm_epsilon}, and here all norms share one (KerasHub passes "
-                "layer_norm_epsilon to the last norm alone); set the attribute epsilon of "
-                "backbone.layer_norm, or of all others, so that they agree"
+                f"the norm {path} of the KerasHub model has the epsilon {epsilon}, but the "
+                f"last norm has {config.norm_epsilon}. Here all norms share one epsilon, "
+                "but KerasHub passes layer_norm_epsilon only to the last norm. Set the "
+                "attribute epsilon of backbone.layer_norm or of all other norms, so that "
+                "they agree"
             )
 
 
@@ -320,9 +324,9 @@ def _make_preprocessor(tokenizer_model: bytes, gemma3: bool) -> Any:
     models = keras_hub.models
     try:
         if gemma3:
-            # The text part alone: KerasHub's pieces for images are not in every vocabulary.
+            # Only the text part, because KerasHub's image tokens are not in every vocabulary.
             tokenizer = models.Gemma3Tokenizer(proto=tokenizer_model, has_vision_tokens=False)
             return models.Gemma3CausalLMPreprocessor(tokenizer)
         return models.GemmaCausalLMPreprocessor(models.GemmaTokenizer(proto=tokenizer_model))
     except ValueError as error:
-        raise CheckpointError(f"KerasHub refuses the tokenizer: {error}") from error
+        raise CheckpointError(f"KerasHub cannot load the tokenizer: {error}") from error

@@ -1,1 +1,1 @@
-"""The Keras model: layers, backbone, and how weights come into it."""
+"""The Keras model: layers, backbone, and loading of weights."""

@@ -1,7 +1,7 @@
-"""Attention as PyTorch's own kernel does it, which keeps no scores.
+"""Computes attention with PyTorch's fused kernel, which does not store the scores.
 
 The backend's counterpart of what `GemmaAttention` writes out in `keras.ops`: softmax of scaled and
-masked products, times the values. It has no place for a soft cap.
+masked products, times the values. It does not support a soft cap.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ _MASKED = -1e30  # added to a score of this size it leaves nothing of it: all ma
 
 
 def attend(query, key, value, mask, scale: float):
-    """What each query gets of the values.
+    """Computes attention.
 
     Args:
         query: float `(batch, heads, length, head_dim)`.

@@ -1,4 +1,5 @@
-"""`GemmaBackbone`: token ids to hidden states, for every Gemma that a `GemmaConfig` describes."""
+"""Defines `GemmaBackbone`: token ids to hidden states, for every Gemma that a `GemmaConfig`
+describes."""
 
 # Keras's operations are typed as if they returned None or a PyTree.
 # pyright: reportOptionalOperand=false, reportOptionalSubscript=false, reportOperatorIssue=false
@@ -17,13 +18,13 @@ from keras import ops
 from gemma_keras.checkpoints.hf.config import named_config
 from gemma_keras.checkpoints.names import WeightSpec, weight_specs
 from gemma_keras.checkpoints.quantized_grid import QuantizedGrid
-from gemma_keras.checkpoints.source import finite, row_pieces
+from gemma_keras.checkpoints.source import finite, row_chunks
 from gemma_keras.config import GemmaConfig
 from gemma_keras.errors import CheckpointError
 from gemma_keras.model.cache import place
-from gemma_keras.model.chunked import fill, variable_pieces
+from gemma_keras.model.chunked import fill, variable_chunks
 from gemma_keras.model.layers import GemmaDecoderBlock, RMSNorm
-from gemma_keras.model.loading import FromWeights, initialized_from, weight_pieces
+from gemma_keras.model.loading import FromWeights, initialized_from, weight_chunks
 from gemma_keras.model.quantized import QuantizedWeight, quantized_weight
 
 
@@ -39,9 +40,9 @@ class GemmaBackbone(keras_hub.models.Backbone):
         dtype: Keras dtype policy of computations and weights.
         kernel_initializer: of every matrix and the embedding; `"zeros"` is quick when weights are
             loaded next. `gemma_keras.model.loading.FromWeights(checkpoint.weights)` makes every
-            variable of a weight, in the memory of the variables and a few pieces of a weight.
-        gradient_checkpointing: whether `fit` keeps only what goes into each block, and computes the
-            rest again for the gradients: less memory, a third more time.
+            variable of a weight, in the memory of the variables and a few chunks of a weight.
+        gradient_checkpointing: whether `fit` stores only the input of each block, and recomputes
+            the rest for the gradients: less memory, a third more time.
 
     Raises:
         CheckpointError: a weight is missing, of another shape, or not finite.
@@ -58,8 +59,9 @@ class GemmaBackbone(keras_hub.models.Backbone):
         weights = None
         if isinstance(kernel_initializer, FromWeights):
             weights, kernel_initializer = kernel_initializer.weights, "zeros"
-        # Keras makes large variables of several devices inside compiled functions, where no weight
-        # can be read: they begin as zeros, each device's part alone, and are filled.
+        # Keras creates large variables on several devices inside compiled functions, where no
+        # weight can be read. So they start as zeros, with each device allocating only its part, and
+        # are filled afterwards.
         fills = weights is not None and keras.distribution.distribution() is not None
         if isinstance(config, str):
             config = named_config(config)
@@ -154,7 +156,7 @@ class GemmaBackbone(keras_hub.models.Backbone):
         return x * ops.cast(config.embedding_scale, x.dtype)
 
     def embed(self, token_ids):
-        """What the first block takes: float `(batch, length, hidden_dim)`."""
+        """Returns the input of the first block: float `(batch, length, hidden_dim)`."""
         return self._embed(self.config, token_ids)
 
     # --- the same layers with a cache ---
@@ -220,7 +222,7 @@ class GemmaBackbone(keras_hub.models.Backbone):
     def variable(self, name: str):
         """The Keras variable that holds a weight, by canonical name, such as `layers.3.mlp.up`.
 
-        Of a layer that `quantize` has changed it is of no use; see `weight_source`.
+        Not usable for a layer that `quantize` has changed; see `weight_source`.
         """
         if name == "token_embedding":
             return self.token_embedding.embeddings
@@ -232,7 +234,7 @@ class GemmaBackbone(keras_hub.models.Backbone):
         return self.transformer_layers[int(index)].variable(within)
 
     def load_weight_source(self, weights: Mapping[str, np.ndarray]) -> None:
-        """Assign every weight, a piece at a time; `FromWeights` makes a model of them.
+        """Assign every weight, a chunk at a time; `FromWeights` makes a model of them.
 
         Args:
             weights: canonical name to array; see `gemma_keras.checkpoints.names`.
@@ -245,26 +247,27 @@ class GemmaBackbone(keras_hub.models.Backbone):
             variable = self.variable(name)
             if not isinstance(variable, keras.Variable):
                 raise CheckpointError(
-                    f"{name} is no variable any more, since enable_lora or quantize has changed its"
-                    " layer; load weights before"
+                    f"{name} is no longer a variable, because enable_lora or quantize has "
+                    "changed its layer; load the weights first"
                 )
-            fill(variable, weight_pieces(weights, spec))
+            fill(variable, weight_chunks(weights, spec))
 
     def weight_source(self) -> Mapping[str, np.ndarray]:
-        """This model's weights by canonical name, read as float32 when asked for, LoRA merged.
+        """Returns this model's weights by canonical name, read as float32 on demand, with LoRA
+        merged.
 
-        A weight that is not finite, as after a loss of NaN, is a `CheckpointError` when it is read.
-        What `quantize` has made integers of is read as the numbers that they stand for. The
-        mapping is also a `gemma_keras.checkpoints.quantized_grid.GridSource`.
+        Reading a weight that is not finite, for example after a NaN loss, raises `CheckpointError`.
+        Weights that `quantize` has made integers are dequantized. The mapping is also a
+        `gemma_keras.checkpoints.quantized_grid.GridSource`.
         """
         return _BackboneWeights(self)
 
     def default_lora_layer_names(self) -> list[str]:
-        """Names of the layers that `enable_lora` adapts unless it is told others."""
+        """Names of the layers that `enable_lora` adapts by default."""
         return ["query", "value"]
 
     def enable_lora(self, rank: int, target_layer_names: Sequence[str] | None = None) -> None:
-        """As `keras_hub.models.Backbone.enable_lora`. The same call again changes nothing.
+        """Like `keras_hub.models.Backbone.enable_lora`. The same call again changes nothing.
 
         Raises:
             ValueError: LoRA is enabled already, of another rank or in other layers. Nothing is
@@ -281,8 +284,9 @@ class GemmaBackbone(keras_hub.models.Backbone):
         ]
         if rank != before or adapted != can:
             raise ValueError(
-                f"LoRA of rank {before} is enabled in {len(adapted)} layers already; this would be "
-                f"rank {rank} in {len(can)} layers; load the model again to choose otherwise"
+                f"LoRA of rank {before} is already enabled in {len(adapted)} layers; rank "
+                f"{rank} in {len(can)} layers was requested. Load the model again to change "
+                "LoRA"
             )
 
     def get_config(self):
@@ -306,17 +310,17 @@ class _BackboneWeights(Mapping[str, np.ndarray]):
         array = finite(name, ops.convert_to_numpy(ops.cast(variable, "float32")))
         return array.T if name == "head" else array
 
-    def table_pieces(self, name: str, piece_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
-        """As `gemma_keras.checkpoints.source.table_pieces`."""
+    def table_chunks(self, name: str, chunk_bytes: int) -> Iterator[tuple[int, np.ndarray]]:
+        """As `gemma_keras.checkpoints.source.table_chunks`."""
         if self._quantized(name) is not None:
-            return row_pieces(self[name], piece_bytes)
+            return row_chunks(self[name], chunk_bytes)
         axis = 1 if name == "head" else 0
-        pieces = variable_pieces(self._backbone.variable(name), piece_bytes, axis)
-        checked = ((first, finite(name, array)) for first, array in pieces)
+        chunks = variable_chunks(self._backbone.variable(name), chunk_bytes, axis)
+        checked = ((first, finite(name, array)) for first, array in chunks)
         return ((first, array.T) if axis else (first, array) for first, array in checked)
 
     def stored_as(self, name: str) -> str | None:
-        """How `quantize` has stored a weight, such as `Keras int4`; `None` for floats."""
+        """Returns how `quantize` has stored a weight, such as `Keras int4`; `None` for floats."""
         quantized = self._quantized(name)
         return None if quantized is None else f"Keras {quantized.mode}"
 

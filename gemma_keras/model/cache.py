@@ -1,9 +1,9 @@
-"""Keys and values of earlier tokens, kept for those that come.
+"""The key-value cache of the Keras model.
 
-A layer's cache is a pair of arrays `(batch, kv_heads, total, head_dim)`. Where a layer sees the
-whole text, or `total` is more than its window, position `p` stands in slot `p`. A layer with a
-sliding window needs no more slots than the window has tokens: then position `p` stands in slot
-`p % total`, and a token overwrites the one that has just left the window.
+A layer's cache is a pair of arrays `(batch, kv_heads, total, head_dim)`. In a global layer, or if
+`total` is more than the window, position `p` is in slot `p`. A sliding-window layer needs only as
+many slots as its window. Then position `p` is in slot `p % total`, and a token overwrites the one
+that has just left the window.
 """
 
 # Keras's operations are typed as if they returned None or a PyTree.
@@ -78,12 +78,12 @@ def place(array, lengths, sliding_window: int | None, capacity: int):
 
     Args:
         array: `(batch, kv_heads, length, head_dim)`, of prompts that begin at position 0.
-        lengths: how many tokens each prompt has, int `(batch,)`; what is behind is padding.
+        lengths: number of tokens of each prompt, int `(batch,)`; the rest is padding.
         sliding_window: of the layer.
         capacity: tokens that the text may come to, at least `length`.
 
     Returns:
-        `(batch, kv_heads, total, head_dim)`, `total` being the least that `sliding_window` and
+        `(batch, kv_heads, total, head_dim)`, with the smallest `total` that `sliding_window` and
         `capacity` allow.
     """
     total, length = min(sliding_window or capacity, capacity), array.shape[2]

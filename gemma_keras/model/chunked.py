@@ -1,6 +1,6 @@
-"""Tensors and Keras variables from pieces and in pieces, so that none is in memory twice.
+"""Reads and writes tensors and Keras variables in chunks, so that none is in memory twice.
 
-Pieces are float32 arrays; what they are written to has its own dtype from the start.
+Chunks are float32 arrays; the tensors that they are written to have their own dtype.
 """
 
 # Keras's operations are typed as if they returned None or a PyTree.
@@ -21,7 +21,7 @@ _ALIGNMENT = 64
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class Chunk:
     """Some neighbouring rows or columns of a variable.
 
     Attributes:
@@ -41,63 +41,63 @@ class Piece:
         return (*(slice(None),) * self.axis, part)
 
 
-def variable_pieces(variable, piece_bytes: int, axis: int = 0) -> Iterator[tuple[int, np.ndarray]]:
-    """A live matrix in pieces of about `piece_bytes`: where each begins on the axis, float32.
+def variable_chunks(variable, chunk_bytes: int, axis: int = 0) -> Iterator[tuple[int, np.ndarray]]:
+    """A live matrix in chunks of about `chunk_bytes`: where each begins on the axis, float32.
 
     Args:
         variable: a Keras variable or a tensor, of two axes.
-        piece_bytes: of a piece in float32.
+        chunk_bytes: of a chunk in float32.
         axis: along which it is cut.
     """
     length, other = variable.shape[axis], variable.shape[1 - axis]
-    step = max(1, piece_bytes // (4 * other))
+    step = max(1, chunk_bytes // (4 * other))
     for first in range(0, length, step):
         part = slice(first, first + step)
-        piece = variable[part] if axis == 0 else variable[:, part]
-        yield first, ops.convert_to_numpy(ops.cast(piece, "float32"))
+        chunk = variable[part] if axis == 0 else variable[:, part]
+        yield first, ops.convert_to_numpy(ops.cast(chunk, "float32"))
 
 
-def made(shape: tuple[int, ...], dtype: str, pieces: Iterator[Piece]):
-    """A tensor of a shape and a Keras dtype, of pieces that cover it."""
+def made(shape: tuple[int, ...], dtype: str, chunks: Iterator[Chunk]):
+    """A tensor of a shape and a Keras dtype, of chunks that cover it."""
     backend = keras.config.backend()
     if backend == "jax":
-        return _jax_made(shape, dtype, pieces)
+        return _jax_made(shape, dtype, chunks)
     if backend == "tensorflow":
-        return _tensorflow_made(shape, dtype, pieces)
+        return _tensorflow_made(shape, dtype, chunks)
     tensor = ops.zeros(shape, dtype)
-    _torch_fill(tensor, pieces)
+    _torch_fill(tensor, chunks)
     return tensor
 
 
-def fill(variable: keras.Variable, pieces: Iterator[Piece]) -> None:
+def fill(variable: keras.Variable, chunks: Iterator[Chunk]) -> None:
     """Give a variable other values, in place where the backend can.
 
     Args:
-        variable: of one or more axes; with JAX it may lie on several devices.
-        pieces: they cover it.
+        variable: of one or more axes; with JAX it may be on several devices.
+        chunks: they cover it.
     """
     backend = keras.config.backend()
     if backend == "torch":
-        _torch_fill(variable.value, pieces)
+        _torch_fill(variable.value, chunks)
     elif backend == "jax" and len(variable.value.sharding.device_set) > 1:
-        variable.assign(_jax_sharded(variable, pieces))
+        variable.assign(_jax_sharded(variable, chunks))
     else:
-        variable.assign(made(tuple(variable.shape), variable.dtype, pieces))
+        variable.assign(made(tuple(variable.shape), variable.dtype, chunks))
 
 
 # --- JAX -----------------------------------------------------------------------------------------
 
 
-def _jax_made(shape, dtype: str, pieces: Iterator[Piece]):
+def _jax_made(shape, dtype: str, chunks: Iterator[Chunk]):
     whole = ops.zeros(shape, dtype)
-    for piece in pieces:
-        whole = _jax_put()(whole, piece.array, piece.first, axis=piece.axis)
-        whole.block_until_ready()  # or pieces would queue up
+    for chunk in chunks:
+        whole = _jax_put()(whole, chunk.array, chunk.first, axis=chunk.axis)
+        whole.block_until_ready()  # or chunks would queue up
     return whole
 
 
-def _jax_sharded(variable: keras.Variable, pieces: Iterator[Piece]):
-    """An array that lies as a variable does; each device of this host is given its part alone."""
+def _jax_sharded(variable: keras.Variable, chunks: Iterator[Chunk]):
+    """Makes an array with a variable's sharding; each device of this host gets only its part."""
     import jax
 
     shape, sharding = tuple(variable.shape), variable.value.sharding
@@ -106,37 +106,38 @@ def _jax_sharded(variable: keras.Variable, pieces: Iterator[Piece]):
         bounds[device] = [part.indices(n)[:2] for part, n in zip(index, shape, strict=True)]
         size = [end - begin for begin, end in bounds[device]]
         parts[device] = jax.numpy.zeros(size, variable.dtype, device=device)
-    for piece in pieces:
+    for chunk in chunks:
         for device in parts:
-            inside, first = _within(piece, bounds[device])
+            inside, first = _within(chunk, bounds[device])
             if inside.size:
                 inside = jax.device_put(inside, device)
-                parts[device] = _jax_put()(parts[device], inside, first, axis=piece.axis)
+                parts[device] = _jax_put()(parts[device], inside, first, axis=chunk.axis)
         jax.block_until_ready(list(parts.values()))
     return jax.make_array_from_single_device_arrays(shape, sharding, list(parts.values()))
 
 
-def _within(piece: Piece, bounds: list[tuple[int, int]]) -> tuple[np.ndarray, int]:
-    """What of a piece lies within bounds of each axis, and where it begins there."""
-    begin, end = bounds[piece.axis]
+def _within(chunk: Chunk, bounds: list[tuple[int, int]]) -> tuple[np.ndarray, int]:
+    """Returns the part of a chunk within the bounds of each axis, and where it begins there."""
+    begin, end = bounds[chunk.axis]
     part = [slice(*bound) for bound in bounds]
-    part[piece.axis] = slice(max(begin - piece.first, 0), max(end - piece.first, 0))
-    return piece.array[tuple(part)], max(piece.first - begin, 0)
+    part[chunk.axis] = slice(max(begin - chunk.first, 0), max(end - chunk.first, 0))
+    return chunk.array[tuple(part)], max(chunk.first - begin, 0)
 
 
 @functools.cache
 def _jax_put():
-    """A compiled function that writes a piece into an array of floats, which is used up, in place.
+    """A compiled function that writes a chunk into an array of floats, which is used up, in place.
 
-    As integers: of 16-bit floats XLA's code for processors would write the whole array each time.
+    It works on integers, because with 16-bit floats XLA's CPU code would write the whole array each
+    time.
     """
     import jax
 
     @functools.partial(jax.jit, donate_argnums=0, static_argnames="axis")
-    def put(whole, piece, first, axis):
+    def put(whole, chunk, first, axis):
         bits = f"uint{8 * whole.dtype.itemsize}"
         old, new = (
-            jax.lax.bitcast_convert_type(x.astype(whole.dtype), bits) for x in (whole, piece)
+            jax.lax.bitcast_convert_type(x.astype(whole.dtype), bits) for x in (whole, chunk)
         )
         new = jax.lax.dynamic_update_slice_in_dim(old, new, first, axis)
         return jax.lax.bitcast_convert_type(new, whole.dtype)
@@ -147,7 +148,7 @@ def _jax_put():
 # --- TensorFlow and PyTorch ----------------------------------------------------------------------
 
 
-def _tensorflow_made(shape: tuple[int, ...], dtype: str, pieces: Iterator[Piece]):
+def _tensorflow_made(shape: tuple[int, ...], dtype: str, chunks: Iterator[Chunk]):
     """A tensor over memory that numpy has filled.
 
     A `tf.Variable` that a part has been assigned to is copied whenever it is read, and so is an
@@ -156,9 +157,9 @@ def _tensorflow_made(shape: tuple[int, ...], dtype: str, pieces: Iterator[Piece]
     import tensorflow as tf
 
     array = _aligned(shape, np.dtype(dtype))
-    for piece in pieces:
+    for chunk in chunks:
         with np.errstate(over="ignore"):  # infinite in float16, as with the other backends
-            array[piece.where] = piece.array
+            array[chunk.where] = chunk.array
     bits = array.view(f"uint{8 * array.itemsize}")  # numpy's DLPack knows no bfloat16
     tensor = tf.experimental.dlpack.from_dlpack(bits.__dlpack__())
     return tf.bitcast(tensor, dtype)
@@ -172,9 +173,9 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return memory[first : first + size].view(dtype).reshape(shape)
 
 
-def _torch_fill(tensor, pieces: Iterator[Piece]) -> None:
+def _torch_fill(tensor, chunks: Iterator[Chunk]) -> None:
     import torch
 
     with torch.no_grad():
-        for piece in pieces:
-            tensor[piece.where].copy_(ops.convert_to_tensor(piece.array))
+        for chunk in chunks:
+            tensor[chunk.where].copy_(ops.convert_to_tensor(chunk.array))

@@ -1,8 +1,8 @@
-"""One model on more than one device, on JAX through `keras.distribution`.
+"""Distributes one model over several devices, with JAX and `keras.distribution`.
 
-Which axis of which weight is split stands in one table, `_SPLITS`. The split of matrices is that of
-Shoeybi et al. (2019, arXiv:1909.08053): a product by columns and one by rows follow each other, so
-that a block adds up over devices twice, once after attention and once after the MLP.
+The table `_SPLITS` says which axis of which weight is split. The split of matrices is that of
+Shoeybi et al. (2019, arXiv:1909.08053): a split by columns is followed by a split by rows. So a
+block sums over devices twice, once after attention and once after the MLP.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ _SPLITS: dict[str, tuple[str | None, ...]] = {
     "token_embedding/lora_embeddings_b": (None, "data"),
 }
 
-# Where parameters are split over "data", XLA has to be told that activations, `(batch, length,
-# hidden_dim)`, stay split by batches, or it computes every batch on every device.
+# If parameters are split over "data", activations, `(batch, length, hidden_dim)`, need an explicit
+# layout, split by batches. Otherwise XLA computes every batch on every device.
 _ACTIVATIONS = r"decoder_block_\d+/(pre_attention_norm|pre_ffw_norm)/output"
 
 
@@ -55,13 +55,13 @@ def layout_map(
     shard_parameters_over_data: bool = False,
     config: GemmaConfig | None = None,
 ) -> keras.distribution.LayoutMap:
-    """How the variables of a `GemmaBackbone` lie on a mesh.
+    """Returns the layout of a `GemmaBackbone`'s variables on a mesh.
 
-    Queries, keys, values, gate and up are split by columns over `model_dim`, the attention's output
-    and down by rows, tables by tokens; LoRA's two matrices as the kernel beside them. Norms, and
-    the axis of a LoRA matrix that is its rank, are not split. Keys and values whose heads do not
-    divide by `model_dim` are whole on every device, if `config` tells: they are small, and a head
-    in pieces costs more traffic than it saves. Results are the same in any case.
+    Queries, keys, values, gate and up are split by columns over `model_dim`. The attention's output
+    and down are split by rows, tables by tokens, and LoRA's two matrices like their kernel. Norms,
+    and the rank axis of a LoRA matrix, are not split. If `config` is given, keys and values whose
+    heads do not divide by `model_dim` are whole on every device: they are small, and splitting a
+    head causes more traffic than it saves. Results do not depend on this.
 
     Args:
         device_mesh: with axes `model_dim` and `data_dim`; one of them may have size 1.
@@ -130,17 +130,17 @@ def distribution(
     """
     if keras.config.backend() != "jax":
         raise RuntimeError(
-            f"the Keras backend is {keras.config.backend()}, but only JAX computes on several"
-            " devices through keras.distribution; set KERAS_BACKEND=jax"
+            f"the Keras backend is {keras.config.backend()}, but only JAX supports "
+            "keras.distribution on several devices; set KERAS_BACKEND=jax"
         )
     devices = list(keras.distribution.list_devices() if devices is None else devices)
     if data is None:
         data = max(1, len(devices) // model) if model > 0 else 1
     if data < 1 or model < 1 or data * model != len(devices):
         raise ValueError(
-            f"a mesh of data {data} by model {model} was asked for and there are {len(devices)}"
-            f" devices ({', '.join(devices)}); choose two numbers whose product is the number of"
-            " devices, or pass some of the devices"
+            f"a mesh of data {data} by model {model} was requested, but there are "
+            f"{len(devices)} devices ({', '.join(devices)}). Choose two numbers whose "
+            "product is the number of devices, or pass fewer devices"
         )
     if model == 1 and not shard_parameters_over_data:
         mesh = keras.distribution.DeviceMesh((data,), ["data"], devices)
@@ -164,7 +164,7 @@ class _DataParallel(keras.distribution.DataParallel):
 
 
 class _ModelParallel(keras.distribution.ModelParallel):
-    """Says in a sentence which variable cannot be split, and leaves activations alone outside of
+    """Its error names the variable that cannot be split. It does not split activations outside of
     compiled functions, where they cannot be split unevenly."""
 
     def get_data_layout(self, data_shape):
@@ -184,10 +184,11 @@ class _ModelParallel(keras.distribution.ModelParallel):
 
 
 def bytes_by_device(model: Any) -> dict[str, int]:
-    """What the variables of a model take on each device of this host, such as `{"cpu:0": 4096}`.
+    """Returns the bytes of a model's variables on each device of this host, such as `{"cpu:0":
+    4096}`.
 
     Args:
-        model: a model, a layer or an optimizer: what has `variables`.
+        model: a model, a layer or an optimizer; anything with `variables`.
     """
     held: Counter[str] = Counter()
     for variable in model.variables:

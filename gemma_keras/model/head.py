@@ -1,4 +1,4 @@
-"""Logits of hidden states, on a processor a part of the vocabulary at a time."""
+"""Computes logits from hidden states, on a CPU for one part of the vocabulary at a time."""
 
 # Keras's operations are typed as if they returned None or a PyTree.
 # pyright: reportOptionalOperand=false, reportOptionalSubscript=false, reportOperatorIssue=false
@@ -12,7 +12,7 @@ _PART_BYTES = 128 << 20  # of the table in float32
 
 
 def logits(embedding, hidden):
-    """What a `ReversibleEmbedding` makes of hidden states.
+    """Computes a `ReversibleEmbedding`'s logits of hidden states.
 
     JAX and TensorFlow multiply 16-bit floats as float32 on a processor, and to do so copy the
     whole table, the largest weight of all. In parts they copy a part.
@@ -39,9 +39,9 @@ def logits(embedding, hidden):
         part = slice(first, min(first + step, embedding.input_dim))
         matrix = ops.transpose(table[part]) if tied else table[:, part]
         parts.append(ops.matmul(hidden, matrix))
-    found = ops.concatenate(parts, axis=-1)
+    result = ops.concatenate(parts, axis=-1)
     cap = embedding.logit_soft_cap
-    return found if cap is None else ops.tanh(found / cap) * cap
+    return result if cap is None else ops.tanh(result / cap) * cap
 
 
 def _copies() -> bool:

@@ -1,4 +1,4 @@
-"""The layers of a Gemma, each as short as its mathematics.
+"""The layers of a Gemma.
 
 Shapes are written as comments where they change. `length` counts the tokens of this call,
 `total` the tokens that keys and values cover: with a cache its capacity, else `length`.
@@ -26,8 +26,8 @@ class Float32Stream(keras.layers.Layer):
     """A layer that under a float16 policy takes and returns float32, and casts only what it
     multiplies matrices with.
 
-    The sums of Gemma's residual stream, and what its norms make of them, exceed float16's greatest
-    number, 65,504: those of the 270M come to 104,000. Under other policies it is as any layer.
+    The sums of Gemma's residual stream, and its normed values, exceed float16's largest number,
+    65,504: those of the 270M reach 104,000. With other policies it is a normal layer.
     """
 
     @property
@@ -51,7 +51,7 @@ class Float32Stream(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable(package="gemma_keras")
 class RMSNorm(Float32Stream):
-    """`x / rms(x) * (1 + scale)`, computed in float32 whatever the dtype of `x`.
+    """`x / rms(x) * (1 + scale)`, always computed in float32.
 
     Root mean square layer normalization (Zhang and Sennrich, 2019, arXiv:1910.07467), with
     Gemma's scale, which is stored less 1.
@@ -114,15 +114,16 @@ def rotate(x, positions, theta: float, scale: float):
 
 @keras.saving.register_keras_serializable(package="gemma_keras")
 class GemmaDense(keras.layers.Dense):
-    """A `Dense` that Keras quantizes, and that is saved with its LoRA as well as merged.
+    """A `Dense` that Keras can quantize, and that is saved with its LoRA weights as well as merged.
 
-    Keras saves a LoRA layer merged alone, and loads it with an adapter of zeros, which never learn.
+    Keras saves only the merged weights of a LoRA layer, and loads it with an adapter of zeros,
+    which never learns.
     """
 
     _ADAPTER = ("lora_kernel_a", "lora_kernel_b")
 
     def quantize(self, mode=None, type_check=True, config=None) -> None:
-        """As `Dense.quantize`, which refuses subclasses unless `type_check` is false."""
+        """Like `Dense.quantize`, which rejects subclasses unless `type_check` is false."""
         super().quantize(mode, type_check=False, config=config)
 
     def save_own_variables(self, store) -> None:
@@ -152,8 +153,8 @@ class GemmaDense(keras.layers.Dense):
 
 
 def product(dense: keras.layers.Layer, x):
-    """What a `Dense` makes of `x`; if it computes in float16, as float32, with each token's largest
-    number brought to 1 before, so that no sum is beyond float16."""
+    """Computes a `Dense` of `x`. In float16 the result is float32, and each token is first scaled
+    so that its largest number is 1. Then no sum exceeds float16."""
     if dense.compute_dtype != "float16":
         return dense(x)
     x = ops.cast(x, "float32")
@@ -175,8 +176,8 @@ def _dense(kernel_initializer, dtype, units: int, name: str) -> GemmaDense:
 
 @keras.saving.register_keras_serializable(package="gemma_keras")
 class GemmaAttention(Float32Stream):
-    """Grouped-query attention with rotary positions; causal or both ways, all of a text or a
-    window, as the spec says.
+    """Grouped-query attention with rotary positions; causal or bidirectional, global or with a
+    sliding window, as the spec says.
 
     Args:
         spec: heads, scales and window.
@@ -398,10 +399,10 @@ class GemmaDecoderBlock(Float32Stream):
         super().build(input_shape)
 
     def call(self, x, padding_mask=None, cache=None, start=0, return_cache=False):
-        """As `GemmaAttention.call`, for the whole block; without a cache returns `x` alone, unless
-        `return_cache`."""
+        """Like `GemmaAttention.call`, for the whole block; without a cache it returns only `x`,
+        unless `return_cache`."""
         if self.gradient_checkpointing and cache is None and not return_cache:
-            # A function of `x` alone: TensorFlow's takes no keywords, and no `None`.
+            # A function of only `x`, because TensorFlow's takes no keywords and no `None`.
             return keras.remat(lambda x: self._run(x, padding_mask, None, start)[0])(x)
         x, new_cache = self._run(x, padding_mask, cache, start)
         return (x, new_cache) if return_cache or cache is not None else x

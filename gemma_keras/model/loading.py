@@ -1,4 +1,4 @@
-"""A checkpoint's weights as what Keras variables are made from, piece by piece."""
+"""Creates Keras variables directly from a checkpoint's weights, chunk by chunk."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ import keras
 import numpy as np
 
 from gemma_keras.checkpoints.names import WeightSpec
-from gemma_keras.checkpoints.source import TableSource, WeightSource, row_pieces
+from gemma_keras.checkpoints.source import TableSource, WeightSource, row_chunks
 from gemma_keras.errors import CheckpointError
-from gemma_keras.model.chunked import Piece, made
+from gemma_keras.model.chunked import Chunk, made
 
-_PIECE_BYTES = 16 << 20  # of float32; a copy or two of it are made on the way
+_CHUNK_BYTES = 16 << 20  # bytes of float32 in a chunk; one or two copies of it are made
 
 
-def weight_pieces(weights: Mapping[str, np.ndarray], spec: WeightSpec) -> Iterator[Piece]:
-    """A weight as its Keras variable holds it, piece by piece; a head lies there transposed.
+def weight_chunks(weights: Mapping[str, np.ndarray], spec: WeightSpec) -> Iterator[Chunk]:
+    """Yields a weight as its Keras variable stores it, in chunks; a head is transposed.
 
     Args:
-        weights: canonical name to array; tables, and a file's matrices, are read in pieces.
+        weights: canonical name to array; tables, and a file's matrices, are read in chunks.
         spec: of the weight.
 
     Raises:
-        CheckpointError: the weight is missing, of another shape, or not finite.
+        CheckpointError: the weight is missing, has another shape, or is not finite.
     """
     if spec.name not in weights:
         raise CheckpointError(f"the weights lack {spec.name}")
     readable = {"table": TableSource, "matrix": WeightSource}.get(spec.kind)
     if readable is not None and isinstance(weights, readable):
         expected, transposed = spec.file_shape, spec.kind == "matrix" or spec.name == "head"
-        rows = weights.table_pieces(spec.name, _PIECE_BYTES)
+        rows = weights.table_chunks(spec.name, _CHUNK_BYTES)
     else:
         expected, transposed = spec.shape, spec.name == "head"
         array = weights[spec.name]
         _require_shape(spec, array.shape, expected)
-        rows = [(0, array)] if array.ndim == 1 else row_pieces(array, _PIECE_BYTES)
+        rows = [(0, array)] if array.ndim == 1 else row_chunks(array, _CHUNK_BYTES)
     end = 0
     for first, array in rows:
         end = first + len(array)
         _require_shape(spec, (max(end, expected[0]), *array.shape[1:]), expected)
-        yield Piece(array.T, 1, first) if transposed else Piece(array, 0, first)
+        yield Chunk(array.T, 1, first) if transposed else Chunk(array, 0, first)
     _require_shape(spec, (end, *expected[1:]), expected)
 
 
@@ -54,7 +54,7 @@ def _require_shape(spec: WeightSpec, found: Sequence[int], expected: Sequence[in
 
 @dataclasses.dataclass(frozen=True)
 class FromWeights:
-    """As the initializer of a `GemmaBackbone`: its variables are made of a checkpoint's weights.
+    """An initializer for `GemmaBackbone` that creates its variables from a checkpoint's weights.
 
     Args:
         weights: canonical name to array; see `gemma_keras.checkpoints.names`.
@@ -75,7 +75,7 @@ class _Initializer(keras.initializers.Initializer):
 
     def __call__(self, shape, dtype: Any = None):
         spec = self.specs.pop(0)
-        return made(tuple(shape), dtype, weight_pieces(self.weights, spec))
+        return made(tuple(shape), dtype, weight_chunks(self.weights, spec))
 
 
 @contextlib.contextmanager
@@ -84,7 +84,7 @@ def initialized_from(
     specs: Mapping[str, WeightSpec],
     places: Mapping[str, tuple[keras.layers.Layer, str]],
 ) -> Iterator[None]:
-    """Layers that are built meanwhile make their variables of weights.
+    """Layers that are built in this context create their variables from weights.
 
     Args:
         weights: canonical name to array.
@@ -93,8 +93,8 @@ def initialized_from(
             weights have the same place, the layer adds them in this order.
 
     Raises:
-        CheckpointError: a weight is missing, of another shape, not finite, or no variable has been
-            made of it.
+        CheckpointError: a weight is missing, has another shape, is not finite, or no variable was
+            made from it.
     """
     initializers: dict[tuple[int, str], _Initializer] = {}
     before = []
@@ -115,6 +115,6 @@ def initialized_from(
     left = [spec.name for made_from in initializers.values() for spec in made_from.specs]
     if left:
         raise CheckpointError(
-            f"{left[0]} and {len(left) - 1} more weights have no float variable in this dtype; "
-            "load the model in a float dtype, then quantize it"
+            f"{left[0]} and {len(left) - 1} more weights have no float variable in this "
+            "dtype; load the model in a float dtype, then call quantize"
         )

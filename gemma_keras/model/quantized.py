@@ -1,4 +1,4 @@
-"""What Keras's quantized layers hold: integers with scales, read as floats or as a `QuantizedGrid`.
+"""Reads the weights of Keras's quantized layers as floats or as a `QuantizedGrid`.
 
 `model.quantize` (Keras 3.15) turns the kernel of a `Dense`, and the tables of a
 `ReversibleEmbedding`, into packed integers with
@@ -9,9 +9,9 @@
 * GPTQ: the same, the block of each input in `g_idx`, which need not be in order;
 * AWQ: the same, and a factor for each input that divides afterwards.
 
-In the forward pass of int8, and of a quantized head, Keras also rounds the activations, to 8 bits
-with one scale for each token. What is read here are the weights alone: the model that is exported
-does not round as Keras does.
+In the forward pass of int8, and of a quantized head, Keras also rounds the activations to 8 bits,
+with one scale for each token. This module reads only the weights. An exported model does not round
+activations as Keras does.
 
 Source: keras/src/layers/core/dense.py, embedding.py, reversible_embedding.py.
 """
@@ -55,7 +55,7 @@ class QuantizedWeight:
     correction: np.ndarray | None = None
 
     def values(self) -> np.ndarray:
-        """The numbers that it stands for, float32 `[rows, inputs]`."""
+        """Returns the dequantized values, float32 `[rows, inputs]`."""
         values = self.levels.astype(np.float32)
         values -= self.zero_points[:, self.groups]
         values *= self.scales[:, self.groups]
@@ -66,8 +66,8 @@ class QuantizedWeight:
         return values
 
     def grid(self) -> QuantizedGrid | None:
-        """The same as a grid with blocks of neighbouring inputs; `None` where it is none: with
-        GPTQ that groups inputs by activation, AWQ's factors, or LoRA."""
+        """Returns the same as a grid with blocks of neighbouring inputs; `None` if that is
+        impossible: with GPTQ that groups inputs by activation, AWQ's factors, or LoRA."""
         block_size = int((self.groups == 0).sum())
         if self.input_factors is not None or self.correction is not None or not block_size:
             return None
@@ -79,15 +79,16 @@ class QuantizedWeight:
 
 
 def quantized_weight(layer: keras.layers.Layer, reverse: bool = False) -> QuantizedWeight | None:
-    """A layer's weight as Keras has quantized it, LoRA as its correction.
+    """Reads a layer's weight as Keras has quantized it, with LoRA as its correction.
 
     Args:
         layer: a `Dense` without a bias or a `ReversibleEmbedding`.
-        reverse: the table of an untied head, in place of the embedding.
+        reverse: whether to read the table of an untied head instead of the embedding.
 
     Returns:
-        It with outputs or tokens as rows; `None` if the layer holds floats. So it does with
-        float8, which rounds in every forward pass, and with GPTQ and AWQ until they are calibrated.
+        The weight with outputs or tokens as rows; `None` if the layer holds floats. It also holds
+        floats with float8, which rounds in every forward pass, and with GPTQ and AWQ before
+        calibration.
     """
     mode = layer.quantization_mode
     if mode in ("int8", "int4"):
@@ -127,7 +128,7 @@ def _embedding(layer: Any, reverse: bool) -> QuantizedWeight:
 def _signed(
     layer: Any, levels: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None
 ) -> QuantizedWeight:
-    """Of levels about 0, int8 `[rows, inputs]`.
+    """Makes it from levels around 0, int8 `[rows, inputs]`.
 
     Scales `[rows]` divide; scales `[rows, groups]`, which come with zero points, multiply.
     """
@@ -171,7 +172,7 @@ def _calibrated(layer: Any) -> QuantizedWeight:
 
 
 def _array(variable: Any) -> np.ndarray:
-    """A variable as numpy: integers as they are, floats as float32."""
+    """Converts a variable to numpy: integers unchanged, floats as float32."""
     if "float" in keras.backend.standardize_dtype(variable.dtype):
         variable = ops.cast(variable, "float32")
     return ops.convert_to_numpy(variable)
@@ -194,7 +195,8 @@ def _unpack(packed: np.ndarray, axis: int, length: int, *, signed: bool) -> np.n
 
 
 def _lora(layer: Any, name: str, *, transposed: bool) -> np.ndarray | None:
-    """What LoRA adds, float32 `[rows, inputs]`; the product of a `Dense` is `[in, out]`."""
+    """Returns the LoRA update, float32 `[rows, inputs]`; the product of a `Dense` is `[in,
+    out]`."""
     if not layer.lora_enabled:
         return None
     product = _array(getattr(layer, f"lora_{name}_a")) @ _array(getattr(layer, f"lora_{name}_b"))

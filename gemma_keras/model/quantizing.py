@@ -1,4 +1,4 @@
-"""Keras's `quantize` of a whole task, by the layers that have it."""
+"""Makes Keras's `quantize` work on a whole task, layer by layer."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Filters = str | Sequence[str] | Callable[[keras.layers.Layer], bool] | None
 
 
 class Quantizes(_Task):
-    """A task whose `quantize` asks the layers of the model alone, and only those that can."""
+    """A task whose `quantize` quantizes only the model's layers that support it."""
 
     def quantize(self, mode=None, config=None, filters: Filters = None, **kwargs) -> None:
-        """As Keras's `Model.quantize`, also of a model that has not been run.
+        """Like Keras's `Model.quantize`, also for a model that has not been run.
 
-        Keras asks every layer below the model, so that a tokenizer which has tokenized nothing yet
-        is refused as not built. The token embedding, a subclass of Keras's, stays as it is, unless
-        `type_check=False` is given; so Keras has it.
+        Keras calls every layer below the model, and then an unused tokenizer raises an error
+        because it is not built. As in Keras, the token embedding, a subclass of Keras's layer, is
+        only quantized with `type_check=False`.
 
         Args:
             mode: `"int8"`, `"int4"`, `"float8"`, `"gptq"` or `"awq"`.
@@ -34,7 +34,8 @@ class Quantizes(_Task):
             **kwargs: those of Keras's.
 
         Raises:
-            ValueError: the mode is int8 and the model computes in float16, which Keras refuses.
+            ValueError: the mode is int8 and the model computes in float16, which Keras does not
+                support.
 
         Warns:
             UserWarning: the token embedding is not quantized, and no filters say so.
@@ -42,7 +43,7 @@ class Quantizes(_Task):
         with_embedding = not kwargs.get("type_check", True)
         if filters is None and not with_embedding and mode in ("int8", "int4"):
             warnings.warn(
-                "the token embedding is not quantized; with type_check=False it is, too",
+                "the token embedding is not quantized; to quantize it too, pass type_check=False",
                 stacklevel=2,
             )
         preprocessor = self.preprocessor

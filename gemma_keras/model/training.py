@@ -1,4 +1,4 @@
-"""What `fit` needs beside the model: it is saved with it, and told when training has failed."""
+"""Supports `fit`: saves and restores the training state, and warns when the loss is not finite."""
 
 # Keras's operations are typed as if they returned None or a PyTree.
 # pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
@@ -18,8 +18,8 @@ else:
 
 
 class TrainsOn(_Task):
-    """A task whose training goes on where it was after `save` and `keras.saving.load_model`, and
-    which says when the loss is not finite."""
+    """A task that resumes training after `save` and `keras.saving.load_model`, and warns if the
+    loss is not finite."""
 
     def fit(
         self,
@@ -32,16 +32,17 @@ class TrainsOn(_Task):
         callbacks=None,
         **kwargs,
     ):
-        """As Keras's `fit` on what the preprocessor takes.
+        """Like Keras's `fit`, on the inputs of the preprocessor.
 
         Warns:
-            UserWarning: the loss is not finite, or the weights are float16, which loses what
-                training changes in them.
+            UserWarning: the loss is not finite, or the weights are float16, which loses small
+                updates.
         """
         if self.dtype_policy.variable_dtype == "float16":
             warnings.warn(
-                f"the weights are {self.dtype_policy.name}, in which most of what training changes"
-                " is rounded away or overflows; load the model with dtype='mixed_float16' to train",
+                f"the weights are {self.dtype_policy.name}, in which most weight updates "
+                "are rounded to zero or overflow. To train, load the model with "
+                "dtype='mixed_float16'",
                 stacklevel=2,
             )
         if not isinstance(callbacks, keras.callbacks.CallbackList):
@@ -59,11 +60,12 @@ class TrainsOn(_Task):
         )
 
     def get_compile_config(self) -> dict[str, Any]:
-        """What `compile` was given, the sampler too, and which layers train, LoRA included."""
+        """Returns the arguments of `compile` including the sampler, and which layers are trainable,
+        LoRA included."""
         config = dict(super().get_compile_config())
         if not config:
             return config
-        # The backend's own choice is made anew where the model is loaded.
+        # The backend chooses again when the model is loaded.
         if config.get("jit_compile") == self._resolve_auto_jit_compile():
             config["jit_compile"] = "auto"
         if getattr(self, "sampler", None) is not None:
@@ -87,7 +89,8 @@ def _layers_with_weights(model: keras.Model) -> list[keras.layers.Layer]:
 
 
 def _layer_states(model: keras.Model) -> list[list[Any]]:
-    """Of each layer whether it trains, and the rank and alpha of its LoRA, 0 without one."""
+    """Returns for each layer whether it is trainable, and the rank and alpha of its LoRA, 0 without
+    LoRA."""
     return [[bool(layer.trainable), *_lora_of(layer)] for layer in _layers_with_weights(model)]
 
 
@@ -103,8 +106,8 @@ def _restore_layer_states(model: keras.Model, states: list[list[Any]]) -> None:
         return
     if len(layers) != len(states):
         raise ValueError(
-            f"the saved model has {len(states)} layers with weights, this one {len(layers)}; load "
-            "it with compile=False and compile it again"
+            f"the saved model has {len(states)} layers with weights, but this one has "
+            f"{len(layers)}; load it with compile=False and compile it again"
         )
     for layer, (trainable, rank, alpha) in zip(layers, states, strict=True):
         if layer.trainable != trainable:
@@ -121,9 +124,9 @@ def _restore_layer_states(model: keras.Model, states: list[list[Any]]) -> None:
 
 
 class WarnsOfLoss(keras.callbacks.Callback):
-    """Warns once when the loss of training is not finite: from then on nothing is learned.
+    """Warns once if the training loss is not finite, because the model then no longer learns.
 
-    Training goes on, as Keras has it; `keras.callbacks.TerminateOnNaN` ends it.
+    Training continues, as in Keras; `keras.callbacks.TerminateOnNaN` ends it.
     """
 
     async_safe = True  # as Keras calls what need not be waited for
@@ -140,8 +143,9 @@ class WarnsOfLoss(keras.callbacks.Callback):
         policy = self.model.dtype_policy.name
         wider = "" if policy == "float32" else f", or in float32 (the policy now is {policy})"
         warnings.warn(
-            f"the loss is {float(loss)} from batch {batch} on, and the weights may be lost: load "
-            f"the model again and train with a lower learning rate or clipped gradients{wider}; "
-            "keras.callbacks.TerminateOnNaN() would end such a training",
+            f"the loss is {float(loss)} from batch {batch} on, and the weights may be "
+            "damaged. Load the model again and train with a lower learning rate or clipped "
+            f"gradients{wider}. keras.callbacks.TerminateOnNaN() stops a training in this "
+            "case",
             stacklevel=2,
         )

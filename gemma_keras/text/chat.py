@@ -89,8 +89,8 @@ def turn_ids(proto: bytes, turns: TurnTemplate = GEMMA_TURNS) -> tuple[int, int]
     found = [model.piece_to_id(n) for n in (turns.start_of_turn, turns.end_of_turn)]
     if model.unk_id() in found:
         raise ValueError(
-            f"the tokenizer lacks the tokens of the turn template, {turns.start_of_turn} and "
-            f"{turns.end_of_turn}"
+            f"the tokenizer lacks the tokens of the turn template, {turns.start_of_turn} "
+            f"and {turns.end_of_turn}"
         )
     return found[0], found[1]
 

@@ -137,7 +137,7 @@ def test_a_prompt_that_does_not_fit_has_an_error_and_the_others_have_answers(
         first, second, third = lines(tmp_path / "out")
         assert "context holds 16" in second["error"] and second["id"] == "long"
         assert "text" not in second and first["tokens"] == third["tokens"] == 2
-        assert "1 of them could not be run" in err and "Traceback" not in err
+        assert "1 of them failed" in err and "Traceback" not in err
 
 
 def test_what_all_prompts_begin_with_is_run_once(tiny, tmp_path, monkeypatch):
@@ -303,7 +303,7 @@ def test_two_runs_do_not_write_one_file(batch, tmp_path):
 def test_a_disk_that_is_full_ends_it_in_a_line_and_it_can_go_on(batch, whole, tmp_path):
     status, _, err = shell('ulimit -f 1; "$@"', *batch)
     assert status == 1 and err.count("\n") == 1
-    assert "File too large" in err and "the same command goes on from them" in err
+    assert "File too large" in err and "run the same command again to continue" in err
     assert (tmp_path / "out.jsonl").stat().st_size == 1024 < len(whole)
     edge_demo(*batch)
     assert (tmp_path / "out.jsonl").read_bytes() == whole
@@ -319,7 +319,11 @@ def test_ctrl_c_ends_it_and_it_can_go_on(tiny, tmp_path):
         time.sleep(0.001)
     process.send_signal(signal.SIGINT)
     err = process.communicate(timeout=60)[1].decode()
-    assert process.returncode == 130 and "goes on from here" in err and "Traceback" not in err
+    assert (
+        process.returncode == 130
+        and "run the same command again to continue" in err
+        and "Traceback" not in err
+    )
     there = lines(tmp_path / "out")
     assert 0 < len(there) < len(prompts)
     _, err = edge_demo(*arguments)
@@ -374,7 +378,7 @@ def test_seeds_are_of_the_files_seed_and_the_place(tmp_path):
         (b'{"prompt": "a", "stop": [""]}', "stop text must not be empty"),
         (b'{"prompt": "a", "stop": ["a", 1]}', '"stop" must be text, or a list of texts'),
         (b'{"prompt": "a", "stop": null}', '"stop" must be text, or a list of texts, not None'),
-        (b'{"prompt": "a", "stop": "\\ud800"}', "must be UTF-8"),
+        (b'{"prompt": "a", "stop": "\\ud800"}', "must be valid UTF-8"),
         (b'{"prompt": "a", "min_p": 2}', "min-p must be between 0 and 1, not 2"),
         (b'{"prompt": "a", "repeat_penalty": 0}', "repeat-penalty must be between 0.1 and 10"),
         (b'{"prompt": "a", "presence_penalty": 3}', "presence-penalty must be between -2 and 2"),
@@ -415,7 +419,7 @@ def test_bad_arguments_are_refused_in_one_line(batch, refused, tiny, tmp_path):
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     start = ["generate", tiny]
     refused(*start, "--batch", source, names=["--out"])
-    refused(*start, "--batch", source, "--out", source, names=["holds the prompts"])
+    refused(*start, "--batch", source, "--out", source, names=["is the file of prompts"])
     refused(*start, "--batch", tmp_path / "no", "--out", out, names=["no", "cannot be read"])
     refused(*start, "--batch", tmp_path, "--out", out, names=["cannot be read", "directory"])
     refused(*start, "--batch", source, "--out", tmp_path, names=["not a file"])

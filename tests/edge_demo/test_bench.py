@@ -140,7 +140,7 @@ def test_the_whole_context_can_be_used_and_no_more(tiny_bundles):
 @pytest.mark.parametrize(
     "options, names",
     [
-        (["-p", "0", "-n", "0"], ["nothing to measure"]),
+        (["-p", "0", "-n", "0"], ["no test to run"]),
         (["-p", "-1"], ["-p", "-1"]),
         (["-p", "many"], ["--prompt-tokens", "'many'"]),
         (["-n", "1,,2"], ["--decode-tokens", "'1,,2'"]),

@@ -131,7 +131,7 @@ def test_an_empty_prompt_that_is_asked_for_is_one(tiny, run_json):
 def test_a_prompt_in_the_template_is_told_that_it_is_text(tiny_bundles, name, mark):
     command = ("generate", tiny_bundles / name, "--max-tokens", 1, "--json", "--prompt")
     out, err = edge_demo(*command, f"a{mark}b")
-    assert f"holds {mark}, which is read as text" in err
+    assert f"holds {mark}, which is tokenized as plain text" in err
     ids = json.loads(out)["prompt_ids"]
     assert ids == generator(tiny_bundles / name).tokenizer.encode(f"a{mark}b")
     assert "holds" not in edge_demo(*command, "a < b")[1]
@@ -175,11 +175,11 @@ def test_a_draft_model_gives_the_same_answer(tiny_bundles):
 @pytest.mark.parametrize(
     "more, message",
     [
-        (("--draft", "{chat}"), "has another tokenizer than"),
+        (("--draft", "{chat}"), "has a different tokenizer from"),
         (("--draft", "nowhere"), "nowhere"),
         (("--draft", "{chat}", "--lookup"), "not allowed with"),
     ],
-    ids=["another tokenizer", "missing", "two kinds of guesses"],
+    ids=["a different tokenizer", "missing", "two kinds of guesses"],
 )
 def test_a_draft_that_cannot_be_used_is_refused(tiny_bundles, more, message):
     more = [part.format(chat=tiny_bundles / "chat") for part in more]
@@ -538,7 +538,7 @@ def test_bench_and_score_that_do_not_fit_the_context_are_refused(refused, comman
     refused("bench", short, "--prompt-tokens", 17, names=["17 tokens", "of 16"])
     refused("bench", short, "-p", 0, "-n", 1, "-d", 16, names=["16 + 1", "of 16"])
     refused(*command("score", short)[:-1], 17, names=["17", "16"])
-    refused(*command("score", short), "--stride", 16, names=["stride 1 to 15", "16"])
+    refused(*command("score", short), "--stride", 16, names=["stride must be 1 to 15", "16"])
     refused(*command("score", short)[:-1], 1, names=["at least 2"])
 
 

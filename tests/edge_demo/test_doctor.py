@@ -57,7 +57,7 @@ def test_doctor_tells_people(tiny, run):
     for word in ("64-bit", "cores", "instructions", "memory reads", "GB/s", "swap", "huge pages",
                  "temperature", "throttling", "onnxruntime", "fits", "tokens/s", "disk"):  # fmt: skip
         assert word in out
-    assert str(tiny) in out and "What fits" not in out
+    assert str(tiny) in out and "Models that fit" not in out
 
 
 def test_without_a_bundle_common_sizes_are_judged(run, run_json):
@@ -70,7 +70,7 @@ def test_without_a_bundle_common_sizes_are_judged(run, run_json):
     for size in sizes:
         assert size["fits"] in (True, False) or memory_limits() == []
     out = run("doctor")[1]
-    assert "What fits" in out and "Gemma 3 1B" in out
+    assert "Models that fit" in out and "Gemma 3 1B" in out
 
 
 @pytest.mark.sample
@@ -91,7 +91,7 @@ def test_a_raspberry_pi_of_4_gb(tmp_path):
     found = examine([], pi_5(tmp_path))
     page = describe(found)
     assert page.startswith("Raspberry Pi 5 Model B Rev 1.0, Cortex-A76\n")
-    for words in ("dot product, fp16; not i8mm", "4.25 GB, 2.99 GB to be had", "102 MB free",
+    for words in ("dot product, fp16; not i8mm", "4.25 GB, 2.99 GB available", "102 MB free",
                   "huge pages: always", "61 °C", "now frequency capped"):  # fmt: skip
         assert words in page
     fits = {(s["name"], s["recipe"]): s["fits"] for s in found["sizes"]}

@@ -215,7 +215,7 @@ def test_a_file_that_was_cut_while_it_was_open_is_told(tmp_path, fmt):
     os.truncate(path, path.stat().st_size - 1)
     assert table.rows([0, 1]).shape == (2, 64)
     for ids in ([6], [0, 6]):
-        with pytest.raises(BundleError, match="table ends before the embeddings do"):
+        with pytest.raises(BundleError, match="table is too short for its embeddings"):
             table.rows(ids)
 
 
@@ -239,7 +239,7 @@ def test_a_read_that_fails_leaves_the_engine_as_it_was(tiny_bundles, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(os, "pread", lambda *_: b"")
         for run in (lambda: engine.prefill([8, 9]), lambda: engine.decode(8)):
-            with pytest.raises(BundleError, match="ends before the embeddings do"):
+            with pytest.raises(BundleError, match="is too short for its embeddings"):
                 run()
     assert engine.tokens == [5, 6, 7]
     np.testing.assert_array_equal(engine.decode(8), expected)

@@ -68,7 +68,7 @@ def test_a_graph_that_is_cut_short_is_refused(bundle, tmp_path, keep):
     data = (bundle / "engine.onnx").read_bytes()
     path = tmp_path / "engine.onnx"
     path.write_bytes(data[: int(keep * len(data))])
-    with pytest.raises(BundleError, match=r"engine\.onnx is no ONNX graph"):
+    with pytest.raises(BundleError, match=r"engine\.onnx is not a valid ONNX graph"):
         stored_weights(path)
 
 
@@ -76,5 +76,5 @@ def test_a_graph_that_is_cut_short_is_refused(bundle, tmp_path, keep):
 def test_what_is_no_graph_is_refused(tmp_path, data):
     path = tmp_path / "engine.onnx"
     path.write_bytes(data)
-    with pytest.raises(BundleError, match="no ONNX graph"):
+    with pytest.raises(BundleError, match="not a valid ONNX graph"):
         stored_weights(path)

@@ -50,7 +50,7 @@ def test_tasks_are_read_as_llama_cpp_lays_them_out():
     [
         ("", "is empty"),
         ("\n", "is empty"),
-        ("words\n" * 7, "7 lines; HellaSwag's text form has 6 a task"),
+        ("words\n" * 7, "7 lines; HellaSwag's text form needs 6 lines per task"),
         (TEXT + "\n", "13 lines"),
         (TEXT.replace("\n2\n", "\n4\n"), "line 2 of file must be .* 0 to 3; found '4'"),
         (TEXT.replace("\n0\n", "\n\u0660\n"), "line 8"),
@@ -174,9 +174,25 @@ def test_score_refuses_tasks_in_a_sentence(tiny_bundles, refused, tmp_path):
     path.write_text(TEXT)
     refused("score", bundle, names=["--text", "--hellaswag"])
     refused("score", bundle, "--hellaswag", path, "--text", path, names=["--text", "not allowed"])
-    refused("score", bundle, "--hellaswag", path, "--length", 9, names=["--length", "--text only"])
+    refused(
+        "score",
+        bundle,
+        "--hellaswag",
+        path,
+        "--length",
+        9,
+        names=["--length", "only valid with --text"],
+    )
     refused("score", bundle, "--hellaswag", path, "--stride", 9, names=["--stride"])
-    refused("score", bundle, "--text", path, "--tasks", 9, names=["--tasks", "--hellaswag only"])
+    refused(
+        "score",
+        bundle,
+        "--text",
+        path,
+        "--tasks",
+        9,
+        names=["--tasks", "only valid with --hellaswag"],
+    )
     refused("score", tiny_bundles / "short", "--hellaswag", path, names=["context holds 16"])
 
 

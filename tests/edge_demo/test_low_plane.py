@@ -78,7 +78,7 @@ def test_a_row_gives_the_same_bits_whatever_was_kept_before(tiny_bundles, monkey
 def test_a_graph_that_returns_other_tokens_is_refused(tiny_bundles, bad):
     bundle = Bundle.open(tiny_bundles / "gemma-int8")
     hidden = np.ones(bundle.embedding.width, np.float32)
-    with pytest.raises(BundleError, match="not in the vocabulary"):
+    with pytest.raises(BundleError, match="outside the vocabulary"):
         plane_of(bundle).logits(np.array([4, bad]), np.zeros(2, np.float32), hidden)
 
 

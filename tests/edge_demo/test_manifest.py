@@ -40,7 +40,7 @@ def test_no_such_folder_and_a_folder_that_is_no_bundle_are_told_apart(tmp_path):
         (b"[" * 100_000, "is not JSON"),
         (b"9" * 5000, "is not JSON"),
         (b'{"format": "gemma-keras-bundle", "format_version": ' + b"9" * 4000 + b"}", "version"),
-        (b" " * (20 << 20), "larger than a manifest can be"),
+        (b" " * (20 << 20), "too large for a bundle manifest"),
         (b"[]", "gemma-keras-bundle"),
         (b"null", "gemma-keras-bundle"),
         (b'{"format": "another"}', "gemma-keras-bundle"),
@@ -165,17 +165,25 @@ INTEGERS, FLOATS = {"dtype": "uint8", "offset": 0}, {"dtype": "float32", "offset
         ({}, {"quantized": INTEGERS, "scales": FLOATS, "zero_points": INTEGERS}, "parts"),
         ({"symmetric": False}, {"quantized": INTEGERS, "scales": FLOATS}, "zero_points"),
         (PLANES, {"quantized": INTEGERS, "scales": FLOATS}, "high, low, zero_points"),
-        (PLANES | {"bits": 4}, {}, "no such format"),
-        ({"planes": 2}, {}, "no such format"),
-        ({"planes": 0}, {}, "no such format"),
-        ({"bits": 16}, {}, "no such format"),
-        ({"bits": 3}, {}, "no such format"),
-        ({"block_size": 24}, {}, "no such format"),
-        ({"block_size": 512}, {}, "no such format"),
-        ({"block_size": 0}, {}, "no such format"),
-        ({"block_size": 0, "bits": 16}, {"rows": FLOATS}, "the parts rows"),
-        ({"block_size": 0, "bits": 16, "symmetric": False}, {}, "no such format"),
-        ({"block_size": 0, "bits": 32, "planes": 2}, {}, "no such format"),
+        (PLANES | {"bits": 4}, {}, "format of the embedding is not supported"),
+        ({"planes": 2}, {}, "format of the embedding is not supported"),
+        ({"planes": 0}, {}, "format of the embedding is not supported"),
+        ({"bits": 16}, {}, "format of the embedding is not supported"),
+        ({"bits": 3}, {}, "format of the embedding is not supported"),
+        ({"block_size": 24}, {}, "format of the embedding is not supported"),
+        ({"block_size": 512}, {}, "format of the embedding is not supported"),
+        ({"block_size": 0}, {}, "format of the embedding is not supported"),
+        ({"block_size": 0, "bits": 16}, {"rows": FLOATS}, "format must be rows"),
+        (
+            {"block_size": 0, "bits": 16, "symmetric": False},
+            {},
+            "format of the embedding is not supported",
+        ),
+        (
+            {"block_size": 0, "bits": 32, "planes": 2},
+            {},
+            "format of the embedding is not supported",
+        ),
     ],
 )
 def test_an_embedding_whose_parts_are_not_its_formats_is_refused(
@@ -188,13 +196,15 @@ def test_an_embedding_whose_parts_are_not_its_formats_is_refused(
 @pytest.mark.parametrize("size", [1, 299, 301, 1 << 40])
 def test_an_embedding_of_another_vocabulary_is_refused(damaged, size):
     edit_manifest(damaged, lambda m: m["model"].update(vocabulary_size=size))
-    assert_refused(damaged, "bundle.json", f"300 rows for a vocabulary of {size:,}")
+    assert_refused(damaged, "bundle.json", f"300 rows, but the vocabulary size is {size:,}")
 
 
 @pytest.mark.parametrize("role", ["engine", "candidates"])
 def test_an_embedding_whose_rows_a_graph_does_not_take_is_refused(damaged, role):
     edit_manifest(damaged, lambda m: m["graphs"][role]["inputs"][0]["shape"].__setitem__(2, 97))
-    assert_refused(damaged, "bundle.json", f"96 numbers, which {role}.onnx does not take")
+    assert_refused(
+        damaged, "bundle.json", f"96 numbers, which does not match the input of {role}.onnx"
+    )
 
 
 def test_where_the_embedding_lies_is_part_of_the_fingerprint(damaged_int8):

@@ -233,7 +233,7 @@ def test_what_cannot_fit_is_refused_with_both_figures(tiny_bundles, kind):
     status, out, err = limited(kind, figure - 20 * MB, *generate)
     assert (status, out) == (1, "") and err.count("\n") == 1
     assert f"about {figure / MB:.0f} MB" in err and kind in err and "--force" in err
-    assert int(err.split(" MB can be had")[0].split()[-1]) <= (figure - 10 * MB) // MB
+    assert int(err.split(" MB is available")[0].split()[-1]) <= (figure - 10 * MB) // MB
     # it was an estimate, on the safe side for so small a model
     status, out, err = limited(kind, figure - 20 * MB, *generate, "--force")
     assert status == 0, err

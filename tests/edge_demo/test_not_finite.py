@@ -69,7 +69,7 @@ def test_a_batch_says_it_in_every_line(bad, run, tmp_path):
     for _ in range(2):  # and the same again, which goes on after what is there
         status, _, err = run(*arguments, "--json")
         records = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
-        assert status == 1 and "2 of them could not be run" in err
+        assert status == 1 and "2 of them failed" in err
         assert ["not finite" in record["error"] for record in records] == [True, True]
 
 

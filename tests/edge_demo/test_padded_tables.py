@@ -88,5 +88,5 @@ def test_what_is_below_the_number_of_pieces():
     found = below(Candidates(np.array([7, 2, 5, 4]), logits[:4]), 5)
     assert isinstance(found, Candidates)
     assert (found.ids.tolist(), found.logits.tolist()) == ([2, 4], [1, 3])
-    with pytest.raises(EdgeError, match="none of the 4 likeliest tokens has a piece"):
+    with pytest.raises(EdgeError, match="none of the 4 likeliest tokens exists"):
         below(Candidates(np.array([7, 6, 5, 8]), logits[:4]), 5)

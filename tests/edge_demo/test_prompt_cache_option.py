@@ -57,7 +57,7 @@ def test_the_second_run_begins_where_the_first_ended_its_prompt(tiny, prompt, tm
 def test_a_cache_that_is_only_read_stays_as_it_is(tiny, prompt, tmp_path):
     options, expected = prompt
     _, err = generate(tiny, *options, "--prompt-cache-ro")
-    assert "is not there" in err and err.count("\n") == 1 and not (tmp_path / "p").exists()
+    assert "does not exist" in err and err.count("\n") == 1 and not (tmp_path / "p").exists()
     generate(tiny, *options)
     before = (tmp_path / "p").read_bytes()
     other, err = generate(tiny, *options[2:], "--prompt", "The gardener sings", "--prompt-cache-ro")
@@ -83,10 +83,10 @@ def test_a_cache_that_cannot_be_used_is_told_and_made_anew(
         rewrite(tmp_path / "p", lambda h: h["tokens"].update(shape=[129]))
     again, err = generate(tiny, *options, "--prompt-cache-ro")
     assert again["ids"] == expected["ids"] and again["reused_tokens"] == 0
-    assert err.count("\n") == 1 and err.endswith("the prompt is run without it\n")
+    assert err.count("\n") == 1 and err.endswith("the prompt is run without the cache\n")
     again, err = generate(tiny, *options)
     assert again["ids"] == expected["ids"] and again["reused_tokens"] == 0
-    assert err.count("\n") == 1 and err.endswith("it is made anew\n")
+    assert err.count("\n") == 1 and err.endswith("the file is recreated\n")
     assert spoil in err or "129 tokens" in err
     again, err = generate(tiny, *options)
     assert (again["ids"], err) == (expected["ids"], "") and again["reused_tokens"] > 0
@@ -108,7 +108,7 @@ def test_what_is_no_prompt_cache_is_not_overwritten(tiny, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for name, says in (
         ("letter", "not a prompt cache"), ("short", "not a prompt cache"), ("pipe", "not a file"),
-        (".", "not a file"), ("none/p", "in no folder"), ("letter/p", "in no folder"),
+        (".", "not a file"), ("none/p", "is not a folder"), ("letter/p", "is not a folder"),
     ):  # fmt: skip
         options = ("--prompt", "The", "--prompt-cache", tmp_path / name)
         for mode in ((), ("--prompt-cache-ro",)) if "/" not in name else ((),):

@@ -117,7 +117,7 @@ def test_an_engine_that_holds_tokens_scores_the_same(engine):
         ([], 10, 5, "empty"),
         ([5], 129, 64, "129 tokens does not fit the context of 128; give --length 2 to 128"),
         ([5], 1, 1, "at least 2"),
-        ([5], 10, 10, "stride 1 to 9"),
+        ([5], 10, 10, "stride must be 1 to 9"),
         ([5, VOCABULARY_SIZE, 5], 10, 5, "outside the vocabulary"),
     ],
 )

@@ -170,7 +170,7 @@ def test_a_draft_model_guesses_its_own_greedy_text(tiny_bundles, draft_models):
 def test_a_draft_with_another_tokenizer_is_refused(tiny_bundles):
     bundle = Bundle.open(tiny_bundles / "gemma3-int8")
     check_draft(bundle, Bundle.open(tiny_bundles / "gemma-fp32"))
-    with pytest.raises(RequestError, match="has another tokenizer than"):
+    with pytest.raises(RequestError, match="has a different tokenizer from"):
         check_draft(bundle, Bundle.open(tiny_bundles / "chat"))
 
 

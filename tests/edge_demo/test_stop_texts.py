@@ -131,4 +131,4 @@ def test_what_a_shell_has_left_of_a_line_break_is_told(tiny_bundles, run):
     options = ("--prompt", "The", "--max-tokens", 1, "--json")
     for stop, told in (("\\n", True), ("\n", False)):
         status, _, err = run("generate", tiny_bundles / "gemma3-fp32", *options, "--stop", stop)
-        assert status == 0 and ("$'\\n' in bash" in err) == told
+        assert status == 0 and ("in bash write a line break as $'\\n'" in err) == told

@@ -215,7 +215,7 @@ def test_a_pasted_text_is_one_message_and_commands_are_none(tiny_bundles):
         second = report(terminal.wait_for(DONE))
         assert second["prompt_ids"] == asked(bundle, text, first["text"], " /sing")
         terminal.keys(b"/reset\n")
-        terminal.wait_for("a new conversation begins.*" + PROMPT)
+        terminal.wait_for("started a new conversation.*" + PROMPT)
         terminal.keys(b"/home/pi is full\n")  # no command has a second /
         assert report(terminal.wait_for(DONE))["prompt_ids"] == asked(bundle, "/home/pi is full")
         terminal.keys(b"exit\n")
@@ -269,7 +269,7 @@ def test_a_message_that_does_not_fit_is_left_out_and_the_chat_goes_on(tiny_bundl
         terminal.keys(b"The\n")
         first = report(terminal.wait_for(DONE))
         terminal.keys(b"gardener gardener gardener gardener\n")
-        assert "left out" in terminal.wait_for("context holds 16.*" + PROMPT)
+        assert "dropped" in terminal.wait_for("context holds 16.*" + PROMPT)
         terminal.keys(b"A\n")
         second = report(terminal.wait_for(DONE))
         terminal.keys(CTRL_D)
@@ -296,7 +296,7 @@ def test_ctrl_c_before_the_first_word_takes_the_message_back(sample_bundle):
     with Terminal("chat", sample_bundle, *options) as terminal:
         terminal.wait_for(r"prompt token [\d,]+ of 6,00")
         terminal.keys(CTRL_C)
-        assert "message was left out" in terminal.wait_for(PROMPT)
+        assert "message was dropped" in terminal.wait_for(PROMPT)
         terminal.keys(b"Hi\n")
         assert "6,00" not in terminal.wait_for(r"2 tokens.*> $")
         terminal.keys(CTRL_D)

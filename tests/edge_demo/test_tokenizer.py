@@ -239,7 +239,9 @@ def test_a_template_text_is_encoded_as_its_conversation_only_where_asked(chat):
 @pytest.mark.parametrize("kind", [1, 4])
 def test_a_tokenizer_that_makes_turns_of_words_is_refused(damaged_chat, kind):
     rewrite(damaged_chat, "tokenizer.model", chat_tokenizer_model(turn_type=kind))
-    with pytest.raises(BundleError, match=r"no control piece of id 297.*export the bundle again"):
+    with pytest.raises(
+        BundleError, match=r"no control token with the id 297.*export the bundle again"
+    ):
         Tokenizer(Bundle.open(damaged_chat))
 
 

@@ -19,7 +19,7 @@ from gemma_keras.open import open_checkpoint
 from tests.gemma_keras.embedder_files import write_tiny_embedder
 
 each_lowering = pytest.mark.parametrize("lowering", LOWERINGS)
-WORDS = "needs a model that predicts the next token, and this one looks both ways"
+WORDS = "needs a model that predicts the next token, but this model has bidirectional attention"
 
 
 @pytest.fixture(scope="module")

@@ -167,7 +167,7 @@ def test_bytes_read_in_a_shape_they_do_not_fill_are_refused(tmp_path):
     with WeightsFile(tmp_path / "data") as file:
         file.add("x", np.zeros((3, 8), np.uint8))
     assert file.initializer("x", ir.DataType.UINT4, (3, 16)).shape == (3, 16)
-    with pytest.raises(ValueError, match="does not take 24 bytes"):
+    with pytest.raises(ValueError, match="does not have 24 bytes"):
         file.initializer("x", ir.DataType.UINT4, (3, 8))
 
 

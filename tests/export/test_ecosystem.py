@@ -165,7 +165,7 @@ def test_the_chat_template_is_ours(tiny_bundles):
 def test_a_tokenizer_that_changes_text_is_refused(change):
     model = proto.ModelProto.FromString(tiny_tokenizer_model())
     setattr(model.normalizer_spec, change, True)
-    with pytest.raises(CheckpointError, match="changes text"):
+    with pytest.raises(CheckpointError, match="normalizes text"):
         tokenizer_json(model.SerializeToString())
 
 

@@ -97,7 +97,7 @@ def test_a_matrix_rounded_in_pieces_is_the_same(fmt, monkeypatch):
     rows, inputs = problem(23, 70, 3)
     statistics = moments_of(inputs)
     whole = gptq(rows, feedbacks(statistics), fmt)
-    monkeypatch.setattr("export.calibrate.gptq._PIECE_BYTES", 4 * 70 * 5)
+    monkeypatch.setattr("export.calibrate.gptq._CHUNK_BYTES", 4 * 70 * 5)
     pieces = gptq(rows, feedbacks(statistics), fmt)
     # A product of fewer rows may add up in another order, which flips a level now and then.
     assert (pieces.levels != whole.levels).mean() < 0.01

@@ -337,7 +337,7 @@ def test_a_q4_0_model_is_stored_as_it_is(tmp_path):
     matrices = [spec.name for spec in weight_specs(config).values() if spec.kind == "matrix"]
     assert list(kept.formats) == matrices
     assert set(kept.formats.values()) == {Format(4, 32)}
-    assert kept.sentence == "14 Q4_0 matrices of the source are stored as they are"
+    assert kept.sentence == "14 Q4_0 matrices of the source are stored unchanged"
 
     plan = {**kept.formats, "token_embedding": TWO_PLANES}
     with WeightsFile(tmp_path / "weights") as file:
@@ -364,7 +364,7 @@ def test_a_q4_0_file_is_exported_without_rounding_it_twice(tmp_path):
     plan = json.loads((result.path / "bundle.json").read_text())["plan"]
     matrices = [entry for name, entry in plan.items() if name.startswith("layers.")]
     assert matrices == [dataclasses.asdict(Format(4, 32))] * 14
-    assert result.rounding["source"] == "14 Q4_0 matrices of the source are stored as they are"
+    assert result.rounding["source"] == "14 Q4_0 matrices of the source are stored unchanged"
     assert result.rounding["losses"] == {}
     # What is left is the activations' rounding; the weights rounded again would be ten times that.
     assert result.quality.max_logit_difference < 0.06 * result.quality.logit_spread
@@ -378,7 +378,7 @@ def test_people_are_told_what_is_rounded_again(tmp_path):
     kept = kept_weights(checkpoint.config, checkpoint.weights)
     assert set(kept.formats) == {"layers.0.mlp.up", "layers.1.mlp.up"}
     assert kept.sentence == (
-        "2 Q4_0 matrices of the source are stored as they are; "
+        "2 Q4_0 matrices of the source are stored unchanged; "
         "4 Q5_0 matrices of the source are rounded again"
     )
     assert kept.rounded("layers.0.mlp.up", INT4) is None

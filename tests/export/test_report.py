@@ -98,6 +98,6 @@ def test_a_report_that_memory_does_not_allow_is_refused(exported, tmp_path, monk
     text.write_text(TEXT * 20)
     arguments = [str(source), str(tmp_path / "out"), "--calibration", "none"]
     assert cli.main([*arguments, "--report", str(text)]) == 1
-    message = "the text of the report takes about 0.0 GB of memory, 0.0 GB are free"
+    message = "the text of the report needs about 0.0 GB of memory, 0.0 GB are free"
     assert message in capsys.readouterr().err
     assert cli.main([*arguments, "--no-verify"]) == 0

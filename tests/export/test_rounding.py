@@ -350,13 +350,13 @@ def test_a_budget_that_cannot_be_met_names_the_nearest_and_keeps_the_work(
         return stages
 
     with pytest.raises(
-        ExportRequestError, match=r"1e-07 cannot be met: 8 bits .* lose (0\.\d+)"
+        ExportRequestError, match=r"1e-07 cannot be met: even with 8 bits .* is (0\.\d+)"
     ) as refused:
         export(1e-7)
     folder = workspace_path(tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == [folder]
     (note,) = refused.value.__notes__
-    assert f"kept in {folder}, and the next export to {tmp_path / 'bundle'} goes on from" in note
+    assert f"kept in {folder}, and the next export to {tmp_path / 'bundle'} continues from" in note
     stages = export(0.5)
     assert [share for stage, share in stages if stage == "calibration"] == [0, 1]
     assert "sensitivity" not in dict(stages)
@@ -394,17 +394,23 @@ def test_a_plan_of_ones_own_is_followed(tiny, tmp_path):
     [
         ({"layers.9.mlp.down": {"bits": 8, "block_size": 32}}, "names 'layers.9.mlp.down', which"),
         ({"final_norm": {"bits": 32}}, "names 'final_norm'"),
-        ({"layers.0.mlp.down": {"bits": 3, "block_size": 32}}, "format that there is not"),
-        ({"layers.0.mlp.down": {"bits": "8", "block_size": 32}}, "format that there is not"),
-        ({"layers.0.mlp.down": {"bits": 8, "block_size": 48}}, "blocks of 48; onnxruntime takes"),
-        ({"layers.0.mlp.down": {"bits": 8, "blocks": 48}}, "must be an object of bits, block_size"),
+        ({"layers.0.mlp.down": {"bits": 3, "block_size": 32}}, "unsupported format"),
+        ({"layers.0.mlp.down": {"bits": "8", "block_size": 32}}, "unsupported format"),
+        (
+            {"layers.0.mlp.down": {"bits": 8, "block_size": 48}},
+            "blocks of 48; onnxruntime supports",
+        ),
+        (
+            {"layers.0.mlp.down": {"bits": 8, "blocks": 48}},
+            "must be an object with the keys bits, block_size",
+        ),
         ({"layers.0.mlp.down": 8}, "must be an object"),
         (
             {"layers.0.mlp.down": dataclasses.asdict(TWO_PLANES)},
-            "splits layers.0.mlp.down in 2 planes; only tables can be",
+            "splits layers.0.mlp.down in 2 planes, but only embedding tables can",
         ),
-        ({"token_embedding": {"bits": 8, "block_size": 64}}, "do not divide"),
-        ([1], "a plan is an object"),
+        ({"token_embedding": {"bits": 8, "block_size": 64}}, "does not divide"),
+        ([1], "a plan must be a JSON object"),
     ],
 )
 def test_a_plan_that_cannot_be_followed_is_refused(tiny, entries, message):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from gemma_keras import open_checkpoint
 from gemma_keras.checkpoints.hf.config import config_to_hf
 from gemma_keras.checkpoints.names import weight_specs
-from gemma_keras.checkpoints.source import table_pieces
+from gemma_keras.checkpoints.source import table_chunks
 from gemma_keras.errors import CheckpointError, ModelError
 from tests.models import (
     GENERATIONS,
@@ -140,7 +140,7 @@ def test_an_adapter_is_merged_as_peft_merges_it(generation, options, bases, tmp_
         array = spec.to_file(checkpoint.weights[spec.name], "hf")
         np.testing.assert_allclose(array, expected[spec.hf], atol=1e-6)
         if spec.kind == "matrix":
-            pieces = [rows for _, rows in checkpoint.weights.table_pieces(spec.name, 4096)]
+            pieces = [rows for _, rows in checkpoint.weights.table_chunks(spec.name, 4096)]
             assert len(pieces) > 1
             np.testing.assert_allclose(np.concatenate(pieces), array, atol=1e-6)
     assert checkpoint.config == unchanged.config
@@ -167,9 +167,9 @@ def test_a_head_is_what_it_was_while_the_adapter_was_trained(options, tied, tmp_
     save(wrapped, tmp_path / "adapter")
     checkpoint = open_checkpoint(tmp_path / "adapter", base=tmp_path / "base")
     assert not checkpoint.config.tied_head
-    assert [("a table for each" in remark) for remark in checkpoint.remarks] == [True] * tied
+    assert [("a separate table" in remark) for remark in checkpoint.remarks] == [True] * tied
     assert relative_difference(logits(checkpoint), logits_of(wrapped)) < NOISE
-    whole = np.concatenate([rows for _, rows in table_pieces(checkpoint.weights, "head", 4096)])
+    whole = np.concatenate([rows for _, rows in table_chunks(checkpoint.weights, "head", 4096)])
     np.testing.assert_array_equal(whole, checkpoint.weights["head"])
 
 
@@ -227,7 +227,7 @@ def test_an_adapter_beside_its_base_is_merged(everywhere, bases, tmp_path):
     whole = beside(folder, bases / "gemma3", tmp_path)
     checkpoint = open_checkpoint(whole)
     assert relative_difference(logits(checkpoint), expected) < NOISE
-    assert "if they have it already" in checkpoint.remarks[0]
+    assert "if these weights already contain it" in checkpoint.remarks[0]
 
 
 def test_an_adapter_alone_is_merged_into_what_it_names(everywhere, bases, tmp_path):
@@ -249,7 +249,7 @@ def test_a_peft_model_saved_whole_is_merged_if_its_configuration_is_there(bases,
     state = {name: tensor.clone() for name, tensor in wrapped.state_dict().items()}
     save_file(state, folder / "model.safetensors")
     assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight" in state
-    with pytest.raises(CheckpointError, match=r"adapter_config\.json that says by how much"):
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json with its scale"):
         open_checkpoint(folder)
     save(wrapped, tmp_path / "adapter")
     shutil.copy(tmp_path / "adapter" / "adapter_config.json", folder)
@@ -340,23 +340,26 @@ def refusal(source, **options):
     [
         ({"use_dora": True}, "a length for each output (DoRA)"),
         ({"lora_bias": True}, "biases"),
-        ({"bias": "all"}, "bias='all', which asks for biases"),
-        ({"layer_replication": [[0, 2], [1, 3]]}, "layers that are used several times"),
+        ({"bias": "all"}, "bias='all', which requires biases"),
+        ({"layer_replication": [[0, 2], [1, 3]]}, "layers used several times"),
         ({"trainable_token_indices": [1, 2]}, "single rows of the embedding"),
         ({"target_parameters": ["x"]}, "single parameters"),
         ({"alora_invocation_tokens": [5]}, "after certain tokens only"),
-        ({"kasa_config": {"beta": 1}}, "something this project does not know"),
-        ({"peft_type": "IA3"}, "peft_type 'IA3'; LORA is what can be merged"),
+        ({"kasa_config": {"beta": 1}}, "a feature that this project does not support"),
+        ({"peft_type": "IA3"}, "peft_type 'IA3'; only LORA can be merged"),
         ({"peft_type": None}, "peft_type None"),
-        ({"init_lora_weights": "pissa_niter_4"}, "were changed before training"),
-        ({"r": 4}, "says that the rank is 4"),
+        (
+            {"init_lora_weights": "pissa_niter_4"},
+            "changes the base model's weights before training",
+        ),
+        ({"r": 4}, "gives the rank 4"),
         ({"r": 0}, "the rank 0"),
         ({"r": "3"}, "the rank '3'"),
         ({"lora_alpha": float("nan")}, "the lora_alpha nan"),
         ({"lora_alpha": 10**400}, "the lora_alpha 1000"),
         ({"modules_to_save": 1}, "a list of names as modules_to_save"),
-        ({"alpha_pattern": {"(a+)+q_proj": 1}}, "no regular expression that is read here"),
-        ({"alpha_pattern": {"[": 1}}, "no regular expression"),
+        ({"alpha_pattern": {"(a+)+q_proj": 1}}, "not a supported regular expression"),
+        ({"alpha_pattern": {"[": 1}}, "not a supported regular expression"),
         ({"rank_pattern": 5}, "must have an object of up to 5,000 patterns as rank_pattern"),
     ],
     ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
@@ -381,8 +384,8 @@ def tensors_without(name):
     [
         (lambda t: {}, "no adapter_model.safetensors with tensors"),
         (tensors_without(f"{Q}.lora_B.weight"), "lacks the matrix lora_B of model.layers.0"),
-        (lambda t: t | {f"{Q}.lora_magnitude_vector": torch.ones(3)}, "no part of a plain LoRA"),
-        (lambda t: t | {f"{Q}.bias": torch.ones(3)}, "no part of a plain LoRA"),
+        (lambda t: t | {f"{Q}.lora_magnitude_vector": torch.ones(3)}, "not part of a plain LoRA"),
+        (lambda t: t | {f"{Q}.bias": torch.ones(3)}, "not part of a plain LoRA"),
         (
             lambda t: t | {f"{Q}.lora_A.other.weight": t[f"{Q}.lora_A.weight"].clone(), f"{Q}.lora_B.default.weight": t[f"{Q}.lora_B.weight"].clone()},
             "the adapters default, other in one file",
@@ -391,8 +394,8 @@ def tensors_without(name):
             lambda t: {name.replace("layers.0", "layers.9"): value for name, value in t.items()},
             "changes model.layers.9",
         ),
-        (lambda t: t | {f"{Q}.lora_A.weight": torch.ones(3, 4)}, "for another model"),
-        (lambda t: t | {f"{Q}.lora_A.weight": torch.ones(3, 0)}, "for another model"),
+        (lambda t: t | {f"{Q}.lora_A.weight": torch.ones(3, 4)}, "that the adapter was trained on"),
+        (lambda t: t | {f"{Q}.lora_A.weight": torch.ones(3, 0)}, "that the adapter was trained on"),
         (lambda t: t | {f"{Q}.lora_A.weight": torch.ones(3)}, "shapes [3] and [128, 3]"),
         (lambda t: t | {f"{Q}.lora_A.weight": torch.ones(3, 96).int()}, "is of type I32"),
         (
@@ -405,7 +408,7 @@ def tensors_without(name):
         ),
         (
             lambda t: t | {"base_model.model.lm_head.weight": torch.ones(305, 96)},
-            "brings a table of 305 tokens",
+            "has a table of 305 tokens",
         ),
     ],
 )  # fmt: skip
@@ -417,22 +420,22 @@ def test_matrices_that_do_not_fit_are_refused(change, said, everywhere, bases, t
 
 
 def test_an_adapter_for_another_size_is_refused(everywhere, bases):
-    assert "another model" in refusal(everywhere[0], base=bases / "gemma")
+    assert "that the adapter was trained on" in refusal(everywhere[0], base=bases / "gemma")
 
 
 def test_an_adapter_without_a_base_says_how_to_give_one(everywhere, tmp_path):
-    how = "give its base (--base SOURCE, or base=...)"
+    how = "name the base model (--base SOURCE, or base=...)"
     shutil.copytree(everywhere[0], tmp_path / "a")
     edit(tmp_path / "a", base_model_name_or_path=None)
-    assert "does not say of what; " + how in refusal(tmp_path / "a")
+    assert "does not name its base model; " + how in refusal(tmp_path / "a")
     edit(tmp_path / "a", base_model_name_or_path="/nowhere/at all")
     assert how in refusal(tmp_path / "a")
     edit(tmp_path / "a", base_model_name_or_path=str(tmp_path / "a"))  # itself
-    assert "is an adapter itself" in refusal(tmp_path / "a")
+    assert "is itself an adapter" in refusal(tmp_path / "a")
 
 
 def test_a_base_for_what_is_no_adapter_is_refused(bases):
-    assert "no adapter" in refusal(bases / "gemma", base=bases / "gemma3")
+    assert "not an adapter" in refusal(bases / "gemma", base=bases / "gemma3")
 
 
 @pytest.mark.parametrize("damage", ["cut", "pickle", "pointer", "text"])
@@ -490,7 +493,7 @@ def test_a_gguf_adapter_is_merged_into_the_base_that_is_given(everywhere, bases,
     folder, expected = everywhere
     config = open_checkpoint(bases / "gemma3").config
     path = write_gguf_adapter(tmp_path / "lora.gguf", folder, config=config)
-    assert "give its base (--base" in refusal(path)
+    assert "name the base model (--base" in refusal(path)
     found = logits(open_checkpoint(path, base=bases / "gemma3"))
     assert relative_difference(found, expected) < NOISE
 
@@ -514,4 +517,4 @@ def test_a_gguf_adapter_that_cannot_be_merged_is_refused(everywhere, bases, tmp_
         path = write_gguf_adapter(tmp_path / name, everywhere[0], config=config, **change)
         assert said in refusal(path, base=bases / "gemma3")
     path = write_gguf_adapter(tmp_path / "d", everywhere[0], config=config)
-    assert "for another model" in refusal(path, base=bases / "gemma")
+    assert "that the adapter was trained on" in refusal(path, base=bases / "gemma")

@@ -131,25 +131,25 @@ REFUSED = {
     "text": ({"added_tokens": {"<x>": "abc"}}, "'<x>' the id 'abc'"),
     "empty": ({"added_tokens": {"": 300}}, "has no text"),
     "surrogate": ({"added_tokens": {"\ud800": 300}}, "half of a surrogate"),
-    "NUL": ({"added_tokens": {"a\0": 300}}, "a zero in it"),
-    "there": ({"added_tokens": {"e": 300}}, "'e' of id 300 is already there under the id"),
-    "a word": ({"added_tokens": {"<x>": 290}}, "'<x>' of id 290 stands where"),
-    "its end": ({"added_tokens": {"<x>": 1}}, "stands where the tokenizer has '<eos>'"),
-    "two ids": ({"added_tokens": {"a b": 300, "a▁b": 301}}, "there twice"),
-    "two texts": ({"added_tokens": {"a b": 300, "<c>": 300}}, "shares its id with 'a b'"),
+    "NUL": ({"added_tokens": {"a\0": 300}}, "a NUL character"),
+    "there": ({"added_tokens": {"e": 300}}, "'e' of id 300 already exists with the id"),
+    "a word": ({"added_tokens": {"<x>": 290}}, "'<x>' of id 290 has the id of"),
+    "its end": ({"added_tokens": {"<x>": 1}}, "has the id of '<eos>'"),
+    "two ids": ({"added_tokens": {"a b": 300, "a▁b": 301}}, "occurs twice"),
+    "two texts": ({"added_tokens": {"a b": 300, "<c>": 300}}, "has the same id as 'a b'"),
     "word": (
         {"tokenizer_config": {"added_tokens_decoder": {"300": entry("w", 0, single_word=True)}}},
-        "'w' of id 300 is found as a whole word only",
+        "'w' of id 300 matches only whole words",
     ),
     "turn": (
         {"tokenizer_config": {"added_tokens_decoder": {"300": entry("<|im_end|>", 0, special=True, rstrip=True)}}},
-        "takes the spaces beside it",
+        "includes neighbouring spaces",
     ),
-    "list": ({"tokenizer_config": {"added_tokens_decoder": [3]}}, "no list or object"),
-    "decoder": ({"tokenizer_config": {"added_tokens_decoder": {"300": 3}}}, "is none: 3"),
+    "list": ({"tokenizer_config": {"added_tokens_decoder": [3]}}, "neither a list nor an object"),
+    "decoder": ({"tokenizer_config": {"added_tokens_decoder": {"300": 3}}}, "is not valid: 3"),
     "eos": ({"config": {"eos_token_id": "1"}}, "eos_token_id in config.json is '1'"),
     "eos list": ({"generation_config": {"eos_token_id": [1, 2.0]}}, "in generation_config.json is"),
-    "more pieces": ({"rows": 299}, "has 300 pieces, the model's vocabulary 299"),
+    "more pieces": ({"rows": 299}, "has 300 tokens, but the model's vocabulary has 299"),
 }  # fmt: skip
 
 
@@ -163,7 +163,7 @@ def test_what_cannot_be_expressed_is_refused_by_name(case, read):
 def test_a_tokenizer_that_sentencepiece_refuses_is_told(read):
     parsed = proto.ModelProto.FromString(MODEL)
     parsed.pieces[-1].piece = parsed.pieces[-2].piece
-    with pytest.raises(CheckpointError, match="SentencePiece refuses the tokenizer"):
+    with pytest.raises(CheckpointError, match="SentencePiece cannot load the tokenizer"):
         read(model=parsed.SerializeToString())
 
 
@@ -172,7 +172,7 @@ def test_a_tokenizer_that_sentencepiece_refuses_is_told(read):
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 123\n", "git lfs pull"),
         (b"\xff\xff\xff", "not a SentencePiece model"),
-        (b"", "has no pieces"),
+        (b"", "has no tokens"),
     ],
 )
 def test_a_damaged_tokenizer_is_told(content, message, read):

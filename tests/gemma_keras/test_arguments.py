@@ -93,7 +93,7 @@ def test_a_folder_without_a_tokenizer_is_told_and_works_on_token_ids(folder, tmp
     write_tiny_hf(tmp_path, "gemma")
     (tmp_path / "tokenizer.model").unlink()
     with pytest.warns(
-        UserWarning, match="has no tokenizer, so generate, stream, chat and fit take no"
+        UserWarning, match="has no tokenizer, so generate, stream, chat and fit accept"
     ):
         bare = GemmaCausalLM.from_preset(tmp_path, dtype="float32")
     ids = np.arange(4, 20)[None]
@@ -180,7 +180,7 @@ def test_a_live_model_of_keras_hub_is_what_is_said_of_it(model):
 def test_a_prompt_is_never_cut(model, prompt, which, count):
     text = prompt if isinstance(prompt, str) else str(prompt[count])
     tokens = 1 + len(model.preprocessor.tokenizer(text))
-    said = rf"^{which} has {tokens} tokens, which leaves no room for a continuation in {tokens};"
+    said = rf"^{which} has {tokens} tokens, which leaves no room for an answer within {tokens};"
     with pytest.raises(ValueError, match=said):
         model.generate(prompt, max_length=tokens)
     with pytest.raises(ValueError, match=rf"^{which} has {tokens} tokens.* in 3;"):
@@ -192,7 +192,7 @@ def test_a_prompt_is_never_cut(model, prompt, which, count):
 
 
 def test_a_prompt_beyond_the_sequence_length_is_never_cut(model):
-    with pytest.raises(ValueError, match=r"in 40; give a greater max_length"):
+    with pytest.raises(ValueError, match=r"within 40; give a larger max_length"):
         model.generate("The gardener waters the young trees " * 9)
 
 

@@ -52,10 +52,10 @@ def test_any_part_opens_the_whole(given, tmp_path):
 def test_a_missing_part_is_named(tmp_path):
     first, second, third = write_parts(tmp_path)
     second.unlink()
-    assert f"{second.name} is not beside it" in refusal(third)
+    assert f"{second.name} is missing from its folder" in refusal(third)
     third.rename(tmp_path / "renamed.gguf")
     assert "NAME-00001-of-00003.gguf" in refusal(tmp_path / "renamed.gguf")
-    assert "nor 1 more" in refusal(first)
+    assert "and 1 more" in refusal(first)
 
 
 def test_parts_of_different_models_are_refused(tmp_path):
@@ -63,7 +63,7 @@ def test_parts_of_different_models_are_refused(tmp_path):
     third.write_bytes(second.read_bytes())
     assert "is in tiny-00002-of-00003.gguf and in tiny-00003-of-00003.gguf" in refusal(first)
     write_parts(tmp_path, **{"split.tensors.count": 5})
-    assert "keep the parts of one model only" in refusal(first)
+    assert "keep only the parts of one model" in refusal(first)
 
 
 def test_many_parts_that_are_not_there_are_refused_at_once(tmp_path):
@@ -80,8 +80,8 @@ def test_the_tower_for_images_is_passed_over_and_said(tmp_path):
     path = gguf_files.write_gguf(tmp_path / "ollama.gguf", META | keys, ARRAYS | extra)
     checkpoint = open_checkpoint(path)
     assert checkpoint.remarks == (
-        "ollama.gguf holds 2 tensors for images (v.*, mm.*), which were passed over: this is its "
-        "text model",
+        "ollama.gguf holds 2 image tensors (v.*, mm.*), which were ignored: only the "
+        "text model is loaded",
     )
     np.testing.assert_array_equal(
         checkpoint.weights["layers.1.mlp.up"], ARRAYS["blk.1.ffn_up.weight"].T
@@ -104,13 +104,13 @@ def test_rotary_factors_that_change_nothing_are_passed_over(factors, opens, tmp_
     if opens:
         assert len(open_checkpoint(path).weights) == len(ARRAYS)
     else:
-        assert "rope_freqs.weight, which divides each rotary frequency" in refusal(path)
+        assert "rope_freqs.weight, a separate divisor for each rotary frequency" in refusal(path)
 
 
 def test_an_unknown_tensor_is_still_refused(tmp_path):
     extra = {"blk.0.ffn_gate_exps.weight": np.ones((4, 4), np.float32)}
     path = gguf_files.write_gguf(tmp_path / "m.gguf", META, ARRAYS | extra)
-    with pytest.raises(ModelError, match=r"no place for: blk\.0\.ffn_gate_exps"):
+    with pytest.raises(ModelError, match=r"does not have: blk\.0\.ffn_gate_exps"):
         open_checkpoint(path)
 
 
@@ -201,7 +201,7 @@ def test_export_onnx_says_what_it_passed_over_and_is_told_what_it_cannot_know(tm
         [command, path, tmp_path / "out", *options], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    assert "export-onnx: note: m.gguf holds 1 tensors for images" in done.stderr
+    assert "export-onnx: note: m.gguf holds 1 image tensors" in done.stderr
     done = subprocess.run(
         [command, path, tmp_path / "out2", *options[:3], "--instruction-tuned", "--base", path],
         capture_output=True,
@@ -209,4 +209,4 @@ def test_export_onnx_says_what_it_passed_over_and_is_told_what_it_cannot_know(tm
         timeout=300,
     )
     assert done.returncode == 2
-    assert "is a model of its own and no adapter" in done.stderr
+    assert "is a complete model and not an adapter" in done.stderr

@@ -24,7 +24,7 @@ from gemma_keras.checkpoints.sentencepiece_model import (
     build_sentencepiece_model,
     tokenizer_metadata,
 )
-from gemma_keras.checkpoints.source import row_pieces, table_pieces
+from gemma_keras.checkpoints.source import row_chunks, table_chunks
 from gemma_keras.errors import CheckpointError, ConfigError
 from gemma_keras.sizes import SIZES
 from tests.gemma_keras.llama_cpp import llama, needs_llama_cpp
@@ -66,8 +66,8 @@ def test_matrices_are_rounded_as_the_gguf_package_rounds(
     sources, tmp_path, monkeypatch, kind, tensor_type
 ):
     """In pieces of a few rows as well as at once."""
-    for name, pieces in (("table_pieces", table_pieces), ("row_pieces", row_pieces)):
-        monkeypatch.setattr(source_module, name, functools.partial(pieces, piece_bytes=5_000))
+    for name, pieces in (("table_chunks", table_chunks), ("row_chunks", row_chunks)):
+        monkeypatch.setattr(source_module, name, functools.partial(pieces, chunk_bytes=5_000))
     checkpoint = for_gguf(open_checkpoint(sources("gemma3", "float32")))
     calls = []
     write_gguf(checkpoint, tmp_path / "m.gguf", kind, on_progress=lambda *call: calls.append(call))
@@ -141,7 +141,7 @@ def test_what_else_the_formats_cannot_say_is_refused(sources, tmp_path):
     with pytest.raises(ConfigError, match="query scale"):
         write_gguf(checkpoint, tmp_path / "m.gguf")
     untied = for_gguf(open_checkpoint(sources("gemma2", "float32", False)))
-    with pytest.raises(ConfigError, match="no head of its own for a gemma2"):
+    with pytest.raises(ConfigError, match="cannot store a separate head for a gemma2"):
         write_gguf(untied, tmp_path / "m.gguf")
     uneven = dataclasses.replace(checkpoint, config=_uneven(checkpoint.config))
     with pytest.raises(ConfigError, match=r"cannot be written as a Hugging Face config\.json"):
@@ -200,9 +200,9 @@ def _too_long(parsed):
 
 BAD_TOKENIZERS = {
     _unigram: "not a BPE model",
-    _prefix: "changes text before",
-    _no_end: r"no eos token|lacks the tokens that begin or end",
-    _too_long: "the tokenizer has 301 pieces, the model's vocabulary 300",
+    _prefix: "normalizes text before",
+    _no_end: r"lacks the eos token|lacks the beginning-of-sequence or end-of-sequence token",
+    _too_long: "the tokenizer has 301 tokens, but the model's vocabulary has 300",
 }
 
 

@@ -28,7 +28,7 @@ DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.f
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
     """Pieces of some rows, that no size here divides by."""
-    monkeypatch.setattr(loading, "_PIECE_BYTES", 4 * 96 * 7)
+    monkeypatch.setattr(loading, "_CHUNK_BYTES", 4 * 96 * 7)
 
 
 def values(backbone, name):
@@ -112,8 +112,8 @@ def test_weights_that_do_not_fit_are_refused(sources, name):
 class Pieces(dict):
     """Arrays whose tables come in pieces, as those of a file do."""
 
-    def table_pieces(self, name, piece_bytes):
-        step = piece_bytes // (4 * 96)
+    def table_chunks(self, name, chunk_bytes):
+        step = chunk_bytes // (4 * 96)
         for first in range(0, len(self[name]), step):
             yield first, self[name][first : first + step]
 
@@ -160,7 +160,9 @@ def test_after_lora_or_quantize_nothing_is_assigned(sources):
     checkpoint = open_checkpoint(sources("gemma", "float32"))
     backbone = GemmaBackbone(checkpoint.config, kernel_initializer=FromWeights(checkpoint.weights))
     backbone.enable_lora(2)
-    with pytest.raises(CheckpointError, match=r"query is no variable any more.* load weights bef"):
+    with pytest.raises(
+        CheckpointError, match=r"query is no longer a variable.* load the weights first"
+    ):
         backbone.load_weight_source(checkpoint.weights)
     with pytest.raises(CheckpointError, match="no float variable in this dtype; load the model in"):
         GemmaBackbone(
@@ -182,8 +184,8 @@ from gemma_keras.model.loading import FromWeights
 VOCABULARY, WIDTH = 1 << 19, 256
 
 class Table(dict):
-    def table_pieces(self, name, piece_bytes):
-        step = piece_bytes // (4 * WIDTH)
+    def table_chunks(self, name, chunk_bytes):
+        step = chunk_bytes // (4 * WIDTH)
         for first in range(0, VOCABULARY, step):
             yield first, np.full((min(step, VOCABULARY - first), WIDTH), first // step, np.float32)
 

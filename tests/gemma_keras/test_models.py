@@ -262,13 +262,11 @@ def test_exporting_names_the_module_that_hides_the_projects_own(tiny, tmp_path, 
     other = types.ModuleType("export")
     other.__file__ = str(tmp_path / "export.py")
     monkeypatch.setitem(sys.modules, "export", other)
-    with pytest.raises(ImportError, match=rf"hidden by {tmp_path}/export\.py; give that file"):
+    with pytest.raises(ImportError, match=rf"hidden by {tmp_path}/export\.py; rename that file"):
         tiny("gemma3")[0].export(tmp_path / "out", format="onnx")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unknown_format_is_answered_with_the_projects_own_too(tiny, tmp_path):
-    with pytest.raises(
-        ValueError, match="'tflite'; those of Gemma Keras are 'onnx', 'safetensors'"
-    ):
+    with pytest.raises(ValueError, match="'tflite'; Gemma Keras exports 'onnx', 'safetensors'"):
         tiny("gemma3")[0].export(tmp_path / "out", format="tflite")

@@ -251,7 +251,7 @@ def test_people_are_told_how_keras_has_quantized(model):
     one, _ = model
     kept = kept_weights(one.backbone.config, one.backbone.weight_source())
     assert kept.sentence == (
-        "4 Keras int4 matrices of the source are stored as they are; "
+        "4 Keras int4 matrices of the source are stored unchanged; "
         "1 Keras int8 matrix of the source is rounded again"
     )
 

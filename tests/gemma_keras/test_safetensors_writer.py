@@ -118,7 +118,7 @@ def test_a_model_without_a_tokenizer_is_a_folder_without_one(sources, tmp_path):
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"config.json", "model.safetensors"}
     np.testing.assert_array_equal(logits(load(tmp_path / "out")), logits(load(source)))
-    with pytest.raises(CheckpointError, match="no tokenizer, whose vocabulary GGUF needs"):
+    with pytest.raises(CheckpointError, match="no tokenizer, and GGUF needs its vocabulary"):
         write_gguf(for_gguf(checkpoint), tmp_path / "m.gguf")
 
 

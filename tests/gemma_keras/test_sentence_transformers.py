@@ -154,9 +154,9 @@ def _kinds(*kinds):
             "activation_function=None",
         ),
         ("2_Dense/config.json", dense_config(HIDDEN, WIDE) | {"use_residual": True}, "residual"),
-        ("2_Dense/config.json", dense_config(WIDE, WIDE), "what comes before it gives 96"),
+        ("2_Dense/config.json", dense_config(WIDE, WIDE), "its input has 96"),
         ("2_Dense/config.json", dense_config(HIDDEN, 10**15), r"shape \[56, 96\]"),
-        ("3_Dense/config.json", dense_config(HIDDEN, DIM), "what comes before it gives 56"),
+        ("3_Dense/config.json", dense_config(HIDDEN, DIM), "its input has 56"),
         ("3_Dense/config.json", [], "must hold a JSON object"),
         ("sentence_bert_config.json", {"do_lower_case": True}, "lower case"),
         ("sentence_bert_config.json", {"max_seq_length": "2048"}, "max_seq_length='2048'"),
@@ -208,7 +208,7 @@ def test_a_layer_cut_short_is_refused(copy):
 def test_pickles_are_not_read(copy):
     path = copy / "2_Dense" / "model.safetensors"
     path.rename(path.with_name("pytorch_model.bin"))
-    with pytest.raises(CheckpointError, match="weights in other formats are not read"):
+    with pytest.raises(CheckpointError, match="save the module's weights as safetensors"):
         open_embedder(copy)
 
 

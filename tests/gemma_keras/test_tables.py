@@ -8,7 +8,7 @@ import pytest
 
 from export.calibrate.balance import BalancedWeights
 from gemma_keras import open_checkpoint
-from gemma_keras.checkpoints.source import TableSource, table_pieces
+from gemma_keras.checkpoints.source import TableSource, table_chunks
 from gemma_keras.errors import CheckpointError
 from tests import gguf_files
 from tests.models import write_tiny_hf
@@ -28,7 +28,7 @@ def checkpoint(request, tmp_path_factory):
 
 
 def joined(weights, width, step):
-    read = list(table_pieces(weights, "token_embedding", 4 * width * step))
+    read = list(table_chunks(weights, "token_embedding", 4 * width * step))
     assert [first for first, _ in read] == list(range(0, read[-1][0] + 1, step))
     return np.concatenate([rows for _, rows in read])
 
@@ -47,7 +47,7 @@ def test_a_number_that_is_not_finite_is_found_in_its_piece(tmp_path):
     arrays = gguf_files.tensors(meta)
     arrays["token_embd.weight"][-1, 3] = np.nan
     weights = open_checkpoint(gguf_files.write_gguf(tmp_path / "m.gguf", meta, arrays)).weights
-    pieces = weights.table_pieces("token_embedding", 4 * 96 * 8)
+    pieces = weights.table_chunks("token_embedding", 4 * 96 * 8)
     next(pieces)
     with pytest.raises(CheckpointError, match=r"token_embd.weight holds values that are not"):
         list(pieces)

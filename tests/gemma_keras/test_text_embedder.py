@@ -238,7 +238,7 @@ def test_no_texts_and_empty_ones(model, reference):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"prompt_name": "title"}, "'title'; those of this model: document, query"),
+        ({"prompt_name": "title"}, "'title'; this model has: document, query"),
         ({"prompt_name": "query", "prompt": "a"}, "not both"),
         ({"truncate_dim": 0}, "truncate_dim is 0; it must be 1 to 40"),
         ({"truncate_dim": DIM + 1}, "truncate_dim is 41; it must be 1 to 40"),
@@ -320,7 +320,7 @@ def test_after_lora_is_trained_encode_follows(folder, reference):
 
 
 def test_it_generates_nothing(model, folder):
-    words = "looks both ways .*GemmaTextEmbedder"
+    words = "bidirectional attention .*GemmaTextEmbedder"
     with pytest.raises(ConfigError, match=f"GemmaCausalLM needs .*{words}"):
         GemmaCausalLM(model.backbone)
     with pytest.raises(ConfigError, match=f"GemmaCausalLM needs .*{words}"):
@@ -337,9 +337,9 @@ def test_other_formats_have_no_place_for_it(reference, folder, tmp_path):
     from gemma_keras.keras_hub.convert import write_keras_hub
 
     checkpoint = open_checkpoint(folder)
-    with pytest.raises(ConfigError, match=r"GGUF .*looks both ways"):
+    with pytest.raises(ConfigError, match=r"GGUF .*bidirectional attention"):
         write_gguf(checkpoint, tmp_path / "m.gguf", "f32")
-    with pytest.raises(ConfigError, match=r"KerasHub .*looks both ways"):
+    with pytest.raises(ConfigError, match=r"KerasHub .*bidirectional attention"):
         write_keras_hub(checkpoint)
     assert not list(tmp_path.iterdir())
 

@@ -15,7 +15,7 @@ import pytest
 from gemma_keras import open_checkpoint
 from gemma_keras.checkpoints.gguf.writer import write_gguf
 from gemma_keras.checkpoints.hf.writer import write_safetensors_folder
-from gemma_keras.checkpoints.source import table_pieces
+from gemma_keras.checkpoints.source import table_chunks
 from gemma_keras.errors import CheckpointError
 from tests.export.test_bad_input import NAMESPACE
 from tests.gemma_keras.writers import WRITERS, for_gguf
@@ -39,7 +39,7 @@ def test_a_target_that_is_taken(tiny, tmp_path, writer):
     target = tmp_path / "out"
     writer(tiny, target)
     before = contents(tmp_path)
-    with pytest.raises(CheckpointError, match=r"out exists already; choose another"):
+    with pytest.raises(CheckpointError, match=r"out already exists; choose another"):
         writer(tiny, target)
     assert contents(tmp_path) == before
     zeros = {name: np.zeros_like(array) for name, array in tiny.weights.items()}
@@ -109,7 +109,7 @@ def test_weights_that_do_not_fit_are_refused(tiny, tmp_path, writer, name):
     with pytest.raises(CheckpointError, match=f"the weights lack {name}"):
         writer(dataclasses.replace(tiny, weights=weights), tmp_path / "out")
     for wrong in (array[:-1], np.concatenate([array, array]), array[..., None]):
-        with pytest.raises(CheckpointError, match=f"{name} is not of the shape"):
+        with pytest.raises(CheckpointError, match=f"{name} must have the shape"):
             writer(dataclasses.replace(tiny, weights=weights | {name: wrong}), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -126,7 +126,7 @@ def test_a_folder_that_is_replaced_keeps_what_is_no_checkpoints(tiny, tmp_path):
 
 @pytest.mark.parametrize("name", ["../TERMS", "config.json", "", "a/b"])
 def test_a_notice_keeps_to_a_name_of_its_own(tiny, tmp_path, name):
-    with pytest.raises(CheckpointError, match="must have a plain name of its own"):
+    with pytest.raises(CheckpointError, match="must be a plain file name"):
         write_safetensors_folder(dataclasses.replace(tiny, notices={name: b"x"}), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -226,7 +226,7 @@ def test_a_place_where_nothing_can_be_made(tiny, tmp_path, writer):
 
 def test_a_table_is_never_whole_in_memory(tiny, tmp_path):
     class Table(dict):
-        def table_pieces(self, name, piece_bytes):
+        def table_chunks(self, name, chunk_bytes):
             for first in range(0, 1 << 18, 1 << 14):
                 yield first, np.full((1 << 14, 96), first >> 14, np.float32)
 
@@ -239,7 +239,7 @@ def test_a_table_is_never_whole_in_memory(tiny, tmp_path):
     tracemalloc.stop()
     assert peak < 0.3 * (1 << 18) * 96 * 4
     written = open_checkpoint(tmp_path / "out").weights
-    rows = [rows[0, 0] for _, rows in table_pieces(written, "token_embedding", 4 * 96 << 14)]
+    rows = [rows[0, 0] for _, rows in table_chunks(written, "token_embedding", 4 * 96 << 14)]
     assert rows == list(range(16))
 
 

@@ -1,1 +1,1 @@
-"""LoRA adapters of every format, merged into their bases."""
+"""Reads LoRA adapters of all formats and merges them into their base models."""

@@ -1,4 +1,4 @@
-"""What adapters of all formats have in common: a base, opened and merged into."""
+"""The interface of adapters of all formats: they open their base model and merge into it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gemma_keras.checkpoints.source import Checkpoint
 from gemma_keras.errors import CheckpointError, ModelError
 
 PEFT_CONFIG = "adapter_config.json"
-_HOW = "give its base (--base SOURCE, or base=...)"
+_HOW = "name the base model (--base SOURCE, or base=...)"
 
 Source = str | os.PathLike[str]
 
@@ -20,11 +20,11 @@ class Adapter(Protocol):
     """A LoRA on disk."""
 
     def merged(self, base: Source | None, open_base: Callable[[Source], Checkpoint]) -> Checkpoint:
-        """The adapter merged into its base.
+        """Returns the base model with the adapter merged into it.
 
         Args:
-            base: what it is for; by default what it says itself.
-            open_base: opens that.
+            base: the base model; by default the one that the adapter names.
+            open_base: opens the base model.
 
         Raises:
             CheckpointError: the base cannot be opened, or the adapter is not for it.
@@ -33,23 +33,23 @@ class Adapter(Protocol):
 
 
 def folder_with_adapter(path: Path) -> bool:
-    """Whether a folder holds an adapter, alone or beside a model."""
+    """Whether a folder holds an adapter, with or without a model."""
     return (path / PEFT_CONFIG).is_file()
 
 
 def open_base_of(
     adapter: Path, base: Source | None, open_base: Callable[[Source], Checkpoint]
 ) -> Checkpoint:
-    """The base of an adapter; what is wrong with it is told as the base's.
+    """Opens the base model of an adapter; errors say that they concern the base model.
 
     Raises:
-        CheckpointError: it is not known, or cannot be opened.
+        CheckpointError: the base model is unknown, or cannot be opened.
     """
     if base is None:
-        raise CheckpointError(f"{adapter} is an adapter and does not say of what; {_HOW}")
+        raise CheckpointError(f"{adapter} is an adapter that does not name its base model; {_HOW}")
     try:
         return open_base(base)
     except ModelError as error:
         raise CheckpointError(
-            f"{adapter} is an adapter of {base}, which cannot be opened: {error}; {_HOW}"
+            f"{adapter} is an adapter for {base}, which cannot be opened: {error}; {_HOW}"
         ) from error

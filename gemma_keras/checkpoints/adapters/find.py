@@ -1,4 +1,4 @@
-"""Adapters of every format, found where they lie and merged into their bases."""
+"""Finds adapters of all formats and merges them into their base models."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from gemma_keras.checkpoints.adapters.base import (
 from gemma_keras.checkpoints.source import Checkpoint
 
 _BESIDE = (
-    "the adapter was merged into the weights in its own folder; if they have it already, take "
-    f"{PEFT_CONFIG} away"
+    "the adapter was merged into the weights in the same folder; if these weights already "
+    f"contain it, remove {PEFT_CONFIG}"
 )
 
 
 def find_adapter(path: Path) -> Adapter | None:
-    """The adapter at that path, or `None`.
+    """Returns the adapter at a path, or `None`.
 
     Raises:
-        CheckpointError: it is one that cannot be merged.
+        CheckpointError: the adapter cannot be merged.
     """
     if folder_with_adapter(path):
         return _PeftFolder(path)
@@ -38,7 +38,7 @@ def find_adapter(path: Path) -> Adapter | None:
 
 @dataclasses.dataclass(frozen=True)
 class _PeftFolder:
-    """A folder that PEFT wrote, with its base beside the adapter or without."""
+    """Opens a folder that PEFT wrote, with or without the base model in it."""
 
     folder: Path
 

@@ -1,4 +1,4 @@
-"""Reading a LoRA in a GGUF file, as llama.cpp's `convert_lora_to_gguf.py` writes it.
+"""Reads a LoRA adapter from a GGUF file, as llama.cpp's `convert_lora_to_gguf.py` writes it.
 
 A matrix named `X` in the base's GGUF has `X.lora_a`, `[rank, in]`, and `X.lora_b`, `[out, rank]`;
 of the embedding the two are `[vocabulary, rank]` and `[hidden, rank]`. The scale is alpha / rank.
@@ -47,33 +47,33 @@ class GGUFAdapter:
         for name in self.file.tensors:
             if not name.endswith(_HALVES):
                 raise CheckpointError(
-                    f"{self.file.path} holds {name}, which is no matrix of a LoRA; merge the "
+                    f"{self.file.path} holds {name}, which is not a LoRA matrix; merge the "
                     "adapter with the tool that made it"
                 )
             changed = name[: -len(_HALVES[0])]
             if changed not in by_file_name:
                 raise CheckpointError(
-                    f"{self.file.path} changes {changed}, which its base has not; it is an adapter "
-                    "for another model"
+                    f"{self.file.path} changes {changed}, but the base model has no such "
+                    "tensor; use the base model that the adapter was trained on"
                 )
             spec = by_file_name[changed]
             if spec.name not in changes:
                 changes[spec.name] = (self._low_rank(spec),)
         if not changes:
-            raise CheckpointError(f"{self.file.path} changes nothing")
+            raise CheckpointError(f"{self.file.path} contains no LoRA matrices")
         return changes
 
     def _low_rank(self, spec: WeightSpec) -> LowRank:
         names = [spec.gguf + half for half in _HALVES]
         for name in names:
             if name not in self.file.tensors:
-                raise CheckpointError(f"{self.file.path} lacks {name}; convert the adapter anew")
+                raise CheckpointError(f"{self.file.path} lacks {name}; convert the adapter again")
         a, b = (self.file.tensors[name].shape for name in names)
         embedding = spec.name == "token_embedding"
         if len(a) != 2 or len(b) != 2 or b[1] != a[1 if embedding else 0]:
             raise CheckpointError(
-                f"{self.file.path} has matrices of shapes {list(a)} and {list(b)} for {spec.gguf}, "
-                "which are no low-rank update"
+                f"{self.file.path} has matrices of shapes {list(a)} and {list(b)} for "
+                f"{spec.gguf}, which do not form a low-rank update"
             )
         scale = self.alpha / b[1] if self.alpha else 1.0  # as llama.cpp reads an alpha of 0
         if embedding:
@@ -94,10 +94,10 @@ class GGUFAdapter:
 
 
 def open_gguf_adapter(path: Path) -> GGUFAdapter | None:
-    """The adapter in a GGUF file; `None` if the file is none.
+    """Returns the adapter in a GGUF file; `None` if the file is not an adapter.
 
     Raises:
-        CheckpointError: it is an adapter of another kind than LoRA, or damaged.
+        CheckpointError: it is not a LoRA adapter, or it is damaged.
     """
     if not begins_as_gguf(path):
         return None
@@ -107,11 +107,11 @@ def open_gguf_adapter(path: Path) -> GGUFAdapter | None:
     kind = file.metadata.get("adapter.type")
     if kind != "lora":
         raise CheckpointError(
-            f"{path} is an adapter of type {quoted(kind)}; lora can be merged here"
+            f"{path} is an adapter of type {quoted(kind)}; only lora can be merged"
         )
     if "adapter.alora.invocation_tokens" in file.metadata:
         raise CheckpointError(
-            f"{path} is an adapter that acts after certain tokens only (aLoRA); it cannot be merged"
+            f"{path} is an adapter that acts only after certain tokens (aLoRA); it cannot be merged"
         )
     alpha = file.metadata.get("adapter.lora.alpha", 0.0)
     is_number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)

@@ -1,7 +1,8 @@
-"""A checkpoint whose weights are changed as they are read: low-rank updates added, tables replaced.
+"""Merges an adapter into a checkpoint while its weights are read: adds low-rank updates, replaces
+tables.
 
-Whatever format the base has, a tensor or a piece of a table is read from it, changed and handed on,
-so merging takes no more memory than reading.
+Each tensor, or chunk of a table, is read from the base model, changed and passed on. So merging
+needs no more memory than reading, in any format.
 """
 
 from __future__ import annotations
@@ -20,29 +21,29 @@ from gemma_keras.config import GemmaConfig
 from gemma_keras.errors import CheckpointError
 
 _UNTIED = (
-    "the adapter changes the embedding or the head alone, so the model has a table for each, where "
-    "its base has one for both"
+    "the adapter changes only the embedding or only the head, so the merged model stores a "
+    "separate table for each"
 )
-_PIECE_BYTES = 16 << 20  # of two tables that are compared
+_CHUNK_BYTES = 16 << 20  # size of a chunk when two tables are compared
 
 ReadTensor = Callable[[], np.ndarray]
 
 
 class Change(Protocol):
-    """What an adapter does to one weight, a matrix or table in rows `[out, in]` as in a file."""
+    """A change of one weight: a matrix or table in rows `[out, in]`, as in a file."""
 
     @property
     def replaces(self) -> bool:
-        """Whether nothing of the base's weight is left."""
+        """Whether the change replaces the whole weight of the base model."""
         ...
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight that it fits, in a file."""
+        """The shape, in a file, of the weight that it changes."""
         ...
 
     def rows(self, first: int, last: int) -> np.ndarray:
-        """What is added to these rows, or stands in their place, float32."""
+        """Returns what is added to these rows, or replaces them, float32."""
         ...
 
 
@@ -76,7 +77,7 @@ class LowRank:
 
 @dataclasses.dataclass(frozen=True)
 class Replaced:
-    """The adapter has the whole weight.
+    """A change that replaces the whole weight.
 
     Attributes:
         name: of the tensor in the adapter, for people.
@@ -100,16 +101,17 @@ def adapted(
 ) -> Checkpoint:
     """A checkpoint with an adapter merged into it.
 
-    A head that is tied to the embedding becomes a table of its own where the adapter changes only
-    one of the two, or both apart: while the adapter was trained, each used its own.
+    If the adapter changes only one of a tied embedding and head, or changes them differently, the
+    head becomes a separate table. In training each had its own change.
 
     Args:
         base: what the adapter was trained on.
-        changes: canonical name to what is done to that weight, in order; `head` also of a tied one.
-        ties_head: whether what is done to the embedding is done to a tied head too.
+        changes: canonical name to the changes of that weight, in order; `head` also if it is tied.
+        ties_head: whether changes of the embedding also apply to a tied head.
 
     Raises:
-        CheckpointError: the adapter changes a weight that the base lacks, or of another shape.
+        CheckpointError: the adapter changes a weight that the base model lacks, or that has another
+            shape.
     """
     was_tied = base.config.tied_head
     config = _adapted_config(base.config, changes, ties_head=was_tied and ties_head)
@@ -122,8 +124,8 @@ def adapted(
     for name, steps in changes.items():
         if name not in specs:
             raise CheckpointError(
-                f"the adapter changes {name}, which its base has not; it is an adapter for another "
-                "model"
+                f"the adapter changes {name}, but the base model has no such tensor; use "
+                "the base model that the adapter was trained on"
             )
         _check_shapes(specs[name], steps)
     base_specs = weight_specs(base.config)
@@ -134,8 +136,9 @@ def adapted(
         kept = not any(step.replaces for step in changes.get(name, ()))
         if kept and base_specs[source_of[name]].file_shape != spec.file_shape:
             raise CheckpointError(
-                f"the adapter brings a table of {config.vocabulary_size:,} tokens, and its base's "
-                f"{name} has {base.config.vocabulary_size:,}; resize the base as before training"
+                f"the adapter has a table of {config.vocabulary_size:,} tokens, but the "
+                f"base model's {name} has {base.config.vocabulary_size:,}; resize the base "
+                "model as it was before training"
             )
     by_file_name = {spec.hf: spec for spec in specs.values()}
     merged = _Merged(base.weights, base_specs, changes, source_of)
@@ -163,12 +166,12 @@ def merged_provenance(base: Checkpoint, adapter: str, name: str) -> dict[str, An
 
 
 def same_rows(one: Change, other: Change) -> bool:
-    """Whether two changes are of the same shape and equal in every number."""
+    """Whether two changes have the same shape and equal values."""
     if one is other:
         return True
     if one.shape != other.shape or one.replaces != other.replaces:
         return False
-    step = max(1, _PIECE_BYTES // (4 * one.shape[-1]))
+    step = max(1, _CHUNK_BYTES // (4 * one.shape[-1]))
     ends = [*range(0, one.shape[0], step), one.shape[0]]
     return all(
         np.array_equal(one.rows(*pair), other.rows(*pair)) for pair in itertools.pairwise(ends)
@@ -178,8 +181,8 @@ def same_rows(one: Change, other: Change) -> bool:
 def _adapted_config(
     config: GemmaConfig, changes: Mapping[str, tuple[Change, ...]], *, ties_head: bool
 ) -> GemmaConfig:
-    """The base's, with the vocabulary of a table that the adapter brings, and a head of its own if
-    it has come apart from the embedding."""
+    """Returns the base model's configuration, with the vocabulary size of the adapter's table, and
+    an untied head if it differs from the embedding."""
     table, head = changes.get("token_embedding", ()), changes.get("head", ())
     for step in (*table, *head):
         if step.replaces:
@@ -195,14 +198,15 @@ def _check_shapes(spec: WeightSpec, steps: tuple[Change, ...]) -> None:
     for step in steps:
         if tuple(step.shape) != spec.file_shape:
             raise CheckpointError(
-                f"the adapter changes {spec.hf} as one of shape {list(step.shape)}, its base's has "
-                f"{list(spec.file_shape)}; it is an adapter for another model"
+                f"the adapter changes {spec.hf} of shape {list(step.shape)}, but in the "
+                f"base model it has shape {list(spec.file_shape)}; use the base model that "
+                "the adapter was trained on"
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Merged:
-    """Reads a base's weights and changes them."""
+    """Reads a base model's weights and applies the changes."""
 
     base: Mapping[str, np.ndarray]
     base_specs: Mapping[str, WeightSpec]

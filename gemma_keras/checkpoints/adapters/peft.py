@@ -1,7 +1,7 @@
-"""Reading a PEFT adapter: `adapter_config.json` and the tensors of a LoRA, merged into its base.
+"""Reads a PEFT adapter (`adapter_config.json` and LoRA tensors) and merges it into its base model.
 
-An adapter is a folder of its own, whose configuration names its base; or it lies beside its base in
-one folder; or the two are in one file, as an unmerged `PeftModel` is saved.
+An adapter can be a separate folder whose configuration names its base model. It can be in the same
+folder as its base model. Or both are in one file, as an unmerged `PeftModel` is saved.
 
 Format: https://huggingface.co/docs/peft/developer_guides/checkpoint
 """
@@ -49,7 +49,7 @@ class PeftAdapter:
     """A LoRA on disk.
 
     Attributes:
-        folder: where it lies.
+        folder: of the adapter.
         config: the content of `adapter_config.json`, checked.
         tensors: its tensors by their names in the file.
     """
@@ -69,7 +69,7 @@ def open_adapter(folder: Path) -> PeftAdapter:
     """The adapter of a folder; its tensors are read later.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or it is no plain LoRA.
+        CheckpointError: a file is missing or damaged, or it is not a plain LoRA.
     """
     path = folder / PEFT_CONFIG
     config = read_json(path)
@@ -92,10 +92,10 @@ def open_adapter(folder: Path) -> PeftAdapter:
 
 
 def merge(adapter: PeftAdapter, base: Checkpoint) -> Checkpoint:
-    """The base with the adapter merged into it, as its tensors are read.
+    """Returns the base model with the adapter merged into it while tensors are read.
 
     Raises:
-        CheckpointError: the adapter is not for this base, or changes what cannot be changed.
+        CheckpointError: the adapter is for another base model, or changes an unsupported weight.
     """
     changes = _changes(adapter, base)
     ties_head = bool(adapter.config.get("ensure_weight_tying"))
@@ -114,22 +114,23 @@ def _changes(adapter: PeftAdapter, base: Checkpoint) -> dict[str, tuple[Change, 
     modules: dict[str, dict[str, StoredTensor]] = {}
     adapters: set[str] = set()
     for name, tensor in adapter.tensors.items():
-        found = parse(name)
-        if found is None:
+        parsed = parse(name)
+        if parsed is None:
             raise CheckpointError(
-                f"{adapter.folder} holds the tensor {name}, which is no part of a plain LoRA; "
-                "merge the adapter with PEFT (merge_and_unload) and give the merged folder"
+                f"{adapter.folder} holds the tensor {name}, which is not part of a plain "
+                "LoRA; merge the adapter with PEFT (merge_and_unload) and give the merged "
+                "folder"
             )
-        module, part, adapter_name = found
+        module, part, adapter_name = parsed
         if module.startswith(_VISION):
-            continue  # of the images' part, which is not read
+            continue  # of the vision encoder, which is not read
         modules.setdefault(module, {})[part] = tensor
         if adapter_name is not None:
             adapters.add(adapter_name)
     if len(adapters) > 1:
         raise CheckpointError(
-            f"{adapter.folder} holds the adapters {', '.join(sorted(adapters))} in one file; save "
-            "the one that is meant by itself"
+            f"{adapter.folder} holds the adapters {', '.join(sorted(adapters))} in one "
+            "file; save only one of them"
         )
     check_types(tensor for parts in modules.values() for tensor in parts.values())
     changes: dict[str, tuple[Change, ...]] = {}
@@ -137,21 +138,21 @@ def _changes(adapter: PeftAdapter, base: Checkpoint) -> dict[str, tuple[Change, 
         name = canonical.get(_plain(module))
         if name is None:
             raise CheckpointError(
-                f"{adapter.folder} changes {module}, which its base has not; it is an adapter for "
-                "another model"
+                f"{adapter.folder} changes {module}, but the base model has no such module; "
+                "use the base model that the adapter was trained on"
             )
         if name in changes:
             raise CheckpointError(f"{adapter.folder} changes {_plain(module)} twice")
         changes[name] = tuple(_steps(adapter, module, parts))
     if not changes:
-        raise CheckpointError(f"{adapter.folder} changes nothing of the text model")
+        raise CheckpointError(f"{adapter.folder} contains no LoRA matrices for the text model")
     if base.config.tied_head:
         _think_of_the_tied_head(adapter, changes)
     return changes
 
 
 def _think_of_the_tied_head(adapter: PeftAdapter, changes: dict[str, tuple[Change, ...]]) -> None:
-    """What an adapter's embedding means for a head that was the same table.
+    """Whether an adapter's embedding also applies to a tied head.
 
     PEFT trains a copy where `modules_to_save` names the embedding, and leaves the head what it was.
     Otherwise a whole table in the file is the base's own, saved since it had been resized.
@@ -161,8 +162,8 @@ def _think_of_the_tied_head(adapter: PeftAdapter, changes: dict[str, tuple[Chang
         equal = len(table) == len(head) and all(map(same_rows, table, head))
         if head and not equal:
             raise CheckpointError(
-                f"{adapter.folder} has ensure_weight_tying, and changes the head otherwise than "
-                "the embedding"
+                f"{adapter.folder} sets ensure_weight_tying, but changes the head and the "
+                "embedding differently"
             )
         return
     saved = adapter.config.get("modules_to_save") or []
@@ -172,7 +173,7 @@ def _think_of_the_tied_head(adapter: PeftAdapter, changes: dict[str, tuple[Chang
 
 
 def _plain(module: str) -> str:
-    """A module's name as a model of text alone has it."""
+    """Returns a module's name in a text-only model."""
     if module in ("lm_head", "language_model.lm_head"):
         return "lm_head"
     prefix = next(prefix for prefix in _TEXT_PREFIXES if module.startswith(prefix))
@@ -191,7 +192,7 @@ def _steps(adapter: PeftAdapter, module: str, parts: Mapping[str, StoredTensor])
     elif left:
         missing = sorted({"A": "B", "B": "A"}[part[-1]] for part in left)[0]
         raise CheckpointError(
-            f"{adapter.folder} lacks the matrix lora_{missing} of {module}; save it anew"
+            f"{adapter.folder} lacks the matrix lora_{missing} of {module}; save the adapter again"
         )
     return steps
 
@@ -213,8 +214,8 @@ def _low_rank(
     rank, scale = rank_and_scale(path, adapter.config, module)
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != rank or b.shape[1] != rank:
         raise CheckpointError(
-            f"{adapter.folder} has matrices of shapes {list(a.shape)} and {list(b.shape)} for "
-            f"{module}, where {PEFT_CONFIG} says that the rank is {rank}"
+            f"{adapter.folder} has matrices of shapes {list(a.shape)} and {list(b.shape)} "
+            f"for {module}, but {PEFT_CONFIG} gives the rank {rank}"
         )
     if table:
         return LowRank(

@@ -1,7 +1,7 @@
-"""What a PEFT `adapter_config.json` may say of an adapter that can be merged.
+"""Checks that a PEFT `adapter_config.json` describes an adapter that can be merged.
 
-An adapter is a low-rank update of matrices, `W + scale * B @ A`. Keys that say how it was trained
-are passed over; those that ask for something else must be off.
+An adapter is a low-rank update of matrices, `W + scale * B @ A`. Keys about its training are
+ignored. Keys that turn on another method must be off.
 
 Source: PEFT 0.21 (`LoraConfig`, `LoraLayer.update_layer`).
 """
@@ -26,12 +26,12 @@ _INERT = frozenset(
     runtime_config target_modules task_type use_rslora
     """.split()  # noqa: SIM905 - as a list it would fill the screen
 )
-# Key to what it asks for, of those that are off in an adapter that can be merged.
+# Key to the feature that it turns on; all must be off.
 _MUST_BE_OFF = {
     "alora_invocation_tokens": "an adapter that acts after certain tokens only (aLoRA)",
     "arrow_config": "a choice between adapters for each token (Arrow)",
     "bias": "biases, which Gemma's matrices do not have",
-    "layer_replication": "layers that are used several times",
+    "layer_replication": "layers used several times",
     "lora_bias": "biases, which Gemma's matrices do not have",
     "target_parameters": "updates of single parameters, not of matrices",
     "trainable_token_indices": "single rows of the embedding",
@@ -39,38 +39,39 @@ _MUST_BE_OFF = {
     "use_qalora": "inputs in groups (QA-LoRA)",
 }
 _OFF = (None, False, "none", [], {}, "")
-# With others the base's matrices were changed before training, or the update is no plain product.
+# With others the base model's matrices were changed before training, or the update is not a plain
+# product.
 _PLAIN_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
 _LARGEST_ALPHA = 1e30
 _MOST_PATTERNS = 5000  # EVA and the like write one for each matrix
 _MOST_PATTERN = 200  # characters of one
-# Repetitions within repetitions can take a regular expression for ever.
+# Nested repetitions can make a regular expression run practically forever.
 _SLOW_PATTERN = re.compile(r"\)\s*[*+?{]|(?:[*+{].*){4}")
 
 
 def check_adapter_config(path: Path, data: Mapping[str, Any]) -> None:
-    """Refuse, by name, an adapter that is no plain LoRA.
+    """Raise an error for an adapter that is not a plain LoRA, and name the key.
 
     Args:
         path: of the file, for people.
         data: its content.
 
     Raises:
-        CheckpointError: it is not, or a value cannot be used.
+        CheckpointError: it is not a plain LoRA, or a value is not valid.
     """
     kind = data.get("peft_type")
     if kind != "LORA":
         raise CheckpointError(
-            f"{path} is of an adapter of peft_type {quoted(kind)}; LORA is what can be "
-            "merged here, so merge it with PEFT (merge_and_unload) and give the merged folder"
+            f"{path} has the peft_type {quoted(kind)}; only LORA can be merged here. Merge "
+            "the adapter with PEFT (merge_and_unload) and give the merged folder"
         )
     for key, value in data.items():
         if value in _OFF or key in _INERT or key.startswith(("_", "unsloth_")):
             continue
-        asked = _MUST_BE_OFF.get(key, "something this project does not know")
+        asked = _MUST_BE_OFF.get(key, "a feature that this project does not support")
         raise CheckpointError(
-            f"{path} has {key[:80]}={quoted(value)}, which asks for {asked}; merge it "
-            "with PEFT (merge_and_unload) and give the merged folder"
+            f"{path} has {key[:80]}={quoted(value)}, which requires {asked}; merge it with "
+            "PEFT (merge_and_unload) and give the merged folder"
         )
     saved = data.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
@@ -80,9 +81,9 @@ def check_adapter_config(path: Path, data: Mapping[str, Any]) -> None:
     beginning = data.get("init_lora_weights", True)
     if beginning not in _PLAIN_BEGINNINGS:
         raise CheckpointError(
-            f"{path} has init_lora_weights={quoted(beginning)}, by which the base's matrices "
-            "were changed before training; convert it to a plain LoRA when saving "
-            "(path_initial_model_for_weight_conversion), or merge it with PEFT"
+            f"{path} has init_lora_weights={quoted(beginning)}, which changes the base "
+            "model's weights before training. Convert the adapter to a plain LoRA when "
+            "saving (path_initial_model_for_weight_conversion), or merge it with PEFT"
         )
 
 
@@ -119,8 +120,7 @@ def _of_module(path: Path, data: Mapping[str, Any], key: str, module: str, defau
         compiled = _compiled(pattern)
         if compiled is None:
             raise CheckpointError(
-                f"{path} has {pattern[:80]!r} in {key}, which is no regular expression that is "
-                "read here"
+                f"{path} has {pattern[:80]!r} in {key}, which is not a supported regular expression"
             )
         if compiled.match(module):
             return value
@@ -129,7 +129,8 @@ def _of_module(path: Path, data: Mapping[str, Any], key: str, module: str, defau
 
 @functools.lru_cache(2 * _MOST_PATTERNS)
 def _compiled(pattern: str) -> re.Pattern[str] | None:
-    """A pattern as PEFT matches it to a module's name; `None` if it is none, or may be slow."""
+    """Compiles a pattern as PEFT matches it to a module's name; `None` if it is not valid, or may
+    be slow."""
     if len(pattern) > _MOST_PATTERN or _SLOW_PATTERN.search(pattern):
         return None
     try:

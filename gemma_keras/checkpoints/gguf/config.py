@@ -1,4 +1,4 @@
-"""GGUF metadata read as a `GemmaConfig` and written from one, by llama.cpp's conventions."""
+"""Reads GGUF metadata as a `GemmaConfig` and writes it from one, by llama.cpp's conventions."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ _HEAD_DIM_TOO = (
     "rope.dimension_count",
     "rope.dimension_count_swa",
 )
-# What to do with files of which people take the wrong one.
+# Advice for files that are often given by mistake.
 _OTHERS = {
-    "clip": "this file is the images' part of a model (mmproj); give the text model's file",
-    "gemma-embedding": "for EmbeddingGemma load its Hugging Face folder with "
+    "clip": "this file holds the image encoder of a model (mmproj); give the file of the text "
+    "model",
+    "gemma-embedding": "to load EmbeddingGemma, open its Hugging Face folder with "
     "gemma_keras.GemmaTextEmbedder",
 }
 
@@ -67,8 +68,9 @@ def config_from_gguf(metadata: Mapping[str, Any], *, tied_head: bool) -> GemmaCo
 
     if not take("attention.causal", True):
         raise ConfigError(
-            f"the GGUF holds a {kind} that looks both ways ({kind}.attention.causal is false); "
-            "for EmbeddingGemma load its Hugging Face folder with gemma_keras.GemmaTextEmbedder"
+            f"the GGUF holds a {kind} with bidirectional attention ({kind}.attention.causal "
+            "is false); to load EmbeddingGemma, open its Hugging Face folder with "
+            "gemma_keras.GemmaTextEmbedder"
         )
     num_layers, hidden_dim = take("block_count"), take("embedding_length")
     require_layer_count("block_count", num_layers)
@@ -83,7 +85,7 @@ def config_from_gguf(metadata: Mapping[str, Any], *, tied_head: bool) -> GemmaCo
     for key in _HEAD_DIM_TOO:
         if take(key, head_dim) != head_dim:
             raise ConfigError(
-                f"key_length and {kind}.{key} differ; no Gemma this project knows does so"
+                f"key_length and {kind}.{key} differ; in every supported Gemma they are equal"
             )
     require_positive_int("attention.key_length", head_dim)
     if num_layers == _GGUF_27B_LAYERS.get(kind):
@@ -96,7 +98,7 @@ def config_from_gguf(metadata: Mapping[str, Any], *, tied_head: bool) -> GemmaCo
     if window is None:
         kinds = ["full_attention"] * num_layers
     theta = _decimal(take("rope.freq_base", 1_000_000.0 if kind == "gemma3" else 10_000.0))
-    # The local layers of Gemma 3 rotate with 10 000, unscaled, whatever the global ones do.
+    # The local layers of Gemma 3 always use the base 10 000, unscaled.
     local_theta = _decimal(take("rope.freq_base_swa", 10_000.0 if kind == "gemma3" else theta))
     scale = _rope_scale(rest)
     attention_cap = take("attn_logit_softcapping", 50.0 if kind == "gemma2" else 0)
@@ -107,15 +109,15 @@ def config_from_gguf(metadata: Mapping[str, Any], *, tied_head: bool) -> GemmaCo
     ):
         if cap and not has_one:
             raise ConfigError(
-                f"the GGUF metadata has {kind}.{key} = {quoted(cap)}, and llama.cpp caps nothing "
-                f"of the kind in a {kind}"
+                f"the GGUF metadata has {kind}.{key} = {quoted(cap)}, but llama.cpp applies "
+                f"no such cap in a {kind} model"
             )
     vocabulary = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(vocabulary, Sequence):
-        raise ConfigError("the GGUF metadata lacks tokenizer.ggml.tokens, a list of pieces")
+        raise ConfigError("the GGUF metadata lacks tokenizer.ggml.tokens, the list of tokens")
     for key, own in (("vocab_size", len(vocabulary)), ("embedding_length_out", hidden_dim)):
         if rest.pop(key, own) not in (own, 0):
-            raise ConfigError(f"the GGUF metadata has {kind}.{key} other than {own:,}, its own")
+            raise ConfigError(f"{kind}.{key} in the GGUF metadata must be {own:,} or missing")
 
     layers = []
     for i, layer_kind in enumerate(kinds):
@@ -150,11 +152,11 @@ def config_from_gguf(metadata: Mapping[str, Any], *, tied_head: bool) -> GemmaCo
 
 
 def _as_ollama_means(kind: str, rest: dict[str, Any]) -> None:
-    """Rewrite, in place, the keys of a Gemma 3 that Ollama converted into llama.cpp's.
+    """Rename in place the keys of a Gemma 3 that Ollama converted to llama.cpp's keys.
 
-    Ollama has keys of its own for the rotary bases. Its published files say nothing of the scaling
-    of positions, which is 8 in the 4B, 12B and 27B, and give the 1B a cap of the logits that it
-    does not have; Ollama corrects both by the number of layers (its `gemma3/model_text.go`).
+    Ollama has its own keys for the rotary bases. Its published files omit the scaling of positions,
+    which is 8 in the 4B, 12B and 27B. They give the 1B a soft cap of the logits that it does not
+    have. Ollama corrects both by the number of layers (its `gemma3/model_text.go`).
     """
     own = {key: rest.pop(key, None) for key in ("rope.global.freq_base", "rope.local.freq_base")}
     has_images = any(key.startswith(("vision.", "mm.")) for key in rest)
@@ -176,7 +178,9 @@ def _as_ollama_means(kind: str, rest: dict[str, Any]) -> None:
 def _per_layer(name: str, value: Any, num_layers: int) -> list[Any]:
     values = value if isinstance(value, list) else [value] * num_layers
     if len(values) != num_layers:
-        raise ConfigError(f"{name} does not describe {num_layers} layers, but {len(values)}")
+        raise ConfigError(
+            f"{name} has {len(values)} entries, but the model has {num_layers} layers"
+        )
     return values
 
 
@@ -188,33 +192,35 @@ def _window(kind: str, rest: dict[str, Any]) -> int | None:
     require_positive_int(f"{kind}.attention.sliding_window", value)
     if kind == "gemma":
         raise ConfigError(
-            f"the GGUF metadata has gemma.attention.sliding_window = {value}; Gemma 1 has no window"
+            f"the GGUF metadata has gemma.attention.sliding_window = {value}; Gemma 1 has "
+            "no sliding window"
         )
     return value
 
 
 def _layer_kinds(kind: str, num_layers: int, pattern: Any) -> list[str]:
-    """Of each layer `full_attention` or `sliding_attention`, by the file or as usual."""
+    """Returns `full_attention` or `sliding_attention` for each layer, from the file or by
+    default."""
     if not isinstance(pattern, list):
         usual = {"gemma": 1, "gemma2": 2, "gemma3": 6}[kind]
         return layer_kinds(num_layers, usual if pattern is None else pattern)
     if len(pattern) != num_layers or not all(isinstance(local, bool) for local in pattern):
         raise ConfigError(
-            f"{kind}.attention.sliding_window_pattern does not say of {num_layers} layers whether "
-            "they have a window"
+            f"{kind}.attention.sliding_window_pattern must say for each of {num_layers} "
+            "layers whether it has a sliding window"
         )
     return ["sliding_attention" if local else "full_attention" for local in pattern]
 
 
 def _rope_scale(rest: dict[str, Any]) -> float:
-    """What positions are divided by; a factor without a type is linear, as in llama.cpp."""
+    """Returns the divisor of positions; a factor without a type is linear, as in llama.cpp."""
     scaling = rest.pop("rope.scaling.type", "linear")
     old = rest.pop("rope.scale_linear", 0)
     factor = rest.pop("rope.scaling.factor", old) or 1.0
     if scaling not in ("none", "linear"):
         raise ConfigError(
-            f"RoPE scaling {quoted(scaling)} is not one Gemma uses; Gemma's positions are divided "
-            "by one number (linear) or not scaled (none)"
+            f"RoPE scaling {quoted(scaling)} is not supported; Gemma's RoPE scaling is "
+            "linear or none"
         )
     return _decimal(factor) if scaling == "linear" else 1.0
 
@@ -222,7 +228,7 @@ def _rope_scale(rest: dict[str, Any]) -> float:
 def config_to_gguf(config: GemmaConfig) -> dict[str, Any]:
     """GGUF metadata that `config_from_gguf` reads as this configuration, but for the vocabulary.
 
-    Whether the head is tied is said by the tensors, and the vocabulary's size by the tokens.
+    The tensors show whether the head is tied, and the tokens give the vocabulary's size.
 
     Raises:
         ConfigError: GGUF, or llama.cpp that reads it, has no way to say it.
@@ -260,24 +266,25 @@ def config_to_gguf(config: GemmaConfig) -> dict[str, Any]:
     vocabulary = {"tokenizer.ggml.tokens": range(config.vocabulary_size)}
     if config_from_gguf(metadata | vocabulary, tied_head=config.tied_head) != config:
         raise ConfigError(
-            f"this architecture cannot be written as GGUF of type {kind}: its query scale, for "
-            "which GGUF has no key, is not a published Gemma's, its layers differ in more than "
-            "their window or come in another order, or it caps or scales something else"
+            f"this architecture cannot be written as GGUF of type {kind}: GGUF has no keys "
+            "for its query scale, layer pattern, soft caps or scaling factors"
         )
     if kind != "gemma3" and not config.tied_head:
-        raise ConfigError(f"GGUF has no head of its own for a {kind}; it is the embedding's table")
+        raise ConfigError(
+            f"GGUF cannot store a separate head for a {kind}: its head is the embedding table"
+        )
     return metadata
 
 
 def _stored(value: Any) -> Any:
-    """What a file gives back: its numbers with a point are float32."""
+    """Returns the values as a file stores them: floats are float32."""
     return float(np.float32(value)) if isinstance(value, float) else value
 
 
 def _decimal(value: Any) -> Any:
-    """The shortest decimal of the float32 that a file holds, as a configuration was written; what
-    is no number as it is."""
+    """Returns the shortest decimal of a float32 in a file, as in the original configuration; other
+    values unchanged."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return value
-    with np.errstate(over="ignore"):  # infinity is refused where it is used
+    with np.errstate(over="ignore"):  # infinity raises an error where it is used
         return float(str(np.float32(value)))

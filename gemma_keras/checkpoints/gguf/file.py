@@ -1,8 +1,8 @@
-"""One GGUF file: metadata at once, tensors when asked for.
+"""Reads one GGUF file: its metadata at once, its tensors on demand.
 
 The `gguf` package supplies the constants and the dequantization of every tensor type. Its
-`GGUFReader` is not used: it makes four small arrays for each of the 262 144 vocabulary entries
-(10 s for the sample model, against 0.3 s here) and believes what a file declares.
+`GGUFReader` is not used. It makes four small arrays for each of the 262 144 vocabulary entries (10
+s for the sample model, against 0.3 s here). It also does not check what a file declares.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -41,12 +41,12 @@ _SCALARS: dict[int, tuple[str, type | str]] = {
 _STRING, _ARRAY = 8, 9
 _MAX_KEY, _MAX_TENSOR_NAME = 1 << 16, 1 << 8
 _MAX_ALIGNMENT = 1 << 20
-_DEQUANTIZE_BYTES = 256 << 10  # a piece and its float32 values stay in the cache
+_DEQUANTIZE_BYTES = 256 << 10  # a chunk and its float32 values fit into the processor's cache
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: row-major shape, ggml type, first byte and length in the file."""
+    """The place of one tensor: row-major shape, ggml type, first byte and length in the file."""
 
     shape: tuple[int, ...]
     type: gguf.GGMLQuantizationType
@@ -62,7 +62,7 @@ class GGUFFile:
         tensors: name to `TensorInfo`.
 
     Raises:
-        CheckpointError: not a file, not GGUF, cut short, or declaring sizes that it cannot hold.
+        CheckpointError: not a file, not GGUF, truncated, or its declared sizes exceed the file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -87,9 +87,13 @@ class GGUFFile:
                 or f"{self.path} is not a GGUF file: it begins with {magic!r}"
             )
         if version & 0xFFFF == 0:
-            raise CheckpointError(f"{self.path} is a big-endian GGUF; little-endian can be read")
+            raise CheckpointError(
+                f"{self.path} is a big-endian GGUF; only little-endian is supported"
+            )
         if version not in (2, 3):
-            raise CheckpointError(f"{self.path} is GGUF version {version}; 2 and 3 can be read")
+            raise CheckpointError(
+                f"{self.path} is GGUF version {version}; only versions 2 and 3 are supported"
+            )
         header.position = 24
         self.metadata = header.read_metadata(num_keys)
         infos = header.read_tensor_infos(num_tensors)
@@ -110,19 +114,20 @@ class GGUFFile:
             tensor_type = gguf.GGMLQuantizationType(kind)
         except ValueError:
             raise CheckpointError(
-                f"tensor {name} of {self.path} has type {kind}, unknown to the gguf package"
+                f"tensor {name} of {self.path} has type {kind}, which the gguf package does "
+                "not know"
             ) from None
         block, block_bytes = gguf.GGML_QUANT_SIZES[tensor_type]
         if dims[0] % block:
             raise CheckpointError(
-                f"tensor {name} of {self.path} has rows of {dims[0]}, not a multiple of "
-                f"{tensor_type.name}'s {block}"
+                f"tensor {name} of {self.path} has rows of {dims[0]} numbers, which is not "
+                f"a multiple of {tensor_type.name}'s block size {block}"
             )
         num_bytes = math.prod(dims) // block * block_bytes
         if start + num_bytes > self.size:
             raise CheckpointError(
-                f"{self.path} is cut short: tensor {name} ends at byte {start + num_bytes:,}, "
-                f"the file has {self.size:,}"
+                f"{self.path} is truncated: tensor {name} ends at byte "
+                f"{start + num_bytes:,}, but the file has {self.size:,}"
             )
         return TensorInfo(tuple(reversed(dims)), tensor_type, start, num_bytes)
 
@@ -135,7 +140,7 @@ class GGUFFile:
         return self.read_rows(name, 0, self.tensors[name].shape[0])
 
     def read_rows(self, name: str, first: int, last: int) -> np.ndarray:
-        """The same of rows `first` to `last` along the tensor's first axis, which alone are read.
+        """Returns rows `first` to `last` of the tensor's first axis; reads no other rows.
 
         A tensor of one axis can only be read whole.
         """
@@ -153,21 +158,21 @@ class GGUFFile:
         step = max(1, _DEQUANTIZE_BYTES // block_bytes)
         try:
             for block_number in range(0, len(raw) // block_bytes, step):
-                piece = raw[block_number * block_bytes : (block_number + step) * block_bytes]
+                chunk = raw[block_number * block_bytes : (block_number + step) * block_bytes]
                 # Whether the values are finite is for the caller to judge, not numpy's warnings.
                 with np.errstate(over="ignore", invalid="ignore"):
-                    values = gguf.dequantize(piece.reshape(1, -1), info.type)
+                    values = gguf.dequantize(chunk.reshape(1, -1), info.type)
                 place = block_number * block
                 out[place : place + values.size] = values.ravel()
         except NotImplementedError:
             raise CheckpointError(
                 f"tensor {name} is of type {info.type.name}, which the gguf package cannot "
-                "dequantize; convert the file to another type first"
+                "dequantize; convert the file to another type"
             ) from None
         return out.reshape(shape)
 
     def stored_as(self, name: str) -> str | None:
-        """The tensor's type if it is one of few bits, such as `Q4_K`; `None` for floats."""
+        """Returns the tensor's quantized type, such as `Q4_K`; `None` for floats."""
         kind = self.tensors[name].type
         return kind.name if gguf.GGML_QUANT_SIZES[kind][0] > 1 else None
 
@@ -190,13 +195,13 @@ class GGUFFile:
         offsets: np.ndarray | None = None
         step = max(1, _DEQUANTIZE_BYTES // block_bytes)
         for first in range(0, len(raw), step):
-            piece = slice(first, first + step)
+            chunk = slice(first, first + step)
             with np.errstate(invalid="ignore"):
-                blocks = kind.decode(raw[piece])
-            levels[piece], scales[piece] = blocks.levels, blocks.scales
+                blocks = kind.decode(raw[chunk])
+            levels[chunk], scales[chunk] = blocks.levels, blocks.scales
             if blocks.offsets is not None:
                 offsets = np.empty_like(scales) if offsets is None else offsets
-                offsets[piece] = blocks.offsets
+                offsets[chunk] = blocks.offsets
         num_inputs = info.shape[-1]
         scales = scales.reshape(-1, num_inputs // kind.block_size)
         return QuantizedGrid(
@@ -221,8 +226,8 @@ class _Header:
         start = self.position
         if num_bytes > len(self._data) - start:
             raise CheckpointError(
-                f"{self._path} is cut short or corrupt: its header asks for {num_bytes:,} bytes "
-                f"at {start:,}, the file has {len(self._data):,}"
+                f"{self._path} is truncated or corrupt: its header refers to {num_bytes:,} "
+                f"bytes at {start:,}, but the file has {len(self._data):,}"
             )
         self.position = start + num_bytes
         return start
@@ -235,8 +240,8 @@ class _Header:
         start = self._advance(length)
         if longest is not None and length > longest:
             raise CheckpointError(
-                f"{self._path} is corrupt: it has a name of {length:,} bytes at {start:,}, the "
-                f"longest allowed has {longest:,}"
+                f"{self._path} is corrupt: it has a name of {length:,} bytes at {start:,}, "
+                f"but the limit is {longest:,}"
             )
         try:
             return self._data[start : start + length].decode()
@@ -259,14 +264,17 @@ class _Header:
             if item_kind == _STRING:
                 self._check_count(count, 8)
                 return [self._string() for _ in range(count)]
-            raise CheckpointError(f"{self._path} has an array of type {item_kind}, unknown here")
+            raise CheckpointError(
+                f"{self._path} has an array of type {item_kind}, which is not supported"
+            )
         raise CheckpointError(f"{self._path} is corrupt: it has a value of unknown type {kind}")
 
     def _check_count(self, count: int, least_bytes: int) -> None:
-        """Refuse a count that the rest of the file cannot hold, before looping over it."""
+        """Raise an error for a count that the rest of the file cannot hold, before looping over
+        it."""
         if count * least_bytes > len(self._data) - self.position:
             raise CheckpointError(
-                f"{self._path} is cut short or corrupt: it declares {count:,} entries in "
+                f"{self._path} is truncated or corrupt: it declares {count:,} entries in "
                 f"{len(self._data) - self.position:,} bytes"
             )
 
@@ -276,7 +284,7 @@ class _Header:
         for _ in range(count):
             key = self._string(_MAX_KEY)
             if key in metadata:
-                raise CheckpointError(f"{self._path} is corrupt: {key[:80]} is there twice")
+                raise CheckpointError(f"{self._path} is corrupt: {key[:80]} occurs twice")
             metadata[key] = self._value(self._scalar("<I"))
         return metadata
 
@@ -286,7 +294,7 @@ class _Header:
         for _ in range(count):
             name = self._string(_MAX_TENSOR_NAME)
             if name in infos:
-                raise CheckpointError(f"{self._path} is corrupt: tensor {name} is there twice")
+                raise CheckpointError(f"{self._path} is corrupt: tensor {name} occurs twice")
             num_dims = self._scalar("<I")
             if not 1 <= num_dims <= 4:
                 raise CheckpointError(

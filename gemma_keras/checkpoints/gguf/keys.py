@@ -1,8 +1,8 @@
-"""Which keys of a GGUF's architecture say nothing about the forward pass.
+"""Lists the GGUF keys that do not affect the forward pass, and rejects unknown ones.
 
-Keys outside the architecture's own (`general.`, `tokenizer.`, `quantize.`, `split.`, anybody's) do
-not describe the model and are passed over. Of the architecture's own, those that are not read and
-cannot change the mathematics stand here; any other is unknown, and the model is refused.
+Keys outside the architecture's own (`general.`, `tokenizer.`, `quantize.`, `split.` and others) do
+not describe the model and are ignored. The architecture's own keys that are not read and cannot
+change the computation are listed here. A model with any other key is not loaded.
 
 Sources: llama.cpp's `llama-arch.cpp` and `llm_load_hparams`, and Ollama's `convert_gemma3.go`.
 """
@@ -20,12 +20,12 @@ from gemma_keras.errors import ConfigError, listed, quoted
 _INERT = """
     decoder_start_token_id mm.* rope.scaling.finetuned tensor_data_layout vision.*
 """
-# They say something of YaRN alone, which is refused where it is chosen.
+# They only configure YaRN, which is rejected elsewhere.
 _YARN = """
     rope.scaling.beta_* rope.scaling.extrapolation_factor rope.scaling.original_context_length
     rope.scaling.yarn_*
 """
-# Keys that other architectures have, and the values by which they mean what Gemma does.
+# Keys of other architectures, and the values with which they have no effect on a Gemma.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "attention.clamp_kqv": (0,),
     "attention.max_alibi_bias": (0,),
@@ -46,25 +46,25 @@ _FAMILIES = re.compile("|".join(fnmatch.translate(name) for name in (_INERT + _Y
 
 
 def refuse_unknown(keys: Mapping[str, Any], kind: str) -> None:
-    """Refuse what is left of an architecture's keys when everything known is taken.
+    """Raise an error for an architecture's keys that are not known.
 
     Args:
         keys: name after the architecture's to value.
         kind: the architecture.
 
     Raises:
-        ConfigError: a key is unknown, or asks for what Gemma does not do.
+        ConfigError: a key is unknown, or has a value that Gemma does not support.
     """
     left = {key: value for key, value in keys.items() if not _FAMILIES.match(key)}
     unknown = sorted(f"{kind}.{key}" for key in left if key not in _FIXED)
     if unknown:
         raise ConfigError(
             f"the GGUF metadata has keys this project does not know: {listed(unknown)}; "
-            "one of them may change the mathematics, so the model is refused"
+            "they may change the computation, so the model is not loaded"
         )
     for key, value in left.items():
         if value not in _FIXED[key]:
             raise ConfigError(
-                f"the GGUF metadata has {kind}.{key} = {quoted(value)}, which is not part of any "
-                f"Gemma this project knows; Gemma's is {_FIXED[key][0]!r}"
+                f"the GGUF metadata has {kind}.{key} = {quoted(value)}, which no supported "
+                f"Gemma uses; the value must be {_FIXED[key][0]!r}"
             )

@@ -1,4 +1,5 @@
-"""A GGUF model in several files, as `llama-gguf-split` writes it: `NAME-00001-of-00003.gguf`."""
+"""Reads a GGUF model in several files (`NAME-00001-of-00003.gguf`), as `llama-gguf-split` writes
+it."""
 
 from __future__ import annotations
 
@@ -40,14 +41,14 @@ class GGUFParts:
                 if name in self.tensors:
                     raise CheckpointError(
                         f"the tensor {name} is in {self._part_of[name].path.name} and in "
-                        f"{part.path.name}; keep the parts of one model only"
+                        f"{part.path.name}; keep only the parts of one model"
                     )
                 self.tensors[name], self._part_of[name] = info, part
         promised = self.metadata.get("split.tensors.count", len(self.tensors))
         if len(parts) > 1 and promised != len(self.tensors):
             raise CheckpointError(
-                f"the parts of {self.path} hold {len(self.tensors):,} tensors, the first of them "
-                f"says {promised!r}; keep the parts of one model only"
+                f"the parts of {self.path} hold {len(self.tensors):,} tensors, but the "
+                f"first part says {promised!r}; keep only the parts of one model"
             )
 
     def read(self, name: str) -> np.ndarray:
@@ -68,24 +69,25 @@ class GGUFParts:
 
 
 def _paths(given: GGUFFile) -> list[Path]:
-    """The files of the model that a file is part of, first to last."""
+    """Returns all files of the model that a file belongs to, in order."""
     count = given.metadata.get("split.count", 0)
     if not isinstance(count, int) or count <= 1:
         return [given.path]
-    found = _PART_NAME.fullmatch(given.path.name)
-    if found is None or int(found["count"]) != count:
+    match = _PART_NAME.fullmatch(given.path.name)
+    if match is None or int(match["count"]) != count:
         raise CheckpointError(
-            f"{given.path} is one of {count:,} parts of a model; to find the others it must be "
-            f"named as it was written, NAME-00001-of-{count:05}.gguf"
+            f"{given.path} is one of {count:,} parts of a model; to let the other parts be "
+            f"found, give it its original name, NAME-00001-of-{count:05}.gguf"
         )
     paths = [
-        given.path.with_name(f"{found['stem']}-{number:05}-of-{count:05}.gguf")
+        given.path.with_name(f"{match['stem']}-{number:05}-of-{count:05}.gguf")
         for number in range(1, count + 1)
     ]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
         raise CheckpointError(
-            f"{given.path} is one of {count:,} parts of a model, and {missing[0]} is not beside it"
-            + (f", nor {len(missing) - 1:,} more" if len(missing) > 1 else "")
+            f"{given.path} is one of {count:,} parts of a model, but {missing[0]} is "
+            "missing from its folder"
+            + (f", and {len(missing) - 1:,} more" if len(missing) > 1 else "")
         )
     return paths

@@ -1,4 +1,4 @@
-"""Reading a GGUF checkpoint: what its metadata and tensors mean.
+"""Opens a GGUF checkpoint: interprets its metadata and tensors.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -27,7 +27,7 @@ _NUMBERS = (
     "rope.global.freq_base",
     "rope.local.freq_base",
 )
-_NUMBERS_OR_ZERO = (  # 0 says that there is none
+_NUMBERS_OR_ZERO = (  # 0 means none
     "attn_logit_softcapping",
     "final_logit_softcapping",
     "rope.scale_linear",
@@ -39,7 +39,8 @@ def read_gguf(path: str | os.PathLike[str]) -> Checkpoint:
     """Open a GGUF checkpoint of architecture `gemma`, `gemma2` or `gemma3`.
 
     Raises:
-        CheckpointError: the file is missing, cut short, corrupt, or does not fit its own metadata.
+        CheckpointError: the file is missing, truncated, corrupt, or does not match its own
+            metadata.
         ConfigError: it holds another architecture.
     """
     file = GGUFParts(path)
@@ -84,25 +85,25 @@ def _explain_images(file: GGUFParts, names: list[str]) -> tuple[str, ...]:
     if not names:
         return ()
     return (
-        f"{file.path.name} holds {len(names):,} tensors for images (v.*, mm.*), which were passed "
-        "over: this is its text model",
+        f"{file.path.name} holds {len(names):,} image tensors (v.*, mm.*), which were "
+        "ignored: only the text model is loaded",
     )
 
 
 def _check_rope_factors(file: GGUFParts, head_dim: int) -> None:
-    """Refuse factors that rotary frequencies would be divided by, unless they change nothing."""
+    """Raise an error for divisors of rotary frequencies, unless they are all 1."""
     info = file.tensors.get(_ROPE_FACTORS)
     if info is None:
         return
     if info.shape != (head_dim // 2,) or (file.read(_ROPE_FACTORS) != 1).any():
         raise CheckpointError(
-            f"{file.path} has {_ROPE_FACTORS}, which divides each rotary frequency by a number of "
-            "its own; no Gemma this project knows does so, and llama.cpp does not read it of one"
+            f"{file.path} has {_ROPE_FACTORS}, a separate divisor for each rotary "
+            "frequency; no supported Gemma has these, and llama.cpp ignores them for Gemma"
         )
 
 
 def _check_metadata(file: GGUFParts) -> None:
-    """Refuse, by name, the keys that `config_from_gguf` could not calculate with."""
+    """Raise an error for values that `config_from_gguf` cannot compute with, and name the key."""
     kind = file.metadata.get("general.architecture")
     for key in _NUMBERS + _NUMBERS_OR_ZERO:
         value = file.metadata.get(f"{kind}.{key}", 1)
@@ -132,10 +133,13 @@ def _text(file: GGUFParts, key: str, default: str) -> str:
 
 
 def _base_model(file: GGUFParts) -> dict[str, str]:
-    """The repository on the Hugging Face Hub that the file says it was made from, if it is one."""
+    """Returns the repository on the Hugging Face Hub that the file names as its base model, if it
+    is valid."""
     count = file.metadata.get("general.base_model.count", 0)
     keys = ["general.source.repo_url", "general.source.url"]
-    keys += ["general.base_model.0.repo_url"] * (count == 1)  # of several none is the base
+    keys += ["general.base_model.0.repo_url"] * (
+        count == 1
+    )  # with several, none of them is the base
     for key in keys:
         match = _HUB_URL.fullmatch(str(file.metadata.get(key, "")))
         if match:

@@ -1,10 +1,10 @@
-"""Writing a GGUF file, which llama.cpp runs.
+"""Writes a GGUF file, which llama.cpp runs.
 
-The `gguf` package lays out the header and rounds; the tensors follow here, in pieces of rows, of
-which each is whole blocks. Norms are float32 whatever the type, as llama.cpp wants them, and hold
-`1 + scale`: where a scale has more digits than that sum keeps, they are rounded off.
+The `gguf` package writes the header and rounds. This module writes the tensors, in chunks of rows
+that are whole blocks. Norms are always float32, as llama.cpp requires, and hold `1 + scale`. If a
+scale has more digits than that sum, they are rounded off.
 
-GGUF is one file: the notices that came with the weights stand in its metadata, under
+GGUF is one file. So the notices that came with the weights are in its metadata, under
 `gemma_keras.notice.NAME`.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -24,7 +24,7 @@ from gemma_keras.checkpoints.chat_templates import chat_template
 from gemma_keras.checkpoints.gguf.config import config_to_gguf
 from gemma_keras.checkpoints.names import WeightSpec, weight_specs
 from gemma_keras.checkpoints.sentencepiece_model import stop_metadata, tokenizer_metadata
-from gemma_keras.checkpoints.source import Checkpoint, check_range, file_pieces
+from gemma_keras.checkpoints.source import Checkpoint, check_range, file_chunks
 from gemma_keras.checkpoints.token_ids import token_ids
 from gemma_keras.checkpoints.unfinished import unfinished
 from gemma_keras.errors import CheckpointError, ConfigError
@@ -33,7 +33,7 @@ Type = gguf.GGMLQuantizationType
 
 
 class _TensorType(NamedTuple):
-    """What matrices and tables are stored as, the file type that says so, the greatest number."""
+    """The type of matrices and tables, the file type, and the largest number of that type."""
 
     ggml: gguf.GGMLQuantizationType
     file: gguf.LlamaFileType
@@ -46,7 +46,7 @@ _TYPES = {
     "f32": _TensorType(Type.F32, gguf.LlamaFileType.ALL_F32, _FLOAT32_MAX),
     "f16": _TensorType(Type.F16, gguf.LlamaFileType.MOSTLY_F16, _FLOAT16_MAX),
     "bf16": _TensorType(Type.BF16, gguf.LlamaFileType.MOSTLY_BF16, float.fromhex("0x1.fep127")),
-    # a block's scale is float16, its greatest number 127 times that
+    # a block's scale is float16, its largest value 127 times that
     "q8_0": _TensorType(Type.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0, 127 * _FLOAT16_MAX),
 }
 _ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
@@ -62,14 +62,15 @@ def write_gguf(
     """Write a GGUF file of architecture `gemma`, `gemma2` or `gemma3`.
 
     Args:
-        checkpoint: what to write; one matrix, or a piece of a table, is in memory at a time.
-        path: appears when it is whole.
+        checkpoint: to write; one matrix, or a chunk of a table, is in memory at a time.
+        path: of the file, which appears when it is complete.
         tensor_type: `f32`, `f16`, `bf16` or `q8_0`, of matrices and tables.
         overwrite: whether a file of that name may be replaced.
         on_progress: called with the bytes of weights written and those of all.
 
     Raises:
-        ConfigError: GGUF cannot say the architecture, or the type does not divide its rows.
+        ConfigError: GGUF cannot describe the architecture, or its rows are not a multiple of the
+            type's block size.
         CheckpointError: the file exists or cannot be written, there is too little space, a number
             is beyond the type, or there is no tokenizer or one unlike Gemma's.
     """
@@ -91,7 +92,7 @@ def write_gguf(
         with partial.open("ab") as file:
             for spec in specs:
                 file.write(bytes(-file.tell() % _ALIGNMENT))
-                for array in file_pieces(checkpoint, spec, "gguf"):
+                for array in file_chunks(checkpoint, spec, "gguf"):
                     check_range(array, _largest(spec, kind), spec.name, tensor_type)
                     data = gguf.quantize(array, _type_of(spec, kind))
                     file.write(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
@@ -103,8 +104,8 @@ def write_gguf(
 def _metadata(checkpoint: Checkpoint, kind: _TensorType) -> dict[str, Any]:
     if checkpoint.tokenizer_model is None:
         raise CheckpointError(
-            "the checkpoint has no tokenizer, whose vocabulary GGUF needs; copy tokenizer.model or "
-            "tokenizer.json of the model into its folder"
+            "the checkpoint has no tokenizer, and GGUF needs its vocabulary; copy the "
+            "model's tokenizer.model or tokenizer.json into its folder"
         )
     config = checkpoint.config
     ids = token_ids(checkpoint)
@@ -177,6 +178,6 @@ def _check_blocks(spec: WeightSpec, kind: _TensorType, tensor_type: str) -> None
     block, _ = gguf.GGML_QUANT_SIZES[_type_of(spec, kind)]
     if spec.file_shape[-1] % block:
         raise ConfigError(
-            f"{spec.name} has rows of {spec.file_shape[-1]}, not a multiple of the {block} that "
-            f"{tensor_type} stores together; write another type"
+            f"{spec.name} has rows of {spec.file_shape[-1]}, not a multiple of "
+            f"{tensor_type}'s block size {block}; choose another type"
         )

@@ -1,1 +1,1 @@
-"""Hugging Face folders: read and written."""
+"""Reads and writes Hugging Face folders."""

@@ -1,4 +1,4 @@
-"""Tokens that were added to a tokenizer after it was made, as pieces of its SentencePiece model.
+"""Adds a tokenizer's added tokens to its SentencePiece model.
 
 A special one becomes a control piece, any other a user-defined piece, which SentencePiece finds in
 a text as other runtimes find added tokens. Ids between the pieces and the tokens get unused pieces.
@@ -26,8 +26,8 @@ class AddedToken:
     Attributes:
         id: its row of the table.
         content: its text.
-        special: whether text is not to produce it.
-        plain: whether it is found wherever its text stands, and takes no spaces beside it.
+        special: whether plain text must not produce it.
+        plain: whether it matches everywhere in a text, and includes no neighbouring spaces.
         file: that says so, for people.
     """
 
@@ -50,13 +50,13 @@ def read_added_token(entry: Any, index: Any, file: str) -> AddedToken:
     """An entry of `tokenizer.json`'s `added_tokens` or of `added_tokens_decoder`.
 
     Raises:
-        CheckpointError: it is none.
+        CheckpointError: it is not valid.
     """
     data = entry if isinstance(entry, Mapping) else {}
     content = data.get("content")
     flags = [data.get(name, False) for name in ("special", "single_word", "lstrip", "rstrip")]
     if not isinstance(content, str) or not all(isinstance(flag, bool) for flag in flags):
-        raise CheckpointError(f"{file} has an added token that is none: {reprlib.repr(entry)}")
+        raise CheckpointError(f"{file} has an added token that is not valid: {reprlib.repr(entry)}")
     return AddedToken(_id(index, content, file), content, flags[0], not any(flags[1:]), file)
 
 
@@ -82,14 +82,14 @@ def _id(value: Any, content: str, file: str) -> int:
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise CheckpointError(
-            f"{file} gives {reprlib.repr(content)} the id {reprlib.repr(value)}; an id is a whole "
-            "number from 0 on"
+            f"{file} gives {reprlib.repr(content)} the id {reprlib.repr(value)}; an id must "
+            "be 0 or a positive whole number"
         )
     return value
 
 
 def merge_added_tokens(*sources: Iterable[AddedToken]) -> list[AddedToken]:
-    """One list by id; what an earlier source says of an id or a text counts.
+    """Merges the sources into one list by id; an earlier source takes precedence.
 
     Raises:
         CheckpointError: one source has a text or an id twice.
@@ -106,7 +106,7 @@ def merge_added_tokens(*sources: Iterable[AddedToken]) -> list[AddedToken]:
                 other = merged.get(token.id)
                 found = other.content if other else token.content
                 raise CheckpointError(
-                    f"{token} is there twice, or shares its id with {reprlib.repr(found)}"
+                    f"{token} occurs twice, or has the same id as {reprlib.repr(found)}"
                 )
             merged[token.id] = token
             new.add(token.piece)
@@ -136,7 +136,7 @@ def add_tokens(parsed: Any, tokens: Iterable[AddedToken], rows: int) -> None:
         if at is None:
             _put(parsed, places, token.id, token)
         elif at != token.id:
-            raise CheckpointError(f"{token} is already there under the id {at}")
+            raise CheckpointError(f"{token} already exists with the id {at}")
         piece = parsed.pieces[token.id]
         if piece.type in (kinds.UNKNOWN, kinds.BYTE, kinds.CONTROL):
             continue
@@ -149,18 +149,20 @@ def _check(token: AddedToken, rows: int) -> None:
     try:
         token.content.encode()
     except UnicodeEncodeError:
-        raise CheckpointError(f"{token} is no text: half of a surrogate pair is in it") from None
+        raise CheckpointError(
+            f"{token} is not valid text: it contains half of a surrogate pair"
+        ) from None
     if "\0" in token.content:
-        raise CheckpointError(f"{token} has a zero in it, where SentencePiece ends a text")
+        raise CheckpointError(f"{token} contains a NUL character, where SentencePiece ends a text")
     if token.id >= rows:
         raise CheckpointError(
-            f"{token} has no row in the model's table, which has {rows:,}; resize the model's "
-            "embeddings before it is saved, or take the token out of that file"
+            f"{token} has no row in the embedding table, which has {rows:,}; resize the "
+            "model's embeddings and save it again, or remove the token from that file"
         )
     if not token.plain and (not token.special or token.piece in TURN_PIECES):
         raise CheckpointError(
-            f"{token} is found as a whole word only, or takes the spaces beside it (single_word, "
-            "lstrip or rstrip); SentencePiece cannot do that"
+            f"{token} matches only whole words or includes neighbouring spaces "
+            "(single_word, lstrip or rstrip), which SentencePiece does not support"
         )
 
 
@@ -174,8 +176,7 @@ def _put(parsed: Any, places: dict[str, int], index: int, token: AddedToken) -> 
         roles = (trainer.bos_id, trainer.eos_id, trainer.unk_id, trainer.pad_id)
         if piece.type not in free or index in roles:
             raise CheckpointError(
-                f"{token} stands where the tokenizer has {reprlib.repr(piece.piece)}, which is not "
-                "a reserved piece"
+                f"{token} has the id of {reprlib.repr(piece.piece)}, which is not a reserved piece"
             )
         del places[piece.piece]
         piece.piece = token.piece
@@ -188,12 +189,12 @@ def _put(parsed: Any, places: dict[str, int], index: int, token: AddedToken) -> 
 
 
 def unused_name(index: int) -> str:
-    """What a piece is called that stands for a row without one."""
+    """Returns the name of the piece for a row without a token."""
     return f"[PAD{index}]"
 
 
 def add_unused(parsed: Any, places: dict[str, int]) -> None:
-    """Append a piece that nothing produces."""
+    """Append an unused piece."""
     name = unused_name(len(parsed.pieces))
     while name in places:
         name = f"[{name}]"

@@ -1,6 +1,6 @@
-"""Hugging Face's `config.json`, read as a `GemmaConfig` and written from one.
+"""Reads Hugging Face's `config.json` as a `GemmaConfig` and writes it from one.
 
-Published files leave out what equals the defaults of transformers' configuration classes.
+Published files omit values that equal the defaults of transformers' configuration classes.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def named_config(name: str) -> GemmaConfig:
     """
     if name not in SIZES:
         known = ", ".join(sorted(SIZES))
-        raise ConfigError(f"no Gemma size is called {name!r}; known: {known}")
+        raise ConfigError(f"there is no Gemma size {name!r}; known: {known}")
     return config_from_hf(SIZES[name].hf)
 
 
@@ -90,8 +90,8 @@ def config_from_hf(data: Mapping[str, Any]) -> GemmaConfig:
     published files leave out what equals them.
 
     Raises:
-        ConfigError: the model type is another, a key is unknown, or a value asks for
-            mathematics that Gemma does not have (another activation, biases, ...).
+        ConfigError: the model type is not supported, a key is unknown, or a value describes a
+            computation that Gemma does not have (another activation, biases, ...).
     """
     if data.get("model_type") == "gemma3":
         data = _text_part(data)
@@ -134,7 +134,7 @@ def config_from_hf(data: Mapping[str, Any]) -> GemmaConfig:
     windows = take("use_sliding_window", None)
     if windows not in (None, "sliding_attention" in kinds):
         raise ConfigError(
-            f"use_sliding_window is {quoted(windows)}, against layer_types or the kind of model"
+            f"use_sliding_window is {quoted(windows)}, which contradicts layer_types or model_type"
         )
     ropes = _hf_ropes(kind, rest)
     hidden_dim = take("hidden_size")
@@ -175,8 +175,8 @@ def config_from_hf(data: Mapping[str, Any]) -> GemmaConfig:
 
 
 def _text_part(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The text model's part of a multimodal `config.json`, which what stands around it may not
-    contradict."""
+    """Returns the text part of a multimodal `config.json`; the outer keys must not contradict
+    it."""
     text = data.get("text_config")
     if not isinstance(text, Mapping):
         raise ConfigError("a gemma3 config.json must have a text_config")
@@ -191,8 +191,8 @@ def _text_part(data: Mapping[str, Any]) -> dict[str, Any]:
         found = around.pop(key)
         if found is not None and found != known[key]:
             raise ConfigError(
-                f"config.json has {key[:60]}={quoted(found)}, and {quoted(known[key])} in its "
-                "text_config"
+                f"config.json has {key[:60]}={quoted(found)}, but its text_config has "
+                f"{quoted(known[key])}"
             )
     refuse_unknown(around)
     return text
@@ -201,11 +201,11 @@ def _text_part(data: Mapping[str, Any]) -> dict[str, Any]:
 def config_to_hf(config: GemmaConfig) -> dict[str, Any]:
     """The content of a Hugging Face `config.json` that `config_from_hf` reads as a configuration.
 
-    The keys are those of the published files, which transformers 4 and 5 both read.
+    It uses the keys of the published files, which transformers 4 and 5 both read.
 
     Raises:
-        ConfigError: no model type of Hugging Face's can say it, as when layers differ in more
-            than their window.
+        ConfigError: no Hugging Face model type can describe it, for example if layers differ in
+            more than their window.
     """
     first = config.layers[0]
     kind = "gemma3_text" if first.qk_norm else "gemma2" if first.post_norms else "gemma"
@@ -250,12 +250,11 @@ def config_to_hf(config: GemmaConfig) -> dict[str, Any]:
         data["use_bidirectional_attention"] = True
         if window is not None:
             data["sliding_window"] = _window_of_reach(window)
-    # What that leaves out or cannot say shows when it is read again.
+    # Reading it back shows what it cannot describe.
     if config_from_hf(data) != config:
         raise ConfigError(
-            f"this architecture cannot be written as a Hugging Face config.json of type {kind}: "
-            "its layers differ in more than their window, or it scales something as no published "
-            "Gemma does"
+            "this architecture cannot be written as a Hugging Face config.json of type "
+            f"{kind}: its layers or its scaling factors differ from every published Gemma"
         )
     return data
 
@@ -265,8 +264,8 @@ def _pattern(kind: str, value: Any) -> Any:
     own = _GLOBAL_EVERY.get(kind, 1)
     if value not in (None, own) and kind != "gemma3_text":
         raise ConfigError(
-            f"sliding_window_pattern is {quoted(value)}; that of a {kind} is {own} in every "
-            "implementation, so say what is meant by layer_types"
+            f"sliding_window_pattern is {quoted(value)}; every implementation of {kind} "
+            f"uses {own}. Use layer_types to describe another pattern"
         )
     return own if value is None else value
 
@@ -277,8 +276,8 @@ def _bidirectional(kind: str, value: Any) -> bool:
     # In transformers' Gemma 1 and 2 the key does not reach the mask, and no such file is published.
     if value and kind != "gemma3_text":
         raise ConfigError(
-            f"use_bidirectional_attention is true, of a {kind} model; the only Gemma known here "
-            "that looks both ways is a gemma3_text"
+            f"use_bidirectional_attention is true for a {kind} model; it is only supported "
+            "for gemma3_text"
         )
     return bool(value)
 
@@ -333,8 +332,8 @@ def _one_rope(given: dict[str, Any], *, default_theta: float) -> tuple[float, fl
     factor = given.pop("factor", None)
     if given or rope_type not in ("default", "linear"):
         raise ConfigError(
-            f"RoPE of type {quoted(rope_type)} with {listed(sorted(given)) or 'nothing'} is not "
-            "one Gemma uses (default or linear)"
+            f"RoPE of type {quoted(rope_type)} with {listed(sorted(given)) or 'nothing'} is "
+            "not supported; Gemma uses default or linear"
         )
     require_positive("rope_theta", theta)
     if rope_type == "default":

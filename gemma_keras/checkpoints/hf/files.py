@@ -1,4 +1,4 @@
-"""The small files of a Hugging Face folder: what stands beside the weights, as JSON data.
+"""Makes the small JSON files of a Hugging Face folder that accompany the weights.
 
 The architecture is `config.json`; token ids and sampling `generation_config.json`; the tokenizer
 `tokenizer.json` with `tokenizer_config.json`. A folder of safetensors has them, and a bundle for
@@ -43,7 +43,7 @@ def hf_files(checkpoint: Checkpoint, ids: TokenIds | None, dtype: str) -> dict[s
         dtype: of the weights, by torch's name.
 
     Raises:
-        ConfigError: no model type of Hugging Face's can say the architecture.
+        ConfigError: no Hugging Face model type can describe the architecture.
         CheckpointError: the tokenizer is not as Gemma's, or has more pieces than the table rows.
     """
     hf = config_to_hf(checkpoint.config)
@@ -87,7 +87,7 @@ def hf_files(checkpoint: Checkpoint, ids: TokenIds | None, dtype: str) -> dict[s
 
 
 def _suppressed(checkpoint: Checkpoint) -> dict[str, list[int]]:
-    """The ids that nothing stands for, which `transformers` and what follows it never generate."""
+    """Returns the unused ids, which `transformers` and compatible runtimes never generate."""
     assert checkpoint.tokenizer_model is not None
     usable = is_usable(checkpoint.tokenizer_model)
     rows = range(checkpoint.config.vocabulary_size)

@@ -1,8 +1,8 @@
-"""The tokenizer of a Hugging Face folder, from all the files that say something about it.
+"""Reads the tokenizer of a Hugging Face folder from all files that describe it.
 
-The pieces are `tokenizer.model`, or `tokenizer.json` where that is missing or says otherwise, since
-transformers reads that file first. Tokens added later stand in `tokenizer.json`,
-`tokenizer_config.json` or `added_tokens.json`, ids that end a text in `generation_config.json`,
+The vocabulary is in `tokenizer.model`. If that is missing or contradicts `tokenizer.json`, the
+latter is used, because transformers reads it first. Added tokens are in `tokenizer.json`,
+`tokenizer_config.json` or `added_tokens.json`. Ids that end a text are in `generation_config.json`,
 `config.json` and `tokenizer_config.json`.
 """
 
@@ -30,7 +30,7 @@ from gemma_keras.errors import CheckpointError
 
 _MODEL, _JSON, _CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 _ADDED, _SPECIAL = "added_tokens.json", "special_tokens_map.json"
-# Files of tokenizers that are not Gemma's, to what they are.
+# Files of unsupported tokenizers, and their kinds.
 _FOREIGN = {
     "vocab.txt": "a WordPiece tokenizer",
     "vocab.json": "a byte-level BPE tokenizer",
@@ -44,11 +44,11 @@ _ROLES = ("bos", "eos", "pad", "unk")
 
 @dataclasses.dataclass(frozen=True)
 class FolderTokenizer:
-    """What a folder's files say.
+    """The tokenizer as a folder's files describe it.
 
     Attributes:
         model: the SentencePiece model, serialized; `None` if there is no tokenizer.
-        stop: ids that end a text, as far as files name them.
+        stop: the ids that end a text, if files name them.
         config: the content of `tokenizer_config.json`.
     """
 
@@ -66,8 +66,8 @@ def read_folder_tokenizer(folder: Path, config: Mapping[str, Any], rows: int) ->
         rows: of the model's table.
 
     Raises:
-        CheckpointError: a file is damaged, contradicts another, or says what a SentencePiece model
-            cannot be or do.
+        CheckpointError: a file is damaged, contradicts another, or has no equivalent SentencePiece
+            model.
     """
     tokenizer_config = _optional(folder / _CONFIG)
     data = _optional(folder / _JSON)
@@ -112,7 +112,7 @@ def _pieces(
     for pattern, kind in _FOREIGN.items():
         if found := next(folder.glob(pattern), None):
             raise CheckpointError(
-                f"{folder} has {kind} ({found.name}); Gemma's is a SentencePiece model, "
+                f"{folder} has {kind} ({found.name}); Gemma needs a SentencePiece model, "
                 f"{_MODEL} or {_JSON}"
             )
     return None, None
@@ -134,7 +134,7 @@ def _added_tokens(
     decoder = tokenizer_config.get("added_tokens_decoder") or {}
     plain = _optional(folder / _ADDED)
     if not isinstance(entries, list) or not isinstance(decoder, Mapping):
-        raise CheckpointError(f"{folder} has added tokens that are no list or object")
+        raise CheckpointError(f"{folder} has added tokens that are neither a list nor an object")
     special = _texts(_optional(folder / _SPECIAL).values())
     special += _texts(value for key, value in tokenizer_config.items() if key.endswith("_token"))
     special += _texts([tokenizer_config.get("additional_special_tokens")])
@@ -148,13 +148,13 @@ def _added_tokens(
 
 def _texts(values: Iterable[Any]) -> list[str]:
     """Texts of tokens that are a text, an object with a `content`, or a list of such."""
-    found = []
+    contents = []
     for value in values:
         for entry in value if isinstance(value, list) else [value]:
             text = entry.get("content") if isinstance(entry, Mapping) else entry
             if isinstance(text, str):
-                found.append(text)
-    return found
+                contents.append(text)
+    return contents
 
 
 def _role_names(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
@@ -165,7 +165,7 @@ def _role_names(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
 def _stops(
     folder: Path, config: Mapping[str, Any], tokenizer_config: Mapping[str, Any], parsed: Any
 ) -> tuple[int, ...]:
-    """Ids that end a text; those that no piece has cannot come and are left out."""
+    """Returns the ids that end a text, without ids that no token has."""
     text_config = config.get("text_config")
     generation = folder / "generation_config.json"
     sources = {

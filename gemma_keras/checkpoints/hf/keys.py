@@ -1,8 +1,8 @@
-"""Which keys of a Hugging Face `config.json` say nothing about the forward pass.
+"""Lists the keys of a Hugging Face `config.json` that do not affect the forward pass.
 
-Every tool that touches a folder leaves keys of its own. A key that cannot change the mathematics is
-passed over; one that can must have the value that Gemma has; any other is unknown, and the model is
-refused, because a key that is ignored may be the one that changes what the model computes.
+Many tools add their own keys to a folder. A key that cannot change the computation is ignored. A
+key that can must have Gemma's value. A model with any other key is not loaded, because an ignored
+key could change the model's output.
 
 Sources: transformers 4.57 and 5.23 (`PretrainedConfig`, `GenerationConfig`, the Gemma classes), and
 what Unsloth, TRL, PEFT, Axolotl, MLX and vLLM are known to write.
@@ -30,7 +30,7 @@ _INERT: dict[str, str] = {
         gradient_checkpointing low_memory max_cache_len prefill_chunk_size torch_dtype torchscript
         use_bfloat16 use_cache use_flash_attention use_flash_attention_2 use_flash_attn use_mtp
     """,
-    # Whether weights are quantized is seen in the weights themselves.
+    # The weights themselves show whether they are quantized.
     "how weights are stored": "quantization quantization_config compression_config",
     "what a call returns": """
         keys_to_ignore_at_inference logits_to_keep num_logits_to_keep output_attentions
@@ -65,7 +65,7 @@ _INERT: dict[str, str] = {
     """,
 }
 
-# Keys that other architectures have, and the values by which they mean what Gemma does; `null` is
+# Keys of other architectures, and the values with which they have no effect on a Gemma; `null` is
 # always one of them.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
@@ -101,23 +101,23 @@ _FAMILIES = re.compile(
 
 
 def is_inert(key: str) -> bool:
-    """Whether a key cannot change what the model computes, whatever its value is."""
+    """Whether a key cannot change the computation with any value."""
     return key in _NAMES or _FAMILIES.match(key) is not None
 
 
 def telling_keys(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a `config.json` that may say something about the forward pass.
+    """Returns the keys of a `config.json` that may affect the forward pass.
 
     Raises:
-        ConfigError: a key that another architecture has asks for what Gemma does not do, or the
-            file is of a classifier.
+        ConfigError: a key of another architecture turns on an unsupported feature, or the file
+            describes a classifier.
     """
     names = data.get("architectures")
     for name in names if isinstance(names, list) else ():
         if isinstance(name, str) and _CLASSIFIER.fullmatch(name):
             raise ConfigError(
-                f"config.json is of a {name}, which gives labels of a text; this project reads "
-                "models that predict the next token (ForCausalLM, ForConditionalGeneration)"
+                f"config.json describes a {name}, a classifier; this project reads models "
+                "that predict the next token (ForCausalLM, ForConditionalGeneration)"
             )
     for key, allowed in _FIXED.items():
         value = data.get(key)
@@ -126,22 +126,22 @@ def telling_keys(data: Mapping[str, Any]) -> dict[str, Any]:
             value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed
         ):
             raise ConfigError(
-                f"{key}={quoted(value)} is not part of any Gemma this project knows; Gemma's is "
+                f"{key}={quoted(value)} is not supported; Gemma's value is "
                 f"{allowed[0] if allowed else None!r}"
             )
     return {k: v for k, v in data.items() if k not in _FIXED and not is_inert(k)}
 
 
 def refuse_unknown(keys: Mapping[str, Any], where: str = "config.json") -> None:
-    """Refuse what is left of `telling_keys` when all that is known is taken; null asks for nothing.
+    """Raise an error for keys of `telling_keys` that are not known; null values are allowed.
 
     Raises:
-        ConfigError: a key is left, with a value.
+        ConfigError: an unknown key has a value.
     """
     unknown = sorted(key for key, value in keys.items() if value is not None)
     if unknown:
         raise ConfigError(
-            f"{where} has keys this project does not know: {listed(unknown)}; one of them "
-            "may change the mathematics, so the model is refused; take a key out of the file if "
-            "you know that it changes nothing"
+            f"{where} has keys this project does not know: {listed(unknown)}; they may "
+            "change the computation, so the model is not loaded. If you know that a key "
+            "changes nothing, remove it from the file"
         )

@@ -1,4 +1,4 @@
-"""Names of tensors that PEFT writes: those of an adapter, and those of the base that it wraps."""
+"""Parses tensor names that PEFT writes, of an adapter and of the base model that it wraps."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ def bases_name(name: str) -> str:
 
 
 def parse(name: str) -> tuple[str, Part, str | None] | None:
-    """Of an adapter's tensor the module, which part of its update it is, and the adapter's name
-    where the tensor has it; `None` for what no plain LoRA has."""
+    """Splits an adapter's tensor name into the module, the part of its update, and the adapter's
+    name if present; `None` for a tensor that no plain LoRA has."""
     name = name.removeprefix(_WRAPPER)
-    found = _PART.fullmatch(name)
-    if found is None:
+    match = _PART.fullmatch(name)
+    if match is None:
         whole = bases_name(name)
         return (whole.removesuffix(".weight"), "whole", None) if whole.endswith(".weight") else None
-    if found["other"]:
+    if match["other"]:
         return None
-    if found["half"]:
-        return found["module"], "A" if found["half"] == "A" else "B", found["adapter"]
-    if found["table_half"]:
-        part: Part = "table A" if found["table_half"] == "A" else "table B"
-        return found["module"], part, found["table_adapter"]
-    return found["module"], "whole", found["saved_adapter"]
+    if match["half"]:
+        return match["module"], "A" if match["half"] == "A" else "B", match["adapter"]
+    if match["table_half"]:
+        part: Part = "table A" if match["table_half"] == "A" else "table B"
+        return match["module"], part, match["table_adapter"]
+    return match["module"], "whole", match["saved_adapter"]

@@ -1,8 +1,8 @@
-"""What to say of a Hugging Face folder whose weights are integers of another tool.
+"""Explains errors of Hugging Face folders whose weights another tool has quantized.
 
-A `quantization_config` alone refuses nothing: tools leave it in folders whose weights they have
-written in 16 bits, and these are read as they are. Weights that are not there as floats are told by
-what made them.
+A `quantization_config` alone is not an error: tools leave it in folders after writing the weights
+in 16 bits, and these can be read. If weights are not floats, the error names the tool that
+quantized them.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import Any
 
 from gemma_keras.errors import CheckpointError
 
-# Method to what to do, other than taking the 16-bit model that it was made of.
+# Method to advice, besides using the original 16-bit model.
 _REMEDIES = {
-    "bitsandbytes": "load it with transformers, call model.dequantize() and save it; an adapter "
-    "that was trained on it is merged into the 16-bit base",
-    "gptq": "have GPTQModel or transformers write it in 16 bits",
-    "awq": "have transformers write it in 16 bits",
+    "bitsandbytes": "load it with transformers, call model.dequantize() and save it; merge an "
+    "adapter that was trained on it into the 16-bit base",
+    "gptq": "convert it to 16 bits with GPTQModel or transformers",
+    "awq": "convert it to 16 bits with transformers",
     "compressed-tensors": "load it with transformers (run_compressed=False) and save it",
-    "mlx": "have MLX write it in 16 bits (mlx_lm.convert --dequantize)",
-    "torchao": "save the model before it is quantized",
+    "mlx": "convert it to 16 bits with MLX (mlx_lm.convert --dequantize)",
+    "torchao": "save the model before you quantize it",
     "fp8": "load it with transformers (dequantize=True) and save it",
 }
 # How the names of their tensors end, for folders that do not say so.
@@ -37,7 +37,7 @@ _MARKS = {
 def told_if_quantized(
     folder: object, config: Mapping[str, Any], names: Collection[str]
 ) -> Iterator[None]:
-    """What the block finds missing or of a wrong type is told as what it is, quantized weights.
+    """Turn errors about missing tensors or wrong types into an error about quantized weights.
 
     Args:
         folder: for people.
@@ -55,17 +55,18 @@ def told_if_quantized(
             raise
         remedy = _REMEDIES.get(method)
         raise CheckpointError(
-            f"{folder} holds weights that {method} quantized, which are not read here; give the "
-            f"16-bit model that it was made of{f', or {remedy}' if remedy else ''} ({error})"
+            f"{folder} holds weights that {method} quantized, which cannot be read; give "
+            f"the 16-bit model that they were made from{f', or {remedy}' if remedy else ''} "
+            f"({error})"
         ) from error
 
 
 def _method(config: Mapping[str, Any], names: Collection[str]) -> str | None:
     text = config.get("text_config")
     for data in (config, text if isinstance(text, Mapping) else {}):
-        found = data.get("quantization_config")
-        if isinstance(found, Mapping) and isinstance(found.get("quant_method"), str):
-            return found["quant_method"][:40]
+        quantization = data.get("quantization_config")
+        if isinstance(quantization, Mapping) and isinstance(quantization.get("quant_method"), str):
+            return quantization["quant_method"][:40]
         if data.get("quantization"):
             return "mlx"
     for method, ends in _MARKS.items():

@@ -1,4 +1,4 @@
-"""Reading a Hugging Face folder: `config.json`, safetensors in one file or shards, a tokenizer."""
+"""Reads a Hugging Face folder: `config.json`, safetensors in one file or shards, a tokenizer."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from gemma_keras.sizes import releases
 _INDEX = "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _TABLE, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_PIECE_BYTES = 16 << 20  # of two tables that are compared
+_CHUNK_BYTES = 16 << 20  # size of a chunk when two tables are compared
 _NOT_WEIGHTS = ("training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # what torch.save writes is called
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # suffixes of files that torch.save writes
 
 
 def read_safetensors_folder(folder: Path, *, adapter_is_read: bool = False) -> Checkpoint:
@@ -42,7 +42,7 @@ def read_safetensors_folder(folder: Path, *, adapter_is_read: bool = False) -> C
             among those of its base.
 
     Raises:
-        CheckpointError: a file is missing, cut short, points out of the folder or is a pickle.
+        CheckpointError: a file is missing, truncated, outside the folder, or a pickle.
         ConfigError: `config.json` does not describe a Gemma.
     """
     raw_config = read_json(folder / "config.json")
@@ -94,24 +94,24 @@ def holds_model(folder: Path) -> bool:
 
 
 def text_side(folder: Path, base: Checkpoint) -> dict[str, Any]:
-    """What the tokenizer's files of an adapter's folder say in place of its base's, as fields of a
-    `Checkpoint`."""
+    """Returns the fields of a `Checkpoint` that the tokenizer files of an adapter's folder
+    override."""
     tokenizer = read_folder_tokenizer(folder, {}, base.config.vocabulary_size)
     template = read_folder_template(folder, tokenizer.config)
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     if tokenizer.model is not None:
         stop = tuple(dict.fromkeys((*tokenizer.stop, *base.stop)))
-        found |= {"tokenizer_model": tokenizer.model, "stop": stop}
+        fields |= {"tokenizer_model": tokenizer.model, "stop": stop}
     if template is not None:
         turns, tuned, remarks = turns_of(template, tokenizer.model or base.tokenizer_model)
-        found |= {"turns": turns, "instruction_tuned": tuned, "chat_template": template}
-        found |= {"remarks": (*base.remarks, *remarks)}
-    return found
+        fields |= {"turns": turns, "instruction_tuned": tuned, "chat_template": template}
+        fields |= {"remarks": (*base.remarks, *remarks)}
+    return fields
 
 
 def _base_model(raw_config: dict[str, Any]) -> dict[str, Any]:
-    """What transformers loaded before it wrote the folder, if that is a published model: any other
-    name may be a path."""
+    """Returns the model that transformers loaded before it wrote the folder, if that is a published
+    model. Any other name may be a path."""
     loaded = raw_config.get("_name_or_path")
     published = {release.repository for _, release in releases()}
     known = isinstance(loaded, str) and loaded in published
@@ -120,7 +120,7 @@ def _base_model(raw_config: dict[str, Any]) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """A tensor's name in its file, the file, its shape, and its type in safetensors' words."""
+    """A tensor: its name, its file, its shape, and its safetensors dtype."""
 
     name: str
     shard: Path
@@ -135,7 +135,7 @@ def read_tensor(tensor: StoredTensor) -> np.ndarray:
 
 
 def read_rows(tensor: StoredTensor, first: int, last: int) -> np.ndarray:
-    """Some of its rows as float32; no others are read."""
+    """Returns some of its rows as float32; reads no other rows."""
     with opened(tensor.shard) as file:
         return np.asarray(file.get_slice(tensor.name)[first:last], dtype=np.float32)
 
@@ -149,8 +149,8 @@ def stored_in(shard: Path) -> dict[str, StoredTensor]:
     stored = {}
     with opened(shard) as file:
         for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-            found = file.get_slice(name)
-            stored[name] = StoredTensor(name, shard, tuple(found.get_shape()), found.get_dtype())
+            tensor = file.get_slice(name)
+            stored[name] = StoredTensor(name, shard, tuple(tensor.get_shape()), tensor.get_dtype())
     return stored
 
 
@@ -158,23 +158,23 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of the folder, by its name in the file.
 
     Raises:
-        CheckpointError: a shard cannot be read, lacks what the index says it holds, or holds what
-            another holds too.
+        CheckpointError: a shard cannot be read, lacks a tensor of the index, or duplicates a tensor
+            of another shard.
     """
     stored: dict[str, StoredTensor] = {}
     for shard, promised in _shards(folder).items():
         for name, tensor in stored_in(shard).items():
             if name in stored:
                 raise CheckpointError(
-                    f"{folder} holds the tensor {name} twice, in {stored[name].shard.name} and "
-                    f"in {shard.name}; keep the shards of one checkpoint only"
+                    f"{folder} holds the tensor {name} twice, in {stored[name].shard.name} "
+                    f"and in {shard.name}; keep only the shards of one checkpoint"
                 )
             stored[name] = tensor
         for name in promised:
             if name not in stored or stored[name].shard != shard:
                 raise CheckpointError(
-                    f"{folder / _INDEX} says that {shard.name} holds the tensor {name}, and it "
-                    "does not; take index and shards of one checkpoint"
+                    f"{folder / _INDEX} says that {shard.name} holds the tensor {name}, but "
+                    "it does not; use the index and the shards of one checkpoint"
                 )
     return stored
 
@@ -189,9 +189,9 @@ def _without_adapter(
             if adapter_is_read:
                 continue
             raise CheckpointError(
-                f"{folder} holds the tensor {name} of a PeftModel that was not merged, and no "
-                "adapter_config.json that says by how much it counts; put that file beside it, or "
-                "merge the model with PEFT (merge_and_unload) and save it again"
+                f"{folder} holds the tensor {name} of an unmerged PeftModel, but no "
+                "adapter_config.json with its scale. Put that file there, or merge the "
+                "model with PEFT (merge_and_unload) and save it again"
             )
         base_name = bases_name(name)
         if base_name in base:
@@ -206,8 +206,8 @@ def _without_adapter(
 def _with_its_head(config: GemmaConfig, stored: dict[str, StoredTensor]) -> GemmaConfig:
     """The configuration whose head is the file's, as transformers 5 ties what it loads.
 
-    Where the configuration ties head and embedding, the file may hold either, or both: two that
-    differ are two tables, whatever the configuration says.
+    If the configuration ties head and embedding, the file may hold either, or both. If both differ,
+    they are two tables, even if the configuration ties them.
     """
     table, head = (stored.get(name) for name in (_TABLE, _HEAD))
     if not config.tied_head or head is None:
@@ -221,7 +221,7 @@ def _with_its_head(config: GemmaConfig, stored: dict[str, StoredTensor]) -> Gemm
 def _equal(one: StoredTensor, other: StoredTensor) -> bool:
     if one.shape != other.shape or one.dtype != other.dtype or len(one.shape) != 2:
         return False
-    step = max(1, _PIECE_BYTES // (4 * max(1, one.shape[1])))
+    step = max(1, _CHUNK_BYTES // (4 * max(1, one.shape[1])))
     ends = [*range(0, one.shape[0], step), one.shape[0]]
     return all(
         np.array_equal(read_rows(one, *pair), read_rows(other, *pair))
@@ -230,21 +230,21 @@ def _equal(one: StoredTensor, other: StoredTensor) -> bool:
 
 
 def check_types(stored: Iterable[StoredTensor]) -> None:
-    """Refuse integers and 8-bit floats: their scales lie elsewhere, if at all.
+    """Raise an error for integers and 8-bit floats, whose scales are elsewhere or missing.
 
     Raises:
-        CheckpointError: a tensor is none of 64, 32 or 16 bits.
+        CheckpointError: a tensor is not a float of 64, 32 or 16 bits.
     """
     for tensor in stored:
         if tensor.dtype not in _FLOATS:
             raise CheckpointError(
-                f"the tensor {tensor.name} is of type {tensor.dtype}; weights are read as "
-                f"{', '.join(_FLOATS)}, so have the checkpoint converted to one of these"
+                f"the tensor {tensor.name} is of type {tensor.dtype}; convert the "
+                f"checkpoint to one of {', '.join(_FLOATS)}"
             )
 
 
 def _plain_names(stored: Collection[str]) -> dict[str, str]:
-    """Names as a model of text alone has them, each to the name in the file.
+    """Returns the names in a text-only model, each with the name in the file.
 
     Raises:
         CheckpointError: two names in the file come to the same.
@@ -272,10 +272,10 @@ def _plain_names(stored: Collection[str]) -> dict[str, str]:
 
 @contextlib.contextmanager
 def opened(shard: Path) -> Iterator[Any]:
-    """A shard, only while it is read: what is mapped counts as the process's memory.
+    """Opens a shard only while it is read, because mapped pages count as the process's memory.
 
     Raises:
-        CheckpointError: it cannot be read, or not any more.
+        CheckpointError: the shard cannot be read.
     """
     try:
         with safetensors.safe_open(shard, framework="numpy") as file:
@@ -299,7 +299,7 @@ def _shards(folder: Path) -> dict[Path, list[str]]:
         )
     _, _, last = shards[0].stem.rpartition("-of-")
     if not last.isdecimal() or len(last) > 5:
-        raise CheckpointError(f"{folder} has {shards[0].name}, and no {_INDEX}")
+        raise CheckpointError(f"{folder} has {shards[0].name}, but no {_INDEX}")
     for number in range(1, int(last) + 1):
         name = f"model-{number:05}-of-{last}.safetensors"
         if folder / name not in shards:
@@ -311,7 +311,7 @@ def _indexed_shards(folder: Path, index: Path) -> dict[Path, list[str]]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
-            f"{index} must have a weight_map, an object from tensors to shards, that is not empty"
+            f"{index} must have a weight_map, a non-empty object that gives each tensor's shard"
         )
     shards: dict[Path, list[str]] = {}
     for tensor, name in weight_map.items():
@@ -324,7 +324,7 @@ def _indexed_shards(folder: Path, index: Path) -> dict[Path, list[str]]:
 
 
 def explain_pickles(folder: Path) -> str:
-    """What to say of weights that are there as a pickle."""
+    """Returns the message for weights in a pickle."""
     pickles = sorted(
         (p.name for p in folder.glob("*") if p.suffix in _PICKLES and p.name not in _NOT_WEIGHTS),
         key=lambda name: ("model" not in name, name),
@@ -332,7 +332,6 @@ def explain_pickles(folder: Path) -> str:
     if not pickles:
         return ""
     return (
-        f", and {pickles[0]} is a pickle, which is not read because it can run code of its own; "
-        "load it with transformers, which reads its numbers alone, and save it again "
-        "(save_pretrained)"
+        f"; {pickles[0]} is a pickle, which is not read because it can run arbitrary code. "
+        "Load it with transformers and save it again as safetensors (save_pretrained)"
     )

@@ -1,15 +1,15 @@
-"""Gemma's SentencePiece tokenizer as a `tokenizer.json`, which other runtimes read.
+"""Writes Gemma's SentencePiece tokenizer as a `tokenizer.json`, which other runtimes read.
 
-A SentencePiece BPE model joins, again and again, the neighbours whose union is the piece of the
-greatest score. A `tokenizer.json` of type BPE lists the pairs to join, in order; so every way to
-cut a piece in two pieces is listed, by falling score. User-defined pieces are found in the text
-first, the longest that begins there; so they are added tokens. Those of spaces are written with
-spaces, not with U+2581: onnxruntime-genai looks for them in the text as it is, and prints them as
-they are. (transformers' own conversion writes U+2581 and looks for it in the text as it is, where
-there is none, and so joins runs of spaces in other ways.)
+A SentencePiece BPE model repeatedly merges the neighbours whose concatenation is the token with the
+highest score. A `tokenizer.json` of type BPE lists the merges in order. So every way to split a
+token into two tokens is listed, by falling score. User-defined tokens are matched in the text
+first, the longest one at each place; so they become added tokens. Those of spaces are written with
+spaces, not with U+2581. onnxruntime-genai matches them in the original text, and prints them
+unchanged. (transformers' own conversion writes U+2581 and matches it in the original text, which
+has none. So it merges runs of spaces differently.)
 
-One difference is meant: control tokens are found in the text, as chat templates of that ecosystem
-need it. `edge_demo` puts them in by id and takes such text for text.
+One difference is intended: control tokens are matched in the text, as chat templates of that
+ecosystem need. `edge_demo` adds them by id and treats such text as plain text.
 
 Format: huggingface.co/docs/tokenizers. SentencePiece: `src/bpe_model.cc`, `src/normalizer.cc`.
 """
@@ -28,7 +28,7 @@ def tokenizer_json(model: bytes) -> dict[str, Any]:
         model: the serialized SentencePiece model.
 
     Raises:
-        CheckpointError: it is not BPE, or changes text before it cuts it, which Gemma's does not.
+        CheckpointError: it is not BPE, or normalizes text, which Gemma's tokenizer does not.
     """
     parsed = parse_tokenizer(model)
     kinds = parsed.SentencePiece
@@ -90,7 +90,8 @@ def tokenizer_json(model: bytes) -> dict[str, Any]:
 
 
 def _merges(pieces: list[tuple[str, float]]) -> list[list[str]]:
-    """Every pair of pieces whose union is a piece, by the union's score, greatest first."""
+    """Returns every pair of tokens whose concatenation is a token, ordered by its score, highest
+    first."""
     known = {piece for piece, _ in pieces}
     by_score = sorted(pieces, key=lambda entry: -entry[1])
     return [

@@ -1,10 +1,10 @@
-"""A `tokenizer.json` as the SentencePiece model that it was made from: `hf_tokenizer` backwards.
+"""Reads a `tokenizer.json` as an equivalent SentencePiece model; the inverse of `tokenizer_json`.
 
-Such a file lists pairs to join, in order, where SentencePiece has a score for the union. So the
-pieces get falling scores in the order in which they are first joined. That is the same tokenizer
-if every way to cut a piece in two is listed, and all those of one piece before those of the next;
-what is listed otherwise has no SentencePiece model and is refused. Pairs that hold an added token,
-which is found in the text before, are of no account.
+Such a file lists merges in order, while SentencePiece has a score for each result. So the tokens
+get falling scores in the order of their first merge. The result is equivalent if every way to split
+a token in two is listed. All splits of one token must be listed before those of the next. Otherwise
+no SentencePiece model is equivalent, and the file is rejected. Merges that contain an added token
+are ignored, because added tokens are matched first.
 
 Format: huggingface.co/docs/tokenizers.
 """
@@ -25,8 +25,9 @@ _MOST_MERGES = 1 << 23
 _LONGEST_PIECE, _MOST_CHARACTERS = 512, 1 << 24  # each place in a piece is looked at
 _NORMAL = 1  # SentencePiece's number of the type
 _TAB, _TAB_BYTE = "\t", "<0x09>"
-_NOT = "; Gemma's is a SentencePiece BPE model"
-# What the model's entries must be, if they are there, so that it is one of SentencePiece's.
+_NOT = "; Gemma needs a SentencePiece BPE model"
+# Values that entries of the model must have, if present, so that an equivalent SentencePiece model
+# exists.
 _MODEL_FIXED: dict[str, tuple[Any, ...]] = {
     "dropout": (None, 0, 0.0),
     "continuing_subword_prefix": (None, ""),
@@ -40,11 +41,11 @@ def read_vocabulary(data: Mapping[str, Any], file: str) -> dict[str, int]:
     """The vocabulary of a `tokenizer.json`, text with U+2581 for spaces to id.
 
     Raises:
-        CheckpointError: it is of another kind than BPE, or damaged.
+        CheckpointError: it is not BPE, or it is damaged.
     """
     model = data.get("model")
     if not isinstance(model, Mapping):
-        raise CheckpointError(f"{file} has no model")
+        raise CheckpointError(f'{file} has no key "model"')
     # Files of old versions do not say their type, but only BPE has merges.
     kind = model.get("type", "BPE" if "merges" in model else None)
     if kind != "BPE":
@@ -57,7 +58,7 @@ def read_vocabulary(data: Mapping[str, Any], file: str) -> dict[str, int]:
         piece = text.replace(" ", SPACE)
         if type(index) is not int or not 0 <= index < 1 << 24 or piece in found:
             raise CheckpointError(
-                f"{file} has the piece {reprlib.repr(text)} twice, or with the id "
+                f"{file} has the token {reprlib.repr(text)} twice, or with the invalid id "
                 f"{reprlib.repr(index)}"
             )
         found[piece] = index
@@ -68,11 +69,11 @@ def read_vocabulary(data: Mapping[str, Any], file: str) -> dict[str, int]:
     lengths = [len(piece) for piece in found]
     if max(lengths) > _LONGEST_PIECE or sum(lengths) > _MOST_CHARACTERS:
         raise CheckpointError(
-            f"{file} has pieces of {max(lengths):,} and together {sum(lengths):,} characters, more "
-            "than a tokenizer's have"
+            f"{file} has pieces of {max(lengths):,} and together {sum(lengths):,} "
+            "characters, which is too large for a tokenizer"
         )
     if len(set(found.values())) != len(found):
-        raise CheckpointError(f"{file} gives one id to two pieces")
+        raise CheckpointError(f"{file} gives two tokens the same id")
     return found
 
 
@@ -93,7 +94,7 @@ def read_tokenizer_json(
         file: its name, for people.
 
     Raises:
-        CheckpointError: no SentencePiece model does the same; the message says why.
+        CheckpointError: no SentencePiece model is equivalent; the message says why.
     """
     vocabulary = read_vocabulary(data, file)
     vocabulary = {p: i for p, i in vocabulary.items() if i < rows or p not in OF_IMAGES}
@@ -104,12 +105,12 @@ def read_tokenizer_json(
     _check_text_is_kept(data, file)
     if max(vocabulary.values()) >= rows:
         raise CheckpointError(
-            f"{file} has pieces up to id {max(vocabulary.values()):,}; the model's table has "
-            f"{rows:,} rows"
+            f"{file} has token ids up to {max(vocabulary.values()):,}; the embedding table "
+            f"has {rows:,} rows"
         )
     unknown = model.get("unk_token")
     if not isinstance(unknown, str) or unknown not in vocabulary:
-        raise CheckpointError(f"{file} has no unk_token among its pieces{_NOT}")
+        raise CheckpointError(f"{file} has no unk_token in its vocabulary{_NOT}")
     kinds = _kinds(vocabulary, {token.piece for token in added}, unknown, model)
     by_score = _by_score(kinds, _merges(model, file), file)
     built = _build(vocabulary, kinds, by_score)
@@ -145,15 +146,16 @@ def _kinds(
 
 
 def _check_text_is_kept(data: Mapping[str, Any], file: str) -> None:
-    """Refuse what changes or cuts a text in another way than SentencePiece does for Gemma."""
+    """Raise an error for normalizers and pre-tokenizers that differ from Gemma's SentencePiece
+    model."""
     normalizers = _steps(data.get("normalizer"), "normalizers")
     splits = _steps(data.get("pre_tokenizer"), "pretokenizers")
     replaced = normalizers == [_REPLACE]
     if normalizers and not replaced:
         kinds = [str(step.get("type")) for step in normalizers]
         raise CheckpointError(
-            f"{file} changes a text with the normalizer {', '.join(kinds)}; Gemma's only writes "
-            "U+2581 for spaces"
+            f"{file} uses the normalizer {', '.join(kinds)}; Gemma's tokenizer only "
+            "replaces spaces by U+2581"
         )
     for step in splits:
         kind = step.get("type")
@@ -163,11 +165,13 @@ def _check_text_is_kept(data: Mapping[str, Any], file: str) -> None:
         # No space is left to split at.
         elif kind != "Split" or not replaced or step.get("pattern") != {"String": " "}:
             raise CheckpointError(
-                f"{file} cuts a text with the pre-tokenizer {reprlib.repr(kind)}, which no "
-                "SentencePiece model of Gemma's kind does"
+                f"{file} uses the pre-tokenizer {reprlib.repr(kind)}, which SentencePiece "
+                "models like Gemma's do not have"
             )
     if not replaced:
-        raise CheckpointError(f"{file} does not write U+2581 for spaces, as Gemma's does")
+        raise CheckpointError(
+            f"{file} does not replace spaces by U+2581, as Gemma's tokenizer does"
+        )
 
 
 def _steps(step: Any, key: str) -> list[Mapping[str, Any]]:
@@ -191,13 +195,13 @@ def _merges(model: Mapping[str, Any], file: str) -> list[tuple[str, str]]:
     for entry in merges:
         pair = entry.split(" ") if isinstance(entry, str) else entry
         if not isinstance(pair, list) or len(pair) != 2 or set(map(type, pair)) != {str}:
-            raise CheckpointError(f"{file} has a merge that is no pair: {reprlib.repr(entry)}")
+            raise CheckpointError(f"{file} has a merge that is not a pair: {reprlib.repr(entry)}")
         pairs.append((pair[0], pair[1]))
     return pairs
 
 
 def _by_score(kinds: Mapping[str, int], merges: Sequence[tuple[str, str]], file: str) -> list[str]:
-    """The pieces that are joined, the first to be joined first."""
+    """Returns the tokens that merges produce, in order of their first merge."""
     normal = {piece for piece, kind in kinds.items() if kind == _NORMAL}
     parts = normal if _TAB in kinds else normal | {_TAB}
     cuts: dict[str, list[int]] = {}  # where the list cuts each piece in two
@@ -207,16 +211,16 @@ def _by_score(kinds: Mapping[str, int], merges: Sequence[tuple[str, str]], file:
         if not (union in normal and left in parts and right in parts):
             if not all(piece in kinds or piece == _TAB for piece in (left, right, union)):
                 raise CheckpointError(
-                    f"{file} joins {reprlib.repr(left)} and {reprlib.repr(right)}, which are not "
-                    "pieces, or not to a piece"
+                    f"{file} merges {reprlib.repr(left)} and {reprlib.repr(right)}, but "
+                    "these or the result are not in its vocabulary"
                 )
             continue
         if union == last:
             cuts[union].append(len(left))
         elif union in cuts:
             raise CheckpointError(
-                f"{file} joins to {reprlib.repr(union)} in two places of its list, between which "
-                "it joins others; SentencePiece has one score for a piece"
+                f"{file} lists merges to {reprlib.repr(union)} in two separate places; "
+                "SentencePiece has only one score for each token"
             )
         else:
             cuts[union] = [len(left)]
@@ -226,8 +230,8 @@ def _by_score(kinds: Mapping[str, int], merges: Sequence[tuple[str, str]], file:
         for cut in range(1, len(piece)):
             if cut not in listed and piece[:cut] in normal and piece[cut:] in normal:
                 raise CheckpointError(
-                    f"{file} does not join {reprlib.repr(piece[:cut])} and "
-                    f"{reprlib.repr(piece[cut:])} to the piece {reprlib.repr(piece)}, as "
+                    f"{file} does not merge {reprlib.repr(piece[:cut])} and "
+                    f"{reprlib.repr(piece[cut:])} to the token {reprlib.repr(piece)}, but "
                     "SentencePiece would"
                 )
     return list(cuts)

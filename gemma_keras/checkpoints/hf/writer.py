@@ -1,8 +1,8 @@
-"""Writing a Hugging Face folder: `config.json`, safetensors in one file or shards, a tokenizer.
+"""Writes a Hugging Face folder: `config.json`, safetensors in one file or shards, a tokenizer.
 
-The weights go through the disk a piece at a time, so the file is laid out here rather than by the
-`safetensors` package, which wants all tensors at once: the length of a header, a JSON header, the
-tensors one after another.
+Weights are written in chunks. The `safetensors` package needs all tensors at once, so this module
+writes the format itself. A file is the length of the header, a JSON header, and the tensors one
+after another.
 
 Format: https://huggingface.co/docs/safetensors
 """
@@ -27,14 +27,15 @@ from gemma_keras.checkpoints.hf.files import (
     json_text,
 )
 from gemma_keras.checkpoints.names import WeightSpec, weight_specs
-from gemma_keras.checkpoints.source import Checkpoint, check_range, file_pieces
+from gemma_keras.checkpoints.source import Checkpoint, check_range, file_chunks
 from gemma_keras.checkpoints.token_ids import token_ids
 from gemma_keras.checkpoints.unfinished import unfinished
 from gemma_keras.errors import CheckpointError
 
 
 class _Dtype(NamedTuple):
-    """What the file calls it, bytes and greatest magnitude of a number, and how float32 gets it."""
+    """The dtype's name in the file, bytes and largest magnitude of a number, and the conversion
+    from float32."""
 
     name: str
     num_bytes: int
@@ -56,7 +57,7 @@ _DTYPES = {
 }
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-# What a checkpoint's folder has beside its weights: by this writer, and by transformers.
+# The files of a checkpoint's folder besides its weights, from this writer and from transformers.
 _SMALL_FILES = {
     CONFIG_FILE,
     GENERATION_FILE,
@@ -81,11 +82,11 @@ def write_safetensors_folder(
 ) -> None:
     """Write a folder that `transformers.AutoModelForCausalLM.from_pretrained` loads.
 
-    Without a tokenizer it holds the model alone.
+    Without a tokenizer the folder holds only the model.
 
     Args:
-        checkpoint: what to write; one matrix, or a piece of a table, is in memory at a time.
-        folder: appears when it is whole.
+        checkpoint: to write; one matrix, or a chunk of a table, is in memory at a time.
+        folder: to write, which appears when it is complete.
         dtype: `bfloat16`, `float16` or `float32`, of every weight.
         max_shard_bytes: where the weights are more, they are split between tensors; a tensor that
             is larger has a shard of its own.
@@ -93,7 +94,7 @@ def write_safetensors_folder(
         on_progress: called with the bytes of weights written and those of all.
 
     Raises:
-        ConfigError: no model type of Hugging Face's can say the architecture.
+        ConfigError: no Hugging Face model type can describe the architecture.
         CheckpointError: the folder exists or cannot be written, there is too little space, a number
             is beyond the dtype, or the tokenizer is not as Gemma's.
     """
@@ -152,7 +153,7 @@ def _shards(
 
 
 def _header(specs: list[WeightSpec], dtype: str) -> bytes:
-    # transformers wants to be told the framework.
+    # transformers needs the name of the framework.
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for spec in specs:
@@ -169,7 +170,7 @@ def _header(specs: list[WeightSpec], dtype: str) -> bytes:
 
 def _arrays(checkpoint: Checkpoint, specs: list[WeightSpec], dtype: str) -> Iterator[np.ndarray]:
     for spec in specs:
-        for array in file_pieces(checkpoint, spec, "hf"):
+        for array in file_chunks(checkpoint, spec, "hf"):
             check_range(array, _DTYPES[dtype].largest, spec.name, dtype)
             yield _DTYPES[dtype].round(array)
 
@@ -179,7 +180,7 @@ def _num_bytes(spec: WeightSpec, dtype: str) -> int:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    """Whether it is a folder of such files and nothing else of worth below it."""
+    """Whether a folder holds only files of such a checkpoint."""
     return (
         path.is_dir()
         and not path.is_symlink()
@@ -202,5 +203,7 @@ def _write_texts(folder: Path, texts: Mapping[str, str], notices: Mapping[str, b
     for name, content in notices.items():
         path = folder / name
         if Path(name).name != name or path.exists():
-            raise CheckpointError(f"the notice {name!r} must have a plain name of its own")
+            raise CheckpointError(
+                f"the notice {name!r} must be a plain file name that no other file has"
+            )
         path.write_bytes(content)

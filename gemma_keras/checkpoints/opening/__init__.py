@@ -1,1 +1,1 @@
-"""What kind of source it is, and who opens it."""
+"""Classifies a source and opens it."""

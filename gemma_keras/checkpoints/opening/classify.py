@@ -1,4 +1,4 @@
-"""What kind of source somebody gave: asked once, before anything of it is read."""
+"""Decides what kind of source was given, once, before anything is read."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _SOURCES = (
 
 
 class Kind(enum.Enum):
-    """What can be opened."""
+    """The kinds of sources that can be opened."""
 
-    SAMPLE = "the sample of a package"
-    KERAS_HUB_PRESET = "a preset of KerasHub's, by name or as a folder"
+    SAMPLE = "the sample model of a package"
+    KERAS_HUB_PRESET = "a KerasHub preset, by name or as a folder"
     OWN_PRESET = "a folder that `GemmaCausalLM.save_to_preset` wrote"
     ADAPTER = "a LoRA adapter, alone or beside its base"
     HF_FOLDER = "a folder with config.json and safetensors"
@@ -36,9 +36,9 @@ class Classified:
 
     Attributes:
         source: as it was given.
-        kind: what it is.
-        path: where it lies, downloaded if need be; `None` for what has no path of its own.
-        adapter: what `Kind.ADAPTER` is, opened.
+        kind: its kind.
+        path: local path, downloaded if necessary; `None` for a source without a path.
+        adapter: the opened adapter, if the kind is `Kind.ADAPTER`.
     """
 
     source: Source
@@ -48,10 +48,10 @@ class Classified:
 
 
 def classify(source: Source) -> Classified:
-    """What a source is; a name on the Hugging Face Hub is downloaded.
+    """Classifies a source; a name on the Hugging Face Hub is downloaded.
 
     Raises:
-        CheckpointError: it is not there, or none of these kinds; the message says what it is.
+        CheckpointError: it does not exist, or is of no supported kind; the message says what it is.
     """
     if source == "sample":
         return Classified(source, Kind.SAMPLE)

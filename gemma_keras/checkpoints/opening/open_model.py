@@ -1,4 +1,4 @@
-"""Opening a source of any kind. What Keras wrote is opened by whoever has Keras."""
+"""Opens a source of any kind; the caller supplies the function that opens Keras presets."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def open_model(
 
     Args:
         source: what to open.
-        base: the model that an adapter is for; by default what it says itself.
-        instruction_tuned: whether it follows a turn template; by default what it says itself.
+        base: the base model of an adapter; by default the one that the adapter names.
+        instruction_tuned: whether it follows a turn template; by default as its chat template says.
         open_with_keras: opens a preset.
 
     Raises:
-        CheckpointError: there is nothing there, or it cannot be read.
+        CheckpointError: the source does not exist, or cannot be read.
         ConfigError: it is not a Gemma.
     """
     checkpoint = _open(classify(source), base, open_with_keras)
@@ -43,11 +43,11 @@ def _open(
     classified: Classified, base: Source | None, open_with_keras: OpenWithKeras
 ) -> Checkpoint:
     if classified.adapter is not None:
-        return classified.adapter.merged(base, lambda found: _open_base(found, open_with_keras))
+        return classified.adapter.merged(base, lambda source: _open_base(source, open_with_keras))
     if base is not None:
         raise CheckpointError(
-            f"{classified.source} is a model of its own and no adapter, so it has no base; leave "
-            f"out {base}"
+            f"{classified.source} is a complete model and not an adapter, so it takes no "
+            f"base model; remove {base}"
         )
     return _open_whole(classified, open_with_keras)
 
@@ -55,12 +55,12 @@ def _open(
 def _open_base(base: Source, open_with_keras: OpenWithKeras) -> Checkpoint:
     classified = classify(base)
     if classified.kind is Kind.ADAPTER:
-        raise CheckpointError(f"{base} is an adapter itself; merge that one first")
+        raise CheckpointError(f"{base} is itself an adapter; merge it into its base model first")
     return _open_whole(classified, open_with_keras)
 
 
 def _open_whole(classified: Classified, open_with_keras: OpenWithKeras) -> Checkpoint:
-    """Open what is no adapter."""
+    """Open a source that is not an adapter."""
     source, path = classified.source, classified.path
     if classified.kind is Kind.SAMPLE:
         from gemma_keras.checkpoints.opening.sample import open_sample
@@ -68,8 +68,8 @@ def _open_whole(classified: Classified, open_with_keras: OpenWithKeras) -> Check
         return open_sample()
     if classified.kind is Kind.KERAS_HUB_PRESET:
         name = preset_name(source)
-        found = {"file": name} if Path(source).exists() else {"preset": name}
-        return _with(open_with_keras(classified), name=name, **found)
+        origin = {"file": name} if Path(source).exists() else {"preset": name}
+        return _with(open_with_keras(classified), name=name, **origin)
     if classified.kind is Kind.OWN_PRESET:
         return open_with_keras(classified)
     assert path is not None  # of what lies somewhere

