@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from edge_demo.device.memory_limits import free_memory
 from export.bundle import writer
 from export.bundle.draft import BundleDraft, Progress
-from export.calibrate.text import read_windows
+from export.calibrate.text import Windows, read_windows
 from export.calibrate.workspace import kept_work, workspace_path
 from export.calibration_source import CalibrationSource, NoCalibration
 from export.errors import ExportError, ExportRequestError
@@ -90,6 +90,53 @@ def export_onnx(
     out = Path(os.path.realpath(out))  # a link to a bundle stays, what it points at is replaced
     with _disk_errors_as_sentences(out):
         writer.check_out(out, overwrite=options.overwrite)
+    job = _prepare(source, out, recipe, options)
+    workspace = workspace_path(out)
+    try:
+        with (
+            _disk_errors_as_sentences(out),
+            writer.unfinished_folder(out, overwrite=options.overwrite) as folder,
+        ):
+            num_bytes, quality, rounding = _write(job, folder, workspace, on_progress)
+    except BaseException as error:
+        # Whatever went wrong, what was worked out until then is of use to the next run.
+        if kept_work(out):
+            error.add_note(
+                f"intermediate results are kept in {workspace}, and the next export to "
+                f"{out} continues from them; remove that folder to start again"
+            )
+        raise
+    shutil.rmtree(workspace, ignore_errors=True)
+    return ExportResult(out, recipe, num_bytes, quality, rounding, job.checkpoint.remarks)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What is to be exported, all of it checked.
+
+    Attributes:
+        checkpoint: the model.
+        recipe: its name.
+        options: as they were given.
+        formats: canonical name to format, before any is chosen by measurement.
+        budget: the KL budget; `None` for formats that are fixed.
+        max_context: the longest sequence, in tokens.
+        text: what to calibrate on.
+        windows: the text of the report, if one is wanted.
+    """
+
+    checkpoint: Checkpoint
+    recipe: str
+    options: ExportOptions
+    formats: Plan
+    budget: float | None
+    max_context: int
+    text: CalibrationSource
+    windows: Windows | None
+
+
+def _prepare(source: Any, out: Path, recipe: str, options: ExportOptions) -> _Job:
+    """Open the source and check what is asked for, before anything slow begins."""
     checkpoint = _open(source, options.base)
     if options.instruction_tuned is not None:
         checkpoint = dataclasses.replace(checkpoint, instruction_tuned=options.instruction_tuned)
@@ -103,7 +150,7 @@ def export_onnx(
     max_context = _check_context(options.max_context, config)
     text = _calibration(options, chosen, formats)
     windows = None
-    if options.report is not None:  # read before anything slow begins
+    if options.report is not None:
         tokenizer = writer.open_tokenizer(checkpoint)
         windows = read_windows(Path(options.report), tokenizer, max_context)
     needed = plan_bytes(formats, config)
@@ -112,59 +159,55 @@ def export_onnx(
     _check_space(out, needed)
     if windows is not None:
         _check_memory(2 * plan_bytes(formats, config))
+    return _Job(checkpoint, recipe, options, formats, budget, max_context, text, windows)
 
-    workspace = workspace_path(out)
-    try:
-        with (
-            _disk_errors_as_sentences(out),
-            writer.unfinished_folder(out, overwrite=options.overwrite) as folder,
-        ):
-            draft = BundleDraft(
-                folder,
-                checkpoint,
-                recipe,
-                options.lowering,
-                max_context,
-                options.kv_cache_dtype,
-                on_progress,
-            )
-            if options.verify or windows is not None or text != NoCalibration():
-                on_progress("keras", 0)
-                start_keras(config)
-            # Few bits that a source already holds exactly are not rounded a second time.
-            few = chosen.matrices.bits <= MOST_BITS_KEPT and options.plan is None
-            kept = kept_weights(config, checkpoint.weights, MOST_BITS_KEPT if few else 0)
-            rounding = _round(draft, formats, kept, text, budget, workspace, on_progress)
-            quality = None
-            if options.verify:
-                from export.bundle.verify import verify as verify_bundle
 
-                on_progress("verification", 0)
-                quality = verify_bundle(draft.bundle, config, checkpoint.weights, recipe)
-                on_progress("verification", 1)
-            summary = {
-                "quality": None if quality is None else dataclasses.asdict(quality),
-                "rounding": rounding,
-                "kl_by_group": rounding.get("losses"),
-            }
-            if windows is not None:
-                from export.bundle.report import measure_on_text
+def _write(
+    job: _Job, folder: Path, workspace: Path, on_progress: Progress
+) -> tuple[int, Quality | None, dict[str, Any]]:
+    """Write a bundle into an unfinished folder.
 
-                on_progress("report", 0)
-                summary |= measure_on_text(
-                    draft.bundle, checkpoint, windows, lambda share: on_progress("report", share)
-                )
-            num_bytes = draft.describe(summary).num_bytes
-    except BaseException as error:
-        # Whatever went wrong, what was worked out until then is of use to the next run.
-        if kept_work(out):
-            error.add_note(
-                f"intermediate results are kept in {workspace}, and the next export to "
-                f"{out} continues from them; remove that folder to start again"
-            )
-        raise
-    shutil.rmtree(workspace, ignore_errors=True)
-    return ExportResult(out, recipe, num_bytes, quality, rounding, checkpoint.remarks)
+    Returns:
+        Bytes of all its files, its quality if it was verified, and how its weights were rounded.
+    """
+    checkpoint, options = job.checkpoint, job.options
+    config = checkpoint.config
+    draft = BundleDraft(
+        folder,
+        checkpoint,
+        job.recipe,
+        options.lowering,
+        job.max_context,
+        options.kv_cache_dtype,
+        on_progress,
+    )
+    if options.verify or job.windows is not None or job.text != NoCalibration():
+        on_progress("keras", 0)
+        start_keras(config)
+    # Few bits that a source already holds exactly are not rounded a second time.
+    few = recipe_named(job.recipe).matrices.bits <= MOST_BITS_KEPT and options.plan is None
+    kept = kept_weights(config, checkpoint.weights, MOST_BITS_KEPT if few else 0)
+    rounding = _round(draft, job.formats, kept, job.text, job.budget, workspace, on_progress)
+    quality = None
+    if options.verify:
+        from export.bundle.verify import verify as verify_bundle
+
+        on_progress("verification", 0)
+        quality = verify_bundle(draft.bundle, config, checkpoint.weights, job.recipe)
+        on_progress("verification", 1)
+    summary = {
+        "quality": None if quality is None else dataclasses.asdict(quality),
+        "rounding": rounding,
+        "kl_by_group": rounding.get("losses"),
+    }
+    if job.windows is not None:
+        from export.bundle.report import measure_on_text
+
+        on_progress("report", 0)
+        summary |= measure_on_text(
+            draft.bundle, checkpoint, job.windows, lambda share: on_progress("report", share)
+        )
+    return draft.describe(summary).num_bytes, quality, rounding
 
 
 def _round(
