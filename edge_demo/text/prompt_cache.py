@@ -20,7 +20,6 @@ import os
 import re
 import reprlib
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,12 +32,12 @@ from edge_demo.engine.kv_cache import Snapshot
 from edge_demo.engine.prompt_chunks import PromptRun
 from edge_demo.engine.runner import TokenRunner
 from edge_demo.errors import EdgeError, RequestError, brief
+from edge_demo.safetensors_header import LENGTH_BYTES, Tensor, encode_header, header_of
 
 FORMAT = "gemma-keras-prompt-cache"
 FORMAT_VERSION = "2"
 _BEGINNING = b'{"__metadata__":{"format":"' + FORMAT.encode() + b'"'
 _MAX_HEADER = 1 << 20
-_LENGTH = 8
 _COURSE = re.compile(r"(\d{1,9}) of (\d{1,9}) tokens(, in float32)?")
 _DTYPES = {"float32": "F32", "float16": "F16", "int8": "I8", "uint8": "U8", "int32": "I32"}
 
@@ -71,11 +70,11 @@ class PromptCache:
             if not self.path.is_file():
                 return
             with self.path.open("rb") as file:
-                beginning = file.read(_LENGTH + len(_BEGINNING))
+                beginning = file.read(LENGTH_BYTES + len(_BEGINNING))
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or error
             raise RequestError(f"the prompt cache {brief(path)} cannot be read: {why}") from error
-        if beginning and beginning[_LENGTH:] != _BEGINNING:
+        if beginning and beginning[LENGTH_BYTES:] != _BEGINNING:
             raise RequestError(
                 f"{self.path} is not a prompt cache, so it is not overwritten; choose "
                 "another name, or remove the file"
@@ -118,16 +117,8 @@ class PromptCache:
         for array in arrays:
             checksum = zlib.crc32(_bytes(array), checksum)
         header = _header(engine, len(snapshot.tokens), snapshot.prompt_run, f"{checksum:08x}")
-        encoded = json.dumps(header, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)
-
-        def pieces() -> Iterator[bytes | memoryview]:
-            yield len(encoded).to_bytes(_LENGTH, "little")
-            yield encoded
-            yield from map(_bytes, arrays)
-
         try:
-            write_whole(self.path, pieces())
+            write_whole(self.path, (encode_header(header), *map(_bytes, arrays)))
         except OSError as error:
             raise CacheError(
                 f"the prompt cache {self.path} cannot be written: {error.strerror}"
@@ -149,27 +140,22 @@ def _arrays(engine: TokenRunner, length: int) -> dict[str, tuple[np.dtype, tuple
 def _header(
     engine: TokenRunner, length: int, prompt_run: PromptRun, checksum: str
 ) -> dict[str, Any]:
-    header: dict[str, Any] = {
-        "__metadata__": {
-            "format": FORMAT,  # first, because it identifies the file
-            "format_version": FORMAT_VERSION,
-            "bundle": engine.bundle.fingerprint,
-            "onnxruntime": ort.__version__,
-            "processor": hardware.kind(),
-            "run_as_prompt": f"{prompt_run.left} of {prompt_run.length} tokens"
-            + (", in float32" if prompt_run.in_float else ""),
-            "crc32": checksum,
-        }
+    metadata = {
+        "format": FORMAT,  # first, because it identifies the file
+        "format_version": FORMAT_VERSION,
+        "bundle": engine.bundle.fingerprint,
+        "onnxruntime": ort.__version__,
+        "processor": hardware.kind(),
+        "run_as_prompt": f"{prompt_run.left} of {prompt_run.length} tokens"
+        + (", in float32" if prompt_run.in_float else ""),
+        "crc32": checksum,
     }
-    end = 0
-    for name, (dtype, shape) in _arrays(engine, length).items():
-        first, end = end, end + dtype.itemsize * int(np.prod(shape))
-        header[name] = {
-            "dtype": _DTYPES[dtype.name],
-            "shape": list(shape),
-            "data_offsets": [first, end],
-        }
-    return header
+    arrays = _arrays(engine, length).items()
+    tensors = (
+        Tensor(name, _DTYPES[dtype.name], shape, dtype.itemsize * int(np.prod(shape)))
+        for name, (dtype, shape) in arrays
+    )
+    return header_of(tensors, metadata)
 
 
 def _read(file: BinaryIO, engine: TokenRunner) -> Snapshot:
@@ -195,8 +181,8 @@ def _read(file: BinaryIO, engine: TokenRunner) -> Snapshot:
 def _checked_header(file: BinaryIO, engine: TokenRunner) -> tuple[int, PromptRun, str]:
     """The number of tokens, how they were run, and the checksum; nothing large is allocated."""
     size = os.fstat(file.fileno()).st_size
-    length = int.from_bytes(file.read(_LENGTH), "little")
-    if not 0 < length <= min(_MAX_HEADER, size - _LENGTH):
+    length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+    if not 0 < length <= min(_MAX_HEADER, size - LENGTH_BYTES):
         raise _Unusable("is damaged: the length of its header is not valid")
     try:
         header = json.loads(file.read(length))
@@ -231,7 +217,7 @@ def _checked_header(file: BinaryIO, engine: TokenRunner) -> tuple[int, PromptRun
     if header != _header(engine, tokens, prompt_run, checksum):
         raise _Unusable("is damaged: its arrays do not match this bundle")
     expected = (
-        _LENGTH + length + max(a["data_offsets"][1] for n, a in header.items() if n[0] != "_")
+        LENGTH_BYTES + length + max(a["data_offsets"][1] for n, a in header.items() if n[0] != "_")
     )
     if size != expected:
         raise _Unusable(f"is damaged: it has {size:,} bytes, not {expected:,}")

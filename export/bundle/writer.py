@@ -21,6 +21,7 @@ from edge_demo.bundle.manifest import (
     RopeSpec,
     WindowSpec,
 )
+from edge_demo.durable import whole_or_nothing
 from export.bundle.card import write_card
 from export.bundle.terms import terms_of
 from export.errors import ExportError, ExportRequestError
@@ -28,7 +29,6 @@ from export.formats.formats import Plan, plan_to_json
 from export.graph.contract import WEIGHTS_FILE
 from gemma_keras.checkpoints.names import parameter_count
 from gemma_keras.checkpoints.source import Checkpoint
-from gemma_keras.checkpoints.unfinished import whole_or_nothing
 from gemma_keras.text.chat import turn_ids
 
 TOKENIZER_FILE = "tokenizer.model"

@@ -17,7 +17,26 @@ from gemma_keras.text.chat import GEMMA_TURNS, TurnTemplate, all_stops
 CHUNK_BYTES = 64 << 20  # chunk of a table in memory at a time, in float32
 
 
-class WeightSource(Mapping[str, np.ndarray]):
+class NamedWeights(Mapping[str, np.ndarray]):
+    """Weights by their canonical names, each read when it is asked for.
+
+    Attributes:
+        specs: name to description, of all weights of a model.
+    """
+
+    specs: dict[str, WeightSpec]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.specs  # `Mapping` would read the weight
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+
+class WeightSource(NamedWeights):
     """Canonical names to float32 arrays, each read from its file on demand.
 
     Args:
@@ -134,15 +153,6 @@ class WeightSource(Mapping[str, np.ndarray]):
             raise CheckpointError(
                 f"the tensor {spec.file_name(self._format)} holds values that are not finite"
             )
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.specs  # `Mapping` would read the weight
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.specs)
-
-    def __len__(self) -> int:
-        return len(self.specs)
 
 
 @runtime_checkable

@@ -34,7 +34,7 @@ import numpy as np
 
 from gemma_keras.checkpoints.chat_templates import turns_of
 from gemma_keras.checkpoints.names import parameter_count, weight_specs
-from gemma_keras.checkpoints.source import Checkpoint, finite
+from gemma_keras.checkpoints.source import Checkpoint, NamedWeights, finite
 from gemma_keras.checkpoints.special_pieces import with_control_pieces
 from gemma_keras.config import GemmaConfig, LayerSpec
 from gemma_keras.errors import CheckpointError, ConfigError
@@ -190,17 +190,17 @@ def _find(backbone: Any, name: str) -> tuple[Any, _Transform]:
     return operator.attrgetter(f"{layer}.{variable}")(owner), transform
 
 
-class _KerasHubWeights(Mapping[str, np.ndarray]):
+class _KerasHubWeights(NamedWeights):
     """Canonical names to float32 arrays, each read on demand from the model in memory."""
 
     def __init__(self, backbone: Any, config: GemmaConfig) -> None:
         self._backbone = backbone
-        self._specs = weight_specs(config)
+        self.specs = weight_specs(config)
 
     def __getitem__(self, name: str) -> np.ndarray:
         from keras import ops
 
-        spec = self._specs[name]
+        spec = self.specs[name]
         variable, transform = _find(self._backbone, name)
         array = transform.read(ops.convert_to_numpy(ops.cast(variable, "float32")))
         if array.shape != spec.shape:
@@ -213,15 +213,6 @@ class _KerasHubWeights(Mapping[str, np.ndarray]):
 
         pieces = variable_chunks(_find(self._backbone, name)[0], chunk_bytes)
         return ((first, finite(name, array)) for first, array in pieces)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._specs  # `Mapping` would read the weight
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._specs)
-
-    def __len__(self) -> int:
-        return len(self._specs)
 
 
 def _assign(backbone: Any, config: GemmaConfig, weights: Mapping[str, np.ndarray]) -> None:

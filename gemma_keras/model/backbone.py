@@ -18,7 +18,7 @@ from keras import ops
 from gemma_keras.checkpoints.hf.config import named_config
 from gemma_keras.checkpoints.names import WeightSpec, weight_specs
 from gemma_keras.checkpoints.quantized_grid import QuantizedGrid
-from gemma_keras.checkpoints.source import finite, row_chunks
+from gemma_keras.checkpoints.source import NamedWeights, finite, row_chunks
 from gemma_keras.config import GemmaConfig
 from gemma_keras.errors import CheckpointError
 from gemma_keras.model.cache import place
@@ -296,7 +296,7 @@ class GemmaBackbone(keras_hub.models.Backbone):
         }
 
 
-class _BackboneWeights(Mapping[str, np.ndarray]):
+class _BackboneWeights(NamedWeights):
     def __init__(self, backbone: GemmaBackbone) -> None:
         self._backbone = backbone
         self.specs: dict[str, WeightSpec] = weight_specs(backbone.config)
@@ -338,12 +338,3 @@ class _BackboneWeights(Mapping[str, np.ndarray]):
             return quantized_weight(self._backbone.token_embedding, reverse=name == "head")
         _, index, within = name.split(".", 2)
         return quantized_weight(self._backbone.transformer_layers[int(index)].sublayer(within))
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.specs  # `Mapping` would read the weight
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.specs)
-
-    def __len__(self) -> int:
-        return len(self.specs)

@@ -85,7 +85,7 @@ def rows(engine, ids, cut):
 
 
 def left_over(folder):
-    return [name for name in os.listdir(folder) if name.endswith(".unfinished")]
+    return [name for name in os.listdir(folder) if name.endswith(".partial")]
 
 
 # --- going on is going on ------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gemma_keras.checkpoints.unfinished import whole_or_nothing
+from edge_demo.durable import whole_or_nothing
 
 ROOT = Path(__file__).parents[2]
 # Writes a folder whose one file says who made it; what else lies in the old one is kept. Killed
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 WRITE = """
 import os, sys
 from pathlib import Path
-from gemma_keras.checkpoints.unfinished import whole_or_nothing
+from edge_demo.durable import whole_or_nothing
 target, who, kill = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 count, rename = 0, Path.rename
 def killed(self, to):

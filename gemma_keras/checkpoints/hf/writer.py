@@ -9,15 +9,14 @@ Format: https://huggingface.co/docs/safetensors
 
 from __future__ import annotations
 
-import json
 import os
-import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from edge_demo.safetensors_header import Tensor, encode_header, header_of
 from gemma_keras.checkpoints.hf.files import (
     CONFIG_FILE,
     GENERATION_FILE,
@@ -153,19 +152,12 @@ def _shards(
 
 
 def _header(specs: list[WeightSpec], dtype: str) -> bytes:
+    tensors = (
+        Tensor(spec.hf, _DTYPES[dtype].name, spec.file_shape, _num_bytes(spec, dtype))
+        for spec in specs
+    )
     # transformers needs the name of the framework.
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for spec in specs:
-        start, end = end, end + _num_bytes(spec, dtype)
-        entries[spec.hf] = {
-            "dtype": _DTYPES[dtype].name,
-            "shape": list(spec.file_shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the tensors begin aligned
-    return struct.pack("<Q", len(text)) + text
+    return encode_header(header_of(tensors, {"format": "pt"}))
 
 
 def _arrays(checkpoint: Checkpoint, specs: list[WeightSpec], dtype: str) -> Iterator[np.ndarray]:
