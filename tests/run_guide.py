@@ -1,17 +1,22 @@
-"""Run what a guide says, as it is written, in one process: `python -m tests.run_guide GUIDE.md`.
+"""Run what guides say, as it is written, in one process, so that Keras starts once:
 
-A fenced block is run if the line before it is `<!-- run -->`. Python blocks share their names. Lines
-of `export-onnx` and `edge-demo` run in this process, so that Keras starts once; a block with pipes,
-redirections or here-documents runs in bash. The current folder holds the files that guides name.
+    python -m tests.run_guide RESULTS.json GUIDE.md FOLDER [GUIDE.md FOLDER …]
+
+A fenced block is run if the line before it is `<!-- run -->`. Python blocks of a guide share their
+names. Lines of `export-onnx` and `edge-demo` run in this process; a block with pipes, redirections
+or here-documents runs in bash. The folder of a guide holds the files that it names, and becomes the
+current one. RESULTS.json gets for each guide's path the error that ended it, or an empty text.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,8 +72,21 @@ def _run_command(words: list[str]) -> None:
         sys.exit(f"{shlex.join(words)} ended with status {status}")
 
 
-if __name__ == "__main__":
+def run_guide(guide: Path, folder: Path) -> str:
+    """Run a guide in a folder: the error that ended it, or an empty text."""
+    print(f"=== {guide.name}", flush=True)
+    os.chdir(folder)
     names: dict = {"__name__": "__guide__"}
-    for block in blocks(Path(sys.argv[1]).read_text()):
-        if block.run:
-            run(block, names)
+    try:
+        for block in blocks(guide.read_text()):
+            if block.run:
+                run(block, names)
+    except BaseException:  # a command that exits too
+        return traceback.format_exc()
+    return ""
+
+
+if __name__ == "__main__":
+    results, *pairs = (Path(argument).resolve() for argument in sys.argv[1:])
+    errors = {str(g): run_guide(g, f) for g, f in zip(pairs[::2], pairs[1::2], strict=True)}
+    results.write_text(json.dumps(errors))

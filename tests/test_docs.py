@@ -268,27 +268,49 @@ MADE = {
 }
 
 
-@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.stem)
-def test_the_commands_of_a_guide_work_as_written(guide, tiny_bundles, tmp_path):  # noqa: F811
+def prepare(guide: Path, folder: Path, bundles: Path) -> None:
+    """Make the files that a guide's commands name."""
     to_run = "\n".join(block.code for block in blocks(guide.read_text()) if block.run)
+    folder.mkdir()
     for name, make in MADE.items():
         if re.search(rf'[" ]{re.escape(name)}[" \n]', to_run):
-            make(tmp_path / name, tiny_bundles)
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.run_guide", str(guide)],
-        cwd=tmp_path,
-        env=os.environ
-        | {
-            "PYTHONPATH": str(ROOT),
-            "XDG_CACHE_HOME": str(tmp_path / "cache"),
-            "KERAS_BACKEND": "jax",  # compiles these small models soonest
-        },
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, f"{guide.name}:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+            make(folder / name, bundles)
+
+
+@pytest.fixture(scope="module")
+def errors_of_guides(tiny_bundles, tmp_path_factory):  # noqa: F811
+    """What ended each guide; run once, in as few processes as there can be."""
+    base = tmp_path_factory.mktemp("guides")
+    environment = {
+        "PYTHONPATH": str(ROOT),
+        "XDG_CACHE_HOME": str(base / "cache"),
+        "KERAS_BACKEND": "jax",  # compiles these small models soonest
+    }
+    alone = [guide for guide in GUIDES if "XLA_FLAGS" in guide.read_text()]  # before JAX starts
+    errors: dict[str, str] = {}
+    for number, guides in enumerate([[g for g in GUIDES if g not in alone], *([g] for g in alone)]):
+        for guide in guides:
+            prepare(guide, base / guide.stem, tiny_bundles)
+        results = base / f"{number}.json"
+        pairs = [str(argument) for g in guides for argument in (g, base / g.stem)]
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.run_guide", str(results), *pairs],
+            env=os.environ | environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=550,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        for guide, error in json.loads(results.read_text()).items():
+            errors[guide] = error and f"{error}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return errors
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.stem)
+def test_the_commands_of_a_guide_work_as_written(guide, errors_of_guides):
+    error = errors_of_guides[str(guide)]
+    assert not error, f"{guide.name}: {error}"
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.stem)

@@ -1,8 +1,10 @@
-"""The scripts of `examples/` run as users run them, on small models."""
+"""The scripts of `examples/` do what they say, on small models."""
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,52 +14,77 @@ import pytest
 from edge_demo.bundle.reader import Bundle
 from tests.edge_demo.conftest import tiny_bundles  # noqa: F401 - a fixture
 from tests.gemma_keras.embedder_files import write_tiny_embedder
+from tests.models import GEMMA_JINJA, chat_tokenizer_model
 
 ROOT = Path(__file__).parents[1]
+TEXTS = ("Seven small stones lay on the table.", "The old bridge was built of oak.")
+# What each is run with: models that `folder` makes, and folders to write.
+RUNS = {
+    "notebook_lora.py": ["base", "tuned"],
+    "export_and_chat.py": ["chat", "chat-bundle", "Is the shop still open?"],
+    "embed_texts.py": ["embedder", TEXTS[1], *TEXTS],
+}
+# All of them in one process, so that Keras starts once: what each prints goes to a file.
+RUN_ALL = """
+import json, os, runpy, sys
+folder, runs = sys.argv[1], json.loads(sys.argv[2])
+for script, arguments in runs.items():
+    os.dup2(os.open(script + ".out", os.O_WRONLY | os.O_CREAT), 1)
+    sys.argv = [script, *arguments]
+    try:
+        runpy.run_path(os.path.join(folder, script), run_name="__main__")
+    except SystemExit as end:
+        assert not end.code, f"{script} ended with {end.code}"
+    sys.stdout.flush()
+"""
 
 
-@pytest.fixture
-def run(tmp_path):
-    """Run an example that must succeed, in a new folder: what it printed."""
+@pytest.fixture(scope="module")
+def folder(tiny_bundles, tmp_path_factory):  # noqa: F811
+    """Where all examples have been run."""
+    folder = tmp_path_factory.mktemp("examples")
+    shutil.copytree(tiny_bundles / "tiny-gemma", folder / "base")
+    shutil.copytree(folder / "base", folder / "chat")
+    (folder / "chat" / "tokenizer.model").write_bytes(chat_tokenizer_model())
+    (folder / "chat" / "chat_template.jinja").write_text(GEMMA_JINJA)
+    write_tiny_embedder(folder / "embedder")
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_ALL, str(ROOT / "examples"), json.dumps(RUNS)],
+        cwd=folder,
+        env=os.environ
+        | {
+            "PYTHONPATH": str(ROOT),
+            "XDG_CACHE_HOME": str(folder / "cache"),
+            "KERAS_BACKEND": "jax",  # compiles these small models soonest
+        },
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=550,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
 
-    def run(name: str, *arguments: object) -> str:
-        done = subprocess.run(
-            [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)],
-            cwd=tmp_path,
-            env=os.environ
-            | {
-                "PYTHONPATH": str(ROOT),
-                "XDG_CACHE_HOME": str(tmp_path / "cache"),
-                "KERAS_BACKEND": "jax",  # compiles these small models soonest
-            },
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
 
-    return run
+def test_every_example_is_run():
+    assert set(RUNS) == {path.name for path in (ROOT / "examples").glob("*.py")}
 
 
-def test_a_notebook_tunes_with_lora_and_exports_a_bundle(run, tiny_bundles, tmp_path):  # noqa: F811
-    out = run("notebook_lora.py", tiny_bundles / "tiny-gemma", "tuned")
+def test_a_notebook_tunes_with_lora_and_exports_a_bundle(folder):
+    out = (folder / "notebook_lora.py.out").read_text()
     assert "before: Q: What do ducks lay? A:" in out and "after: Q: What do ducks lay? A:" in out
-    bundle = Bundle.open(tmp_path / "tuned")
+    bundle = Bundle.open(folder / "tuned")
     assert bundle.recipe == "int8" and bundle.manifest["quality"]["same_top_token"] > 0.8
 
 
-def test_a_model_is_exported_and_answers(run, tiny_bundles, tmp_path):  # noqa: F811
-    out = run("export_and_chat.py", tiny_bundles / "tiny-chat", "chat", "Is the shop still open?")
-    first, answer = out.split("\n", 1)
+def test_a_model_is_exported_and_answers(folder):
+    first, answer = (folder / "export_and_chat.py.out").read_text().split("\n", 1)
     assert first.startswith("wrote") and answer.strip()
-    assert Bundle.open(tmp_path / "chat").tokenizer.chat is not None
+    assert Bundle.open(folder / "chat-bundle").tokenizer.chat is not None
 
 
-def test_texts_are_listed_by_their_nearness_to_a_question(run, tmp_path):
-    write_tiny_embedder(tmp_path / "embedder")
-    texts = ("The old bridge was built of oak.", "Seven small stones lay on the table.")
-    out = run("embed_texts.py", "embedder", "The old bridge was built of oak.", *texts)
+def test_texts_are_listed_by_their_nearness_to_a_question(folder):
+    out = (folder / "embed_texts.py.out").read_text()
     lines = [line.split("  ", 1) for line in out.splitlines()]
-    assert sorted(text for _, text in lines) == sorted(texts)
+    assert sorted(text for _, text in lines) == sorted(TEXTS)
     assert float(lines[0][0]) > float(lines[1][0]) and abs(float(lines[0][0])) <= 1
