@@ -27,32 +27,68 @@ class Slow(NamedTuple):
 
 SLOW = (
     Slow(
-        "The Keras code is the same on every backend; what differs is tested on all three.",
+        "The Keras code is the same on every backend; PyTorch shows what it does, and the tests of "
+        "models, generation, training, saving and export run on all three.",
         (
-            "gemma_keras/test_finite.py",
             "gemma_keras/test_arguments.py",
-            "gemma_keras/test_text_embedder.py",
+            "gemma_keras/test_distribute.py",
+            "gemma_keras/test_finite.py",
             "gemma_keras/test_keras_hub.py",
-            "export/test_rounding.py",
+            "gemma_keras/test_loading.py",
+            "gemma_keras/test_quantized.py",
+            "gemma_keras/test_text_embedder.py",
+            "gemma_keras/test_turns_keras.py",
+            "gemma_keras/test_writers_keras.py",
+            "gemma_keras/test_generation.py::test_lora_that_is_enabled_later",
+            "gemma_keras/test_generation.py::test_one_beam_is_greedy",
+            "gemma_keras/test_generation.py::test_prompts_of_about_the_same_length",
+            "gemma_keras/test_generation.py::test_rows_end_where_they_end_alone",
+            "gemma_keras/test_generation.py::test_samplers_that_leave_no_choice",
+            "gemma_keras/test_generation.py::test_what_fit_has_changed_counts",
             "export/test_balance.py",
+            "export/test_fused.py",
             "export/test_report.py",
+            "export/test_rounding.py",
         ),
         OTHERS,
     ),
     Slow(
-        "The real weights take minutes; one length and one prompt show the same in seconds.",
+        "Calibration, a KL budget and an interrupted export take minutes, even of small models.",
+        (
+            "export/test_rounding.py::test_a_budget_that_cannot_be_met",
+            "export/test_rounding.py::test_an_interrupted_calibration",
+            "export/test_rounding.py::test_int4_keeps_its_budget",
+            "export/test_rounding.py::test_a_sensitivity_is_the_divergence",
+        ),
+    ),
+    Slow(
+        "The real weights take minutes; small models with the same architecture show the same.",
         (
             "gemma_keras/test_sample.py",
             "edge_demo/test_memory.py::test_the_estimate_for_the_sample",
             "edge_demo/test_batch.py::test_the_real_model",
+            "edge_demo/test_bench.py::test_bench_of_the_sample",
+            "edge_demo/test_commands.py::test_score_of_the_sample",
             "edge_demo/test_courses.py::test_the_real_model",
+            "edge_demo/test_generator.py::test_the_real_model",
             "edge_demo/test_prompt_cache.py::test_the_real_model",
+            "export/test_sample.py",
         ),
     ),
     Slow(
-        "Processes that train together, are killed, or run until memory is counted.",
+        "float16 beyond its range, LoRA on a quantized model and processes that train together "
+        "compile many models.",
         (
             "gemma_keras/test_distribute.py",
+            "gemma_keras/test_finite.py::test_float16_is_right",
+            "gemma_keras/test_finite.py::test_a_beam_of_no_numbers",
+            "gemma_keras/test_arguments.py::test_a_model_that_has_not_been_run_is_quantized",
+            "gemma_keras/test_arguments.py::test_lora_on_a_quantized_model",
+        ),
+    ),
+    Slow(
+        "Processes that are killed, or run until their memory is counted.",
+        (
             "gemma_keras/test_loading.py::test_a_table_is_never_twice_in_memory",
             "edge_demo/test_batch.py::test_whatever_kills_it",
         ),
@@ -66,8 +102,12 @@ SLOW = (
         ),
     ),
     Slow(
-        "All sizes at full width; small models show the same of each architecture.",
+        "All published sizes at full width; small models show the same of each architecture.",
         ("gemma_keras/test_parameter_counts.py::test_the_keras_model_of_every_size",),
+    ),
+    Slow(
+        "Guides and examples start several Keras processes.",
+        ("test_docs.py::test_the_commands_of_a_guide", "test_examples.py"),
     ),
 )
 

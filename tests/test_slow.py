@@ -1,0 +1,31 @@
+"""The list of slow tests names tests that are there."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tests.slow import OTHERS, SLOW, is_slow
+
+TESTS = Path(__file__).parent
+
+
+@pytest.mark.parametrize("name", sorted({name for slow in SLOW for name in slow.tests}))
+def test_a_slow_test_is_there(name):
+    file, _, beginning = name.partition("::")
+    tree = ast.parse((TESTS / file).read_text(encoding="utf-8"))
+    functions = [n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+    assert any(f.startswith(beginning or "test_") for f in functions)
+
+
+def test_a_reason_counts_on_its_backends_alone():
+    assert OTHERS == ("jax", "tensorflow")
+    name = "tests/export/test_fused.py::test_graph_keeps_its_contract"
+    assert [is_slow(name, backend) for backend in (*OTHERS, "torch", "none")] == [
+        True,
+        True,
+        False,
+        False,
+    ]
