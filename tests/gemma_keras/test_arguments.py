@@ -183,7 +183,7 @@ def test_a_prompt_is_never_cut(model, prompt, which, count):
     said = rf"^{which} has {tokens} tokens, which leaves no room for an answer within {tokens};"
     with pytest.raises(ValueError, match=said):
         model.generate(prompt, max_length=tokens)
-    with pytest.raises(ValueError, match=rf"^{which} has {tokens} tokens.* in 3;"):
+    with pytest.raises(ValueError, match=rf"^{which} has {tokens} tokens.* within 3;"):
         model.generate(prompt, max_length=3)
     found = model.generate(prompt, max_length=tokens + 1, stop_token_ids=None)
     assert len(found) == (len(found) if isinstance(prompt, str) else len(prompt))

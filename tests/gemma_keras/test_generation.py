@@ -321,7 +321,7 @@ def test_a_tokenizer_without_turns_is_told(tiny):
 
 def test_chat_answers_what_the_template_asks(tiny):
     model = tiny()
-    with pytest.raises(ValueError, match="not tuned"):
+    with pytest.raises(ValueError, match="not instruction-tuned"):
         model.chat("Is the shop open?")
     tuned = with_turns(model)
     messages = [
