@@ -32,8 +32,8 @@ def check_format(name: str, fmt: Format) -> None:
         )
     if fmt.bits not in (4, 8, 16, 32):
         raise ExportRequestError(
-            f"the traced lowering supports 4, 8, 16 and 32 bits, not {fmt.bits} for {name}; "
-            "use --lowering fused"
+            f"the traced lowering does not support {name} in {fmt.bits} bits, only 4, 8, 16 "
+            "and 32; use --lowering fused"
         )
 
 

@@ -206,7 +206,7 @@ def test_a_pasted_text_is_one_message_and_commands_are_none(tiny_bundles):
         for command, says in (
             (b"/help", "/clear.*Ctrl-C.*"),
             (b"/?", "/clear.*Ctrl-C.*"),
-            (b"/sing a song", "no command /sing; /help shows"),
+            (b"/sing a song", "no command /sing; /help lists"),
             (b"  ", ""),
         ):
             terminal.keys(command + b"\n")

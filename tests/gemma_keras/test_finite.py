@@ -112,7 +112,7 @@ WAYS_TO_SPEAK = {
 @pytest.mark.parametrize("way", WAYS_TO_SPEAK)
 def test_a_model_that_computes_no_numbers_says_so(broken, way, sampler):
     broken.compile(sampler=sampler)
-    with pytest.raises(NotFiniteError, match=r"not finite.*final_norm/scale.*load the model again"):
+    with pytest.raises(NotFiniteError, match=r"not finite.*final_norm/scale.*Load the model again"):
         WAYS_TO_SPEAK[way](broken)
 
 
