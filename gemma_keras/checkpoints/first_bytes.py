@@ -20,6 +20,8 @@ def explain_pointer(path: Path) -> str | None:
 
 
 def _first_bytes(path: Path, count: int) -> bytes:
+    if not path.is_file():  # a named pipe would never answer
+        return b""
     try:
         with path.open("rb") as file:
             return file.read(count)

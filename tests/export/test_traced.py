@@ -606,7 +606,7 @@ def test_a_format_without_standard_operators_is_refused(stored, fmt, words):
     ],
     ids=["package", "error", "signal", "silent"],
 )  # fmt: skip
-def test_a_trace_that_fails_is_disk_errors_as_sentences(monkeypatch, tmp_path, script, reason):
+def test_a_trace_that_fails_is_one_sentence(monkeypatch, tmp_path, script, reason):
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\n{script}\n")
     python.chmod(0o755)
