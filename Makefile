@@ -33,11 +33,11 @@ $(VENV)/installed-dev: pyproject.toml
 	@$(PYTHON) tools/make_venv.py $(VENV) dev
 	@touch $@ $(VENV)/installed-demo
 
-# One pytest over four processes: the tests of the Keras side run in three of them, one a backend,
-# and everything else in the fourth. See tests/conftest.py.
+# One pytest over five processes: the tests of the Keras side run in three of them, one a backend,
+# those of the device in the fourth, everything else in the fifth. See tests/conftest.py.
 KERAS_PART = --tx popen//id=$(1)//env:KERAS_BACKEND=$(1)//env:GEMMA_TEST_PART=keras
 PARTS := --dist=each -o console_output_style=classic $(foreach backend,jax tensorflow torch,$(call KERAS_PART,$(backend))) \
-         --tx popen//id=rest//env:GEMMA_TEST_PART=rest
+         --tx popen//id=device//env:GEMMA_TEST_PART=device --tx popen//id=rest//env:GEMMA_TEST_PART=rest
 test: $(VENV)/installed-dev  ## run the quick tests on JAX, TensorFlow and PyTorch
 	@$(BIN)/pytest $(PARTS) -m "not slow" $(PYTEST_ARGS)
 

@@ -1,7 +1,7 @@
-"""One pytest run in four parts: the Keras tests once on each backend, everything else once.
+"""One pytest run in five parts: Keras tests once on each backend, the device's, everything else.
 
 `make test` starts an xdist worker for each part, whose environment holds `KERAS_BACKEND` and
-`GEMMA_TEST_PART` (`keras` or `rest`). Plain `pytest` runs all tests in one process, the Keras tests
+`GEMMA_TEST_PART` (`keras`, `device` or `rest`). Plain `pytest` runs all in one process, Keras tests
 on the backend of the environment.
 """
 
@@ -40,6 +40,9 @@ def pytest_ignore_collect(collection_path):
     """In a worker, leave the files of other parts unread: importing them all takes a minute."""
     if not PART or not re.fullmatch(r"test_\w+\.py", collection_path.name):
         return None
+    of_the_device = collection_path.parent.name == "edge_demo"
+    if PART == "device" or of_the_device:
+        return None if (PART == "device") == of_the_device else True
     text = collection_path.read_text(encoding="utf-8")
     _, _, marks = text.partition("\npytestmark = ")
     of_all = marks.partition("\n\n")[0]  # what every test of the file is marked with

@@ -35,8 +35,15 @@ SLOW = (
             "gemma_keras/test_finite.py",
             "gemma_keras/test_keras_hub.py",
             "gemma_keras/test_loading.py",
+            "gemma_keras/test_models.py::test_generate_takes_and_gives_text",
+            "gemma_keras/test_models.py::test_generation_ends_a_row",
+            "gemma_keras/test_models.py::test_greedy_generation_of_unequal_prompts",
+            "gemma_keras/test_models.py::test_top_k_sampling_depends",
             "gemma_keras/test_quantized.py",
+            "gemma_keras/test_saving.py::test_training_goes_on_after_load_model",
             "gemma_keras/test_text_embedder.py",
+            "gemma_keras/test_training.py::test_gradient_checkpointing",
+            "gemma_keras/test_training.py::test_mixed_precision",
             "gemma_keras/test_turns_keras.py",
             "gemma_keras/test_writers_keras.py",
             "gemma_keras/test_generation.py::test_lora_that_is_enabled_later",
@@ -102,8 +109,15 @@ SLOW = (
         ),
     ),
     Slow(
-        "All published sizes at full width; small models show the same of each architecture.",
-        ("gemma_keras/test_parameter_counts.py::test_the_keras_model_of_every_size",),
+        "All published sizes; small models show the same of each architecture.",
+        (
+            "gemma_keras/test_parameter_counts.py::test_the_keras_model_of_every_size",
+            "test_walk.py",
+        ),
+    ),
+    Slow(
+        "PyTorch's recorded graph, counted call by call; what it computes is tested by value.",
+        ("gemma_keras/test_simplify.py",),
     ),
     Slow(
         "Guides and examples start several Keras processes.",

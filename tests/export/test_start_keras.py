@@ -11,7 +11,7 @@ import pytest
 CODE = """
 import os, sys
 from export.start_keras import start_keras
-from gemma_keras import GemmaConfig
+from gemma_keras import named_config
 start_keras(named_config(sys.argv[1]))
 print(os.environ.get("TF_ENABLE_ONEDNN_OPTS"))
 """

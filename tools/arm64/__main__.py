@@ -103,7 +103,7 @@ def check_tests(
     command = [space.python(processor), "-m", "pytest", "-v", "-m", "not sample and not limits"]
     command += ["-p", "no:cacheprovider", *tests]
     command += [f"--ignore=tests/edge_demo/{name}" for name in _LEFT_OUT]
-    handed_over = {"GEMMA_TEST_BUNDLES": str(bundles), "GEMMA_TEST_PART": "rest"}
+    handed_over = {"GEMMA_TEST_BUNDLES": str(bundles), "GEMMA_TEST_PART": "device"}
     environment = os.environ | space.environment(tests=True) | handed_over
     with subprocess.Popen(
         command,
