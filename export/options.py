@@ -12,6 +12,7 @@ from typing import Any
 from export.calibration_source import CalibrationSource, TextFile, calibration_source
 from export.errors import ExportRequestError
 
+BUDGET_NEEDS = "a KL budget chooses between 4 and 8 bits, so it needs --recipe int4 and no plan"
 LOWERINGS = ("fused", "traced")
 KV_CACHE_DTYPES = ("float32", "int8")
 _Path = str | os.PathLike[str]
@@ -92,9 +93,7 @@ class ExportOptions:
         if budget is None:
             return
         if self.plan is not None:
-            raise ExportRequestError(
-                "a KL budget chooses between 4 and 8 bits, so it needs --recipe int4 and no plan"
-            )
+            raise ExportRequestError(BUDGET_NEEDS)
         if not 0 < budget < math.inf:
             raise ExportRequestError(f"the KL budget must be a positive number, not {budget}")
 

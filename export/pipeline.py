@@ -26,7 +26,7 @@ from export.formats.recipes import (
     plan_from_json,
     recipe_named,
 )
-from export.options import ExportOptions
+from export.options import BUDGET_NEEDS, ExportOptions
 from export.start_keras import start_keras
 from gemma_keras.checkpoints.hub import opens_with_keras
 from gemma_keras.checkpoints.source import Checkpoint
@@ -262,9 +262,7 @@ def _budget(options: ExportOptions, recipe: str) -> float | None:
     if options.kl_budget is None:
         return own if options.plan is None else None
     if own is None:
-        raise ExportRequestError(
-            "a KL budget chooses between 4 and 8 bits, so it needs --recipe int4 and no plan"
-        )
+        raise ExportRequestError(BUDGET_NEEDS)
     return options.kl_budget
 
 

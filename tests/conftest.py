@@ -11,9 +11,12 @@ import importlib
 import os
 import re
 import signal
+import subprocess
 import sys
 from collections import Counter, defaultdict
+from pathlib import Path
 
+import filelock
 import pytest
 
 from edge_demo import telemetry
@@ -142,3 +145,39 @@ def pytest_terminal_summary(terminalreporter, config):
         )
     for line in sorted(failures) + sorted(figures):
         terminalreporter.write_line(line)
+
+
+# --- bundles -------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[1]
+# A machine that cannot export, such as an emulated device, is handed them: a folder that holds
+# `tiny-bundles`, as `make_bundles` writes it, and for the tests marked `sample` also `sample-int8`.
+HANDED_OVER = os.environ.get("GEMMA_TEST_BUNDLES")
+
+
+def made_once(tmp_path_factory, name: str, module: str, *before: str, after: tuple = ()) -> Path:
+    """The folder that `python -m MODULE *before FOLDER *after` makes, or that was handed over."""
+    if HANDED_OVER:
+        return Path(HANDED_OVER, name)
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with filelock.FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            unfinished = folder.with_suffix(".partial")
+            command = [sys.executable, "-m", module, *before, str(unfinished), *after]
+            subprocess.run(command, cwd=ROOT, check=True)
+            unfinished.rename(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bundles(tmp_path_factory) -> Path:
+    """A folder of the bundles that `make_bundles` writes."""
+    return made_once(tmp_path_factory, "tiny-bundles", "tests.edge_demo.make_bundles")
+
+
+@pytest.fixture(scope="session")
+def sample_bundle(tmp_path_factory) -> Path:
+    """The real Gemma 3 270M as int8."""
+    options = ("--recipe", "int8", "--no-verify")
+    return made_once(tmp_path_factory, "sample-int8", "export.cli", "sample", after=options)

@@ -76,7 +76,7 @@ SLOW = (
             "edge_demo/test_batch.py::test_the_real_model",
             "edge_demo/test_bench.py::test_bench_of_the_sample",
             "edge_demo/test_commands.py::test_score_of_the_sample",
-            "edge_demo/test_courses.py::test_the_real_model",
+            "edge_demo/test_prompt_chunks.py::test_the_real_model",
             "edge_demo/test_generator.py::test_the_real_model",
             "edge_demo/test_prompt_cache.py::test_the_real_model",
             "export/test_sample.py",
@@ -117,7 +117,7 @@ SLOW = (
     ),
     Slow(
         "PyTorch's recorded graph, counted call by call; what it computes is tested by value.",
-        ("gemma_keras/test_simplify.py",),
+        ("gemma_keras/test_torch_graph.py",),
     ),
     Slow(
         "Guides and examples start several Keras processes.",

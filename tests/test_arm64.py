@@ -12,7 +12,6 @@ import pytest
 
 from edge_demo.engine.candidates import Candidates
 from edge_demo.text.sampling import Sampler
-from tests.edge_demo.conftest import made_once
 from tools.arm64 import user_space
 from tools.arm64.agree import compare
 from tools.arm64.observe import Observation, WatchedSampler
@@ -78,11 +77,10 @@ def test_a_watched_sampler_chooses_as_any_and_keeps_its_margins():
     assert sampler.margins == [1.5, 1.5]
 
 
-def test_a_bundle_observed_twice_agrees_with_itself(tmp_path, tmp_path_factory):
-    bundles = made_once(tmp_path_factory, "tiny-bundles", "tests.edge_demo.make_bundles")
+def test_a_bundle_observed_twice_agrees_with_itself(tmp_path, tiny_bundles):
     seen = []
     for name in ("once", "again"):
-        command = [sys.executable, "-m", "tools.arm64.observe", bundles / "gemma3-int8"]
+        command = [sys.executable, "-m", "tools.arm64.observe", tiny_bundles / "gemma3-int8"]
         command += [tmp_path / name, "--max-tokens", "8", "--positions", "40", "--threads", "1"]
         environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
         subprocess.run(command, cwd=ROOT, check=True, env=environment)

@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.edge_demo.conftest import tiny_bundles  # noqa: F401 - a fixture
 from tests.models import TEXT
 from tests.run_guide import blocks, command_lines
 from tests.test_architecture import FLOORS
@@ -230,6 +229,15 @@ def _names_of(module: str) -> set[str]:
     return names
 
 
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_name_that_a_package_offers_is_in_the_reference(package):
+    page = (FOLDER / "python-api.md").read_text()
+    section = page.partition(f"\n## {package}\n")[2].partition("\n## ")[0]
+    assert not set(importlib.import_module(package).__all__) - set(
+        re.findall(r"^### (\w+)$", section, re.M)
+    )
+
+
 # --- guides --------------------------------------------------------------------------------------
 
 
@@ -278,7 +286,7 @@ def prepare(guide: Path, folder: Path, bundles: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def errors_of_guides(tiny_bundles, tmp_path_factory):  # noqa: F811
+def errors_of_guides(tiny_bundles, tmp_path_factory):
     """What ended each guide; run once, in as few processes as there can be."""
     base = tmp_path_factory.mktemp("guides")
     environment = {

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from edge_demo.bundle.reader import Bundle
-from tests.edge_demo.conftest import tiny_bundles  # noqa: F401 - a fixture
 from tests.gemma_keras.embedder_files import write_tiny_embedder
 from tests.models import GEMMA_JINJA, chat_tokenizer_model
 
@@ -40,7 +39,7 @@ for script, arguments in runs.items():
 
 
 @pytest.fixture(scope="module")
-def folder(tiny_bundles, tmp_path_factory):  # noqa: F811
+def folder(tiny_bundles, tmp_path_factory):
     """Where all examples have been run."""
     folder = tmp_path_factory.mktemp("examples")
     shutil.copytree(tiny_bundles / "tiny-gemma", folder / "base")

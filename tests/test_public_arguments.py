@@ -196,7 +196,7 @@ SHOWN: dict[str, dict[str, str]] = {
     },
     "GemmaTokenizer.encode": {"text": f"{K}turns_keras.py::test_it_is_told_wherever_texts_go_in"},
     "open_checkpoint": {
-        "source": f"{E}pieces.py::config",
+        "source": f"{E}run_in_chunks.py::config",
         "base": f"{K}adapters.py::test_an_adapter_alone_is_merged_into_what_it_names",
         "instruction_tuned": f"{K}gguf_parts.py::test_from_preset_is_told_whether_a_gguf_is_tuned",
     },

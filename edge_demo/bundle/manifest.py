@@ -181,6 +181,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not folder.exists():
         raise BundleError(f"the bundle {folder} does not exist")
     if not path.is_file():
+        if folder.is_file():
+            raise BundleError(f"{folder} is a file; give the bundle's folder, {folder.parent}")
         raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}")
     if path.stat().st_size > _MAX_MANIFEST:
         raise BundleError(f"{path} is too large for a bundle manifest")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from edge_demo.cli import options
 from edge_demo.errors import RequestError, brief
+from edge_demo.units import megabytes
 
 if TYPE_CHECKING:
     from edge_demo.bundle.reader import Bundle
@@ -182,8 +183,6 @@ def as_json(bundle: Bundle, report: BenchReport, repeats: int) -> dict[str, Any]
 
 
 def _rows(bundle: Bundle, report: BenchReport) -> list[dict[str, Any]]:
-    from edge_demo.units import megabytes
-
     size = bundle.files[bundle.weights][0]
     return [
         {
@@ -201,8 +200,6 @@ def _rows(bundle: Bundle, report: BenchReport) -> list[dict[str, Any]]:
 
 
 def _beside(report: BenchReport) -> str:
-    from edge_demo.units import megabytes
-
     prompt = report.first("pp")
     parts = [f"load {report.load_s:.2f} s"]
     if prompt:

@@ -10,7 +10,7 @@ the last whole unit do too, unless it is a single token, which runs alone.
 No kernel guarantees this. It follows from how kernels split their work. Products take 128 rows at a
 time, within them eight, four, two or one. Attention takes 64 rows, and sums keys by 64, 128 or 256.
 Heads of 64 dimensions or fewer use larger steps, but no Gemma has them.
-`tests/edge_demo/test_courses.py` checks this for the kernels of a processor.
+`tests/edge_demo/test_prompt_chunks.py` checks this for the kernels of a processor.
 """
 
 from __future__ import annotations

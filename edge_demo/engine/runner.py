@@ -137,7 +137,7 @@ class TokenRunner:
     def _run_pieces(
         self, ids: Sequence[int], prompt_run: PromptRun, on_progress: OnProgress | None = None
     ) -> None:
-        """Run the last of some tokens as a prompt_run has it; no outputs are wanted."""
+        """Run the last of some tokens the way `prompt_run` says; no outputs are wanted."""
         first, end = len(self.tokens), len(self.tokens) + len(ids)
         while (held := len(self.tokens)) < end:
             piece = ids[

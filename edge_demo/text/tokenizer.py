@@ -10,7 +10,7 @@ import sentencepiece
 
 from edge_demo.bundle.manifest import ChatTemplate
 from edge_demo.bundle.reader import Bundle
-from edge_demo.detokenizer import Detokenizer, piece_of
+from edge_demo.detokenizer import Detokenizer
 from edge_demo.errors import BundleError
 from edge_demo.turns import BLANK_LINE, beginning, stretches
 
@@ -158,8 +158,3 @@ class Tokenizer:
     def stream(self) -> Detokenizer:
         """Turns ids into text as they come."""
         return Detokenizer(self._model)
-
-    def piece(self, token: int) -> str | bytes:
-        """One token: its text, its byte for a byte piece, or `""` for a control token and for what
-        no piece stands for."""
-        return piece_of(self._model, token)

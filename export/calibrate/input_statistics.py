@@ -7,9 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-_MOST_INPUTS = (
-    4096  # of whose second statistics all pairs are kept; beyond it, squares of that size
-)
+_MOST_INPUTS = 4096  # of whose second moments all pairs are kept; beyond it, squares of that size
 
 
 @dataclasses.dataclass

@@ -1,21 +1,12 @@
-"""Bundles for these tests, made once a run by processes of their own and shared by the workers.
-
-A machine that cannot export, such as an emulated device, is handed them: `GEMMA_TEST_BUNDLES` names
-a folder that holds `tiny-bundles`, as `make_bundles` writes it, and for the tests marked `sample`
-also `sample-int8`.
-"""
+"""Fixtures of the device's tests: bundles to be spoiled, generators, commands that run here."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import filelock
 import pytest
 
 from edge_demo.bundle.reader import Bundle
@@ -27,30 +18,6 @@ from edge_demo.text.generator import Generator
 from edge_demo.text.tokenizer import Tokenizer
 from tests.edge_demo.bundle_files import copy_bundle
 
-ROOT = Path(__file__).parents[2]
-HANDED_OVER = os.environ.get("GEMMA_TEST_BUNDLES")
-
-
-def made_once(tmp_path_factory, name: str, module: str, *before: str, after: tuple = ()) -> Path:
-    """The folder that `python -m MODULE *before FOLDER *after` makes, or that was handed over."""
-    if HANDED_OVER:
-        return Path(HANDED_OVER, name)
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
-    with filelock.FileLock(f"{folder}.lock"):
-        if not folder.exists():
-            unfinished = folder.with_suffix(".partial")
-            command = [sys.executable, "-m", module, *before, str(unfinished), *after]
-            subprocess.run(command, cwd=ROOT, check=True)
-            unfinished.rename(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def tiny_bundles(tmp_path_factory) -> Path:
-    """A folder of the bundles that `make_bundles` writes."""
-    return made_once(tmp_path_factory, "tiny-bundles", "tests.edge_demo.make_bundles")
-
 
 @pytest.fixture
 def damaged(tiny_bundles, tmp_path):
@@ -61,13 +28,6 @@ def damaged(tiny_bundles, tmp_path):
 @pytest.fixture
 def damaged_int8(tiny_bundles, tmp_path):
     return copy_bundle(tiny_bundles / "gemma3-int8", tmp_path / "damaged")
-
-
-@pytest.fixture(scope="session")
-def sample_bundle(tmp_path_factory) -> Path:
-    """The real Gemma 3 270M as int8."""
-    options = ("--recipe", "int8", "--no-verify")
-    return made_once(tmp_path_factory, "sample-int8", "export.cli", "sample", after=options)
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,8 @@ from edge_demo.text.batch_items import Item, read_items
 from edge_demo.text.batch_results import Results
 from edge_demo.text.sampling import Sampler
 from edge_demo.text.tokenizer import Tokenizer
-from tests.edge_demo.conftest import ROOT, generator
+from tests.conftest import ROOT
+from tests.edge_demo.conftest import generator
 from tests.edge_demo.test_commands import EDGE_DEMO, edge_demo, shell
 
 DEFAULTS = Item(0, None, "", 20, 0.0, 0, 1.0, 0)

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 
 from edge_demo.evaluate.perplexity import score
+from tests.conftest import ROOT
 from tests.edge_demo.bundle_files import copy_bundle, edit_manifest, flip_byte, rewrite
-from tests.edge_demo.conftest import ROOT, generator
+from tests.edge_demo.conftest import generator
 
 # `doctor` needs no bundle: test_doctor.py; what `bench` shows: test_bench.py
 COMMANDS = ("generate", "chat", "bench", "score", "compare", "inspect")

@@ -1,4 +1,4 @@
-"""BatchDecoder of the embedding table as the device reads them, against what onnxruntime makes of them."""
+"""Rows of the embedding table as the device reads them, against what onnxruntime makes of them."""
 
 from __future__ import annotations
 

@@ -18,7 +18,8 @@ from edge_demo.engine import runner as engine_module
 from edge_demo.engine.kv_cache import KVCache, rope_table
 from edge_demo.engine.runner import Engine
 from edge_demo.errors import RequestError
-from tests.edge_demo.conftest import ROOT, interrupted_runs, short_boundaries
+from tests.conftest import ROOT
+from tests.edge_demo.conftest import interrupted_runs, short_boundaries
 from tests.edge_demo.make_bundles import SHORT_CONTEXT
 from tests.models import GENERATIONS, VOCABULARY_SIZE, WINDOW
 

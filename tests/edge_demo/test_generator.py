@@ -1,4 +1,4 @@
-"""Completion against a plain loop over the engine."""
+"""Generation against a plain loop over the engine."""
 
 from __future__ import annotations
 

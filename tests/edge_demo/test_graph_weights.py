@@ -37,7 +37,7 @@ def test_it_finds_what_onnx_finds(bundle, file):
 
 
 def test_the_engine_reads_all_and_looks_nothing_up(bundle):
-    """BatchDecoder of the embedding are read beside the graph."""
+    """Rows of the embedding are read beside the graph."""
     weights = stored_weights(bundle / "engine.onnx")
     assert all(w.multiplied and not w.looked_up for w in weights)
     assert len({w.offset for w in weights}) == len(weights)

@@ -26,7 +26,7 @@ def test_no_such_folder_and_a_folder_that_is_no_bundle_are_told_apart(tmp_path):
     assert_refused(tmp_path / "nowhere", tmp_path / "nowhere", "does not exist")
     assert_refused(tmp_path, tmp_path, "is not a bundle", "bundle.json")
     (tmp_path / "file").touch()
-    assert_refused(tmp_path / "file", "is not a bundle")
+    assert_refused(tmp_path / "file", "is a file", f"folder, {tmp_path}")
     (tmp_path / "bundle.json").mkdir()
     assert_refused(tmp_path, "is not a bundle")
 

@@ -17,7 +17,7 @@ from edge_demo.device.system_files import read_sizes
 from edge_demo.engine import float_prompts, low_plane, memory
 from edge_demo.engine.cache_size import cache_bytes
 from edge_demo.engine.kv_cache import KVCache
-from tests.edge_demo.conftest import ROOT
+from tests.conftest import ROOT
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="limits and /proc of Linux")
 MB = 10**6

@@ -22,8 +22,9 @@ from edge_demo.engine.kv_cache import _resident as resident_places
 from edge_demo.engine.runner import CandidateEngine, Engine
 from edge_demo.errors import RequestError
 from edge_demo.text.prompt_cache import CacheError, PromptCache
+from tests.conftest import ROOT
 from tests.edge_demo.bundle_files import copy_bundle, edit_manifest
-from tests.edge_demo.conftest import ROOT, interrupted_runs, short_boundaries
+from tests.edge_demo.conftest import interrupted_runs, short_boundaries
 from tests.models import GENERATIONS, VOCABULARY_SIZE, WINDOW
 
 STEP, SLACK, PREFILL_CHUNK = 8, 3, 5

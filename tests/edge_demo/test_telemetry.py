@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.edge_demo.conftest import ROOT
+from tests.conftest import ROOT
 
 # What onnxruntime takes for a sign that it is tested, and then collects nothing either way, would
 # hide a fault: the environment is made of these alone.

@@ -17,8 +17,9 @@ import time
 import pytest
 
 from edge_demo.cli.terminal import Progress
+from tests.conftest import ROOT
 from tests.edge_demo.bundle_files import copy_bundle, edit_manifest
-from tests.edge_demo.conftest import ROOT, generator
+from tests.edge_demo.conftest import generator
 
 CTRL_C, CTRL_D = b"\x03", b"\x04"
 PROMPT = r"> $"

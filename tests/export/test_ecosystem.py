@@ -24,7 +24,7 @@ from gemma_keras.checkpoints.hf.config import config_from_hf
 from gemma_keras.checkpoints.hf.tokenizer_json import tokenizer_json
 from gemma_keras.config import GemmaConfig
 from gemma_keras.errors import CheckpointError
-from tests.edge_demo.conftest import ROOT
+from tests.conftest import ROOT
 from tests.gemma_keras.test_tokenizer import LONGEST_RUN, STRINGS
 from tests.models import CHATML_JINJA, GENERATIONS, tiny_tokenizer_model
 

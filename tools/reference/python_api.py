@@ -27,7 +27,13 @@ PAGES: tuple[tuple[str, tuple[tuple[str, tuple[str, ...]], ...]], ...] = (
             ("gemma_keras.checkpoints.hf.config", ("named_config",)),
         ),
     ),
-    ("export", (("export.pipeline", ("export_onnx", "ExportResult")),)),
+    (
+        "export",
+        (
+            ("export.pipeline", ("export_onnx", "ExportResult")),
+            ("export.options", ("ExportOptions",)),
+        ),
+    ),
     (
         "edge_demo",
         (
@@ -38,8 +44,13 @@ PAGES: tuple[tuple[str, tuple[tuple[str, tuple[str, ...]], ...]], ...] = (
         ),
     ),
     (
-        "Functions of modules",
+        "Names of modules",
         (
+            ("edge_demo.text.tokenizer", ("Tokenizer",)),
+            ("edge_demo.text.generator", ("CompletionStream", "engine_for")),
+            ("edge_demo.text.answer", ("Completion", "TextPiece")),
+            ("edge_demo.text.session", ("ChatSession",)),
+            ("export.calibration_source", ("calibration_source",)),
             ("gemma_keras.checkpoints.hf.config", ("config_from_hf", "config_to_hf")),
             ("gemma_keras.checkpoints.gguf.config", ("config_from_gguf", "config_to_gguf")),
             ("gemma_keras.checkpoints.hf.writer", ("write_safetensors_folder",)),
@@ -52,7 +63,7 @@ _INTRODUCTION = """# Python API
 
 This page lists the names that users import, with their signatures and docstrings. Import the names
 under a package's heading from that package: `from gemma_keras import GemmaCausalLM`. Import the
-other functions from the module that their heading names. The models are KerasHub classes: methods
+other names from the module that their heading names. The models are KerasHub classes: methods
 that this page does not list work as in KerasHub.
 """
 _SECTION = re.compile(r"(Args|Attributes|Returns|Raises|Warns|Yields):$")
@@ -107,9 +118,12 @@ def _methods(module: str, node: ast.ClassDef) -> Iterator[ast.FunctionDef]:
         for alias in line.names
     } | dict.fromkeys(_definitions(module), module)
     for base in node.bases:
-        home = isinstance(base, ast.Name) and homes.get(base.id)
-        if home and home.split(".")[0] in ("gemma_keras", "edge_demo"):
-            yield from _methods(home, _definitions(home)[base.id])  # type: ignore[arg-type]
+        home = homes.get(base.id) if isinstance(base, ast.Name) else None
+        if home is None or home.split(".")[0] not in ("gemma_keras", "edge_demo"):
+            continue
+        inherited = _definitions(home)[base.id]
+        if isinstance(inherited, ast.ClassDef):
+            yield from _methods(home, inherited)
 
 
 def _is_setter(method: ast.FunctionDef) -> bool:

@@ -90,7 +90,7 @@ def holds(engine):
     return {name: array.tobytes() for name, array in engine.snapshot().filled.items()}
 
 
-# --- any prompt_run of things -------------------------------------------------------------------------
+# --- any course of things ------------------------------------------------------------------------
 
 SHARE = st.floats(0, 1)
 STEPS = st.one_of(
