@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from edge_demo.device.memory_limits import free_memory
 from export.bundle import writer
 from export.bundle.draft import BundleDraft, Progress
-from export.calibrate.text import Windows, read_windows
+from export.calibrate.text import Windows, read_windows, text_file
 from export.calibrate.workspace import kept_work, workspace_path
-from export.calibration_source import CalibrationSource, NoCalibration
+from export.calibration_source import CalibrationSource, NoCalibration, TextFile
 from export.errors import ExportError, ExportRequestError
 from export.formats.formats import Plan, plan_bytes
 from export.formats.keep_source import MOST_BITS_KEPT, KeptWeights, kept_weights
@@ -150,6 +150,8 @@ def _prepare(source: Any, out: Path, recipe: str, options: ExportOptions) -> _Jo
     max_context = _check_context(options.max_context, config)
     text = _calibration(options, chosen, formats)
     windows = None
+    if isinstance(text, TextFile):
+        text_file(text.path, writer.open_tokenizer(checkpoint), config.context_length)
     if options.report is not None:
         tokenizer = writer.open_tokenizer(checkpoint)
         windows = read_windows(Path(options.report), tokenizer, max_context)

@@ -1,10 +1,6 @@
 """Defines `GemmaCausalLM`, a Gemma that predicts the next token, with `fit`, `generate` and
 `export`."""
 
-# Keras's operations are typed as if they returned None or a PyTree.
-# pyright: reportOptionalOperand=false, reportOptionalSubscript=false, reportOperatorIssue=false
-# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportReturnType=false
-# pyright: reportOptionalMemberAccess=false, reportOptionalCall=false
 from __future__ import annotations
 
 import dataclasses
@@ -74,7 +70,7 @@ class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
 
         # === Layers ===
         self.backbone = backbone
-        self.preprocessor = preprocessor
+        self.preprocessor: Any = preprocessor
 
         # === Functional model ===
         inputs = backbone.input
@@ -374,12 +370,11 @@ class GemmaCausalLM(TrainsOn, Quantizes, keras_hub.models.CausalLM):
             ValueError: the model has no preprocessor, or the prompt leaves no room.
         """
         tokenizer = self._tokenizer("stream")
-        if stop_token_ids == "auto":
-            stop_token_ids = self._stops()
+        stops: Any = self._stops() if stop_token_ids == "auto" else stop_token_ids
         ids = tokenizer.encode(prompt)
         if ids[:1] != [tokenizer.start_token_id]:
             ids.insert(0, tokenizer.start_token_id)
-        return self._stream_ids(ids, max_length, stop_token_ids or ())
+        return self._stream_ids(ids, max_length, stops or ())
 
     def chat(
         self,

@@ -1,9 +1,5 @@
 """Defines `GemmaTextEmbedder`, a Gemma that embeds texts as vectors, such as EmbeddingGemma."""
 
-# Keras's operations are typed as if they returned None or a PyTree.
-# pyright: reportOptionalOperand=false, reportOptionalSubscript=false, reportOperatorIssue=false
-# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportReturnType=false
-# pyright: reportOptionalMemberAccess=false, reportOptionalCall=false, reportIndexIssue=false
 from __future__ import annotations
 
 import warnings

@@ -1,15 +1,12 @@
 """Defines Gemma's SentencePiece tokenizer and the preprocessor for `fit` and `generate`."""
 
-# Keras's operations are typed as if they returned None or a PyTree.
-# pyright: reportOptionalOperand=false, reportOptionalSubscript=false, reportOperatorIssue=false
-# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportReturnType=false
-# pyright: reportOptionalMemberAccess=false, reportOptionalCall=false
 from __future__ import annotations
 
 import re
 import sys
 import types
 import warnings
+from typing import Any
 
 import keras
 import keras_hub
@@ -195,12 +192,14 @@ class GemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         return packed
 
     def _require_room(self, x, padding_mask, length: int) -> None:
-        full = np.atleast_2d(ops.convert_to_numpy(padding_mask).astype(bool)).all(axis=1)
-        if not full.any():
+        rows_of_mask = np.atleast_2d(ops.convert_to_numpy(padding_mask).astype(bool))
+        full = [bool(row.all()) for row in rows_of_mask]
+        if not any(full):
             return
-        found = self.tokenizer(self._without_bos(x))
-        rows = found if len(full) > 1 or np.ndim(x) else [found]
-        row = int(full.argmax())
+        rows: Any = self.tokenizer(self._without_bos(x))
+        if len(full) == 1 and not np.ndim(x):
+            rows = [rows]
+        row = full.index(True)
         count = len(rows[row]) + bool(self.add_start_token)
         which = f"prompt {row} of {len(full)}" if len(full) > 1 else "the prompt"
         raise ValueError(

@@ -23,6 +23,7 @@ from edge_demo import telemetry
 from tests.models import GENERATIONS
 from tests.slow import is_slow
 
+ROOT = Path(__file__).parents[1]
 BACKENDS = ("jax", "tensorflow", "torch")
 telemetry.turn_off()  # tests import onnxruntime themselves
 PART = os.environ.get("GEMMA_TEST_PART")
@@ -31,6 +32,10 @@ if PART:  # the parts share the processor
         os.environ.setdefault(variable, "1")
 # A third of the time of these small models is JAX's compiler making them fast.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# And what it has compiled for one test, or in a run before, it need not compile for another.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / "build" / "jax-cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # A shell starts what runs in the background without Ctrl-C, which the commands that tests start and
@@ -62,7 +67,8 @@ def pytest_collection_modifyitems(config, items):
     those marked `spread` its generation's."""
     backend = _running_backend()
     for item in items:
-        if is_slow(item.nodeid, backend):
+        its_backend = backend if "keras" in item.keywords else "none"
+        if is_slow(item.nodeid, its_backend, item.fixturenames):
             item.add_marker("slow")
     wanted = [item for item in items if _has_a_meaning(item, backend)]
     if "walk" not in config.option.markexpr:  # takes minutes, and differs little from its like
@@ -149,7 +155,6 @@ def pytest_terminal_summary(terminalreporter, config):
 
 # --- bundles -------------------------------------------------------------------------------------
 
-ROOT = Path(__file__).parents[1]
 # A machine that cannot export, such as an emulated device, is handed them: a folder that holds
 # `tiny-bundles`, as `make_bundles` writes it, and for the tests marked `sample` also `sample-int8`.
 HANDED_OVER = os.environ.get("GEMMA_TEST_BUNDLES")

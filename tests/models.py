@@ -77,6 +77,14 @@ def hf_config(generation: str, tied: bool = True):
     raise ValueError(f"generation must be one of {GENERATIONS}, not {generation!r}")
 
 
+def shallow(generation: str) -> dict[str, Any]:
+    """Changes that leave two layers, one of each kind: for tests of what does not depend on depth,
+    since a compiler takes its time for each layer."""
+    if generation == "gemma":
+        return {"num_hidden_layers": 2}
+    return {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+
+
 def tiny_hf(generation: str, seed: int = 0, tied: bool = True, **changes: Any):
     """A small random transformers model in float32, in evaluation mode."""
     import torch

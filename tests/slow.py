@@ -1,11 +1,14 @@
 """What only `make test-all` runs, and why: tests that take long for what they add.
 
-Data: for each reason the tests, as `file::test` below `tests/`, a file alone meaning all of it. A
-reason with backends counts on these alone: there the test shows what another backend shows too.
+Data: for each reason the tests, as `file::test` below `tests/`: beginnings of their names, where `*`
+is any text and `[[]` a bracket. A file alone means all of it. A reason with backends counts on these
+alone: there the test shows what another backend shows too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 OTHERS = ("jax", "tensorflow")
@@ -16,7 +19,7 @@ class Slow(NamedTuple):
 
     Attributes:
         why: a sentence.
-        tests: beginnings of their names.
+        tests: beginnings of their names, as `fnmatch` takes them.
         backends: on which; none means wherever they run.
     """
 
@@ -33,13 +36,20 @@ SLOW = (
             "gemma_keras/test_arguments.py",
             "gemma_keras/test_distribute.py",
             "gemma_keras/test_finite.py",
+            "gemma_keras/test_hub.py",
             "gemma_keras/test_keras_hub.py",
             "gemma_keras/test_loading.py",
+            "gemma_keras/test_models.py::test_bfloat16_errs",
+            "gemma_keras/test_models.py::test_call_in_chunks*[[]1-*",
+            "gemma_keras/test_models.py::test_call_in_chunks*[[]6-*",
+            "gemma_keras/test_models.py::test_call_in_chunks*[[]8-*",
             "gemma_keras/test_models.py::test_generate_takes_and_gives_text",
             "gemma_keras/test_models.py::test_generation_ends_a_row",
             "gemma_keras/test_models.py::test_greedy_generation_of_unequal_prompts",
             "gemma_keras/test_models.py::test_top_k_sampling_depends",
             "gemma_keras/test_quantized.py",
+            "gemma_keras/test_saved_before.py",
+            "gemma_keras/test_saving.py::test_a_model_that_was_never",
             "gemma_keras/test_saving.py::test_training_goes_on_after_load_model",
             "gemma_keras/test_text_embedder.py",
             "gemma_keras/test_training.py::test_gradient_checkpointing",
@@ -54,8 +64,10 @@ SLOW = (
             "gemma_keras/test_generation.py::test_what_fit_has_changed_counts",
             "export/test_balance.py",
             "export/test_fused.py",
+            "export/test_keep_source.py",
             "export/test_report.py",
             "export/test_rounding.py",
+            "export/test_traced.py",
         ),
         OTHERS,
     ),
@@ -69,17 +81,25 @@ SLOW = (
         ),
     ),
     Slow(
-        "The real weights take minutes; small models with the same architecture show the same.",
+        "The real weights take minutes; small models with the same architecture show the same. So does "
+        "every test that uses the fixture `sample_bundle`.",
         (
+            "gemma_keras/test_gguf.py::test_tensors_of_the_sample",
+            "gemma_keras/test_gguf_writer.py::test_the_sample_written_runs",
+            "gemma_keras/test_hf_tokenizer_reader.py::test_the_real_tokenizer_comes_back",
             "gemma_keras/test_sample.py",
-            "edge_demo/test_memory.py::test_the_estimate_for_the_sample",
-            "edge_demo/test_batch.py::test_the_real_model",
-            "edge_demo/test_bench.py::test_bench_of_the_sample",
-            "edge_demo/test_commands.py::test_score_of_the_sample",
-            "edge_demo/test_prompt_chunks.py::test_the_real_model",
-            "edge_demo/test_generator.py::test_the_real_model",
-            "edge_demo/test_prompt_cache.py::test_the_real_model",
+            "export/test_bad_input.py::test_the_sample_cut_short",
             "export/test_sample.py",
+        ),
+    ),
+    Slow(
+        "Traces that TensorFlow takes long for, and processes that each start it.",
+        (
+            "export/test_bidirectional.py::test_each_lowering_refuses",
+            "export/test_start_keras.py",
+            "export/test_traced.py::*-gemma]",
+            "export/test_traced.py::*gemma2*",
+            "export/test_traced.py::test_gemma_7b_is_a_small_graph",
         ),
     ),
     Slow(
@@ -126,15 +146,17 @@ SLOW = (
 )
 
 
-def is_slow(nodeid: str, backend: str) -> bool:
+def is_slow(nodeid: str, backend: str, fixtures: Collection[str] = ()) -> bool:
     """Whether a test is one of them.
 
     Args:
         nodeid: pytest's name of it.
         backend: that Keras runs on here.
+        fixtures: that it uses.
     """
     name = nodeid.removeprefix("tests/")
-    return any(
-        name.startswith(slow.tests) and (not slow.backends or backend in slow.backends)
+    return "sample_bundle" in fixtures or any(
+        fnmatchcase(name, f"{test}*") and (not slow.backends or backend in slow.backends)
         for slow in SLOW
+        for test in slow.tests
     )

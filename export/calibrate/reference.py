@@ -65,12 +65,15 @@ class BlockLoader:
                 kind, config.hidden_dim, config.norm_epsilon, "zeros", dtype="float32"
             )
             block.build((1, 1, config.hidden_dim))
-            self._kind, self._block = kind, block
+            self._kind = kind
+        else:
+            block = self._block
         prefix = f"layers.{i}."
         for name in weight_specs(config):
             if name.startswith(prefix):
-                self._block.variable(name.removeprefix(prefix)).assign(self._weights[name])
-        return self._block
+                block.variable(name.removeprefix(prefix)).assign(self._weights[name])
+        self._block = block
+        return block
 
     def _block_bytes(self, i: int) -> int:
         specs = weight_specs(self._config)

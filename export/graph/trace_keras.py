@@ -8,16 +8,13 @@ their weights, and weights are inputs of the fragments. So time and file size do
 model's depth, and no weight is ever allocated.
 """
 
-# Keras's operations are typed as if they returned None or a PyTree.
-# pyright: reportOptionalOperand=false, reportOptionalSubscript=false, reportOperatorIssue=false
-# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportReturnType=false
-# pyright: reportOptionalCall=false, reportFunctionMemberAccess=false
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import keras
 import onnx
@@ -137,7 +134,6 @@ def _write(
         ),
     ]
 
-    @tf.function(autograph=False)
     def traced(*arguments):
         given = {
             name: tf.ensure_shape(value, spec.shape)
@@ -145,9 +141,10 @@ def _write(
         }
         return function(given, *arguments[: len(others)])
 
-    model = _convert(traced.get_concrete_function(*signature))
-    expected = {spec.name for spec in signature}
-    found = {value.name for value in model.graph.input}
+    compiled: Any = tf.function(traced, autograph=False)
+    model = _convert(compiled.get_concrete_function(*signature))
+    expected = {str(spec.name) for spec in signature}
+    found = {value.name or "" for value in model.graph.input}
     if found != expected:
         raise AssertionError(
             f"{path.name}: {sorted(found ^ expected)} are missing or unexpected inputs"

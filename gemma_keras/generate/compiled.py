@@ -5,8 +5,6 @@ then cost as much time as a token's mathematics; there `recorded` keeps the oper
 the function, and runs them again without the layers.
 """
 
-# Keras's operations are typed as if they returned None or a PyTree.
-# pyright: reportOptionalIterable=false
 from __future__ import annotations
 
 import functools

@@ -1,7 +1,5 @@
 """Checks that logits are finite, and explains the cause if they are not."""
 
-# Keras's operations are typed as if they returned None or a PyTree.
-# pyright: reportAttributeAccessIssue=false, reportArgumentType=false
 from __future__ import annotations
 
 from collections.abc import Sequence

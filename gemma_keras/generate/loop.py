@@ -4,11 +4,6 @@ A compiled function is used for all prompts of about the same length. Lengths ar
 `bucket`, and the end of each row is data.
 """
 
-# Keras's operations are typed as if they returned None or a PyTree.
-# pyright: reportOptionalOperand=false, reportOptionalSubscript=false, reportOperatorIssue=false
-# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportReturnType=false
-# pyright: reportOptionalMemberAccess=false, reportOptionalCall=false
-# pyright: reportIndexIssue=false, reportCallIssue=false, reportFunctionMemberAccess=false
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence

@@ -20,8 +20,6 @@ Supported are `GemmaBackbone` (Gemma 1 and 2) and `Gemma3Backbone`, alone or ins
 Dropout is ignored, because it only affects training. Source: keras_hub/src/models/gemma and gemma3.
 """
 
-# Keras and KerasHub are typed only in part.
-# pyright: reportArgumentType=false, reportReturnType=false
 from __future__ import annotations
 
 import dataclasses

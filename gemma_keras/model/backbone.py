@@ -1,10 +1,6 @@
 """Defines `GemmaBackbone`: token ids to hidden states, for every Gemma that a `GemmaConfig`
 describes."""
 
-# Keras's operations are typed as if they returned None or a PyTree.
-# pyright: reportOptionalOperand=false, reportOptionalSubscript=false, reportOperatorIssue=false
-# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportReturnType=false
-# pyright: reportOptionalMemberAccess=false, reportOptionalCall=false
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -3,9 +3,6 @@
 Chunks are float32 arrays; the tensors that they are written to have their own dtype.
 """
 
-# Keras's operations are typed as if they returned None or a PyTree.
-# pyright: reportOptionalMemberAccess=false, reportArgumentType=false, reportIndexIssue=false
-# pyright: reportReturnType=false
 from __future__ import annotations
 
 import dataclasses

@@ -1,8 +1,5 @@
 """Computes logits from hidden states, on a CPU for one part of the vocabulary at a time."""
 
-# Keras's operations are typed as if they returned None or a PyTree.
-# pyright: reportOptionalOperand=false, reportOptionalSubscript=false, reportOperatorIssue=false
-# pyright: reportIndexIssue=false, reportArgumentType=false
 from __future__ import annotations
 
 import keras

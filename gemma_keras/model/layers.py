@@ -4,10 +4,6 @@ Shapes are written as comments where they change. `length` counts the tokens of 
 `total` the tokens that keys and values cover: with a cache its capacity, else `length`.
 """
 
-# Keras's operations are typed as if they returned None or a PyTree.
-# pyright: reportOptionalOperand=false, reportOptionalSubscript=false, reportOperatorIssue=false
-# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportReturnType=false
-# pyright: reportOptionalMemberAccess=false, reportOptionalCall=false
 from __future__ import annotations
 
 import functools

@@ -16,8 +16,6 @@ activations as Keras does.
 Source: keras/src/layers/core/dense.py, embedding.py, reversible_embedding.py.
 """
 
-# Keras's operations are typed as if they returned None or a PyTree.
-# pyright: reportArgumentType=false, reportReturnType=false
 from __future__ import annotations
 
 import dataclasses

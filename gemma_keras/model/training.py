@@ -1,7 +1,5 @@
 """Supports `fit`: saves and restores the training state, and warns when the loss is not finite."""
 
-# Keras's operations are typed as if they returned None or a PyTree.
-# pyright: reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
 from __future__ import annotations
 
 import math

@@ -12,7 +12,7 @@ import pytest
 from gemma_keras import GemmaBackbone, GemmaCausalLM
 from gemma_keras.checkpoints.names import weight_specs
 from gemma_keras.tokenizer import GemmaCausalLMPreprocessor, GemmaTokenizer
-from tests.models import chat_tokenizer_model, write_tiny_hf
+from tests.models import chat_tokenizer_model, shallow, write_tiny_hf
 
 pytestmark = pytest.mark.keras
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.keras
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("arguments")
-    write_tiny_hf(folder, "gemma")
+    write_tiny_hf(folder, "gemma", **shallow("gemma"))
     return folder
 
 
@@ -90,7 +90,7 @@ def test_without_load_weights_they_are_random(model, preset, folder):
 
 
 def test_a_folder_without_a_tokenizer_is_told_and_works_on_token_ids(folder, tmp_path):
-    write_tiny_hf(tmp_path, "gemma")
+    write_tiny_hf(tmp_path, "gemma", **shallow("gemma"))
     (tmp_path / "tokenizer.model").unlink()
     with pytest.warns(
         UserWarning, match="has no tokenizer, so generate, stream, chat and fit accept"

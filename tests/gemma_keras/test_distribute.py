@@ -22,7 +22,7 @@ from gemma_keras.checkpoints.hf.config import config_from_hf, named_config
 from gemma_keras.errors import ConfigError
 from gemma_keras.model import distribute
 from gemma_keras.sizes import SIZES
-from tests.models import write_tiny_hf
+from tests.models import shallow, write_tiny_hf
 
 pytestmark = pytest.mark.keras
 
@@ -64,7 +64,7 @@ def result(process: subprocess.Popen[str]) -> dict:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
-    write_tiny_hf(folder, "gemma")
+    write_tiny_hf(folder, "gemma", **shallow("gemma"))
     return result(start("one-process", folder, 8))
 
 

@@ -13,7 +13,7 @@ from keras import ops
 from gemma_keras import GemmaCausalLM
 from gemma_keras.errors import NotFiniteError
 from gemma_keras.tokenizer import GemmaCausalLMPreprocessor, GemmaTokenizer
-from tests.models import TEXT, chat_tokenizer_model, write_tiny_hf
+from tests.models import TEXT, chat_tokenizer_model, shallow, write_tiny_hf
 
 pytestmark = pytest.mark.keras
 
@@ -27,7 +27,7 @@ def folders(tmp_path_factory):
     found = {}
     for generation in ("gemma", "gemma2", "gemma3"):
         folder = tmp_path_factory.mktemp(generation)
-        write_tiny_hf(folder, generation)
+        write_tiny_hf(folder, generation, **shallow(generation))
         model = GemmaCausalLM.from_preset(folder, dtype="float32", sequence_length=40)
         for name in ("layers.0", "layers.1"):
             # where nothing is normed behind it the product itself is too large
@@ -124,7 +124,7 @@ def test_a_beam_of_no_numbers_says_so(broken):
 
 def test_a_row_that_is_infinite_later_is_named(tmp_path):
     """One token's embedding is infinite: the row is fine until that token is chosen."""
-    write_tiny_hf(tmp_path, "gemma3", tied=False)
+    write_tiny_hf(tmp_path, "gemma3", tied=False, **shallow("gemma3"))
     model = GemmaCausalLM.from_preset(tmp_path, dtype="float32")
     bare = GemmaCausalLM(model.backbone)
     bare.compile(sampler="greedy")

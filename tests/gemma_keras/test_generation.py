@@ -17,7 +17,7 @@ from gemma_keras.generate.loop import GenerateFunction, bucket
 from gemma_keras.text.chat import encode_chat
 from gemma_keras.text.stream import decode_stream, encode, processor
 from gemma_keras.tokenizer import GemmaCausalLMPreprocessor, GemmaTokenizer
-from tests.models import GENERATIONS, TEXT, WINDOW, chat_tokenizer_model, write_tiny_hf
+from tests.models import GENERATIONS, TEXT, WINDOW, chat_tokenizer_model, shallow, write_tiny_hf
 
 pytestmark = pytest.mark.keras
 
@@ -33,7 +33,7 @@ def tiny(tmp_path_factory):
     def get(generation="gemma3"):
         if generation not in made:
             folder = tmp_path_factory.mktemp(generation)
-            write_tiny_hf(folder, generation)
+            write_tiny_hf(folder, generation, **shallow(generation))
             made[generation] = GemmaCausalLM.from_preset(
                 folder, dtype="float32", sequence_length=48
             )
@@ -140,7 +140,7 @@ def test_samplers_that_leave_no_choice_are_greedy(tiny):
 
 
 def test_lora_that_is_enabled_later_counts(tmp_path):
-    write_tiny_hf(tmp_path, "gemma")
+    write_tiny_hf(tmp_path, "gemma", **shallow("gemma"))
     model = GemmaCausalLM.from_preset(tmp_path, dtype="float32")
     model.compile(sampler="greedy")
     inputs = prompts([9], LENGTH)
@@ -157,7 +157,7 @@ def test_lora_that_is_enabled_later_counts(tmp_path):
 
 
 def test_what_fit_has_changed_counts(tmp_path):
-    write_tiny_hf(tmp_path, "gemma")
+    write_tiny_hf(tmp_path, "gemma", **shallow("gemma"))
     model = GemmaCausalLM.from_preset(tmp_path, dtype="float32", sequence_length=LENGTH)
     model.compile(optimizer=keras.optimizers.Adam(0.03), sampler="greedy")
     inputs = prompts([9], LENGTH)
@@ -234,7 +234,7 @@ def test_a_prompt_that_leaves_no_room_is_told_with_both_counts(tiny):
 
 
 def test_more_than_the_context_is_refused(tmp_path):
-    write_tiny_hf(tmp_path / "hf", "gemma")
+    write_tiny_hf(tmp_path / "hf", "gemma", **shallow("gemma"))
     model = GemmaCausalLM.from_preset(tmp_path / "hf", dtype="float32")
     most = model.backbone.config.context_length
     assert model.preprocessor.sequence_length == most < 1024
@@ -260,7 +260,7 @@ def test_a_model_without_a_tokenizer_says_what_generate_takes(tiny):
 
 
 def test_the_same_lora_again_changes_nothing_and_another_is_refused(tmp_path):
-    write_tiny_hf(tmp_path / "hf", "gemma")
+    write_tiny_hf(tmp_path / "hf", "gemma", **shallow("gemma"))
     model = GemmaCausalLM.from_preset(tmp_path / "hf", dtype="float32")
     model.backbone.enable_lora(2, ["query"])
     assert len(model.trainable_variables) == 2 * len(model.backbone.config.layers)
@@ -385,8 +385,9 @@ def test_scores_that_cannot_be_given_are_refused(tiny, arguments, message):
 
 
 @each_generation
-def test_a_model_of_keras_hub_comes_in_and_goes_out(tiny, generation):
-    model = tiny(generation)
+def test_a_model_of_keras_hub_comes_in_and_goes_out(tmp_path, generation):
+    write_tiny_hf(tmp_path, generation)
+    model = GemmaCausalLM.from_preset(tmp_path, dtype="float32")
     config = dataclasses.replace(
         model.backbone.config,
         norm_epsilon=1e-6,
