@@ -35,7 +35,11 @@ SLOW = (
         (
             "gemma_keras/test_arguments.py",
             "gemma_keras/test_distribute.py",
+            "gemma_keras/test_adapters.py",
             "gemma_keras/test_finite.py",
+            "gemma_keras/test_gguf_parts.py",
+            "gemma_keras/test_goldens.py::test_a_mistake_shows",
+            "gemma_keras/test_goldens.py::test_every_output_is_that_of_the_live_peer",
             "gemma_keras/test_hub.py",
             "gemma_keras/test_keras_hub.py",
             "gemma_keras/test_loading.py",
@@ -49,18 +53,22 @@ SLOW = (
             "gemma_keras/test_models.py::test_top_k_sampling_depends",
             "gemma_keras/test_quantized.py",
             "gemma_keras/test_saved_before.py",
-            "gemma_keras/test_saving.py::test_a_model_that_was_never",
-            "gemma_keras/test_saving.py::test_training_goes_on_after_load_model",
+            "gemma_keras/test_saving.py",
             "gemma_keras/test_text_embedder.py",
+            "gemma_keras/test_tokenizer.py",
+            "gemma_keras/test_training.py::test_a_saved_lora_adapter",
             "gemma_keras/test_training.py::test_gradient_checkpointing",
             "gemma_keras/test_training.py::test_mixed_precision",
+            "gemma_keras/test_training.py::test_weight_source_of_a_lora_model",
             "gemma_keras/test_turns_keras.py",
             "gemma_keras/test_writers_keras.py",
+            "gemma_keras/test_generation.py::test_a_model_of_keras_hub_comes_in",
             "gemma_keras/test_generation.py::test_lora_that_is_enabled_later",
             "gemma_keras/test_generation.py::test_one_beam_is_greedy",
             "gemma_keras/test_generation.py::test_prompts_of_about_the_same_length",
             "gemma_keras/test_generation.py::test_rows_end_where_they_end_alone",
             "gemma_keras/test_generation.py::test_samplers_that_leave_no_choice",
+            "gemma_keras/test_generation.py::test_scores_are",
             "gemma_keras/test_generation.py::test_what_fit_has_changed_counts",
             "export/test_balance.py",
             "export/test_fused.py",
@@ -81,13 +89,14 @@ SLOW = (
         ),
     ),
     Slow(
-        "The real weights take minutes; small models with the same architecture show the same. So does "
-        "every test that uses the fixture `sample_bundle`.",
+        "The real weights take minutes; small models with the same architecture show the same. Every "
+        "test that uses the fixture `sample_bundle` is one of them, and peers on real files.",
         (
             "gemma_keras/test_gguf.py::test_tensors_of_the_sample",
             "gemma_keras/test_gguf_writer.py::test_the_sample_written_runs",
             "gemma_keras/test_hf_tokenizer_reader.py::test_the_real_tokenizer_comes_back",
             "gemma_keras/test_sample.py",
+            "gemma_keras/test_writers_keras.py::test_llama_cpp_goes_on",
             "export/test_bad_input.py::test_the_sample_cut_short",
             "export/test_sample.py",
         ),
@@ -97,6 +106,9 @@ SLOW = (
         (
             "export/test_bidirectional.py::test_each_lowering_refuses",
             "export/test_start_keras.py",
+            "export/test_telemetry.py::test_an_export_leaves_an_empty_home",
+            "export/test_traced.py::test_a_small_mistake",
+            "export/test_traced.py::test_export_of_a_keras_model",
             "export/test_traced.py::*-gemma]",
             "export/test_traced.py::*gemma2*",
             "export/test_traced.py::test_gemma_7b_is_a_small_graph",
@@ -116,8 +128,18 @@ SLOW = (
     Slow(
         "Processes that are killed, or run until their memory is counted.",
         (
+            "export/test_bad_input.py::test_an_interrupted_export",
+            "export/test_bad_input.py::test_what_a_killed_export_leaves",
             "gemma_keras/test_loading.py::test_a_table_is_never_twice_in_memory",
             "edge_demo/test_batch.py::test_whatever_kills_it",
+        ),
+    ),
+    Slow(
+        "Thousands of sampled tokens, counted; a few show that the settings are heeded.",
+        (
+            "edge_demo/test_sampling.py::test_picks_are_as_frequent",
+            "edge_demo/test_speculate.py::test_two_sampled_tokens",
+            "gemma_keras/test_turns_keras.py::test_ids_without_a_piece",
         ),
     ),
     Slow(
@@ -126,6 +148,7 @@ SLOW = (
             "edge_demo/test_manifest.py::test_any_change_of_the_manifest",
             "edge_demo/test_hostile_values.py",
             "edge_demo/test_prompt_cache_option.py::test_what_is_no_prompt_cache",
+            "export/test_bad_input.py::test_a_gguf_that_is_cut_short",
         ),
     ),
     Slow(
