@@ -89,8 +89,8 @@ SLOW = (
         ),
     ),
     Slow(
-        "The real weights take minutes; small models with the same architecture show the same. Every "
-        "test that uses the fixture `sample_bundle` is one of them, and peers on real files.",
+        "The real weights take minutes, and so does llama.cpp on files that this project wrote. Small "
+        "models with the same architecture show the same. Every test with `sample_bundle` is here too.",
         (
             "gemma_keras/test_gguf.py::test_tensors_of_the_sample",
             "gemma_keras/test_gguf_writer.py::test_the_sample_written_runs",
