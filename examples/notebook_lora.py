@@ -5,6 +5,7 @@ python examples/notebook_lora.py google/gemma-3-1b-it tuned-bundle --epochs 3
 """
 
 import argparse
+from pathlib import Path
 
 from gemma_keras import GemmaCausalLM
 
@@ -22,6 +23,8 @@ def main() -> None:
     parser.add_argument("out", help="the bundle's folder, which must not exist")
     parser.add_argument("--epochs", type=int, default=1)
     arguments = parser.parse_args()
+    if Path(arguments.out).exists():
+        parser.error(f"{arguments.out} exists; name another folder")
 
     model = GemmaCausalLM.from_preset(arguments.model, sequence_length=64)
     prompt = "Q: What do ducks lay? A:"

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from edge_demo.argument_parser import ArgumentParser
+
 INTERRUPTED = 130
 _MOST_PLAN_BYTES = 16 << 20
 _PACKAGES = ("keras", "keras-hub", "onnx", "onnx-ir", "onnxruntime", "numpy")
@@ -73,15 +75,15 @@ def _as_interrupt(signum: int, frame: Any) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="export-onnx",
         description="Export a Gemma checkpoint as a bundle that edge-demo runs.",
     )
     parser.add_argument(
         "source",
         metavar="SOURCE",
-        help="a .gguf file, a folder with config.json and safetensors, the folder of a LoRA "
-        "adapter, or 'sample'",
+        help="a .gguf file, a name on the Hugging Face Hub, 'sample', or a folder: config.json "
+        "with safetensors, a Keras preset, a LoRA adapter",
     )
     parser.add_argument("out", metavar="OUT", help="the folder to write")
     parser.add_argument(

@@ -40,6 +40,7 @@ MAY_IMPORT = {
     # the schema of a bundle; what both commands do alike; how much memory there is
     "export": (
         "gemma_keras",
+        "edge_demo.argument_parser",
         "edge_demo.bundle.manifest",
         "edge_demo.telemetry",
         "edge_demo.unexpected",
@@ -93,7 +94,7 @@ FLOORS = {
             "edge_demo.telemetry",
             "edge_demo.unexpected",
         ),
-        ("edge_demo.device",),
+        ("edge_demo.argument_parser", "edge_demo.device"),
         ("edge_demo.bundle",),
         ("edge_demo.engine",),
         ("edge_demo.text",),
@@ -282,6 +283,7 @@ def test_no_file_imports_itself_by_way_of_others():
 
 def test_export_reads_of_edge_demo_only_the_schema_but_for_verification():
     light = (
+        "edge_demo.argument_parser",
         "edge_demo.telemetry",
         "edge_demo.unexpected",
         "edge_demo.device.memory_limits",

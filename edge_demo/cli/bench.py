@@ -39,7 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         ),
         ("-t", "--threads", [None], "number of threads per operator"),
     ):
-        shown = "cores" if default == [None] else default[0]
+        shown = "physical cores" if default == [None] else default[0]
         parser.add_argument(
             short,
             name,
@@ -74,7 +74,7 @@ def _counts(text: str) -> list[int]:
         values = [-1]
     if min(values) < 0 or max(values) >= options.TOO_MANY:
         raise argparse.ArgumentTypeError(
-            f"{brief(text, 80)!r} is not a number or a comma-separated list of numbers"
+            f"{brief(text, 80)!r} is not a whole number from 0, or several with commas between"
         )
     return list(dict.fromkeys(values))
 
@@ -83,7 +83,7 @@ def _repeats(text: str) -> int:
     value = int(text) if text.isascii() and text.isdigit() and len(text) < 20 else 0
     if not 1 <= value <= _MOST_REPEATS:
         raise argparse.ArgumentTypeError(
-            f"{brief(text, 80)!r} is not a number from 1 to {_MOST_REPEATS:,}"
+            f"{brief(text, 80)!r} is not a whole number from 1 to {_MOST_REPEATS:,}"
         )
     return value
 

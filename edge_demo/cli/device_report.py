@@ -13,7 +13,7 @@ from typing import Any
 from edge_demo.bundle.graph_weights import bytes_per_token
 from edge_demo.bundle.reader import Bundle
 from edge_demo.device import hardware
-from edge_demo.device.memory_limits import free_memory, memory_limits
+from edge_demo.device.memory_limits import MemoryLimit, free_memory, memory_limits
 from edge_demo.device.system_files import read_sizes, read_text
 from edge_demo.engine import memory
 from edge_demo.engine.size_estimates import (
@@ -77,23 +77,30 @@ def _memory_speed(threads: int, free: int | None) -> float | None:
 def _judge(bundle: Bundle, speed: float | None) -> dict[str, Any]:
     graph = bundle.candidates or bundle.engine
     needed, short = memory.fitting(bundle)
+    whole, too_short = memory.fitting(bundle, bundle.engine)
     read = bytes_per_token(bundle.path / graph.file)
     return {
         "path": str(bundle.path),
         "name": bundle.name,
         "recipe": bundle.recipe,
-        "needed": memory.estimate(bundle, chunk=needed.chunk).resident,
+        "needed": _counted(needed, short) or memory.estimate(bundle, chunk=needed.chunk).resident,
         "peak": needed.peak,
-        "needed_for_all_logits": memory.estimate(
-            bundle, bundle.engine, chunk=needed.chunk
-        ).resident,
+        "needed_for_all_logits": _counted(whole, too_short)
+        or memory.estimate(bundle, bundle.engine, chunk=whole.chunk).resident,
+        "peak_for_all_logits": whole.peak,
         "fits": short is None,
+        "fits_for_all_logits": too_short is None,
         "shortage": None if short is None else dataclasses.asdict(short),
         "longest_context": None if short else _longest_context(bundle),
         "bytes_per_token": read,
         "tokens_per_s": _tokens_per_s(read, speed),
         "disk": _disk(bundle),
     }
+
+
+def _counted(needed: memory.MemoryEstimate, short: MemoryLimit | None) -> int | None:
+    """What the limit that is too small counts of it."""
+    return None if short is None else getattr(needed, short.counts)
 
 
 def _longest_context(bundle: Bundle) -> int:
@@ -263,9 +270,11 @@ def _bundle_lines(bundle: dict[str, Any]) -> list[str]:
             f"does not fit: takes {megabytes(bundle['needed'])}, {megabytes(short['free'])} "
             f"is available {short['bound']}"
         )
-    all_logits = (
-        f"                {megabytes(bundle['needed_for_all_logits'])} to sample without --top-k"
-    )
+    whole = f"sampling without --top-k takes {megabytes(bundle['needed_for_all_logits'])}"
+    if bundle["fits_for_all_logits"]:
+        whole += f", up to {megabytes(bundle['peak_for_all_logits'])} with files"
+    elif bundle["fits"]:
+        whole += ", which does not fit"
     disk = bundle["disk"]
     read = "unknown"
     if disk:
@@ -274,7 +283,7 @@ def _bundle_lines(bundle: dict[str, Any]) -> list[str]:
     return [
         f"{bundle['path']}: {bundle['name']} {bundle['recipe']}",
         f"  memory        {fits}",
-        all_logits,
+        f"                {whole}",
         f"  decode        {_expected(bundle['tokens_per_s'])}, "
         f"{megabytes(bundle['bytes_per_token'])} read for each",
         f"  disk          {read}",

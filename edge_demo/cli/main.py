@@ -14,10 +14,11 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from edge_demo.argument_parser import ArgumentParser
 from edge_demo.cli import bench, chat, compare, doctor, generate, inspect, options, score
 from edge_demo.cli.terminal import complain
 from edge_demo.device import huge_pages
-from edge_demo.errors import INTERRUPTED, EdgeError, RequestError, brief, sentence
+from edge_demo.errors import INTERRUPTED, EdgeError, RequestError, sentence
 
 # A file each: `TEXT` says what it does, `add_options` what it takes, `run` returns the exit status.
 _COMMANDS = (generate, chat, bench, score, compare, inspect, doctor)
@@ -90,13 +91,6 @@ def _drop_unwritten() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Complains in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {brief(message)}; see {self.prog} --help\n")
-
-
 class _Version(argparse.Action):
     """Looks the versions up when they are asked for, and not before."""
 
@@ -114,7 +108,7 @@ class _Version(argparse.Action):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = ArgumentParser(
         prog="edge-demo", description="Run a Gemma bundle on this device, with onnxruntime."
     )
 

@@ -28,8 +28,10 @@ def positive(text: str) -> int:
     except ValueError:
         value = 0
     if not 1 <= value < TOO_MANY:
-        below = f" below {TOO_MANY:,}" if value else ""
-        raise argparse.ArgumentTypeError(f"{brief(text, 80)!r} is not a positive number{below}")
+        below = f" below {TOO_MANY:,}" if value > 0 else ""
+        raise argparse.ArgumentTypeError(
+            f"{brief(text, 80)!r} is not a positive whole number{below}"
+        )
     return value
 
 
@@ -70,7 +72,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         "--threads",
         type=positive,
         metavar="N",
-        help="number of threads per operator (default: physical cores)",
+        help="number of threads per operator, 1,024 at most (default: physical cores)",
     )
     add_force(parser)
 
@@ -93,7 +95,9 @@ def add_sampling(parser: argparse.ArgumentParser, defaults: Sampling) -> None:
         help="stop the answer before TEXT; can be given several times (in bash a line break is "
         "$'\\n')",
     )
-    _number(group, "--temperature T", defaults.temperature, "0 means greedy decoding")
+    _number(
+        group, "--temperature T", defaults.temperature, "from 0 to 100; 0 means greedy decoding"
+    )
     _number(
         group,
         "--top-k K",
@@ -123,14 +127,20 @@ def add_sampling(parser: argparse.ArgumentParser, defaults: Sampling) -> None:
         group,
         "--repeat-penalty R",
         1.0,
-        "divide positive logits by R and multiply negative logits by R; 1 means no penalty",
+        "from 0.1 to 10: divide positive logits by R and multiply negative logits by R; 1 means "
+        "no penalty",
     )
-    _number(group, "--presence-penalty P", 0.0, "subtract P from the logit of a token that occurs")
+    _number(
+        group,
+        "--presence-penalty P",
+        0.0,
+        "from -2 to 2: subtract P from the logit of a token that occurs",
+    )
     _number(
         group,
         "--frequency-penalty F",
         0.0,
-        "subtract F from the logit for each occurrence of the token",
+        "from -2 to 2: subtract F from the logit for each occurrence of the token",
     )
     _number(
         group,

@@ -46,7 +46,9 @@ def memory_limits(root: Path = Path("/")) -> list[MemoryLimit]:
         limit = _resource_limit(name)
         if limit is not None:
             limits.append(
-                MemoryLimit(f"under {name}", counts, max(0, limit - status.get(field, 0)))
+                MemoryLimit(
+                    f"under the resource limit {name}", counts, max(0, limit - status.get(field, 0))
+                )
             )
     return limits
 

@@ -290,11 +290,15 @@ def check_fits(
         return CHUNKS[0], False  # onnxruntime will say what is wrong with it
     if short is None or force:
         return needed.chunk, needed.in_float
+    less = "export with fewer bits"
+    fewer = bundle.candidates if graph == bundle.engine else None
+    if fewer is not None and fitting(bundle, fewer, texts)[1] is None:
+        less = "sample from the likeliest tokens with --top-k, which fits"
     raise EdgeError(
         f"{bundle.name} ({bundle.recipe}) needs about "
         f"{megabytes(getattr(needed, short.counts))} of memory, but only "
-        f"{megabytes(short.free)} is available {short.bound}; close other programs, export "
-        "with fewer bits, or try it anyway with --force"
+        f"{megabytes(short.free)} is available {short.bound}; close other programs, {less}, or try "
+        "it anyway with --force"
     )
 
 

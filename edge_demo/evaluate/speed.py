@@ -124,10 +124,9 @@ def run_tests(
         runner = _Runner(bundle, number, force)
         loads.append(runner.load_s)
         for test in tests:
-            timed = runner.prefill_s if test.kind == "pp" else runner.decode_s
             seconds = []
             for _ in range(repeats):
-                seconds.append(timed(test.depth, test.tokens))
+                seconds.append(runner.seconds(test))
                 done += 1
                 if progress:
                     progress(done, runs)
@@ -174,13 +173,18 @@ class _Runner:
         if len(self._engine.tokens) < tokens:
             self._engine.prefill(self._text[len(self._engine.tokens) : tokens])
 
-    def prefill_s(self, depth: int, tokens: int) -> float:
+    def seconds(self, test: BenchCase) -> float:
+        """Run a test once."""
+        run = self._prefill_s if test.kind == "pp" else self._decode_s
+        return run(test.depth, test.tokens)
+
+    def _prefill_s(self, depth: int, tokens: int) -> float:
         self._hold(depth)
         start = time.perf_counter()
         self._sampler.pick(self._engine.prefill(self._text[depth : depth + tokens]))
         return time.perf_counter() - start
 
-    def decode_s(self, depth: int, tokens: int) -> float:
+    def _decode_s(self, depth: int, tokens: int) -> float:
         self._hold(depth)
         token = self._text[depth]
         start = time.perf_counter()

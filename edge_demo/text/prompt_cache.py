@@ -75,9 +75,9 @@ class PromptCache:
             why = getattr(error, "strerror", None) or error
             raise RequestError(f"the prompt cache {brief(path)} cannot be read: {why}") from error
         if beginning and beginning[LENGTH_BYTES:] != _BEGINNING:
+            why = "" if read_only else ", so it is not overwritten"
             raise RequestError(
-                f"{self.path} is not a prompt cache, so it is not overwritten; choose "
-                "another name, or remove the file"
+                f"{self.path} is not a prompt cache{why}; choose another name, or remove the file"
             )
 
     def load(self, engine: TokenRunner) -> int:

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import statistics
+import weakref
 
 import pytest
 
@@ -65,6 +66,22 @@ def test_people_get_a_table_like_that_of_llama_bench(tiny, run):
         assert re.fullmatch(r"\d+\.\d\d ± \d+\.\d\d", speed)
     assert lines[14] == "" and "load" in lines[15] and "after 8 tokens" in lines[15]
     assert "peak memory" in lines[15]
+
+
+def test_one_engine_is_held_at_a_time(tiny, monkeypatch):
+    held = []
+
+    def engine_for(*arguments, **options):
+        assert not any(engine() for engine in held)
+        engine = make(*arguments, **options)
+        held.append(weakref.ref(engine))
+        return engine
+
+    make = bench_module.engine_for
+    monkeypatch.setattr(bench_module, "engine_for", engine_for)
+    tests = [BenchCase("pp", 4, 0), BenchCase("tg", 2, 0)]
+    run_tests(Bundle.open(tiny), tests, threads=[1, 2], repeats=1)
+    assert len(held) == 2
 
 
 def test_csv_and_json_say_the_same_in_their_ways(tiny, run):

@@ -133,7 +133,24 @@ def test_a_bundle_that_cannot_fit_is_said_so(tiny):
     needed = memory.estimate(Bundle.open(tiny), chunk=memory.CHUNKS[-1])
     status, out, err = limited("RLIMIT_AS", needed.address_space - 20 * MB, "doctor", tiny)
     assert status == 0, err
-    assert "does not fit" in out and "under RLIMIT_AS" in out
+    assert "does not fit" in out and "under the resource limit RLIMIT_AS" in out
+    assert f"does not fit: takes {needed.address_space / MB:,.0f} MB" in out  # as `generate` says
+
+
+@linux
+@pytest.mark.limits
+def test_sampling_of_all_tokens_may_not_fit_where_the_likeliest_do(sample_bundle):
+    bundle = Bundle.open(sample_bundle)
+    few, all_ = (memory.estimate(bundle, g, chunk=memory.CHUNKS[-1]) for g in (None, bundle.engine))
+    limit = (few.data + all_.data) // 2
+    status, out, err = limited("RLIMIT_DATA", limit, "doctor", sample_bundle)
+    assert status == 0, err
+    assert "fits: takes" in out and "sampling without --top-k takes" in out
+    assert "which does not fit" in out
+    options = ("generate", sample_bundle, "--prompt", "a", "--max-tokens", 2, "--temperature", 1)
+    status, _, err = limited("RLIMIT_DATA", limit, *options, "--top-k", 0)
+    assert status == 1 and "sample from the likeliest tokens with --top-k, which fits" in err
+    assert limited("RLIMIT_DATA", limit, *options, "--top-k", 40)[0] == 0
 
 
 def test_doctor_refuses_a_bundle_that_is_none(refused, tmp_path):

@@ -97,6 +97,7 @@ def assert_same_logits(found, expected):
 # --- BalancedWeights -----------------------------------------------------------------------------
 
 
+@pytest.mark.spread
 @each_generation
 def test_weights_balanced_by_measured_sizes_are_the_same_model(tiny, generation):
     model = tiny(generation)
@@ -105,6 +106,7 @@ def test_weights_balanced_by_measured_sizes_are_the_same_model(tiny, generation)
     assert_same_logits(logits_of(model.config, balanced), model.logits)
 
 
+@pytest.mark.spread
 @each_generation
 def test_weights_balanced_by_wild_sizes_are_the_same_model(tiny, generation):
     """Sizes without rhyme show a factor that is missing, or divided where it should multiply."""
@@ -113,6 +115,7 @@ def test_weights_balanced_by_wild_sizes_are_the_same_model(tiny, generation):
     assert_same_logits(logits_of(model.config, balanced), model.logits)
 
 
+@pytest.mark.spread
 @each_generation
 def test_balancing_moves_every_weight_it_should_and_no_other(tiny, generation):
     model = tiny(generation)
@@ -146,6 +149,7 @@ def test_balancing_evens_out_the_channels(tiny):
     assert after == pytest.approx(before**0.5, rel=0.15)
 
 
+@pytest.mark.spread
 @each_generation
 @pytest.mark.parametrize("dead", [0.1, 0.7, 1.0])
 def test_dead_channels_leave_the_weights_finite_and_the_model_the_same(tiny, generation, dead):
@@ -211,6 +215,7 @@ def reference_moments(model):
     return found
 
 
+@pytest.mark.spread
 @each_generation
 def test_moments_are_of_what_flows_through_transformers_model(tiny, generation):
     model = tiny(generation)
@@ -226,6 +231,7 @@ def test_moments_are_of_what_flows_through_transformers_model(tiny, generation):
         assert square.dtype == np.float32
 
 
+@pytest.mark.spread
 @each_generation
 def test_the_reference_is_the_keras_model(tiny, generation):
     model, told = tiny(generation), []

@@ -121,6 +121,7 @@ class Interchange:
 # --- float32: the same logits --------------------------------------------------------------------
 
 
+@pytest.mark.spread
 @each_generation
 @tied_or_not
 def test_fp32_engine_gives_the_logits_of_the_keras_model(
@@ -153,6 +154,7 @@ def test_fp32_engine_continues_a_prefill(tiny, exported, generation, prefill):
     assert relative_difference(np.stack(found), expected) < 1e-4
 
 
+@pytest.mark.spread
 @each_generation
 @tied_or_not
 def test_interchange_graph_gives_the_logits_of_the_keras_model(tiny, exported, generation, tied):
@@ -247,6 +249,7 @@ def test_the_small_models_have_what_can_go_wrong(tiny):
 # --- int8: near, and exactly what was stored -----------------------------------------------------
 
 
+@pytest.mark.spread
 @each_generation
 @tied_or_not
 def test_int8_stays_near_the_keras_model(tiny, exported, generation, tied, record_property):
@@ -334,6 +337,7 @@ def rounded(tiny, exported):
     return get
 
 
+@pytest.mark.spread
 @each_generation
 @tied_or_not
 def test_int8_graph_computes_with_the_weights_that_are_stored(exported, rounded, generation, tied):
@@ -369,6 +373,7 @@ def test_prompts_in_float32_leave_what_exact_activations_leave(exported, generat
         assert differences[1] > 1e-3
 
 
+@pytest.mark.spread
 @each_generation
 @tied_or_not
 def test_the_stored_int8_weights_are_those_of_the_model(
@@ -382,6 +387,7 @@ def test_the_stored_int8_weights_are_those_of_the_model(
     assert divergence < 0.03
 
 
+@pytest.mark.spread
 @each_generation
 def test_int8_table_is_the_embedding_to_half_a_step(tiny, exported, generation):
     model = tiny(generation).model

@@ -19,7 +19,8 @@ from export.errors import ExportRequestError
 from gemma_keras import open_checkpoint
 from tests.models import GENERATIONS, TEXT, write_tiny_hf
 
-pytestmark = pytest.mark.keras
+# It compares bundles with bundles, which no backend changes.
+pytestmark = [pytest.mark.keras, pytest.mark.backends("torch")]
 WORDS = "The gardener waters the young trees – before the sun is high.\n"
 
 

@@ -143,6 +143,7 @@ def with_keys(source, target, changes):
     return target
 
 
+@pytest.mark.backends("torch")  # what a key means, no backend changes
 @pytest.mark.keras
 @pytest.mark.peer
 @needs_llama_cpp

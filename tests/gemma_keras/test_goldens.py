@@ -19,6 +19,7 @@ PEERS = ("transformers", "keras_hub")
 LOCAL = ["sliding_attention"]
 each_case = pytest.mark.parametrize("case", CASES)
 each_peer = pytest.mark.parametrize("peer", PEERS)
+once = pytest.mark.backends("torch")  # the goldens are compared on all of them
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +107,7 @@ def test_a_mistake_shows_in_the_goldens(generation, tmp_path, record_property):
 # --- live ----------------------------------------------------------------------------------------
 
 
+@once
 @pytest.mark.keras
 @pytest.mark.peer
 @each_peer
@@ -117,6 +119,7 @@ def test_every_output_is_that_of_the_live_peer(ours, live, case, peer, record_pr
     assert difference < TOLERANCE
 
 
+@once
 @pytest.mark.keras
 @pytest.mark.peer
 @each_peer
@@ -125,6 +128,7 @@ def test_the_golden_is_what_the_peer_computes_today(live, case, peer):
     assert agreement.distance(live(case, peer), read_golden(case)[peer]) < TOLERANCE / 10
 
 
+@once
 @pytest.mark.keras
 @pytest.mark.peer
 @pytest.mark.parametrize("case", AS_27B)

@@ -27,6 +27,7 @@ from tests.models import (
 )
 
 pytestmark = pytest.mark.keras
+once = pytest.mark.backends("torch")  # what a configuration means, no backend changes
 
 LENGTH = 24
 HIDDEN, HEADS, HEAD_DIM = 96, 4, 32
@@ -163,6 +164,7 @@ def test_logits_are_those_of_the_keras_hub_model(kind, record_property):
     assert difference < 1e-4
 
 
+@once
 @each_model
 def test_what_is_read_says_every_size_and_scale(kind):
     config, asked = read_keras_hub(made(kind)).config, MODELS[kind]
@@ -203,6 +205,7 @@ def test_what_keras_hub_does_not_say_can_be_told():
     assert checkpoint.config.context_length == 4096
 
 
+@pytest.mark.spread
 @each_generation
 def test_lora_is_merged(generation):
     backbone = build(generation)
@@ -281,6 +284,7 @@ def write_hf(folder, generation, **others):
     return open_checkpoint(folder)
 
 
+@pytest.mark.spread
 @each_generation
 def test_a_hugging_face_model_has_its_logits_in_keras_hub(generation, tmp_path, record_property):
     model = write_keras_hub(write_hf(tmp_path, generation), dtype="float32")
@@ -298,6 +302,7 @@ def test_a_hugging_face_model_has_its_logits_in_keras_hub(generation, tmp_path, 
     assert difference < 1e-4
 
 
+@pytest.mark.spread
 @each_generation
 def test_the_tokenizer_goes_there_and_back(generation, tmp_path):
     model = write_keras_hub(write_hf(tmp_path, generation), dtype="float32")
@@ -342,6 +347,7 @@ def unread(**others):
     return lambda: build("gemma3", **others)
 
 
+@once
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -383,6 +389,7 @@ def test_a_quantized_model_is_refused(mode):
         read_keras_hub(task(backbone))
 
 
+@once
 def test_weights_that_a_gemma_does_not_have_are_refused():
     backbone = build("gemma")
     layer = backbone.transformer_layers[2].gating_ffw
@@ -401,6 +408,7 @@ def changed(config, layer=None, **fields):
     return dataclasses.replace(config, layers=tuple(layers))
 
 
+@once
 @pytest.mark.parametrize(
     ("kind", "layer", "fields"),
     [
@@ -430,6 +438,7 @@ def test_what_keras_hub_cannot_express_is_named(kind, layer, fields):
         write_keras_hub(checkpoint)
 
 
+@once
 def test_a_tokenizer_without_the_control_tokens_is_refused():
     model = tiny_tokenizer_model().replace(b"<bos>", b"<BOS>")
     checkpoint = dataclasses.replace(read_keras_hub(made("gemma")), tokenizer_model=model)
@@ -437,6 +446,7 @@ def test_a_tokenizer_without_the_control_tokens_is_refused():
         write_keras_hub(checkpoint)
 
 
+@once
 def test_missing_and_misshapen_weights_are_refused():
     checkpoint = read_keras_hub(made("gemma"))
     weights = dict(checkpoint.weights)

@@ -24,7 +24,7 @@ sentence on stderr. After an unexpected error, `--debug` shows the traceback.
 | exit status | meaning |
 |---|---|
 | 0 | success |
-| 1 | failure |
+| 1 | failure, such as too little memory |
 | 2 | bad request: an option, a file or a bundle cannot be used |
 | 130 | interrupted by Ctrl-C |
 """

@@ -1,0 +1,22 @@
+"""Defines the argument parser of the commands, which reports an error in one line."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, NoReturn
+
+from edge_demo.errors import brief
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Reports what is wrong in one line, without the usage, and names the help that explains it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {brief(message)}; see {self.prog} --help\n")
+
+    def parse_known_args(self, *arguments: Any, **options: Any) -> Any:
+        """As `argparse` does, but what a command does not know is that command's own error."""
+        found, unknown = super().parse_known_args(*arguments, **options)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
