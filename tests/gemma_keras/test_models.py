@@ -24,6 +24,11 @@ LENGTH = 24
 each_generation = pytest.mark.parametrize("generation", GENERATIONS)
 
 
+def spread(value):
+    """A case that each generation runs on one backend."""
+    return pytest.param(value, marks=pytest.mark.spread)
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """Generation to (our model, transformers' model), each made once."""
@@ -74,7 +79,7 @@ def test_padding_on_either_side_changes_nothing(tiny, generation, real):
 
 
 @each_generation
-@pytest.mark.parametrize("prefill", [1, WINDOW - 1, WINDOW, WINDOW + 1])
+@pytest.mark.parametrize("prefill", [spread(1), spread(WINDOW - 1), WINDOW, spread(WINDOW + 1)])
 def test_call_in_chunks_over_a_cache_equals_the_whole_call(tiny, generation, prefill):
     backbone = tiny(generation)[0].backbone
     ids = random_ids()
