@@ -71,6 +71,8 @@ SLOW = (
             "gemma_keras/test_generation.py::test_prompts_of_unequal_length*[[]14-*",
             "gemma_keras/test_generation.py::test_prompts_of_unequal_length*[[]6-*",
             "gemma_keras/test_generation.py::test_prompts_of_unequal_length*[[]8-*",
+            "gemma_keras/test_generation.py::test_prompts_of_unequal_length*-gemma]",
+            "gemma_keras/test_generation.py::test_prompts_of_unequal_length*-gemma2]",
             "gemma_keras/test_generation.py::test_rows_end_where_they_end_alone",
             "gemma_keras/test_generation.py::test_samplers_that_leave_no_choice",
             "gemma_keras/test_generation.py::test_scores_are",
@@ -142,11 +144,13 @@ SLOW = (
         ),
     ),
     Slow(
-        "Processes that are killed, or run until their memory is counted.",
+        "Processes that are killed, go on in many ways, or run until their memory is counted.",
         (
             "export/test_bad_input.py::test_an_interrupted_export",
             "export/test_bad_input.py::test_what_a_killed_export_leaves",
             "gemma_keras/test_loading.py::test_a_table_is_never_twice_in_memory",
+            "edge_demo/test_batch.py::test_a_run_goes_on_after_whole_lines",
+            "edge_demo/test_batch.py::test_results_of_something_else",
             "edge_demo/test_batch.py::test_whatever_kills_it",
         ),
     ),
