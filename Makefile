@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 PROMPT ?= Once upon a time, in a small house by the sea,
 SAMPLING ?= --max-tokens 64 --temperature 0.7 --top-k 40 --seed 3
 BUNDLE := build/sample-int8
-CODE   := $(shell find export gemma_keras -name '*.py')
+CODE   := $(shell find export gemma_keras edge_demo/bundle -name '*.py')
 
 .PHONY: demo help test test-all test-arm64 smoke-arm64 check lint format clean
 

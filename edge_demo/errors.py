@@ -53,6 +53,10 @@ class NotFiniteError(EdgeError):
         )
 
 
+class TooLittleMemoryError(EdgeError):
+    """A bundle does not fit into the memory that there is."""
+
+
 class RequestError(EdgeError):
     """The request is not valid; commands end with exit status 2."""
 

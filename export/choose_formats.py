@@ -64,6 +64,7 @@ def round_weights(
     text: CalibrationSource,
     folder: Path,
     on_progress: Progress,
+    rows: CalibrationText | None = None,
 ) -> Rounding:
     """Calibrate: balance activations, and round matrices of few bits with error feedback.
 
@@ -74,6 +75,7 @@ def round_weights(
         text: what to calibrate on.
         folder: where results are kept until the export is done.
         on_progress: called with (stage, share of it that is done).
+        rows: of `text`, if they have been read already, as those of a text file are.
 
     Raises:
         ExportRequestError: the text cannot be used.
@@ -85,7 +87,7 @@ def round_weights(
         on_progress("fingerprint", 0)
         key = fingerprint(config, checkpoint.weights, _METHOD, identity(text), plan_to_json(plan))
         workspace = Workspace(folder, key)
-    chosen = _calibration_text(checkpoint, text, workspace, folder, on_progress)
+    chosen = rows or _calibration_text(checkpoint, text, workspace, folder, on_progress)
     on_progress("calibration", 0)
     calibrated = calibrate(
         config,

@@ -26,12 +26,12 @@ class ExportOptions:
         base: the model that a LoRA adapter is for, where its folder does not say it.
         instruction_tuned: whether the model follows a turn template; by default what its chat
             template says.
-        kl_budget: for `int4`, the mean KL divergence from the float model, in nats, that the
-            bundle may lose on text it was not calibrated on: matrices get 8 bits until it does
-            not; the recipe's own by default.
-        calibration: what the model is calibrated on: a UTF-8 text file that shows what it will be
-            used for; `"self"`, text that it writes; `"text"`, a page that comes with this package;
-            `"none"`; or a `CalibrationSource`. By default the recipe's own.
+        kl_budget: for `int4`, the mean KL divergence from the float model that the bundle may
+            have, in nats, on text it was not calibrated on. Matrices get 8 bits until it is kept.
+            By default the recipe's own.
+        calibration: what the model is calibrated on: a UTF-8 text file that shows its later use,
+            `"self"` (text that it writes), `"text"` (a page of this package), `"none"`, or a
+            `CalibrationSource`. By default the recipe's own.
         plan: weight name to format, as `bundle.json` has it, in place of the recipe's formats for
             the weights it names; nothing is chosen by measurement then.
         lowering: `fused`, graphs of onnxruntime's operators, or `traced`, graphs of standard

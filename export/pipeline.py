@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from edge_demo.device.memory_limits import free_memory
 from export.bundle import writer
 from export.bundle.draft import BundleDraft, Progress
-from export.calibrate.text import Windows, read_windows, text_file
+from export.calibrate.text import CalibrationText, Windows, read_windows, text_file
 from export.calibrate.workspace import kept_work, workspace_path
 from export.calibration_source import CalibrationSource, NoCalibration, TextFile
 from export.errors import ExportError, ExportRequestError
@@ -122,6 +122,7 @@ class _Job:
         budget: the KL budget; `None` for formats that are fixed.
         max_context: the longest sequence, in tokens.
         text: what to calibrate on.
+        rows: of a text file, cut for the model; `None` if `text` is no file.
         windows: the text of the report, if one is wanted.
     """
 
@@ -132,6 +133,7 @@ class _Job:
     budget: float | None
     max_context: int
     text: CalibrationSource
+    rows: CalibrationText | None
     windows: Windows | None
 
 
@@ -149,9 +151,9 @@ def _prepare(source: Any, out: Path, recipe: str, options: ExportOptions) -> _Jo
     budget = _budget(options, recipe)
     max_context = _check_context(options.max_context, config)
     text = _calibration(options, chosen, formats)
-    windows = None
+    rows = windows = None
     if isinstance(text, TextFile):
-        text_file(text.path, writer.open_tokenizer(checkpoint), config.context_length)
+        rows = text_file(text.path, writer.open_tokenizer(checkpoint), config.context_length)
     if options.report is not None:
         tokenizer = writer.open_tokenizer(checkpoint)
         windows = read_windows(Path(options.report), tokenizer, max_context)
@@ -161,7 +163,7 @@ def _prepare(source: Any, out: Path, recipe: str, options: ExportOptions) -> _Jo
     _check_space(out, needed)
     if windows is not None:
         _check_memory(2 * plan_bytes(formats, config))
-    return _Job(checkpoint, recipe, options, formats, budget, max_context, text, windows)
+    return _Job(checkpoint, recipe, options, formats, budget, max_context, text, rows, windows)
 
 
 def _write(
@@ -189,7 +191,7 @@ def _write(
     # Few bits that a source already holds exactly are not rounded a second time.
     few = recipe_named(job.recipe).matrices.bits <= MOST_BITS_KEPT and options.plan is None
     kept = kept_weights(config, checkpoint.weights, MOST_BITS_KEPT if few else 0)
-    rounding = _round(draft, job.formats, kept, job.text, job.budget, workspace, on_progress)
+    rounding = _round(job, draft, kept, workspace, on_progress)
     quality = None
     if options.verify:
         from export.bundle.verify import verify as verify_bundle
@@ -213,32 +215,28 @@ def _write(
 
 
 def _round(
-    draft: BundleDraft,
-    formats: Plan,
-    kept: KeptWeights,
-    text: CalibrationSource,
-    budget: float | None,
-    workspace: Path,
-    on_progress: Progress,
+    job: _Job, draft: BundleDraft, kept: KeptWeights, workspace: Path, on_progress: Progress
 ) -> dict[str, Any]:
     """Round the weights and store them; returns what was done, for the manifest."""
-    formats = dict(formats) | dict(kept.formats)
+    formats, text = dict(job.formats) | dict(kept.formats), job.text
     summary = {}
     if kept.sentence and any(fmt.quantized for fmt in formats.values()):
         summary["source"] = kept.sentence
-    if budget is None and text == NoCalibration():
+    if job.budget is None and text == NoCalibration():
         draft.store(draft.checkpoint.weights, formats, kept.matrix)
         return summary
     from export.choose_formats import Rounding, round_weights, round_within  # they need Keras
 
     rounding = Rounding(draft.checkpoint.weights, kept.matrix, summary=summary)
     if text != NoCalibration():
-        rounding = round_weights(draft.checkpoint, formats, kept, text, workspace, on_progress)
+        rounding = round_weights(
+            draft.checkpoint, formats, kept, text, workspace, on_progress, rows=job.rows
+        )
         rounding = dataclasses.replace(rounding, summary=summary | dict(rounding.summary))
-    if budget is None:
+    if job.budget is None:
         draft.store(rounding.weights, formats, rounding.rounded)
     else:
-        rounding = round_within(budget, draft, rounding, formats, kept.formats, on_progress)
+        rounding = round_within(job.budget, draft, rounding, formats, kept.formats, on_progress)
     return dict(rounding.summary)
 
 

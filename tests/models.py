@@ -125,6 +125,11 @@ def weight_statistics(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
     return 0.0, gain / shape[1] ** 0.5
 
 
+def without(data, key):
+    """A dictionary without one of its keys."""
+    return {k: v for k, v in data.items() if k != key}
+
+
 def random_ids(batch_size=3, length=24, seed=1):
     """Token ids that are no control tokens, int32 `(batch_size, length)`."""
     ids = np.random.default_rng(seed).integers(4, VOCABULARY_SIZE, (batch_size, length))

@@ -30,8 +30,8 @@ class Slow(NamedTuple):
 
 SLOW = (
     Slow(
-        "The Keras code is the same on every backend; PyTorch shows what it does, and the tests of "
-        "models, generation, training, saving and export run on all three.",
+        "The Keras code is the same on every backend. PyTorch shows what it does; what models compute, "
+        "generate and learn is shown on all three.",
         (
             "gemma_keras/test_arguments.py",
             "gemma_keras/test_distribute.py",

@@ -31,3 +31,17 @@ def test_a_reason_counts_on_its_backends_alone():
         False,
         False,
     ]
+
+
+def test_a_pattern_takes_some_parameters_and_leaves_others():
+    name = (
+        "tests/gemma_keras/test_models.py::test_call_in_chunks_over_a_cache_equals_the_whole_call"
+    )
+    slow = {p for p in ("1-gemma3", "7-gemma", "7-gemma3") if is_slow(f"{name}[{p}]", "jax")}
+    assert slow == {"1-gemma3", "7-gemma"}
+    assert not is_slow(f"{name}[1-gemma3]", "torch")
+
+
+def test_what_uses_the_exported_sample_is_slow():
+    name = "tests/edge_demo/test_commands.py::test_the_sample_speaks"
+    assert is_slow(name, "none", ["sample_bundle"]) and not is_slow(name, "none", ["run"])

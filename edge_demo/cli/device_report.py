@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_demo.bundle.graph_weights import bytes_per_token
+from edge_demo.bundle.manifest import GraphSpec
 from edge_demo.bundle.reader import Bundle
 from edge_demo.device import hardware
 from edge_demo.device.memory_limits import MemoryLimit, free_memory, memory_limits
@@ -76,20 +77,19 @@ def _memory_speed(threads: int, free: int | None) -> float | None:
 
 def _judge(bundle: Bundle, speed: float | None) -> dict[str, Any]:
     graph = bundle.candidates or bundle.engine
-    needed, short = memory.fitting(bundle)
-    whole, too_short = memory.fitting(bundle, bundle.engine)
+    needed, peak, short = _memory(bundle, graph)
+    whole, whole_peak, whole_short = _memory(bundle, bundle.engine)
     read = bytes_per_token(bundle.path / graph.file)
     return {
         "path": str(bundle.path),
         "name": bundle.name,
         "recipe": bundle.recipe,
-        "needed": _counted(needed, short) or memory.estimate(bundle, chunk=needed.chunk).resident,
-        "peak": needed.peak,
-        "needed_for_all_logits": _counted(whole, too_short)
-        or memory.estimate(bundle, bundle.engine, chunk=whole.chunk).resident,
-        "peak_for_all_logits": whole.peak,
+        "needed": needed,
+        "peak": peak,
+        "needed_for_all_logits": whole,
+        "peak_for_all_logits": whole_peak,
         "fits": short is None,
-        "fits_for_all_logits": too_short is None,
+        "fits_for_all_logits": whole_short is None,
         "shortage": None if short is None else dataclasses.asdict(short),
         "longest_context": None if short else _longest_context(bundle),
         "bytes_per_token": read,
@@ -98,9 +98,16 @@ def _judge(bundle: Bundle, speed: float | None) -> dict[str, Any]:
     }
 
 
-def _counted(needed: memory.MemoryEstimate, short: MemoryLimit | None) -> int | None:
-    """What the limit that is too small counts of it."""
-    return None if short is None else getattr(needed, short.counts)
+def _memory(bundle: Bundle, graph: GraphSpec) -> tuple[int, int, MemoryLimit | None]:
+    """What a graph takes, its peak with files, and the limit that is too small, if one is.
+
+    Where one is, what that limit counts; else the least, with which prompts run as weights are
+    stored.
+    """
+    needed, short = memory.fitting(bundle, graph)
+    if short is not None:
+        return getattr(needed, short.counts), needed.peak, short
+    return memory.estimate(bundle, graph, chunk=needed.chunk).resident, needed.peak, None
 
 
 def _longest_context(bundle: Bundle) -> int:

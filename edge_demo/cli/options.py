@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 
 from edge_demo.errors import brief
+from edge_demo.text.ranges import RANGES, range_text
 
 WINDOW = 512
 TOO_MANY = 10**18  # for any option
@@ -72,7 +73,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         "--threads",
         type=positive,
         metavar="N",
-        help="number of threads per operator, 1,024 at most (default: physical cores)",
+        help="number of threads per operator (default: physical cores)",
     )
     add_force(parser)
 
@@ -95,9 +96,7 @@ def add_sampling(parser: argparse.ArgumentParser, defaults: Sampling) -> None:
         help="stop the answer before TEXT; can be given several times (in bash a line break is "
         "$'\\n')",
     )
-    _number(
-        group, "--temperature T", defaults.temperature, "from 0 to 100; 0 means greedy decoding"
-    )
+    _number(group, "--temperature T", defaults.temperature, "0 means greedy decoding")
     _number(
         group,
         "--top-k K",
@@ -127,20 +126,14 @@ def add_sampling(parser: argparse.ArgumentParser, defaults: Sampling) -> None:
         group,
         "--repeat-penalty R",
         1.0,
-        "from 0.1 to 10: divide positive logits by R and multiply negative logits by R; 1 means "
-        "no penalty",
+        "divide positive logits by R and multiply negative logits by R; 1 means no penalty",
     )
-    _number(
-        group,
-        "--presence-penalty P",
-        0.0,
-        "from -2 to 2: subtract P from the logit of a token that occurs",
-    )
+    _number(group, "--presence-penalty P", 0.0, "subtract P from the logit of a token that occurs")
     _number(
         group,
         "--frequency-penalty F",
         0.0,
-        "from -2 to 2: subtract F from the logit for each occurrence of the token",
+        "subtract F from the logit for each occurrence of the token",
     )
     _number(
         group,
@@ -165,12 +158,14 @@ def add_sampling(parser: argparse.ArgumentParser, defaults: Sampling) -> None:
 
 def _number(group: argparse._ArgumentGroup, name: str, default: float, text: str) -> None:
     option, metavar = name.split()
+    setting = option.removeprefix("--").replace("-", "_")
+    bounds = f"{range_text(setting)}; " if setting in RANGES else ""
     group.add_argument(
         option,
         type=type(default),
         default=default,
         metavar=metavar,
-        help=f"{text} (default: %(default)s)",
+        help=f"{text} ({bounds}default: %(default)s)",
     )
 
 

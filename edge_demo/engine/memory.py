@@ -26,7 +26,7 @@ from edge_demo.device.memory_limits import MemoryLimit, memory_limits
 from edge_demo.device.system_files import read_sizes, read_text
 from edge_demo.engine import float_prompts, low_plane
 from edge_demo.engine.cache_size import cache_bytes
-from edge_demo.errors import BundleError, EdgeError
+from edge_demo.errors import BundleError, EdgeError, TooLittleMemoryError
 from edge_demo.units import megabytes
 
 CHUNKS = (256, 128, 64)  # tokens of a prompt run at once: as many as there is memory for
@@ -282,7 +282,7 @@ def check_fits(
         How many tokens to run at once, and whether in float32.
 
     Raises:
-        EdgeError: there is not enough memory for any number.
+        TooLittleMemoryError: there is not enough memory for any number.
     """
     try:
         needed, short = fitting(bundle, graph, texts)
@@ -290,15 +290,11 @@ def check_fits(
         return CHUNKS[0], False  # onnxruntime will say what is wrong with it
     if short is None or force:
         return needed.chunk, needed.in_float
-    less = "export with fewer bits"
-    fewer = bundle.candidates if graph == bundle.engine else None
-    if fewer is not None and fitting(bundle, fewer, texts)[1] is None:
-        less = "sample from the likeliest tokens with --top-k, which fits"
-    raise EdgeError(
+    raise TooLittleMemoryError(
         f"{bundle.name} ({bundle.recipe}) needs about "
         f"{megabytes(getattr(needed, short.counts))} of memory, but only "
-        f"{megabytes(short.free)} is available {short.bound}; close other programs, {less}, or try "
-        "it anyway with --force"
+        f"{megabytes(short.free)} is available {short.bound}; close other programs, export "
+        "with fewer bits, or try it anyway with --force"
     )
 
 

@@ -52,8 +52,8 @@ class Conversation:
                 ids = self._encode(turns)
         if len(ids) > self._context:
             raise RequestError(
-                f"the message has {len(ids):,} tokens with all that goes around it, but the "
-                f"context holds {self._context:,}"
+                f"this message makes a prompt of {len(ids):,} tokens, but the context holds "
+                f"{self._context:,}"
             )
         self.dropped = (len(self._turns) + 1 - len(turns)) // 2
         self._turns = turns

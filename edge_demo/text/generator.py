@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import abc
 from collections.abc import Callable, Iterator, Sequence
 
 from edge_demo.bundle.reader import Bundle
+from edge_demo.engine import memory
 from edge_demo.engine.runner import CandidateEngine, Engine, OnProgress, common_prefix
-from edge_demo.errors import RequestError
+from edge_demo.errors import RequestError, TooLittleMemoryError
 from edge_demo.text.answer import Completion, TextPiece, Writer
 from edge_demo.text.sampling import Sampler
 from edge_demo.text.speculate import Drafter, Speculator
 from edge_demo.text.stop_texts import check_stop_texts
 from edge_demo.text.tokenizer import Tokenizer
+
+_FEW = 40  # tokens to sample from, as an example
 
 
 def engine_for(
@@ -32,8 +36,16 @@ def engine_for(
         tokenizer: of the same bundle, where ids without a piece are not to be chosen.
         force: as of `Engine`.
     """
-    few = candidates_suffice(bundle, sampler, tokenizer)
-    return (CandidateEngine if few else Engine)(bundle, threads, force=force)
+    if candidates_suffice(bundle, sampler, tokenizer):
+        return CandidateEngine(bundle, threads, force=force)
+    try:
+        return Engine(bundle, threads, force=force)
+    except TooLittleMemoryError as error:
+        fewer = dataclasses.replace(sampler, top_k=_FEW)
+        suffice = candidates_suffice(bundle, fewer, tokenizer)
+        if not suffice or memory.fitting(bundle, bundle.candidates)[1] is not None:
+            raise
+        raise TooLittleMemoryError(f"{error}; sampling with --top-k {_FEW} would fit") from None
 
 
 def candidates_suffice(

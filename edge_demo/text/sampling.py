@@ -10,16 +10,7 @@ import numpy as np
 from edge_demo.engine.candidates import Candidates
 from edge_demo.errors import NotFiniteError, RequestError, brief
 from edge_demo.text.penalties import penalize
-
-# The range of each setting: from, to, and whether the lower limit is included.
-_RANGES: dict[str, tuple[float, float, bool]] = {
-    "temperature": (0, 100, True),
-    "top_p": (0, 1, False),
-    "min_p": (0, 1, True),
-    "repeat_penalty": (0.1, 10, True),
-    "presence_penalty": (-2, 2, True),  # as OpenAI has them
-    "frequency_penalty": (-2, 2, True),
-}
+from edge_demo.text.ranges import RANGES, range_text
 
 
 @dataclasses.dataclass
@@ -58,11 +49,12 @@ class Sampler:
     repeat_last_n: int = 64
 
     def __post_init__(self) -> None:
-        for name, (least, most, inclusive) in _RANGES.items():
+        for name, (least, most, inclusive) in RANGES.items():
             value = getattr(self, name)
             if not (least <= value <= most and (inclusive or value != least)):
-                between = f"between {least} and" if inclusive else f"above {least} and at most"
-                raise RequestError(f"{_spoken(name)} must be {between} {most}, not {brief(value)}")
+                raise RequestError(
+                    f"{_spoken(name)} must be {range_text(name)}, not {brief(value)}"
+                )
         for name in ("top_k", "seed"):
             value = getattr(self, name)
             if value is not None and value < 0:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from edge_demo.evaluate.perplexity import score
+from edge_demo.text.ranges import RANGES, range_text
 from tests.conftest import ROOT
 from tests.edge_demo.bundle_files import copy_bundle, edit_manifest, flip_byte, rewrite
 from tests.edge_demo.conftest import generator
@@ -394,6 +395,19 @@ def test_help_does_not_load_what_runs_models():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
     ).stdout
     assert "'argparse'" in out and "numpy" not in out and "onnxruntime" not in out
+
+
+def test_help_names_the_range_of_each_setting():
+    page = " ".join(edge_demo("generate", "--help")[0].split())
+    for name in RANGES:
+        option = page.rpartition(f"--{name.replace('_', '-')} ")[2].partition(" --")[0]
+        assert f"({range_text(name)}; default: " in option
+
+
+@pytest.mark.parametrize("unknown", ["extra", "--nope"])
+def test_what_a_command_does_not_know_names_the_help_of_that_command(refused, unknown):
+    names = [f"unrecognized arguments: {unknown};", "see edge-demo generate --help"]
+    refused("generate", "nowhere", unknown, names=names)
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_what_is_left_is_the_end_of_the_conversation_and_fits(tokenizers, name, 
         message = chr(97 + number) * asked
         alone = len(encode(tokenizer, [("user", message)], system))
         if alone > CONTEXT:
-            with pytest.raises(RequestError, match=rf"has {alone} tokens.*holds {CONTEXT}"):
+            with pytest.raises(RequestError, match=rf"prompt of {alone} tokens.*holds {CONTEXT}"):
                 conversation.ask(message)
             assert len(conversation) == len(turns)  # nothing went for it
             continue

@@ -15,6 +15,7 @@ from edge_demo.device.memory_limits import memory_limits
 from edge_demo.engine import memory
 from tests.edge_demo.test_device import pi_5
 from tests.edge_demo.test_memory import MB, limited, linux
+from tests.models import TEXT
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +140,7 @@ def test_a_bundle_that_cannot_fit_is_said_so(tiny):
 
 @linux
 @pytest.mark.limits
-def test_sampling_of_all_tokens_may_not_fit_where_the_likeliest_do(sample_bundle):
+def test_sampling_of_all_tokens_may_not_fit_where_the_likeliest_do(sample_bundle, tmp_path):
     bundle = Bundle.open(sample_bundle)
     few, all_ = (memory.estimate(bundle, g, chunk=memory.CHUNKS[-1]) for g in (None, bundle.engine))
     limit = (few.data + all_.data) // 2
@@ -149,8 +150,12 @@ def test_sampling_of_all_tokens_may_not_fit_where_the_likeliest_do(sample_bundle
     assert "which does not fit" in out
     options = ("generate", sample_bundle, "--prompt", "a", "--max-tokens", 2, "--temperature", 1)
     status, _, err = limited("RLIMIT_DATA", limit, *options, "--top-k", 0)
-    assert status == 1 and "sample from the likeliest tokens with --top-k, which fits" in err
+    assert status == 1 and err.endswith("; sampling with --top-k 40 would fit\n")
     assert limited("RLIMIT_DATA", limit, *options, "--top-k", 40)[0] == 0
+    (tmp_path / "text").write_text(TEXT)
+    score = ("score", sample_bundle, "--text", tmp_path / "text", "--length", 64)
+    status, _, err = limited("RLIMIT_DATA", limit, *score)
+    assert status == 1 and "needs about" in err and "--top-k" not in err
 
 
 def test_doctor_refuses_a_bundle_that_is_none(refused, tmp_path):

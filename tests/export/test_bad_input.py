@@ -103,6 +103,19 @@ def test_the_small_checkpoints_are_good_as_they_are(good, tmp_path):
 # --- requests ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ((), "the following arguments are required: SOURCE, OUT"),
+        (("a", "b", "--nope"), "unrecognized arguments: --nope"),
+        (("a", "b", "--kl-budget", "much"), "--kl-budget: invalid float value: 'much'"),
+    ],
+)
+def test_a_wrong_option_is_told_in_one_line(options, said):
+    line = sentence(run(*options), REFUSED)
+    assert said in line and line.endswith("; see export-onnx --help")
+
+
 def test_a_missing_source(target):
     line = refusal("no/such/model", target)
     assert "no/such/model does not exist; give a .gguf file" in line
