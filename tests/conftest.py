@@ -64,7 +64,7 @@ def pytest_ignore_collect(collection_path):
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     """Keep the tests that have a meaning on this backend; in a worker, those of its part, and of
-    those marked `spread` its generation's."""
+    those marked `spread` its share."""
     backend = _running_backend()
     for item in items:
         its_backend = backend if "keras" in item.keywords else "none"
@@ -76,12 +76,7 @@ def pytest_collection_modifyitems(config, items):
     if PART:
         wanted = [item for item in wanted if ("keras" in item.keywords) == (PART == "keras")]
     if PART == "keras":
-        own = GENERATIONS[BACKENDS.index(backend)]
-        wanted = [
-            item
-            for item in wanted
-            if "spread" not in item.keywords or item.callspec.params["generation"] == own
-        ]
+        wanted = [item for item in wanted if _is_of_its_share(item, backend)]
     kept = set(wanted)
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = wanted
@@ -90,6 +85,20 @@ def pytest_collection_modifyitems(config, items):
 def _has_a_meaning(item, backend: str) -> bool:
     marker = item.get_closest_marker("backends")
     return marker is None or backend in marker.args
+
+
+def _is_of_its_share(item, backend: str) -> bool:
+    """Whether this backend shows it: each of three shows one generation of those marked `spread`.
+
+    With the name of a parameter in the mark, each shows every third of its values.
+    """
+    marker = item.get_closest_marker("spread")
+    if marker is None:
+        return True
+    own = BACKENDS.index(backend)
+    if marker.args:
+        return item.callspec.indices[marker.args[0]] % len(BACKENDS) == own
+    return item.callspec.params["generation"] == GENERATIONS[own]
 
 
 # --- what really ran, in the summary -------------------------------------------------------------

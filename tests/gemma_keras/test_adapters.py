@@ -309,6 +309,7 @@ def test_a_weight_that_an_adapter_changes_is_not_on_the_bases_grid(tmp_path):
 
 
 @pytest.mark.keras
+@pytest.mark.backends("torch")  # what is read has no backend
 def test_from_preset_and_export_onnx_merge_an_adapter(everywhere, bases, tmp_path):
     from edge_demo.bundle.reader import Bundle
     from edge_demo.engine.runner import Engine

@@ -15,6 +15,7 @@ from gemma_keras.tokenizer import GemmaCausalLMPreprocessor, GemmaTokenizer
 from tests.models import chat_tokenizer_model, shallow, write_tiny_hf
 
 pytestmark = pytest.mark.keras
+once = pytest.mark.backends("torch")  # what an argument means, no backend changes
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +90,7 @@ def test_without_load_weights_they_are_random(model, preset, folder):
         assert np.abs(found.backbone.weight_source()[name] - expected).max() > 0.01
 
 
+@once
 def test_a_folder_without_a_tokenizer_is_told_and_works_on_token_ids(folder, tmp_path):
     write_tiny_hf(tmp_path, "gemma", **shallow("gemma"))
     (tmp_path / "tokenizer.model").unlink()
@@ -168,6 +170,7 @@ def test_a_live_model_of_keras_hub_is_what_is_said_of_it(model):
 # --- generate ------------------------------------------------------------------------------------
 
 
+@once
 @pytest.mark.parametrize(
     ("prompt", "which", "count"),
     [
@@ -191,6 +194,7 @@ def test_a_prompt_is_never_cut(model, prompt, which, count):
         list(model.stream(text, max_length=0))
 
 
+@once
 def test_a_prompt_beyond_the_sequence_length_is_never_cut(model):
     with pytest.raises(ValueError, match=r"within 40; give a larger max_length"):
         model.generate("The gardener waters the young trees " * 9)
@@ -220,7 +224,10 @@ def test_strip_prompt_and_stops(model):
 MODES = {"int8": 0.1, "int4": 0.9, "float8": 0.2}
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode",
+    ["int8", *(pytest.param(m, marks=pytest.mark.spread("mode")) for m in MODES if m != "int8")],
+)
 def test_a_model_that_has_not_been_run_is_quantized(folder, model, mode):
     fresh = GemmaCausalLM.from_preset(folder, dtype="float32", sequence_length=40)
     with warnings.catch_warnings(record=True) as told:
@@ -241,6 +248,7 @@ def test_a_model_that_has_not_been_run_is_quantized(folder, model, mode):
     assert np.isfinite(weights["layers.0.mlp.up"]).all()
 
 
+@once
 def test_filters_choose_the_layers_that_are_quantized(folder):
     fresh = GemmaCausalLM.from_preset(folder, dtype="float32")
     fresh.quantize("int8", filters=["query", "key"])
@@ -251,6 +259,7 @@ def test_filters_choose_the_layers_that_are_quantized(folder):
     assert found == ["int8", "int8", None, "int4", None]
 
 
+@once
 def test_integer_products_in_float16_are_refused(folder):
     fresh = GemmaCausalLM.from_preset(folder, dtype="mixed_float16")
     with pytest.raises(ValueError, match="'int8' doesn't work well with compute_dtype='float16'"):

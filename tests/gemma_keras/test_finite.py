@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import keras
@@ -23,9 +24,10 @@ FLOAT16_MOST = 65_504
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Small models of which the activations are beyond float16, as those of real ones are."""
-    found = {}
-    for generation in ("gemma", "gemma2", "gemma3"):
+    """A generation to a small model's preset. Its activations are beyond float16, as real ones are."""
+
+    @functools.cache
+    def make(generation):
         folder = tmp_path_factory.mktemp(generation)
         write_tiny_hf(folder, generation, **shallow(generation))
         model = GemmaCausalLM.from_preset(folder, dtype="float32", sequence_length=40)
@@ -35,8 +37,9 @@ def folders(tmp_path_factory):
             variable = model.backbone.variable(f"{name}.{last}")
             variable.assign(ops.convert_to_numpy(variable) * 30_000 + (last != "mlp.down") * 30_000)
         model.save_to_preset(str(folder / "preset"))
-        found[generation] = folder / "preset"
-    return found
+        return folder / "preset"
+
+    return make
 
 
 def ids():
@@ -53,16 +56,17 @@ def hidden_and_logits(model, mask):
     )
 
 
+@pytest.mark.spread
 @pytest.mark.parametrize("generation", ["gemma", "gemma2", "gemma3"])
 def test_float16_is_right_where_activations_exceed_it(folders, generation):
     mask = np.ones((3, 24), "int32")
     mask[1, :9], mask[2, 15:] = 0, 0
-    exact = GemmaCausalLM.from_preset(folders[generation], dtype="float32")
+    exact = GemmaCausalLM.from_preset(folders(generation), dtype="float32")
     hidden, expected = hidden_and_logits(exact, mask)
     assert np.abs(hidden).max() > 2 * FLOAT16_MOST
     real = mask.astype(bool)
     for dtype in ("float16", "mixed_float16"):
-        model = GemmaCausalLM.from_preset(folders[generation], dtype=dtype)
+        model = GemmaCausalLM.from_preset(folders(generation), dtype=dtype)
         assert model.dtype_policy.compute_dtype == "float16"
         found, logits = hidden_and_logits(model, mask)
         assert found.dtype == np.float32 and np.isfinite(logits).all()
@@ -77,7 +81,7 @@ def test_float16_is_right_where_activations_exceed_it(folders, generation):
 def test_what_is_no_float16_policy_is_left_as_it_was(folders):
     """The residual stream of bfloat16 is bfloat16."""
     for dtype in ("bfloat16", "mixed_bfloat16"):
-        model = GemmaCausalLM.from_preset(folders["gemma3"], dtype=dtype)
+        model = GemmaCausalLM.from_preset(folders("gemma3"), dtype=dtype)
         x = model.backbone.embed(ids())
         for layer in (model.backbone.transformer_layers[0], model.backbone.layer_norm):
             x = layer(x)
@@ -91,7 +95,7 @@ def test_what_is_no_float16_policy_is_left_as_it_was(folders):
 @pytest.fixture(scope="module")
 def broken(folders):
     """A model whose last norm is infinite, with the turn template's tokens."""
-    model = GemmaCausalLM.from_preset(folders["gemma3"], dtype="float32")
+    model = GemmaCausalLM.from_preset(folders("gemma3"), dtype="float32")
     tokenizer = GemmaTokenizer(proto=chat_tokenizer_model())
     preprocessor = GemmaCausalLMPreprocessor(tokenizer, sequence_length=40)
     scale = ops.convert_to_numpy(model.backbone.layer_norm.scale).copy()
@@ -108,7 +112,9 @@ WAYS_TO_SPEAK = {
 }
 
 
-@pytest.mark.parametrize("sampler", ["greedy", "top_p"])
+@pytest.mark.parametrize(
+    "sampler", ["greedy", pytest.param("top_p", marks=pytest.mark.spread("way"))]
+)
 @pytest.mark.parametrize("way", WAYS_TO_SPEAK)
 def test_a_model_that_computes_no_numbers_says_so(broken, way, sampler):
     broken.compile(sampler=sampler)
@@ -139,7 +145,7 @@ def test_a_row_that_is_infinite_later_is_named(tmp_path):
 
 
 def test_what_must_not_be_chosen_may_be_minus_infinity(folders, monkeypatch):
-    model = GemmaCausalLM.from_preset(folders["gemma3"], dtype="float32")
+    model = GemmaCausalLM.from_preset(folders("gemma3"), dtype="float32")
     generation = model.make_generate_function()
     logits = np.random.default_rng(0).normal(size=(2, 300)).astype("float32")
     logits[:, 100:] = -np.inf
@@ -174,7 +180,7 @@ def test_training_float16_weights_is_told(folders):
 
 def test_training_in_mixed_float16_lowers_the_loss(folders):
     model = GemmaCausalLM.from_preset(
-        folders["gemma3"], dtype="mixed_float16", gradient_checkpointing=True
+        folders("gemma3"), dtype="mixed_float16", gradient_checkpointing=True
     )
     model.compile(optimizer=keras.optimizers.SGD(1e-3))
     with warnings.catch_warnings():

@@ -384,6 +384,7 @@ def test_scores_that_cannot_be_given_are_refused(tiny, arguments, message):
 # --- KerasHub ------------------------------------------------------------------------------------
 
 
+@pytest.mark.spread
 @each_generation
 def test_a_model_of_keras_hub_comes_in_and_goes_out(tmp_path, generation):
     write_tiny_hf(tmp_path, generation)

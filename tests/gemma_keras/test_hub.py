@@ -23,6 +23,8 @@ from gemma_keras.checkpoints.hub import (
 from gemma_keras.errors import CheckpointError
 from tests.models import tiny_tokenizer_model, write_tiny_hf
 
+once = pytest.mark.backends("torch")  # what is in a folder, no backend changes
+
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
@@ -127,6 +129,7 @@ def test_a_folder_that_keras_hub_wrote_is_read(theirs, tmp_path):
 
 
 @pytest.mark.keras
+@once
 def test_a_folder_of_keras_hub_that_is_damaged_is_told(tmp_path):
     (tmp_path / "config.json").write_text('{"registered_name": "keras_hub>Gemma3Backbone"}')
     with pytest.raises(CheckpointError, match=r"the KerasHub preset .* lacks 'config'"):
@@ -134,6 +137,7 @@ def test_a_folder_of_keras_hub_that_is_damaged_is_told(tmp_path):
 
 
 @pytest.mark.keras
+@once
 def test_a_live_model_of_keras_hub_is_exported(theirs, tmp_path):
     export_onnx(theirs, tmp_path / "bundle", "fp32")
     engine = Engine(Bundle.open(tmp_path / "bundle"))

@@ -226,6 +226,7 @@ def test_lora_is_merged(generation):
     assert relative_difference(logits(back, ids), expected) < 1e-5
 
 
+@once
 def test_of_a_model_with_vision_the_text_part_is_read():
     encoder = keras_hub.models.Gemma3VisionEncoder(
         image_size=16, patch_size=4, num_heads=2, hidden_dim=8, num_layers=1, intermediate_dim=8,
@@ -249,7 +250,9 @@ def test_of_a_model_with_vision_the_text_part_is_read():
 
 
 @each_model
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param("float32", marks=pytest.mark.spread("kind")), "bfloat16"]
+)
 def test_through_our_model_and_back_every_weight_has_its_bits(kind, dtype):
     backbone = build(kind, dtype)
     back = GemmaCausalLM.from_keras_hub(backbone, dtype=dtype).to_keras_hub(dtype)

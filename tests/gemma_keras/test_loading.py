@@ -21,6 +21,7 @@ from gemma_keras.model import loading
 from gemma_keras.model.loading import FromWeights
 
 pytestmark = pytest.mark.keras
+once = pytest.mark.backends("torch")  # what is refused, no backend changes
 
 DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
@@ -93,6 +94,7 @@ def load_both_ways(config, weights):
     yield lambda: backbone.load_weight_source(weights)
 
 
+@once
 @pytest.mark.parametrize(
     "name", ["token_embedding", "head", "layers.1.attention.key", "final_norm"]
 )
@@ -118,6 +120,7 @@ class Pieces(dict):
             yield first, self[name][first : first + step]
 
 
+@once
 def test_tables_in_pieces_that_do_not_fit_are_refused(sources):
     checkpoint = open_checkpoint(sources("gemma3", "float32", False))
     weights = Pieces(checkpoint.weights)
@@ -133,6 +136,7 @@ def test_tables_in_pieces_that_do_not_fit_are_refused(sources):
                     load()
 
 
+@once
 @pytest.mark.parametrize("name", ["token_embedding", "layers.1.mlp.up", "final_norm"])
 def test_what_is_not_finite_in_a_file_is_refused(sources, tmp_path, name):
     checkpoint = open_checkpoint(sources("gemma", "float32"))

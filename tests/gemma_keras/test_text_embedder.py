@@ -25,6 +25,7 @@ from tests.gemma_keras.embedder_files import (
 from tests.models import TEXT, tiny_tokenizer_model
 
 pytestmark = pytest.mark.keras
+once = pytest.mark.backends("torch")  # what a text becomes and what is refused, no backend changes
 
 LENGTH = 30  # more than twice the window
 TEXTS = TEXT.split("\n")  # of unequal length
@@ -181,6 +182,7 @@ def test_what_a_text_is_batched_with_does_not_change_its_vector(model):
         assert relative_difference(together, alone) < 1e-5
 
 
+@once
 @pytest.mark.parametrize("name", PROMPTS)
 def test_prompts_are_put_before_the_text(model, reference, name):
     found = model.encode(TEXTS[:2], prompt_name=name)
@@ -190,6 +192,7 @@ def test_prompts_are_put_before_the_text(model, reference, name):
     np.testing.assert_array_equal(given, found)
 
 
+@once
 def test_a_default_prompt_is_used_unless_another_is_asked_for(model, monkeypatch):
     plain, query = model.encode(TEXTS[:2]), model.encode(TEXTS[:2], prompt_name="query")
     monkeypatch.setattr(model, "default_prompt_name", "query")
@@ -211,11 +214,13 @@ def test_the_model_itself_gives_the_vectors_of_a_padded_batch(model):
     assert relative_difference(found, model.encode(TEXTS[:3])) < 1e-4
 
 
+@once
 def test_white_space_around_a_text_is_left_out_and_control_tokens_are_text(model, reference):
     np.testing.assert_array_equal(model.encode(f" \n{TEXTS[0]}\t "), model.encode(TEXTS[0]))
     assert relative_difference(model.encode("<eos>"), by_torch(reference, ["<eos>"])) < 1e-4
 
 
+@once
 def test_a_text_that_is_too_long_is_cut_with_a_warning(model):
     pieces = sentencepiece.SentencePieceProcessor(model_proto=tiny_tokenizer_model())
     ids = pieces.encode(TOO_LONG)
@@ -230,11 +235,13 @@ def test_a_text_that_is_too_long_is_cut_with_a_warning(model):
     assert relative_difference(found[1], x) < 1e-4
 
 
+@once
 def test_no_texts_and_empty_ones(model, reference):
     assert model.encode([]).shape == (0, DIM)
     assert relative_difference(model.encode([""]), by_torch(reference, [""])) < 1e-4
 
 
+@once
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -251,6 +258,7 @@ def test_what_encode_cannot_do_is_said(model, arguments, words):
         model.encode(TEXTS[:1], **arguments)
 
 
+@once
 def test_without_a_preprocessor_there_are_no_texts(model):
     bare = GemmaTextEmbedder(model.backbone, projection_dims=())
     with pytest.raises(ValueError, match="preprocessor"):
@@ -266,6 +274,7 @@ def test_a_preset_gives_the_same_vectors(model, tmp_path):
     np.testing.assert_allclose(found, model.encode(TEXTS[:3], prompt_name="query"), atol=1e-6)
 
 
+@once
 def test_what_a_folder_is_loaded_with_counts(model, folder, tmp_path):
     model.save_to_preset(str(tmp_path))
     for source in (tmp_path, folder):
@@ -319,6 +328,7 @@ def test_after_lora_is_trained_encode_follows(folder, reference):
 # --- what it is not ------------------------------------------------------------------------------
 
 
+@once
 def test_it_generates_nothing(model, folder):
     words = "bidirectional attention .*GemmaTextEmbedder"
     with pytest.raises(ConfigError, match=f"GemmaCausalLM needs .*{words}"):
@@ -332,6 +342,7 @@ def test_it_generates_nothing(model, folder):
         model.backbone.call_with_cache(ids, model.backbone.empty_cache(len(ids), LENGTH), 0)
 
 
+@once
 def test_other_formats_have_no_place_for_it(reference, folder, tmp_path):
     from gemma_keras.checkpoints.gguf.writer import write_gguf
     from gemma_keras.keras_hub.convert import write_keras_hub
@@ -344,6 +355,7 @@ def test_other_formats_have_no_place_for_it(reference, folder, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@once
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     write_tiny_embedder(tmp_path)
     (tmp_path / "tokenizer.model").unlink()

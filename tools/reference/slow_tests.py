@@ -9,7 +9,7 @@ _HEAD = """\
 
 `make test` runs the quick tests on JAX, TensorFlow and PyTorch. `make test-all`, which CI runs,
 adds the tests below. A Keras test runs on each backend; everything else runs once. What no backend
-can change runs on one: a test marked `spread` runs each generation on one backend, a test marked
+can change runs on one: a test marked `spread` runs each of its cases on one backend, a test marked
 `backends` runs on those it names.
 
 `tests/slow.py` is the list; this page is made from it. A name is a beginning, in which `*` is any
