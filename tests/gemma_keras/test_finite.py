@@ -173,7 +173,7 @@ def test_a_loss_that_is_not_finite_is_told_once(broken):
 
 
 def test_training_float16_weights_is_told(folders):
-    model = GemmaCausalLM.from_preset(folders["gemma"], dtype="float16")
+    model = GemmaCausalLM.from_preset(folders("gemma"), dtype="float16")
     with pytest.warns(UserWarning, match="load the model with dtype='mixed_float16'"):
         model.fit(LINES[:1], shuffle=False, verbose=0)
 
