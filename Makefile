@@ -8,7 +8,7 @@ SAMPLING ?= --max-tokens 64 --temperature 0.7 --top-k 40 --seed 3
 BUNDLE := build/sample-int8
 CODE   := $(shell find export gemma_keras edge_demo/bundle -name '*.py')
 
-.PHONY: demo help test test-all test-arm64 smoke-arm64 check lint format clean
+.PHONY: demo help test test-all test-arm64 smoke-arm64 count-arm64 check lint format clean
 
 demo: $(BUNDLE)/bundle.json  ## export the real Gemma 3 270M, and continue a text with it
 	@echo "==> Speaking: edge-demo generate $(BUNDLE) --prompt \"$(PROMPT)\""
@@ -45,13 +45,18 @@ test-all: $(VENV)/installed-dev  ## run all tests, the slow ones too (tests/slow
 	@$(BIN)/pytest $(PARTS) $(PYTEST_ARGS)
 
 # The device's side on a Raspberry Pi 5 and 4, emulated by qemu: see tools/arm64.
-SAMPLES := $(foreach recipe,fp32 int8 int4,build/sample-$(recipe)/bundle.json)
+SAMPLES := $(foreach recipe,fp32 int8 int8-rows int4,build/sample-$(recipe)/bundle.json)
 test-arm64: build/arm64 $(SAMPLES) build/tiny-bundles/made  ## run the device's side on two emulated boards (needs qemu)
 	@$(BIN)/python -m tools.arm64 build $(ARM64_ARGS)
 
 # Its short part: the command, on a small bundle, on both processors.
 smoke-arm64: build/arm64 build/tiny-bundles/made  ## the short part of test-arm64
 	@$(BIN)/python -m tools.arm64 build --part command
+
+# Instructions per token, counted by qemu, beside llama.cpp's: see tools/count_arm64.
+COUNTED := $(foreach recipe,int4 int8 int8-rows,build/sample-$(recipe)/bundle.json)
+count-arm64: $(COUNTED)  ## count instructions per token on two emulated boards (needs qemu)
+	@$(BIN)/python -m tools.count_arm64 build $(GGUFS) $(COUNT_ARGS)
 
 .PHONY: build/arm64
 build/arm64: $(VENV)/installed-dev

@@ -116,13 +116,13 @@ def test_a_folder_has_its_name_only_when_it_is_whole(tmp_path):
         raise user_space.SetupError("the network is gone")
 
     with pytest.raises(user_space.SetupError):
-        user_space._make(folder, ["a"], fail)
+        user_space.make(folder, ["a"], fail)
     assert not folder.exists()
-    user_space._make(folder, ["a"], make("whole"))
-    user_space._make(folder, ["a"], fail)  # is there already
+    user_space.make(folder, ["a"], make("whole"))
+    user_space.make(folder, ["a"], fail)  # is there already
     assert (folder / "file").read_text() == "whole"
     with pytest.raises(user_space.SetupError):
-        user_space._make(folder, ["b"], fail)
-    user_space._make(folder, ["b"], make("another"))
+        user_space.make(folder, ["b"], fail)
+    user_space.make(folder, ["b"], make("another"))
     assert (folder / "file").read_text() == "another"
     assert [path.name for path in tmp_path.iterdir()] == ["system"]

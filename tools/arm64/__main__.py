@@ -1,6 +1,6 @@
 """`python -m tools.arm64 BUNDLES`: the device's side, on the processors of two boards, emulated.
 
-BUNDLES is a folder that holds `tiny-bundles` and `sample-fp32`, `sample-int8`, `sample-int4`, made
+BUNDLES is a folder that holds `tiny-bundles` and `sample-RECIPE` of each recipe but fp16, made
 here; `make test-arm64` makes them. `--part command`, a minute of it, needs the first only: what the
 processors have, and the command on a small bundle. The exit status is 1 if anything failed, 2 if
 nothing can run.
@@ -34,11 +34,11 @@ from tools.arm64.user_space import (
 )
 
 PARTS = ("command", "sample", "tests")
-EXACT = ("fp32", "int8")  # must give the same tokens; int4 leaves no margin for that
+EXACT = ("fp32", "int8", "int8-rows")  # must give the same tokens; int4 leaves no margin for that
 RECIPES = (*EXACT, "int4")
 # Mean divergence that two processors' rounding explains, in nats: of float32, of activations in 8
 # bits, and of those with weights whose own rounding costs 0.03.
-MOST_KL = {"fp32": 1e-6, "int8": 0.003, "int4": 0.015}
+MOST_KL = {"fp32": 1e-6, "int8": 0.003, "int8-rows": 0.003, "int4": 0.015}
 # They start a process for nearly every test, which takes minutes there; `check_command` starts one.
 _LEFT_OUT = ("test_commands.py", "test_terminal.py")
 _ONLY_WHERE_EXPORTED = ("keras", "tensorflow", "jax", "torch", "onnx", "gemma_keras", "export")

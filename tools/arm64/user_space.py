@@ -107,32 +107,40 @@ def build(folder: Path, say: Callable[[str], None]) -> UserSpace:
     Raises:
         SetupError: a program is missing, or a download failed.
     """
-    qemu = _program("qemu-aarch64-static", "qemu-user-static")
+    qemu = program("qemu-aarch64-static", "qemu-user-static")
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     system = folder / "system"
-    _make(system, ("Debian", SUITE, *PACKAGES), lambda new: _unpack_debian(new, say))
+    make(
+        system, ("Debian", SUITE, *PACKAGES), lambda new: unpack_debian(new, "arm64", PACKAGES, say)
+    )
     device, tests = _device_requirements(), TEST_PACKAGES
-    _make(folder / "device", device, lambda new: _install(new, device, say))
-    _make(folder / "tests", tests, lambda new: _install(new, tests, say))
+    make(folder / "device", device, lambda new: _install(new, device, say))
+    make(folder / "tests", tests, lambda new: _install(new, tests, say))
     for processor in PROCESSORS:
         root = folder / processor.name
         launcher = _launcher(qemu, root, processor)
         made_from = (launcher, _cpuinfo(processor))
-        _make(root, made_from, lambda new, p=processor, s=launcher: _lay_out(new, system, p, s))
+        make(root, made_from, lambda new, p=processor, s=launcher: _lay_out(new, system, p, s))
     return UserSpace(folder)
 
 
-def _make(folder: Path, made_from: Sequence[str], make: Callable[[Path], None]) -> None:
-    """Make a folder under a name of its own and give it its final one when it is whole."""
+def make(folder: Path, made_from: Sequence[str], fill: Callable[[Path], None]) -> None:
+    """Fill a folder under a name of its own and give it its final one when it is complete.
+
+    Args:
+        folder: to be there afterwards.
+        made_from: what it depends on; if none of it has changed, nothing is done.
+        fill: given the new, empty folder.
+    """
     note = "\n".join(made_from)
     stamp = folder / ".made-from"
     if stamp.is_file() and stamp.read_text() == note:
         return
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    make(partial)
+    partial.mkdir(parents=True)
+    fill(partial)
     (partial / stamp.name).write_text(note)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
@@ -141,8 +149,21 @@ def _make(folder: Path, made_from: Sequence[str], make: Callable[[Path], None]) 
 # --- Debian ---------------------------------------------------------------------------------------
 
 
-def _unpack_debian(new: Path, say: Callable[[str], None]) -> None:
-    apt_get, dpkg_deb = _program("apt-get", "apt"), _program("dpkg-deb", "dpkg")
+def unpack_debian(
+    new: Path, architecture: str, packages: Sequence[str], say: Callable[[str], None]
+) -> None:
+    """Unpack packages and what they need, as if on a system where nothing is installed.
+
+    Args:
+        new: an existing folder.
+        architecture: Debian's name of it, such as `arm64`.
+        packages: their names.
+        say: as of `build`.
+
+    Raises:
+        SetupError: a program is missing, or a download failed.
+    """
+    apt_get, dpkg_deb = program("apt-get", "apt"), program("dpkg-deb", "dpkg")
     if not KEYRING.exists():
         raise SetupError(
             f"Debian's keys are not in {KEYRING}; apt-get install debian-archive-keyring"
@@ -154,8 +175,8 @@ def _unpack_debian(new: Path, say: Callable[[str], None]) -> None:
     source = f"deb [signed-by={KEYRING}] {_mirror(apt_get)} {SUITE} main\n"
     (apt / "sources.list").write_text(source)
     settings = {
-        "APT::Architecture": "arm64",
-        "APT::Architectures::": "arm64",
+        "APT::Architecture": architecture,
+        "APT::Architectures::": architecture,
         "APT::Install-Recommends": "false",
         "APT::Sandbox::User": "",  # may not enter these folders
         "Debug::NoLocking": "1",
@@ -167,15 +188,15 @@ def _unpack_debian(new: Path, say: Callable[[str], None]) -> None:
         "Dir::State::status": apt / "status",
     }
     options = [word for name, value in settings.items() for word in ("-o", f"{name}={value}")]
-    say(f"reading Debian's list of arm64 packages ({SUITE}, 9 MB)")
-    _run([apt_get, *options, "update"], "apt-get could not read the list of packages")
-    say(f"fetching {', '.join(PACKAGES)} and what they need (16 MB)")
-    fetch = ("install", "--yes", "--download-only", *PACKAGES)
-    _run([apt_get, *options, *fetch], "apt-get could not fetch the packages")
+    say(f"reading Debian's list of {architecture} packages ({SUITE}, 9 MB)")
+    run([apt_get, *options, "update"], "apt-get could not read the list of packages")
+    say(f"fetching {', '.join(packages)} and what they need (16 MB)")
+    fetch = ("install", "--yes", "--download-only", *packages)
+    run([apt_get, *options, *fetch], "apt-get could not fetch the packages")
     archives = sorted((apt / "archives").glob("*.deb"))
     say(f"unpacking {len(archives)} packages")
     for archive in archives:
-        _run([dpkg_deb, "--extract", archive, new], f"{archive.name} could not be unpacked")
+        run([dpkg_deb, "--extract", archive, new], f"{archive.name} could not be unpacked")
     shutil.rmtree(apt)
 
 
@@ -218,7 +239,7 @@ def _install(new: Path, requirements: Iterable[str], say: Callable[[str], None])
     command += ["--disable-pip-version-check", "--quiet", "--no-compile", "--upgrade"]
     command += ["--only-binary=:all:", "--implementation=cp", f"--python-version={PYTHON}"]
     command += [f"--platform={platform}_aarch64" for platform in _PLATFORMS]
-    _run([*command, *requirements], "pip could not install the wheels")
+    run([*command, *requirements], "pip could not install the wheels")
 
 
 # --- what differs from processor to processor -----------------------------------------------------
@@ -266,14 +287,24 @@ def _launcher(qemu: str, root: Path, processor: Processor) -> str:
 # --- other programs -------------------------------------------------------------------------------
 
 
-def _program(name: str, package: str) -> str:
+def program(name: str, package: str) -> str:
+    """The path of an installed program.
+
+    Raises:
+        SetupError: it is not installed; the message names the package that has it.
+    """
     found = shutil.which(name)
     if found is None:
         raise SetupError(f"{name} is not installed; on Debian or Ubuntu: apt-get install {package}")
     return found
 
 
-def _run(command: Sequence[object], failure: str) -> None:
+def run(command: Sequence[object], failure: str) -> None:
+    """Run a program.
+
+    Raises:
+        SetupError: its exit status is not 0; the message begins with `failure`.
+    """
     done = subprocess.run(
         [str(word) for word in command],
         stdin=subprocess.DEVNULL,

@@ -1,0 +1,1 @@
+"""Counts instructions per token on emulated boards, ours beside llama.cpp's."""
