@@ -100,7 +100,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--recipe",
         default="int8",
-        help="weight format: int4, int8, fp16 or fp32 (default: int8)",
+        help="weight format: int4, int8, int8-rows, fp16 or fp32 (default: int8)",
+    )
+    parser.add_argument(
+        "--target",
+        default="any",
+        help="any processor, or armv8.0 for one without 8-bit dot products, such as a Raspberry "
+        "Pi 4; int8 then means int8-rows (default: any)",
     )
     parser.add_argument(
         "--kl-budget",

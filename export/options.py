@@ -14,6 +14,7 @@ from export.errors import ExportRequestError
 
 BUDGET_NEEDS = "a KL budget chooses between 4 and 8 bits, so it needs --recipe int4 and no plan"
 LOWERINGS = ("fused", "traced")
+TARGETS = ("any", "armv8.0")
 KV_CACHE_DTYPES = ("float32", "int8")
 _Path = str | os.PathLike[str]
 
@@ -34,6 +35,8 @@ class ExportOptions:
             `CalibrationSource`. By default the recipe's own.
         plan: weight name to format, as `bundle.json` has it, in place of the recipe's formats for
             the weights it names; nothing is chosen by measurement then.
+        target: `any` processor, or `armv8.0`, a processor without 8-bit dot products such as that
+            of a Raspberry Pi 4. There `int8` stores weights by rows (the recipe `int8-rows`).
         lowering: `fused`, graphs of onnxruntime's operators, or `traced`, graphs of standard
             operators made from the Keras code, which any ONNX runtime can run.
         kv_cache_dtype: how the engine keeps keys and values of layers that see the whole text:
@@ -53,6 +56,7 @@ class ExportOptions:
     kl_budget: float | None = None
     calibration: _Path | CalibrationSource | None = None
     plan: Mapping[str, Mapping[str, Any]] | None = None
+    target: str = "any"
     lowering: str = "fused"
     kv_cache_dtype: str = "float32"
     max_context: int | None = None
@@ -61,6 +65,10 @@ class ExportOptions:
     report: _Path | None = None
 
     def __post_init__(self) -> None:
+        if self.target not in TARGETS:
+            raise ExportRequestError(
+                f"there is no target {self.target!r}; choose one of {', '.join(TARGETS)}"
+            )
         if self.lowering not in LOWERINGS:
             raise ExportRequestError(
                 f"there is no lowering {self.lowering!r}; choose one of {', '.join(LOWERINGS)}"

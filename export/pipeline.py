@@ -24,6 +24,7 @@ from export.formats.recipes import (
     in_one_plane,
     plan_for_recipe,
     plan_from_json,
+    recipe_for,
     recipe_named,
 )
 from export.options import BUDGET_NEEDS, ExportOptions
@@ -74,7 +75,7 @@ def export_onnx(
         source: what `gemma_keras.open_checkpoint` takes, a `GemmaCausalLM`, or a live KerasHub
             Gemma.
         out: the folder to write; it gets this name only when it is complete.
-        recipe: `int4`, `int8`, `fp16` or `fp32`.
+        recipe: `int4`, `int8`, `int8-rows`, `fp16` or `fp32`.
         options: all that else can be chosen.
         on_progress: called with (stage, share of it that is done, 0 to 1).
         **fields: fields of `ExportOptions`, in place of those of `options`, such as
@@ -87,6 +88,7 @@ def export_onnx(
         TypeError: `ExportOptions` has no such field.
     """
     options = dataclasses.replace(options or ExportOptions(), **fields)
+    recipe = recipe_for(recipe, options.target)
     out = Path(os.path.realpath(out))  # a link to a bundle stays, what it points at is replaced
     with _disk_errors_as_sentences(out):
         writer.check_out(out, overwrite=options.overwrite)

@@ -183,6 +183,10 @@ SLOW = (
         ("gemma_keras/test_torch_graph.py",),
     ),
     Slow(
+        "Emulated boards; the first time their software is fetched.",
+        ("test_count_arm64.py::test_a_token_of_a_small_model",),
+    ),
+    Slow(
         "Guides and examples start several Keras processes.",
         ("test_docs.py::test_the_commands_of_a_guide", "test_examples.py"),
     ),

@@ -218,6 +218,7 @@ SHOWN: dict[str, dict[str, str]] = {
         "kl_budget": f"{E}rounding.py::test_int4_keeps_its_budget_and_says_what_it_chose",
         "calibration": f"{E}rounding.py::test_int4_keeps_its_budget_and_says_what_it_chose",
         "plan": f"{E}rounding.py::test_a_plan_of_ones_own_is_followed",
+        "target": f"{E}by_rows.py::test_the_engine_is_near_the_keras_model",
         "lowering": f"{E}traced.py::test_the_engine_says_the_same_with_either_bundle",
         "kv_cache_dtype": f"{E}bad_input.py::test_a_kv_cache_of_another_dtype_names_those_there_are",
         "max_context": f"{E}bad_input.py::test_a_context_the_model_does_not_have",

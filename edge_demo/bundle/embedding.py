@@ -46,7 +46,9 @@ class EmbeddingTable:
             for name, (dtype, row_bytes) in spec.layout.items()
         }
         self._scale = np.float32(spec.scale)
-        if spec.block_size:
+        if spec.by_rows:
+            self._columns = self._read("columns", [0])[0]
+        elif spec.block_size:
             bits = spec.bits // spec.planes
             self._levels_of_byte = _levels_of_byte(bits)
             self._middle = np.float32(1 << bits - 1)
@@ -112,6 +114,11 @@ class EmbeddingTable:
         spec = self._spec
         if not spec.block_size:
             return self._read("rows", ids).astype(np.float32)
+        if spec.by_rows:
+            numbers = self._read("quantized", ids).astype(np.float32)
+            numbers *= self._read("scales", ids)
+            numbers *= self._columns
+            return numbers
         scales = self._read("scales", ids)[..., None]
         zero_points = self._middle
         if not spec.symmetric:

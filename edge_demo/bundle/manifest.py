@@ -105,6 +105,8 @@ class EmbeddingSpec:
         block_size: numbers that share a scale; 0 for floats.
         symmetric: whether the zero point is the middle level in every block.
         planes: 2 where the integers of 8 bits are split in two of 4.
+        by_rows: whether levels are int8 around 0 and a row is one block; each column then has a
+            scale, too, in the part `columns`.
         scale: what each number is multiplied by, beside its block's scale.
         parts: name to place.
     """
@@ -117,6 +119,7 @@ class EmbeddingSpec:
     planes: int
     scale: float
     parts: Mapping[str, StoredPart]
+    by_rows: bool = False
 
     @property
     def blocks(self) -> int:
@@ -125,9 +128,18 @@ class EmbeddingSpec:
 
     @property
     def layout(self) -> dict[str, tuple[str, int]]:
-        """Data type of each part that such a table has, and the bytes of a row of it."""
+        """Data type of each part that such a table has, and the bytes of a row of it.
+
+        The part `columns` has only one row.
+        """
         if not self.block_size:
             return {"rows": (f"float{self.bits}", self.width * self.bits // 8)}
+        if self.by_rows:
+            return {
+                "scales": ("float32", 4),
+                "quantized": ("int8", self.width),
+                "columns": ("float32", 4 * self.width),
+            }
         levels = "uint8", self.blocks * self.block_size * (self.bits // self.planes) // 8
         parts: dict[str, tuple[str, int]] = {"scales": ("float32", 4 * self.blocks)}
         for name in ("quantized",) if self.planes == 1 else ("high", "low"):
@@ -263,14 +275,17 @@ def read_embedding(data: Mapping[str, Any]) -> EmbeddingSpec:
             str(name): StoredPart(index(part["offset"]), str(part["dtype"]))
             for name, part in data["parts"].items()
         },
+        by_rows=data.get("by_rows", False),
     )
-    if spec.block_size:
+    if spec.by_rows is True:
+        good = (spec.bits, spec.block_size, spec.symmetric) == (8, spec.width, True)
+    elif spec.block_size:
         good = spec.bits in (2, 4, 8) and spec.block_size in _BLOCK_SIZES
     else:
         good = spec.bits in (16, 32) and spec.symmetric is True
     if spec.planes != 1:
         good = good and (spec.planes, spec.bits, spec.symmetric) == (2, 8, False)
-    if not good or not isinstance(spec.symmetric, bool):
+    if not good or not isinstance(spec.symmetric, bool) or not isinstance(spec.by_rows, bool):
         raise ValueError("the format of the embedding is not supported")
     dtypes = {name: dtype for name, (dtype, _) in spec.layout.items()}
     if dtypes != {name: part.dtype for name, part in spec.parts.items()}:

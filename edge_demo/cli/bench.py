@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import io
 import json
+import platform
+from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edge_demo.bundle.graph_weights import bytes_per_token
 from edge_demo.cli import options
+from edge_demo.device import hardware
+from edge_demo.device.boards import Board, board_named
+from edge_demo.durable import write_whole
 from edge_demo.errors import RequestError, brief
 from edge_demo.units import megabytes
 
@@ -64,6 +72,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="output format: a Markdown table, CSV, or the JSON that --json prints (default: "
         "%(default)s)",
     )
+    parser.add_argument(
+        "--share",
+        metavar="FILE",
+        help="also write the measurements to a file that you can send: without names, paths or "
+        "addresses",
+    )
     options.add_force(parser)
 
 
@@ -104,17 +118,78 @@ def run(arguments: argparse.Namespace) -> int:
     if 0 in arguments.threads:
         raise RequestError("threads must be positive, not 0")
     bundle = Bundle.open(arguments.bundle)
+    if arguments.share is not None and not Path(arguments.share).absolute().parent.is_dir():
+        raise RequestError(f"the folder of {arguments.share} does not exist")
     report = run_tests(
         bundle, tests, arguments.threads, arguments.repeats, Progress("run"), arguments.force
     )
+    looked = hardware.look()
+    if arguments.share is not None:
+        text = json.dumps(to_share(bundle, report, arguments.repeats, looked), indent=1) + "\n"
+        _write(Path(arguments.share), text)
     output = "json" if arguments.json else arguments.output
     if output == "json":
         print(json.dumps(as_json(bundle, report, arguments.repeats)))
     elif output == "csv":
         show(as_csv(bundle, report))
     else:
-        show(as_markdown(bundle, report) + "\n\n" + _beside(report) + "\n")
+        lines = [as_markdown(bundle, report), "", _beside(report)]
+        board = board_named(looked.board)
+        if board is not None:
+            lines.append(_assumed(board, bundle))
+        show("\n".join(lines) + "\n")
     return 0
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        write_whole(path, [text.encode()])
+    except OSError as error:
+        raise RequestError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def to_share(
+    bundle: Bundle, report: BenchReport, repeats: int, looked: hardware.Device
+) -> dict[str, Any]:
+    """Returns the measurements with what is known of the device, and nothing about its owner.
+
+    The model is told by its architecture, since its name may be a path or a person's.
+    """
+    board = board_named(looked.board)
+    device = {
+        "board": looked.board if board else None,
+        "processor": looked.processor,
+        "machine": looked.machine,
+        "cores": looked.cores,
+        "instructions": looked.instructions,
+        "page_bytes": looked.page_bytes,
+        "huge_pages": looked.huge_pages,
+    }
+    measured = as_json(bundle, report, repeats)
+    del measured["model"]
+    config = bundle.manifest["model"]["config"]
+    return {
+        "device": device,
+        "assumed": None if board is None else dataclasses.asdict(board),
+        "versions": {
+            "python": platform.python_version(),
+            "onnxruntime": metadata.version("onnxruntime"),
+        },
+        "layers": len(config["layers"]),
+        "hidden_dim": config["hidden_dim"],
+        "vocabulary_size": bundle.vocabulary_size,
+        "bytes_per_token": _read(bundle),
+        "measured": measured,
+    }
+
+
+def _assumed(board: Board, bundle: Bundle) -> str:
+    return f"{board}: at most {board.bytes_per_s / _read(bundle):.0f} tokens/s by memory"
+
+
+def _read(bundle: Bundle) -> int:
+    graph = bundle.candidates or bundle.engine
+    return bytes_per_token(bundle.path / graph.file)
 
 
 def as_markdown(bundle: Bundle, report: BenchReport) -> str:

@@ -70,6 +70,8 @@ def _kept(bundle: Bundle) -> str:
 
 
 def _format(entry: dict[str, Any]) -> str:
+    if entry.get("terms"):
+        return f"int{entry['bits']} by rows"
     return f"int{entry['bits']} block {entry['block_size']}" if entry["block_size"] else "float32"
 
 

@@ -58,7 +58,7 @@ def examine(bundles: Sequence[Bundle], root: Path = Path("/")) -> dict[str, Any]
             "read_bytes_per_s": speed,
         },
         "versions": {"python": platform.python_version()} | {n: _version(n) for n in PACKAGES},
-        "bundles": [_judge(bundle, speed) for bundle in bundles],
+        "bundles": [_judge(bundle, speed, looked) for bundle in bundles],
         "sizes": [] if bundles else _judge_sizes(free, speed),
     }
 
@@ -75,7 +75,7 @@ def _memory_speed(threads: int, free: int | None) -> float | None:
         return None
 
 
-def _judge(bundle: Bundle, speed: float | None) -> dict[str, Any]:
+def _judge(bundle: Bundle, speed: float | None, looked: hardware.Device) -> dict[str, Any]:
     graph = bundle.candidates or bundle.engine
     needed, peak, short = _memory(bundle, graph)
     whole, whole_peak, whole_short = _memory(bundle, bundle.engine)
@@ -95,7 +95,23 @@ def _judge(bundle: Bundle, speed: float | None) -> dict[str, Any]:
         "bytes_per_token": read,
         "tokens_per_s": _tokens_per_s(read, speed),
         "disk": _disk(bundle),
+        "advice": _advice(bundle, looked),
     }
+
+
+def _advice(bundle: Bundle, looked: hardware.Device) -> str | None:
+    """What another export would improve on this processor, in a sentence."""
+    dot_products = looked.dot_products
+    if dot_products is None:
+        return None
+    if bundle.embedding.by_rows and dot_products:
+        return "this processor has 8-bit dot products; int8 is as fast here and nearer to the model"
+    if bundle.embedding.block_size and not bundle.embedding.by_rows and not dot_products:
+        return (
+            "this processor has no 8-bit dot products and dequantizes these weights for every "
+            "token; export with --target armv8.0"
+        )
+    return None
 
 
 def _memory(bundle: Bundle, graph: GraphSpec) -> tuple[int, int, MemoryLimit | None]:
@@ -294,6 +310,7 @@ def _bundle_lines(bundle: dict[str, Any]) -> list[str]:
         f"  decode        {_expected(bundle['tokens_per_s'])}, "
         f"{megabytes(bundle['bytes_per_token'])} read for each",
         f"  disk          {read}",
+        *([f"  advice        {bundle['advice']}"] if bundle["advice"] else []),
     ]
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from edge_demo.device.system_files import read_text
 
 _ROOT = Path("/")
+_DOT_PRODUCT = "dot product"
 # Instructions that speed up products of 4-bit and 8-bit weights, by their Linux names.
 _INSTRUCTIONS = {
     "x86_64": {
@@ -26,7 +27,7 @@ _INSTRUCTIONS = {
         "avx_vnni": "AVX-VNNI",
         "avx512_vnni": "AVX-512 VNNI",
     },
-    "aarch64": {"asimddp": "dot product", "i8mm": "i8mm", "asimdhp": "fp16"},
+    "aarch64": {"asimddp": _DOT_PRODUCT, "i8mm": "i8mm", "asimdhp": "fp16"},
 }
 # `CPU part` with implementer 0x41; source: Linux, arch/arm64/include/asm/cputype.h
 _ARM_CORES = {
@@ -78,6 +79,13 @@ class Device:
     huge_pages: str | None
     celsius: float | None
     throttled: str | None
+
+    @property
+    def dot_products(self) -> bool | None:
+        """Whether an ARM processor has 8-bit dot products; `None` elsewhere, or if unknown."""
+        if _DOT_PRODUCT in self.instructions:
+            return True
+        return False if _DOT_PRODUCT in self.missing else None
 
 
 def look(root: Path = _ROOT) -> Device:

@@ -25,12 +25,16 @@ class Format:
         planes: 2 splits each 8-bit integer into two of 4 bits, stored separately. The high plane is
             a symmetric 4-bit table with the same scales, 16 times as wide. The low plane has the
             zero points.
+        terms: 1 or 2 for a matrix of 8-bit integers that is multiplied by 8-bit integers, with one
+            scale a row: a token's activations are the sum of as many such integers, each with one
+            scale. 0 where a product rounds activations with a scale for each block.
     """
 
     bits: int
     block_size: int = 0
     symmetric: bool = True
     planes: int = 1
+    terms: int = 0
 
     def __post_init__(self) -> None:
         if not self.quantized:
@@ -39,6 +43,9 @@ class Format:
             good = self.bits in BITS and self.block_size > 0
         if self.planes != 1:
             good = good and (self.planes, self.bits, self.symmetric) == (2, 8, False)
+        if self.terms:
+            good = good and (self.bits, self.symmetric, self.planes) == (8, True, 1)
+            good = good and self.terms in (1, 2)
         if not good:
             raise ValueError(f"the format is not supported: {self}")
 
@@ -46,6 +53,11 @@ class Format:
     def quantized(self) -> bool:
         """Whether it is stored as integers with scales."""
         return self.bits < 16
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether a row has one scale, and a product needs no dot product of 8-bit integers."""
+        return self.terms > 0
 
     @property
     def middle(self) -> int:
@@ -79,6 +91,8 @@ class Format:
     def __str__(self) -> str:
         if not self.quantized:
             return f"fp{self.bits}"
+        if self.by_rows:
+            return f"int{self.bits} by rows, activations in {self.terms} x 8 bits"
         kind = " in 2 planes" if self.planes == 2 else "" if self.symmetric else " asymmetric"
         return f"int{self.bits} block {self.block_size}{kind}"
 
@@ -94,6 +108,8 @@ def plan_bytes(plan: Plan, config: GemmaConfig) -> int:
             total += 4 * spec.shape[0]
         else:
             total += plan[spec.name].num_bytes(*rows_and_inputs(spec))
+            if spec.kind == "table" and plan[spec.name].by_rows:
+                total += 4 * spec.shape[1]  # a scale for each column
     return total
 
 
@@ -106,4 +122,10 @@ def rows_and_inputs(spec: WeightSpec) -> tuple[int, int]:
 
 def plan_to_json(plan: Plan) -> dict[str, Any]:
     """The plan as plain data, for the bundle."""
-    return {name: dataclasses.asdict(fmt) for name, fmt in plan.items()}
+    return {name: format_to_json(fmt) for name, fmt in plan.items()}
+
+
+def format_to_json(fmt: Format) -> dict[str, Any]:
+    """A format as plain data; `terms` only where it has any."""
+    entry = dataclasses.asdict(fmt)
+    return entry if fmt.by_rows else {k: v for k, v in entry.items() if k != "terms"}

@@ -105,7 +105,14 @@ def split_planes(
 
 
 def stored_tensors(quantized: Quantized, fmt: Format) -> dict[str, np.ndarray]:
-    """Returns the arrays for the weights file: part name to array."""
+    """Returns the arrays for the weights file: part name to array.
+
+    By rows, as `QGemm` takes them: int8 `[rows, inputs]` around 0, and scales `[rows]`.
+    """
+    if fmt.by_rows:
+        levels = quantized.levels.reshape(len(quantized.levels), -1)
+        signed = (levels ^ np.uint8(fmt.middle)).view(np.int8)
+        return {"quantized": signed, "scales": quantized.scales.reshape(-1)}
     if fmt.planes == 2:
         assert quantized.zero_points is not None
         halves = split_planes(quantized.levels, quantized.zero_points)

@@ -22,6 +22,10 @@ TWO_PLANES = Format(8, 128, symmetric=False, planes=2)
 _FINE_INT8 = Format(8, 16)
 # The format to which `int4` raises a matrix; compared with 4 bits, its block size hardly matters.
 _RAISED = Format(8, 128)
+_WHOLE_ROW = 1  # stands for the length of a row
+BY_ROWS = Format(8, _WHOLE_ROW, terms=1)
+# Of matrices that lose most by activations of 8 bits.
+_TWO_TERMS = Format(8, _WHOLE_ROW, terms=2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +65,46 @@ RECIPES = {
         finer=dict.fromkeys(("attention.key", "attention.value", "mlp.down"), _FINE_INT8),
         calibration=OwnPage(),
     ),
+    # For processors without 8-bit dot products: see `recipe_for`.
+    "int8-rows": Recipe(
+        BY_ROWS,
+        _TWO_TERMS,
+        finer=dict.fromkeys(("attention.key", "attention.value", "mlp.down"), _TWO_TERMS),
+        calibration=OwnPage(),
+    ),
     "fp16": Recipe(Format(16), Format(16)),
     "fp32": Recipe(Format(32), Format(32)),
 }
+
+
+# A kind of processor to the recipes that stand for others there.
+_FOR_TARGET: dict[str, dict[str, str]] = {
+    "any": {},
+    # Raspberry Pi 4, 3 and Zero 2 W: without 8-bit dot products onnxruntime dequantizes blocks of 8
+    # bits for every token.
+    "armv8.0": {"int8": "int8-rows"},
+}
+
+
+def recipe_for(recipe: str, target: str) -> str:
+    """The name of the recipe that a target has in place of a named one.
+
+    Args:
+        recipe: its name.
+        target: one of `export.options.TARGETS`.
+
+    Raises:
+        ExportRequestError: there is no such recipe, or it is slow there.
+    """
+    recipe_named(recipe)
+    instead = _FOR_TARGET[target]
+    if not instead or recipe in instead.values():
+        return recipe
+    if recipe not in instead:
+        raise ExportRequestError(
+            f"{recipe} is slow on {target}; with --target use --recipe {' or '.join(instead)}"
+        )
+    return instead[recipe]
 
 
 def recipe_named(name: str) -> Recipe:
@@ -89,13 +130,14 @@ def plan_for_recipe(recipe: str, config: GemmaConfig) -> dict[str, Format]:
         ExportRequestError: there is no such recipe, or the model does not fit its blocks.
     """
     chosen = recipe_named(recipe)
-    table = _fitting(chosen.table, config.hidden_dim)
-    plan = {
-        spec.name: table if spec.kind == "table" else chosen.matrix_format(spec.name)
-        for spec in weight_specs(config).values()
-        if spec.kind != "norm"
-    }
-    _check_table(table, config)
+    plan = {}
+    for spec in weight_specs(config).values():
+        if spec.kind == "norm":
+            continue
+        width = rows_and_inputs(spec)[1]
+        fmt = chosen.table if spec.kind == "table" else chosen.matrix_format(spec.name)
+        plan[spec.name] = _fitting(fmt, width) if fmt.by_rows or spec.kind == "table" else fmt
+    _check_table(plan["token_embedding"], config)
     return plan
 
 
@@ -110,6 +152,8 @@ def _fitting(fmt: Format, width: int) -> Format:
     """The same with the largest blocks, up to its own, that divide the width; itself if none do."""
     if not fmt.quantized:
         return fmt
+    if fmt.by_rows:
+        return dataclasses.replace(fmt, block_size=width)
     fit = [size for size in BLOCK_SIZES if size <= fmt.block_size and width % size == 0]
     return dataclasses.replace(fmt, block_size=max(fit, default=fmt.block_size))
 
@@ -152,7 +196,12 @@ def plan_from_json(entries: Mapping[str, Any], config: GemmaConfig) -> dict[str,
             raise ExportRequestError(
                 f"the plan gives {name} an unsupported format: {reprlib.repr(dict(entry))}"
             ) from None
-        if fmt.quantized and fmt.block_size not in BLOCK_SIZES:
+        row = rows_and_inputs(specs[name])[1]
+        if fmt.by_rows and fmt.block_size != row:
+            raise ExportRequestError(
+                f"the plan gives {name} a block of {fmt.block_size} by rows; a row has {row}"
+            )
+        if fmt.quantized and not fmt.by_rows and fmt.block_size not in BLOCK_SIZES:
             raise ExportRequestError(
                 f"the plan gives {name} blocks of {fmt.block_size}; onnxruntime supports "
                 f"{', '.join(map(str, BLOCK_SIZES))}"

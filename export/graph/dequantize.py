@@ -30,6 +30,10 @@ def check_format(name: str, fmt: Format) -> None:
             f"the traced lowering does not support {name} in {fmt.planes} planes; use 1 "
             "plane, which stores the same values"
         )
+    if fmt.by_rows:
+        raise ExportRequestError(
+            f"the traced lowering does not support {name} by rows; use --lowering fused"
+        )
     if fmt.bits not in (4, 8, 16, 32):
         raise ExportRequestError(
             f"the traced lowering does not support {name} in {fmt.bits} bits, only 4, 8, 16 "

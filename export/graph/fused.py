@@ -15,6 +15,7 @@ import onnx_ir as ir
 from edge_demo.bundle.manifest import GraphSpec
 from export.formats.formats import Format, Plan, rows_and_inputs
 from export.formats.fused_matrices import fused_matrices, joined_name
+from export.graph import by_rows
 from export.graph.contract import (
     CANDIDATES_FILE,
     INTERCHANGE_FILE,
@@ -309,8 +310,11 @@ class _FusedGraph(NamedNodes):
     def _head_rows_product(
         self, table: str, rows: int, x: ir.Value, out: str, fmt: Format, part: str
     ) -> ir.Value:
+        if fmt.by_rows:
+            return by_rows.product(self, table, x, out, fmt, (rows, self.config.hidden_dim))
         if fmt.quantized:
-            return self._matmul_nbits(table, x, out, fmt, part, (rows, self.config.hidden_dim))
+            shape = rows, self.config.hidden_dim
+            return self._matmul_nbits(table, x, out, fmt, part, shape=shape)
         weight = self._as_float32(table, fmt)
         return self.op("FusedMatMul", [x, weight], out, domain=_MICROSOFT, transB=1)
 
@@ -388,7 +392,7 @@ class _FusedGraph(NamedNodes):
     def _matmul(self, name: str, x: ir.Value) -> ir.Value:
         fmt = self.plan[name]
         if fmt.quantized:
-            return self._matmul_nbits(name, x, f"{name}.out", fmt)
+            return self._quantized_product(name, x, fmt, rows_and_inputs(self.specs[name]))
         return self.op("MatMul", [x, self._as_float32(name, fmt)], f"{name}.out")
 
     def _matmuls(self, names: Sequence[str], x: ir.Value) -> list[ir.Value]:
@@ -407,7 +411,14 @@ class _FusedGraph(NamedNodes):
         """The products with matrices that are stored together, one after another."""
         label = joined_name(names)
         shape = sum(self._num_outputs(names)), rows_and_inputs(self.specs[names[0]])[1]
-        return self._matmul_nbits(label, x, f"{label}.out", self.plan[names[0]], shape=shape)
+        return self._quantized_product(label, x, self.plan[names[0]], shape)
+
+    def _quantized_product(
+        self, name: str, x: ir.Value, fmt: Format, shape: tuple[int, int]
+    ) -> ir.Value:
+        if fmt.by_rows:
+            return by_rows.product(self, name, x, f"{name}.out", fmt, shape)
+        return self._matmul_nbits(name, x, f"{name}.out", fmt, shape=shape)
 
     def _num_outputs(self, names: Sequence[str]) -> list[int]:
         return [rows_and_inputs(self.specs[name])[0] for name in names]
@@ -427,9 +438,10 @@ class _FusedGraph(NamedNodes):
         out: str,
         fmt: Format,
         part: str = "quantized",
-        shape: tuple[int, int] | None = None,
+        *,
+        shape: tuple[int, int],
     ) -> ir.Value:
-        num_rows, num_inputs = shape or rows_and_inputs(self.specs[name])
+        num_rows, num_inputs = shape
         inputs = [self.weight(f"{name}.{part}"), self.weight(f"{name}.scales")]
         if not fmt.symmetric:
             inputs.append(self.weight(f"{name}.zero_points"))
@@ -451,6 +463,8 @@ class _FusedGraph(NamedNodes):
         if not fmt.quantized:
             rows = self.op("Gather", [self.weight(table), ids], f"{out}.stored")
             return rows if fmt.bits == 32 else self.float32(rows, out)
+        if fmt.by_rows:
+            return by_rows.lookup(self, table, ids, out)
         if fmt.planes == 1:
             return self._gather_quantized(table, ids, out, fmt, "rows")
         high = self._gather_quantized(table, ids, f"{out}.high", fmt.high_plane, "high.rows")

@@ -5,7 +5,7 @@ Every value has the name that it is given, so a graph can be read, and profiled,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -36,12 +36,19 @@ class NamedNodes:
         self._weights = weights
         self._nodes: list[ir.Node] = []
         self._initializers: dict[str, ir.Value] = {}
+        self._shared: dict[str, ir.Value] = {}
 
     def weight(self, name: str) -> ir.Value:
         """A tensor of the weights file."""
         if name not in self._initializers:
             self._initializers[name] = self._weights.initializer(name)
         return self._initializers[name]
+
+    def value(self, name: str, make: Callable[[str], ir.Value]) -> ir.Value:
+        """What `make(name)` adds to the graph; made once for each name."""
+        if name not in self._shared:
+            self._shared[name] = make(name)
+        return self._shared[name]
 
     def name_rows(self, name: str, of: str, first: int, count: int) -> None:
         """Name some rows of a tensor of the weights file as a tensor of their own."""

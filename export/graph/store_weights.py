@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -12,11 +11,14 @@ from export.errors import ExportError
 from export.formats.formats import Format, Plan, rows_and_inputs
 from export.formats.fused_matrices import fused_matrices, joined_name
 from export.formats.packing import Quantized, stored_tensors
-from export.formats.round_to_nearest import round_to_nearest
+from export.formats.round_to_nearest import round_to_nearest, search_scales
 from export.graph.weights_file import WeightsFile
-from gemma_keras.checkpoints.names import WeightSpec, weight_specs
+from gemma_keras.checkpoints.names import WeightSpec, head_table, weight_specs
 from gemma_keras.checkpoints.source import row_chunks, table_chunks
 from gemma_keras.config import GemmaConfig
+
+_NARROWEST = 1e-4  # scale of a column relative to the largest
+_TINY = 1e-30  # a table of zeros has scales, too
 
 
 def store_weights(
@@ -29,7 +31,9 @@ def store_weights(
 ) -> None:
     """Write every weight in its planned format.
 
-    A norm is stored as the factor `1 + scale` that ONNX's norms take. A quantized matrix is stored
+    A norm is stored as the factor `1 + scale` that ONNX's norms take. A table by rows is divided by
+    scales of its columns, which are stored as `NAME.columns`; those of the head also multiply the
+    factors of the final norm, whose outputs it multiplies. A quantized matrix is stored
     as `NAME.quantized` and `NAME.scales`, with `NAME.zero_points` where blocks have their own; in
     two planes as `NAME.high` and `NAME.low`. A table's integers are named a second time, `.rows`
     for `.quantized` and so on, in the shape that `GatherBlockQuantized` takes. Matrices that are
@@ -53,14 +57,23 @@ def store_weights(
     done = 0
     fused = fused_matrices(config, plan)
     others = {name for names in fused.values() for name in names[1:]}
+    columns = {
+        name: _column_scales(weights, name)
+        for name, spec in specs.items()
+        if spec.kind == "table" and plan[name].by_rows
+    }
     for spec in specs.values():
         if spec.kind == "norm":
-            file.add(spec.name, (1 + weights[spec.name]).astype(np.float32))
+            factors = 1 + weights[spec.name]
+            if spec.name == "final_norm" and head_table(config) in columns:
+                factors = factors * columns[head_table(config)]
+            file.add(spec.name, factors.astype(np.float32))
         elif spec.name in others:
             pass  # with the first of them
         elif plan[spec.name].quantized:
             together = [specs[name] for name in fused.get(spec.name, (spec.name,))]
-            _store_quantized(together, weights, plan[spec.name], file, rounded)
+            own = columns.get(spec.name)
+            _store_quantized(together, weights, plan[spec.name], file, rounded, own)
         else:
             _store_float(spec, weights, plan[spec.name], file)
         done += int(np.prod(spec.shape))
@@ -72,7 +85,7 @@ def embedding_spec(config: GemmaConfig, plan: Plan, file: WeightsFile) -> Embedd
     fmt, tensors = plan["token_embedding"], file.tensors
     parts = {
         part: tensors[name]
-        for part in ("quantized", "high", "low", "scales", "zero_points")
+        for part in ("quantized", "high", "low", "scales", "zero_points", "columns")
         if (name := f"token_embedding.{part}") in tensors
     }
     if not fmt.quantized:
@@ -80,7 +93,11 @@ def embedding_spec(config: GemmaConfig, plan: Plan, file: WeightsFile) -> Embedd
     return EmbeddingSpec(
         rows=config.vocabulary_size,
         width=config.hidden_dim,
-        **dataclasses.asdict(fmt),
+        bits=fmt.bits,
+        block_size=fmt.block_size,
+        symmetric=fmt.symmetric,
+        planes=fmt.planes,
+        by_rows=fmt.by_rows,
         scale=config.embedding_scale,
         parts={n: StoredPart(s.offset, s.dtype.numpy().name) for n, s in parts.items()},
     )
@@ -109,13 +126,14 @@ def _store_quantized(
     fmt: Format,
     file: WeightsFile,
     rounded: Callable[[str, Format], Quantized | None],
+    columns: np.ndarray | None,
 ) -> None:
     """Store a matrix or a table, or fused matrices one after another."""
     label = joined_name([spec.name for spec in specs])
     num_rows = [rows_and_inputs(spec)[0] for spec in specs]
     for i, spec in enumerate(specs):
         before = sum(num_rows[:i])
-        for first, chunk in _chunks(spec, weights, fmt, rounded):
+        for first, chunk in _chunks(spec, weights, fmt, rounded, columns):
             parts = stored_tensors(chunk, fmt)
             for part, array in parts.items():
                 name = f"{label}.{part}"
@@ -124,7 +142,9 @@ def _store_quantized(
                 file.write_rows(name, before + first, array)
                 if label != spec.name and not first:
                     file.add_rows(f"{spec.name}.{part}", name, before, num_rows[i])
-    if specs[0].kind == "table":
+    if columns is not None:
+        file.add(f"{label}.columns", columns)
+    elif specs[0].kind == "table":
         width = specs[0].shape[1] * (fmt.bits // fmt.planes) // 8
         for part in ("quantized",) if fmt.planes == 1 else ("high", "low"):
             rows_of = "rows" if part == "quantized" else f"{part}.rows"
@@ -136,8 +156,9 @@ def _chunks(
     weights: Mapping[str, np.ndarray],
     fmt: Format,
     rounded: Callable[[str, Format], Quantized | None],
+    columns: np.ndarray | None,
 ) -> Iterator[tuple[int, Quantized]]:
-    """A weight on its grid, from row to row."""
+    """A weight on its grid, from row to row; of one by rows the scales are searched."""
     whole = rounded(spec.name, fmt)
     if whole is not None:
         yield 0, whole
@@ -145,4 +166,19 @@ def _chunks(
     is_table = spec.kind == "table"
     chunks = table_chunks(weights, spec.name) if is_table else row_chunks(weights[spec.name].T)
     for first, rows in chunks:
-        yield first, round_to_nearest(rows, fmt)
+        if columns is not None:
+            rows = rows / columns
+        yield first, search_scales(rows, fmt) if fmt.by_rows else round_to_nearest(rows, fmt)
+
+
+def _column_scales(weights: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    """The largest magnitude in each column of a table, about 1 in the geometric mean, `[width]`.
+
+    A few columns of a Gemma's embedding are ten times as large as the others, and a row has only
+    one scale. Divided by these first, it loses a sixth (docs/lab-notes.md).
+    """
+    greatest = np.float32(0)
+    for _, rows in table_chunks(weights, name):
+        greatest = np.maximum(greatest, np.abs(rows).max(axis=0))
+    logs = np.log(np.maximum(greatest, greatest.max() * _NARROWEST + _TINY).astype(np.float64))
+    return np.exp(logs - logs.mean()).astype(np.float32)

@@ -25,6 +25,7 @@ CHATML = ("<|im_start|>", "<|im_end|>")
 WIDE = {"head_dim": 128, "sliding_window": 64, "max_position_embeddings": 640}
 WIDE_RECIPES: dict[str, dict[str, Any]] = {
     "int8": {"recipe": "int8"},
+    "rows": {"recipe": "int8-rows"},
     "int4": {"recipe": "int4", "plan": {}},
     "int8-cache": {"recipe": "int8", "kv_cache_dtype": "int8"},
 }

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
+import getpass
 import json
+import platform
 import re
 import statistics
 import weakref
 
 import pytest
 
+from edge_demo.bundle.graph_weights import bytes_per_token
 from edge_demo.bundle.reader import Bundle
-from edge_demo.cli.bench import as_json, as_markdown
+from edge_demo.cli.bench import as_json, as_markdown, to_share
+from edge_demo.device import hardware
 from edge_demo.errors import RequestError
 from edge_demo.evaluate import speed as bench_module
 from edge_demo.evaluate.speed import BenchCase, BenchReport, Timing, run_tests
@@ -175,6 +180,42 @@ def test_what_cannot_be_measured_is_refused_in_one_line(tiny, refused, options, 
 
 
 @pytest.mark.sample
+def test_what_is_shared_says_nothing_about_its_owner(tiny, tmp_path, run, monkeypatch):
+    device = hardware.look()
+    named = dataclasses.replace(device, board="Raspberry Pi 5 Model B Rev 1.0")
+    monkeypatch.setattr(hardware, "look", lambda: named)
+    file = tmp_path / "mine.json"
+    status, out, err = run("bench", tiny, "-p", 8, "-n", 2, "-r", 1, "--share", file)
+    assert (status, err) == (0, "")
+    found = json.loads(file.read_text())
+    assert found["measured"].keys() == KEYS - {"model"}
+    assert found["device"]["board"] == named.board and found["device"]["cores"] == device.cores
+    assert found["assumed"]["bytes_per_s"] == 9.5e9
+    assert found["bytes_per_token"] == bytes_per_token(tiny / "candidates.onnx")
+    said = file.read_text()
+    for private in (str(tiny), str(tmp_path), platform.node(), getpass.getuser()):
+        assert len(private) < 4 or private not in said
+    line = out.splitlines()[-1]
+    assert line.startswith("Raspberry Pi 5: assumed 4 cores of 2.4 GHz") and "9.5 GB/s" in line
+    most = 9.5e9 / found["bytes_per_token"]
+    assert line.endswith(f"at most {most:.0f} tokens/s by memory")
+
+
+def test_a_board_with_a_name_of_its_own_is_not_shared(tiny):
+    named = dataclasses.replace(hardware.look(), board="Anna's board")
+    report = run_tests(Bundle.open(tiny), [BenchCase("tg", 1)], [1], 1)
+    found = to_share(Bundle.open(tiny), report, 1, named)
+    assert found["device"]["board"] is None and found["assumed"] is None
+
+
+@pytest.mark.parametrize(
+    ("place", "said"), [("no/such/folder/file", "does not exist"), (".", "cannot be written")]
+)
+def test_a_file_that_cannot_be_shared_is_one_line(tiny, tmp_path, refused, place, said):
+    options = ("-p", 0, "-n", 1, "-r", 1, "--share", tmp_path / place)
+    refused("bench", tiny, *options, names=[said])
+
+
 def test_bench_of_the_sample_knows_how_large_it_is(sample_bundle):
     options = ("-p", 16, "-n", 2, "-d", "0,600", "-r", 1, "--json")
     found = json.loads(edge_demo("bench", sample_bundle, *options)[0])

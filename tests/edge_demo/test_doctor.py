@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import re
 
 import pytest
 
@@ -99,6 +100,28 @@ def test_a_raspberry_pi_of_4_gb(tmp_path):
     assert fits["Gemma 3 1B", "int8"] and fits["Gemma 2B", "int4"]
     assert not fits["Gemma 2B", "int8"] and not fits["Gemma 7B", "int4"]
     assert "does not fit" in page
+
+
+@pytest.mark.parametrize(
+    ("features", "bundle", "said"),
+    [
+        ("fp asimd", "wide-int8", "no 8-bit dot products and dequantizes.*--target armv8.0"),
+        ("fp asimd", "wide-rows", None),
+        ("fp asimd", "gemma3-fp32", None),
+        ("fp asimd asimddp", "wide-rows", "has 8-bit dot products; int8 is"),
+        ("fp asimd asimddp", "wide-int8", None),
+    ],
+)
+def test_a_bundle_for_another_processor_is_told(tmp_path, tiny_bundles, features, bundle, said):
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "cpuinfo").write_text(f"Features\t: {features}\n")
+    report = examine([Bundle.open(tiny_bundles / bundle)], tmp_path)
+    advice = report["bundles"][0]["advice"]
+    shown = [line for line in describe(report).splitlines() if line.startswith("  advice")]
+    if said is None:
+        assert advice is None and not shown
+    else:
+        assert re.search(said, advice) and re.search(said, shown[0])
 
 
 def test_a_device_that_tells_nothing(tmp_path, tiny):

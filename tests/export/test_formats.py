@@ -22,11 +22,11 @@ from export.formats.packing import (
     stored_tensors,
     unpack_bits,
 )
-from export.formats.recipes import RECIPES, plan_for_recipe
+from export.formats.recipes import RECIPES, plan_for_recipe, plan_from_json, recipe_for
 from export.formats.round_to_nearest import round_to_nearest, search_scales
 from export.graph.store_weights import store_weights
 from export.graph.weights_file import WeightsFile
-from gemma_keras.checkpoints.names import weight_specs
+from gemma_keras.checkpoints.names import head_table, weight_specs
 from gemma_keras.config import GemmaConfig, LayerSpec
 
 ORT_BLOCKS = (16, 32, 64)  # sizes that onnxruntime's operators take
@@ -481,21 +481,30 @@ def test_stored_bytes_are_the_weights(recipe, tied, tmp_path):
         return flat.reshape(tensor.shape)
 
     for name, spec in weight_specs(config).items():
+        columns = np.ones(1, np.float32)
+        if spec.kind == "table" and plan[name].by_rows:
+            columns = read(f"{name}.columns", np.float32)
+            scaled = weights[name] / columns
+            np.testing.assert_allclose(np.abs(scaled).max(axis=0), np.abs(scaled).max(), rtol=1e-5)
         if spec.kind == "norm":
-            np.testing.assert_array_equal(read(name, np.float32), 1 + weights[name])
+            factors = 1 + weights[name]
+            if name == "final_norm" and plan[head_table(config)].by_rows:
+                factors = factors * read(f"{head_table(config)}.columns", np.float32)
+            np.testing.assert_array_equal(read(name, np.float32), factors)
         elif not (fmt := plan[name]).quantized:
             dtype = np.float16 if fmt.bits == 16 else np.float32
             np.testing.assert_array_equal(read(name, dtype), weights[name].astype(dtype))
         else:
             num_rows, num_inputs = rows_and_inputs(spec)
-            rows = weights[name].T if spec.kind == "matrix" else weights[name]
-            expected = stored_tensors(round_to_nearest(rows, fmt), fmt)
+            rows = weights[name].T if spec.kind == "matrix" else weights[name] / columns
+            rounding = search_scales if fmt.by_rows else round_to_nearest
+            expected = stored_tensors(rounding(rows, fmt), fmt)
             for part, array in expected.items():
                 np.testing.assert_array_equal(read(f"{name}.{part}", array.dtype), array)
             kept = round_to_nearest(rows, fmt).values(fmt, num_inputs)
             steps = 2 * np.abs(rows).max() / ((1 << fmt.bits) - 1)
             assert np.abs(kept - rows).max() <= 1.1 * steps
-            if spec.kind == "table":
+            if spec.kind == "table" and not fmt.by_rows:
                 views = {"rows": "quantized"}
                 if fmt.planes == 2:
                     views = {"high.rows": "high", "low.rows": "low"}
@@ -524,8 +533,45 @@ def test_a_name_is_stored_once_and_a_view_covers_its_tensor(tmp_path):
 
 
 def test_an_unknown_recipe_is_refused_with_those_there_are():
-    with pytest.raises(ExportRequestError, match=r"'int3'; choose one of int4, int8, fp16, fp32"):
+    with pytest.raises(ExportRequestError, match=r"'int3'; choose one of int4, int8, int8-rows, "):
         plan_for_recipe("int3", config_of())
+
+
+def test_a_target_has_a_recipe_in_place_of_another():
+    assert recipe_for("int8", "any") == "int8"
+    assert recipe_for("int8", "armv8.0") == recipe_for("int8-rows", "armv8.0") == "int8-rows"
+    for recipe in ("int4", "fp32"):
+        with pytest.raises(ExportRequestError, match=rf"{recipe} is slow on armv8.0.*recipe int8$"):
+            recipe_for(recipe, "armv8.0")
+    with pytest.raises(ExportRequestError, match="no recipe 'int3'"):
+        recipe_for("int3", "armv8.0")
+
+
+@pytest.mark.parametrize("terms", [1, 2])
+def test_a_row_of_integers_is_what_the_format_says(terms):
+    rows = np.random.default_rng(0).normal(size=(5, 48)).astype(np.float32)
+    fmt = Format(8, 48, terms=terms)
+    quantized = search_scales(rows, fmt)
+    parts = stored_tensors(quantized, fmt)
+    assert parts["quantized"].dtype == np.int8 and parts["scales"].shape == (5,)
+    values = parts["quantized"].astype(np.float32) * parts["scales"][:, None]
+    np.testing.assert_array_equal(values, quantized.values(fmt, 48))
+    assert np.abs(values - rows).max() < np.abs(rows).max() / 127
+
+
+@pytest.mark.parametrize("fields", [{"bits": 4}, {"symmetric": False}, {"planes": 2}, {"terms": 3}])
+def test_only_8_bits_around_0_are_stored_by_rows(fields):
+    with pytest.raises(ValueError, match="not supported"):
+        Format(**{"bits": 8, "block_size": 64, "terms": 1} | fields)
+
+
+def test_a_plan_by_rows_has_whole_rows():
+    config = config_of()
+    width = config.hidden_dim
+    entry = {"bits": 8, "block_size": width, "terms": 1}
+    assert plan_from_json({"token_embedding": entry}, config)["token_embedding"].by_rows
+    with pytest.raises(ExportRequestError, match=rf"block of 16 by rows; a row has {width}"):
+        plan_from_json({"token_embedding": entry | {"block_size": 16}}, config)
 
 
 @pytest.mark.parametrize(
