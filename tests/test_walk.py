@@ -40,10 +40,10 @@ MOST_TOKENS = 5
 SHALLOW = 18  # layers
 STOPS = (1, VOCABULARY_SIZE - 2)  # the end of a sequence, and of a turn
 PROMPT = "The old bridge was built"
-OTHERS = ("fp32", "fp16", "int4")
+OTHERS = ("fp32", "fp16", "int4", "int8-rows")
 # Greatest mean KL divergence from Keras, as a share of what other tokens' logits have; random
 # weights are the hardest to round.
-MOST = {"fp32": 1e-6, "fp16": 1e-3, "int8": 0.1, "int4": 0.8}
+MOST = {"fp32": 1e-6, "fp16": 1e-3, "int8": 0.1, "int8-rows": 0.2, "int4": 0.8}
 pytestmark = [pytest.mark.keras, pytest.mark.backends("torch")]  # others differ elsewhere
 
 CAUSAL = [size for size in SIZES.values() if size.causal and size.alias_of is None]
