@@ -11,10 +11,10 @@ from typing import Any
 
 from export.calibration_source import CalibrationSource, TextFile, calibration_source
 from export.errors import ExportRequestError
+from export.formats.recipes import TARGETS
 
 BUDGET_NEEDS = "a KL budget chooses between 4 and 8 bits, so it needs --recipe int4 and no plan"
 LOWERINGS = ("fused", "traced")
-TARGETS = ("any", "armv8.0")
 KV_CACHE_DTYPES = ("float32", "int8")
 _Path = str | os.PathLike[str]
 

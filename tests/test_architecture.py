@@ -121,10 +121,8 @@ FLOORS = {
     "export": (
         ("export.errors", "export.progress", "export.start_keras"),
         ("export.calibration_source",),
-        (
-            "export.options",
-            "export.formats",
-        ),
+        ("export.formats",),
+        ("export.options",),
         ("export.graph",),
         ("export.calibrate",),
         ("export.bundle",),

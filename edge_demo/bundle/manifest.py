@@ -105,10 +105,10 @@ class EmbeddingSpec:
         block_size: numbers that share a scale; 0 for floats.
         symmetric: whether the zero point is the middle level in every block.
         planes: 2 where the integers of 8 bits are split in two of 4.
-        by_rows: whether levels are int8 around 0 and a row is one block; each column then has a
-            scale, too, in the part `columns`.
         scale: what each number is multiplied by, beside its block's scale.
         parts: name to place.
+        by_rows: whether levels are int8 around 0 and a row is one block; each column then has a
+            scale, too, in the part `columns`.
     """
 
     rows: int
@@ -130,7 +130,7 @@ class EmbeddingSpec:
     def layout(self) -> dict[str, tuple[str, int]]:
         """Data type of each part that such a table has, and the bytes of a row of it.
 
-        The part `columns` has only one row.
+        The part `columns` has only one row: see `end_of`.
         """
         if not self.block_size:
             return {"rows": (f"float{self.bits}", self.width * self.bits // 8)}
@@ -147,6 +147,11 @@ class EmbeddingSpec:
         if not self.symmetric:
             parts["zero_points"] = "uint8", -(-self.blocks * (self.bits // self.planes) // 8)
         return parts
+
+    def end_of(self, part: str) -> int:
+        """Where a part ends in the weights file, in bytes."""
+        rows = 1 if part == "columns" else self.rows
+        return self.parts[part].offset + rows * self.layout[part][1]
 
 
 @dataclasses.dataclass(frozen=True)

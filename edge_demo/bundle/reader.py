@@ -115,9 +115,8 @@ class Bundle:
                     )
         if self.low_plane_apart and table.planes != 2:
             wrong = "one plane, but the candidates graph needs a second one"
-        for name, (_, row_bytes) in table.layout.items():
-            rows = 1 if name == "columns" else table.rows
-            end = table.parts[name].offset + rows * row_bytes
+        for name in table.layout:
+            end = table.end_of(name)
             if end > size:
                 wrong = f"{name!r} up to byte {end:,} of {self.weights}, which has {size:,}"
         if wrong is not None:

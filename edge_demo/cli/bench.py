@@ -7,21 +7,17 @@ import csv
 import dataclasses
 import io
 import json
-import platform
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_demo.bundle.graph_weights import bytes_per_token
 from edge_demo.cli import options
-from edge_demo.device import hardware
-from edge_demo.device.boards import Board, board_named
-from edge_demo.durable import write_whole
 from edge_demo.errors import RequestError, brief
 from edge_demo.units import megabytes
 
 if TYPE_CHECKING:
     from edge_demo.bundle.reader import Bundle
+    from edge_demo.device.boards import Board
+    from edge_demo.device.hardware import Device
     from edge_demo.evaluate.speed import BenchReport
 
 TEXT = "Measure prefill speed, decode speed, load time and memory."
@@ -106,6 +102,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure a bundle."""
     from edge_demo.bundle.reader import Bundle
     from edge_demo.cli.terminal import Progress, show
+    from edge_demo.device import hardware
+    from edge_demo.device.boards import board_named
     from edge_demo.evaluate.speed import BenchCase, run_tests
 
     tests = [
@@ -118,15 +116,12 @@ def run(arguments: argparse.Namespace) -> int:
     if 0 in arguments.threads:
         raise RequestError("threads must be positive, not 0")
     bundle = Bundle.open(arguments.bundle)
-    if arguments.share is not None and not Path(arguments.share).absolute().parent.is_dir():
-        raise RequestError(f"the folder of {arguments.share} does not exist")
+    if arguments.share is not None:
+        _check_place(Path(arguments.share))
     report = run_tests(
         bundle, tests, arguments.threads, arguments.repeats, Progress("run"), arguments.force
     )
     looked = hardware.look()
-    if arguments.share is not None:
-        text = json.dumps(to_share(bundle, report, arguments.repeats, looked), indent=1) + "\n"
-        _write(Path(arguments.share), text)
     output = "json" if arguments.json else arguments.output
     if output == "json":
         print(json.dumps(as_json(bundle, report, arguments.repeats)))
@@ -138,23 +133,39 @@ def run(arguments: argparse.Namespace) -> int:
         if board is not None:
             lines.append(_assumed(board, bundle))
         show("\n".join(lines) + "\n")
+    if arguments.share is not None:  # after the table: a full disk does not take it away
+        text = json.dumps(to_share(bundle, report, arguments.repeats, looked), indent=1) + "\n"
+        _write(Path(arguments.share), text)
     return 0
 
 
+def _check_place(path: Path) -> None:
+    """Refuse before minutes of measuring what could not be written after them."""
+    if path.is_dir():
+        raise RequestError(f"{path} cannot be written: it is a folder")
+    if not path.absolute().parent.is_dir():
+        raise RequestError(f"{path} cannot be written: its folder does not exist")
+
+
 def _write(path: Path, text: str) -> None:
+    from edge_demo.durable import write_whole
+
     try:
         write_whole(path, [text.encode()])
     except OSError as error:
         raise RequestError(f"{path} cannot be written: {error.strerror}") from error
 
 
-def to_share(
-    bundle: Bundle, report: BenchReport, repeats: int, looked: hardware.Device
-) -> dict[str, Any]:
+def to_share(bundle: Bundle, report: BenchReport, repeats: int, looked: Device) -> dict[str, Any]:
     """Returns the measurements with what is known of the device, and nothing about its owner.
 
-    The model is told by its architecture, since its name may be a path or a person's.
+    The model's name is left out: it may hold a path or a person's name. Its sizes say which it is.
     """
+    import platform
+    from importlib import metadata
+
+    from edge_demo.device.boards import board_named
+
     board = board_named(looked.board)
     device = {
         "board": looked.board if board else None,
@@ -188,6 +199,8 @@ def _assumed(board: Board, bundle: Bundle) -> str:
 
 
 def _read(bundle: Bundle) -> int:
+    from edge_demo.bundle.graph_weights import bytes_per_token
+
     graph = bundle.candidates or bundle.engine
     return bytes_per_token(bundle.path / graph.file)
 

@@ -102,11 +102,16 @@ def _judge(bundle: Bundle, speed: float | None, looked: hardware.Device) -> dict
 def _advice(bundle: Bundle, looked: hardware.Device) -> str | None:
     """What another export would improve on this processor, in a sentence."""
     dot_products = looked.dot_products
-    if dot_products is None:
-        return None
-    if bundle.embedding.by_rows and dot_products:
-        return "this processor has 8-bit dot products; int8 is as fast here and nearer to the model"
-    if bundle.embedding.block_size and not bundle.embedding.by_rows and not dot_products:
+    if bundle.embedding.by_rows:
+        if looked.machine == "x86_64":
+            return (
+                "this bundle is made for ARM boards without 8-bit dot products; on x86 it is many "
+                "times slower than int8"
+            )
+        return (
+            "this processor has 8-bit dot products; int8 loses less here" if dot_products else None
+        )
+    if bundle.embedding.block_size and dot_products is False:
         return (
             "this processor has no 8-bit dot products and dequantizes these weights for every "
             "token; export with --target armv8.0"

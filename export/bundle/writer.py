@@ -201,7 +201,9 @@ def write_manifest(
         "plan": plan_to_json(plan),
         "weights": WEIGHTS_FILE,
         "graphs": {name: dataclasses.asdict(graph) for name, graph in graphs.items()},
-        "embedding": _embedding_to_json(embedding),
+        "embedding": {
+            k: v for k, v in dataclasses.asdict(embedding).items() if v or k != "by_rows"
+        },
         "ropes": [dataclasses.asdict(rope) for rope in ropes],
         "windows": [dataclasses.asdict(window) for window in windows],
         "tokenizer": dict(tokenizer),
@@ -213,11 +215,6 @@ def write_manifest(
     write_card(folder, manifest, report)  # first: it is one of the files
     manifest["files"] = _files(folder)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-
-
-def _embedding_to_json(embedding: EmbeddingSpec) -> dict[str, Any]:
-    entry = dataclasses.asdict(embedding)
-    return entry if embedding.by_rows else {k: v for k, v in entry.items() if k != "by_rows"}
 
 
 def _files(folder: Path) -> dict[str, Any]:

@@ -121,11 +121,8 @@ def rows_and_inputs(spec: WeightSpec) -> tuple[int, int]:
 
 
 def plan_to_json(plan: Plan) -> dict[str, Any]:
-    """The plan as plain data, for the bundle."""
-    return {name: format_to_json(fmt) for name, fmt in plan.items()}
-
-
-def format_to_json(fmt: Format) -> dict[str, Any]:
-    """A format as plain data; `terms` only where it has any."""
-    entry = dataclasses.asdict(fmt)
-    return entry if fmt.by_rows else {k: v for k, v in entry.items() if k != "terms"}
+    """The plan as plain data, for the bundle; `terms` only where a format has any."""
+    return {
+        name: {k: v for k, v in dataclasses.asdict(fmt).items() if v or k != "terms"}
+        for name, fmt in plan.items()
+    }

@@ -78,7 +78,7 @@ RECIPES = {
 
 
 # A kind of processor to the recipes that stand for others there.
-_FOR_TARGET: dict[str, dict[str, str]] = {
+TARGETS: dict[str, dict[str, str]] = {
     "any": {},
     # Raspberry Pi 4, 3 and Zero 2 W: without 8-bit dot products onnxruntime dequantizes blocks of 8
     # bits for every token.
@@ -91,13 +91,13 @@ def recipe_for(recipe: str, target: str) -> str:
 
     Args:
         recipe: its name.
-        target: one of `export.options.TARGETS`.
+        target: one of `TARGETS`.
 
     Raises:
         ExportRequestError: there is no such recipe, or it is slow there.
     """
     recipe_named(recipe)
-    instead = _FOR_TARGET[target]
+    instead = TARGETS[target]
     if not instead or recipe in instead.values():
         return recipe
     if recipe not in instead:

@@ -41,7 +41,7 @@ def product(
     num_rows, num_inputs = shape
     scale = graph.value(f"{x.name}.scale", lambda n: _scale(graph, x, num_inputs, n))
     integers = graph.value(
-        f"{x.name}.int8.{fmt.terms}", lambda n: _integers(graph, x, scale, fmt.terms, n)
+        f"{x.name}.int8.{fmt.terms}", lambda n: _integers(graph, x, scale, fmt, n)
     )
     no_scale = graph.constant("scale_1", np.array(1, np.float32))
     zero = graph.constant("int8_0", np.array(0, np.int8))
@@ -88,13 +88,13 @@ def _flat(graph: NamedNodes, x: ir.Value, num_inputs: int) -> ir.Value:
     return graph.value(f"{x.name}.tokens", lambda n: graph.op("Reshape", [x, shape], n))
 
 
-def _integers(graph: NamedNodes, x: ir.Value, scale: ir.Value, terms: int, name: str) -> ir.Value:
+def _integers(graph: NamedNodes, x: ir.Value, scale: ir.Value, fmt: Format, name: str) -> ir.Value:
     """The terms, one after another: int8 `(terms * tokens, inputs)`."""
-    flat = graph.value(f"{x.name}.tokens", lambda n: x)
+    flat = _flat(graph, x, fmt.block_size)
     steps = graph.value(f"{x.name}.steps", lambda n: graph.op("Div", [flat, scale], n))
     first = graph.value(f"{x.name}.steps.round", lambda n: graph.op("Round", [steps], n))
     int8 = int(ir.DataType.INT8)
-    if terms == 1:
+    if fmt.terms == 1:
         return graph.op("Cast", [first], name, to=int8)
     finer = graph.constant("steps_254", np.array(2 * _HIGHEST, np.float32))
     rest = graph.op("Sub", [steps, first], f"{name}.rest")

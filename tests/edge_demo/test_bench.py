@@ -209,7 +209,7 @@ def test_a_board_with_a_name_of_its_own_is_not_shared(tiny):
 
 
 @pytest.mark.parametrize(
-    ("place", "said"), [("no/such/folder/file", "does not exist"), (".", "cannot be written")]
+    ("place", "said"), [("no/such/folder/file", "folder does not exist"), (".", "is a folder")]
 )
 def test_a_file_that_cannot_be_shared_is_one_line(tiny, tmp_path, refused, place, said):
     options = ("-p", 0, "-n", 1, "-r", 1, "--share", tmp_path / place)

@@ -108,13 +108,16 @@ def test_a_raspberry_pi_of_4_gb(tmp_path):
         ("fp asimd", "wide-int8", "no 8-bit dot products and dequantizes.*--target armv8.0"),
         ("fp asimd", "wide-rows", None),
         ("fp asimd", "gemma3-fp32", None),
-        ("fp asimd asimddp", "wide-rows", "has 8-bit dot products; int8 is"),
+        ("fp asimd asimddp", "wide-rows", "has 8-bit dot products; int8 loses less"),
         ("fp asimd asimddp", "wide-int8", None),
     ],
 )
-def test_a_bundle_for_another_processor_is_told(tmp_path, tiny_bundles, features, bundle, said):
+def test_a_bundle_for_another_processor_is_told(
+    tmp_path, tiny_bundles, features, bundle, said, monkeypatch
+):
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc" / "cpuinfo").write_text(f"Features\t: {features}\n")
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     report = examine([Bundle.open(tiny_bundles / bundle)], tmp_path)
     advice = report["bundles"][0]["advice"]
     shown = [line for line in describe(report).splitlines() if line.startswith("  advice")]
@@ -122,6 +125,13 @@ def test_a_bundle_for_another_processor_is_told(tmp_path, tiny_bundles, features
         assert advice is None and not shown
     else:
         assert re.search(said, advice) and re.search(said, shown[0])
+
+
+@pytest.mark.parametrize("bundle", ["wide-rows", "wide-int8"])
+def test_a_bundle_for_boards_is_told_on_a_laptop(tiny_bundles, bundle, monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    advice = examine([Bundle.open(tiny_bundles / bundle)])["bundles"][0]["advice"]
+    assert (advice is not None and "slower than int8" in advice) == (bundle == "wide-rows")
 
 
 def test_a_device_that_tells_nothing(tmp_path, tiny):

@@ -39,6 +39,24 @@ class Emulator:
     qemu: tuple[str, ...]
     plugin: Path
 
+    def try_out(self) -> None:
+        """Refuse a qemu that was built without plugins.
+
+        Raises:
+            SetupError: it was.
+        """
+        done = subprocess.run(
+            [*self.qemu, "-plugin", f"{self.plugin},out={os.devnull}", os.devnull],
+            capture_output=True,
+            text=True,
+            errors="replace",
+        )
+        if "unknown option" in done.stderr or "Could not load plugin" in done.stderr:
+            raise SetupError(
+                f"{self.qemu[-1]} cannot load the plugin; on Debian: apt-get install qemu-user "
+                f"({done.stderr.strip().splitlines()[0]})"
+            )
+
     def command(self, processor: Processor, counts: Path, *words: object) -> list[str]:
         """The words that run something on a processor; the plugin writes to `counts`."""
         start = [*self.qemu, "-cpu", processor.name, "-plugin", f"{self.plugin},out={counts}"]
@@ -71,7 +89,7 @@ def build(folder: Path, say: Callable[[str], None]) -> Emulator:
     plugin = folder / "plugin"
     make(plugin, (compiler, _PLUGIN.read_text()), lambda new: _compile(compiler, new))
     emulator = Emulator(_qemu(folder, say), plugin / "libcount.so")
-    _try_out(emulator)
+    emulator.try_out()
     return emulator
 
 
@@ -99,18 +117,3 @@ def _qemu(folder: Path, say: Callable[[str], None]) -> tuple[str, ...]:
     places = [system / "lib" / f"{machine}-linux-gnu", system / "usr/lib" / f"{machine}-linux-gnu"]
     libraries = os.pathsep.join(map(str, places))
     return str(loader), "--library-path", libraries, str(system / "usr/bin" / _QEMU)
-
-
-def _try_out(emulator: Emulator) -> None:
-    """Refuse an emulator that was built without plugins."""
-    done = subprocess.run(
-        [*emulator.qemu, "-plugin", f"{emulator.plugin},out={os.devnull}", "/dev/null"],
-        capture_output=True,
-        text=True,
-        errors="replace",
-    )
-    if "unknown option" in done.stderr or "Could not load plugin" in done.stderr:
-        raise SetupError(
-            f"{emulator.qemu[-1]} cannot load the plugin; on Debian: apt-get install qemu-user "
-            f"({done.stderr.strip().splitlines()[0]})"
-        )
