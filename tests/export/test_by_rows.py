@@ -21,8 +21,9 @@ from export.formats.packing import stored_tensors
 from export.formats.round_to_nearest import search_scales
 from export.graph import by_rows
 from export.graph.named_nodes import NamedNodes
+from export.graph.run_in_chunks import logits_in_chunks
 from export.graph.weights_file import WeightsFile
-from gemma_keras import GemmaCausalLM
+from gemma_keras import GemmaCausalLM, open_checkpoint
 from tests.models import GENERATIONS, random_ids, write_tiny_hf
 
 ROWS, INPUTS = 40, 96
@@ -129,6 +130,19 @@ def test_candidates_are_the_engines_and_tokens_alone_give_nearly_the_same(export
     for token in ids[:-1]:
         engine.decode(token)
     assert np.abs(engine.decode(ids[-1]) - logits).max() < 0.03 * logits.std()
+
+
+@pytest.mark.keras
+@pytest.mark.backends("torch")
+@pytest.mark.parametrize("chunk_bytes", [1, 1 << 40])
+def test_the_graph_for_other_runtimes_says_the_same_whole_and_in_chunks(exported, chunk_bytes):
+    folder, bundle = exported("gemma3")
+    ids, positions = random_ids()[:1, :24], np.array([0, 11, 23])
+    config = open_checkpoint(folder).config
+    found = logits_in_chunks(bundle.path, config, ids, positions, chunk_bytes=chunk_bytes)
+    engine = Engine(bundle, threads=1)
+    expected = np.concatenate(list(engine.all_logits(ids[0].tolist())))[positions]
+    assert np.abs(found - expected).max() < 0.03 * expected.std()
 
 
 @pytest.mark.keras

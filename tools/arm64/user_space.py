@@ -97,17 +97,18 @@ class UserSpace:
         return {"PYTHONPATH": os.pathsep.join(map(str, places)), "PYTHONNOUSERSITE": "1"}
 
 
-def build(folder: Path, say: Callable[[str], None]) -> UserSpace:
+def build(folder: Path, say: Callable[[str], None], qemu: Sequence[str] | None = None) -> UserSpace:
     """Make what is not there yet, or was made from something else.
 
     Args:
         folder: to make it in.
         say: shown a line before each step that takes seconds.
+        qemu: the words that start the emulator; by default the installed qemu-aarch64-static.
 
     Raises:
         SetupError: a program is missing, or a download failed.
     """
-    qemu = program("qemu-aarch64-static", "qemu-user-static")
+    qemu = qemu or [program("qemu-aarch64-static", "qemu-user-static")]
     folder = folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     system = folder / "system"
@@ -273,13 +274,13 @@ def _cpuinfo(processor: Processor) -> str:
     return "".join(f"processor\t: {number}\n{core}" for number in range(_CORES))
 
 
-def _launcher(qemu: str, root: Path, processor: Processor) -> str:
+def _launcher(qemu: Sequence[str], root: Path, processor: Processor) -> str:
     """A shell script: the name it is started by is what that Python takes for its own."""
     home, python = shlex.quote(f"PYTHONHOME={root / 'usr'}"), shlex.quote(f"{root}/usr/bin/python3")
     name = shlex.quote(str(root / "python"))
     return (
         "#!/bin/sh\n"
-        f"exec {shlex.quote(qemu)} -L {shlex.quote(str(root))} -cpu {processor.name} "
+        f"exec {shlex.join(qemu)} -L {shlex.quote(str(root))} -cpu {processor.name} "
         f'-E {home} -0 {name} {python} "$@"\n'
     )
 

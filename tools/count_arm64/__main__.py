@@ -127,7 +127,7 @@ def main() -> int:
     rows = []
     try:
         emulated = emulator.build(arguments.folder, say)
-        space = user_space.build(ROOT / "build" / "arm64", say)
+        space = user_space.build(ROOT / "build" / "arm64", say, emulated.qemu)
         for recipe in arguments.recipe or RECIPES:
             bundle = arguments.bundles / f"sample-{recipe}"
             opened = Bundle.open(bundle)
