@@ -44,6 +44,8 @@ def write_whole(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
     os.stat(path.parent)  # folders above it are not made
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():  # a device would be replaced by a file
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     with (
         whole_or_nothing(path, "file", check=lambda: None, mode=0o600) as partial,
         partial.open("wb") as file,

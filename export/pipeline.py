@@ -149,7 +149,11 @@ def _prepare(source: Any, out: Path, recipe: str, options: ExportOptions) -> _Jo
     chosen = recipe_named(recipe)
     formats = plan_for_recipe(recipe, config) | plan_from_json(options.plan or {}, config)
     if options.lowering == "traced":
+        from export.graph.dequantize import check_format
+
         formats = in_one_plane(formats)
+        for name, fmt in formats.items():
+            check_format(name, fmt)
     budget = _budget(options, recipe)
     max_context = _check_context(options.max_context, config)
     text = _calibration(options, chosen, formats)

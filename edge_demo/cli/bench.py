@@ -141,8 +141,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check_place(path: Path) -> None:
     """Refuse before minutes of measuring what could not be written after them."""
-    if path.is_dir():
-        raise RequestError(f"{path} cannot be written: it is a folder")
+    if path.exists() and not path.is_file():
+        raise RequestError(f"{path} cannot be written: it is not a regular file")
     if not path.absolute().parent.is_dir():
         raise RequestError(f"{path} cannot be written: its folder does not exist")
 

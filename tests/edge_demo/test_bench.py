@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import getpass
 import json
+import os
 import platform
 import re
 import statistics
@@ -17,6 +18,7 @@ from edge_demo.bundle.graph_weights import bytes_per_token
 from edge_demo.bundle.reader import Bundle
 from edge_demo.cli.bench import as_json, as_markdown, to_share
 from edge_demo.device import hardware
+from edge_demo.durable import write_whole
 from edge_demo.errors import RequestError
 from edge_demo.evaluate import speed as bench_module
 from edge_demo.evaluate.speed import BenchCase, BenchReport, Timing, run_tests
@@ -209,11 +211,25 @@ def test_a_board_with_a_name_of_its_own_is_not_shared(tiny):
 
 
 @pytest.mark.parametrize(
-    ("place", "said"), [("no/such/folder/file", "folder does not exist"), (".", "is a folder")]
+    ("place", "said"),
+    [
+        ("no/such/folder/file", "folder does not exist"),
+        (".", "not a regular file"),
+        ("pipe", "not a regular file"),
+    ],
 )
 def test_a_file_that_cannot_be_shared_is_one_line(tiny, tmp_path, refused, place, said):
+    os.mkfifo(tmp_path / "pipe")
     options = ("-p", 0, "-n", 1, "-r", 1, "--share", tmp_path / place)
     refused("bench", tiny, *options, names=[said])
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_what_is_no_regular_file_is_never_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="not a regular file"):
+        write_whole(tmp_path / "pipe", [b"x"])
+    assert (tmp_path / "pipe").is_fifo() and len(list(tmp_path.iterdir())) == 1
 
 
 def test_bench_of_the_sample_knows_how_large_it_is(sample_bundle):

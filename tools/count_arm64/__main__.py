@@ -19,6 +19,7 @@ from pathlib import Path
 from edge_demo.bundle.graph_weights import bytes_per_token
 from edge_demo.bundle.reader import Bundle
 from edge_demo.device.boards import BOARDS, Board
+from edge_demo.errors import EdgeError
 from edge_demo.units import megabytes
 from tools.arm64 import user_space
 from tools.arm64.user_space import PROCESSORS, ROOT, Processor, Progress, SetupError, UserSpace
@@ -139,7 +140,7 @@ def main() -> int:
                 rows.append(row(recipe, read, processor, figures(found, plan)))
         if arguments.ggufs is not None:
             rows += _count_ggufs(arguments, emulated, processors, plan, say)
-    except SetupError as error:
+    except (SetupError, EdgeError) as error:
         print(f"count-arm64: {error}", file=sys.stderr)
         return 2
     print(HEAD, *rows, "", *map(str, BOARDS), sep="\n")
