@@ -154,7 +154,7 @@ BARE = [sys.executable, "-I", "-S", "-c"]  # no installed package is found
         ),
         (
             "from export.cli import main; sys.exit(main(['sample', 'out']))",
-            "export-onnx: rich is not installed; run: pip install 'gemma-keras[export]'",
+            "export-onnx: numpy is not installed; run: pip install 'gemma-keras[export]'",
         ),
     ],
 )
