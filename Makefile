@@ -45,8 +45,9 @@ test-all: $(VENV)/installed-dev  ## run all tests, the slow ones too (tests/slow
 	@$(BIN)/pytest $(PARTS) $(PYTEST_ARGS)
 
 # The device's side on a Raspberry Pi 5 and 4, emulated by qemu: see tools/arm64.
-SAMPLES := $(foreach recipe,fp32 int8 int8-rows int4,build/sample-$(recipe)/bundle.json)
-test-arm64: build/arm64 $(SAMPLES) build/tiny-bundles/made  ## run the device's side on two emulated boards (needs qemu)
+# The bundles are those of tools/arm64/bundles.py.
+COUNTED := $(foreach name,sample-int8 sample-int4 armv8.0-int8 armv8.2-int8 armv8.2-int4,build/$(name)/bundle.json)
+test-arm64: build/arm64 build/sample-fp32/bundle.json $(COUNTED) build/tiny-bundles/made  ## run the device's side on two emulated boards (needs qemu)
 	@$(BIN)/python -m tools.arm64 build $(ARM64_ARGS)
 
 # Its short part: the command, on a small bundle, on both processors.
@@ -54,7 +55,6 @@ smoke-arm64: build/arm64 build/tiny-bundles/made  ## the short part of test-arm6
 	@$(BIN)/python -m tools.arm64 build --part command
 
 # Instructions per token, counted by qemu, beside llama.cpp's: see tools/count_arm64.
-COUNTED := $(foreach recipe,int4 int8 int8-rows,build/sample-$(recipe)/bundle.json)
 count-arm64: $(COUNTED)  ## count instructions per token on two emulated boards (needs qemu)
 	@$(BIN)/python -m tools.count_arm64 build $(GGUFS) $(COUNT_ARGS)
 
@@ -65,6 +65,13 @@ build/arm64: $(VENV)/installed-dev
 build/sample-%/bundle.json: $(CODE) | $(VENV)/installed-demo
 	@echo "==> Exporting: export-onnx sample build/sample-$* --recipe $*"
 	@$(BIN)/export-onnx sample build/sample-$* --recipe $* --overwrite
+
+define FOR_TARGET
+build/$(1)-%/bundle.json: $$(CODE) | $$(VENV)/installed-demo
+	@echo "==> Exporting: export-onnx sample build/$(1)-$$* --recipe $$* --target $(1)"
+	@$$(BIN)/export-onnx sample build/$(1)-$$* --recipe $$* --target $(1) --overwrite
+endef
+$(foreach target,armv8.0 armv8.2,$(eval $(call FOR_TARGET,$(target))))
 
 build/tiny-bundles/made: $(CODE) tests/models.py tests/edge_demo/make_bundles.py | $(VENV)/installed-dev
 	@echo "==> Exporting the small models of the tests"

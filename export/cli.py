@@ -100,13 +100,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--recipe",
         default="int8",
-        help="weight format: int4, int8, int8-rows, fp16 or fp32 (default: int8)",
+        help="weight format: int4, int8, int8-rows, int8-wide, fp16 or fp32 (default: int8)",
     )
     parser.add_argument(
         "--target",
         default="any",
-        help="any processor, or armv8.0 for one without 8-bit dot products, such as a Raspberry "
-        "Pi 4; int8 then means int8-rows (default: any)",
+        help="any processor; armv8.0, one without 8-bit dot products, such as a Raspberry Pi 4: "
+        "int8 is then int8-rows; or armv8.2, a Raspberry Pi 5: int8 is then int8-wide "
+        "(default: any)",
     )
     parser.add_argument(
         "--kl-budget",

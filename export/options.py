@@ -11,7 +11,7 @@ from typing import Any
 
 from export.calibration_source import CalibrationSource, TextFile, calibration_source
 from export.errors import ExportRequestError
-from export.formats.recipes import TARGETS
+from export.formats.targets import ANY, TARGETS
 
 BUDGET_NEEDS = "a KL budget chooses between 4 and 8 bits, so it needs --recipe int4 and no plan"
 LOWERINGS = ("fused", "traced")
@@ -35,8 +35,9 @@ class ExportOptions:
             `CalibrationSource`. By default the recipe's own.
         plan: weight name to format, as `bundle.json` has it, in place of the recipe's formats for
             the weights it names; nothing is chosen by measurement then.
-        target: `any` processor, or `armv8.0`, a processor without 8-bit dot products such as that
-            of a Raspberry Pi 4. There `int8` stores weights by rows (the recipe `int8-rows`).
+        target: `any` processor; `armv8.0`, one without 8-bit dot products such as that of a
+            Raspberry Pi 4, where `int8` stores weights by rows (the recipe `int8-rows`); or
+            `armv8.2`, that of a Raspberry Pi 5, where `int8` has wider blocks (`int8-wide`).
         lowering: `fused`, graphs of onnxruntime's operators, or `traced`, graphs of standard
             operators made from the Keras code, which any ONNX runtime can run.
         kv_cache_dtype: how the engine keeps keys and values of layers that see the whole text:
@@ -56,7 +57,7 @@ class ExportOptions:
     kl_budget: float | None = None
     calibration: _Path | CalibrationSource | None = None
     plan: Mapping[str, Mapping[str, Any]] | None = None
-    target: str = "any"
+    target: str = ANY
     lowering: str = "fused"
     kv_cache_dtype: str = "float32"
     max_context: int | None = None
@@ -72,6 +73,10 @@ class ExportOptions:
         if self.lowering not in LOWERINGS:
             raise ExportRequestError(
                 f"there is no lowering {self.lowering!r}; choose one of {', '.join(LOWERINGS)}"
+            )
+        if self.lowering != "fused" and TARGETS[self.target].one_token_attention:
+            raise ExportRequestError(
+                f"{self.lowering} graphs are the same for any target; omit --target"
             )
         self._check_kv_cache_dtype()
         self._check_kl_budget()

@@ -24,9 +24,9 @@ from export.formats.recipes import (
     in_one_plane,
     plan_for_recipe,
     plan_from_json,
-    recipe_for,
     recipe_named,
 )
+from export.formats.targets import recipe_for
 from export.options import BUDGET_NEEDS, ExportOptions
 from export.start_keras import start_keras
 from gemma_keras.checkpoints.hub import opens_with_keras
@@ -75,7 +75,7 @@ def export_onnx(
         source: what `gemma_keras.open_checkpoint` takes, a `GemmaCausalLM`, or a live KerasHub
             Gemma.
         out: the folder to write; it gets this name only when it is complete.
-        recipe: `int4`, `int8`, `int8-rows`, `fp16` or `fp32`.
+        recipe: `int4`, `int8`, `int8-rows`, `int8-wide`, `fp16` or `fp32`.
         options: all that else can be chosen.
         on_progress: called with (stage, share of it that is done, 0 to 1).
         **fields: fields of `ExportOptions`, in place of those of `options`, such as
@@ -189,6 +189,7 @@ def _write(
         options.lowering,
         job.max_context,
         options.kv_cache_dtype,
+        options.target,
         on_progress,
     )
     if options.verify or job.windows is not None or job.text != NoCalibration():

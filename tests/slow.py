@@ -144,6 +144,14 @@ SLOW = (
         ),
     ),
     Slow(
+        "The attention of a single token that bundles for boards have. Gemma 2's shows it quickly.",
+        (
+            "edge_demo/test_engine.py::*[[]gemma-board",
+            "edge_demo/test_engine.py::*[[]gemma3-board",
+            "edge_demo/test_batch_decoder.py::*[[]gemma3-board",
+        ),
+    ),
+    Slow(
         "Processes that are killed, go on in many ways, or run until their memory is counted.",
         (
             "export/test_bad_input.py::test_an_interrupted_export",

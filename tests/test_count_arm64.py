@@ -63,7 +63,7 @@ def test_an_emulator_without_plugins_is_refused(tmp_path):
         emulator.Emulator((str(program),), tmp_path / "plugin.so").try_out()
 
 
-@pytest.mark.parametrize("recipe", ["int4", "int8", "rows"])
+@pytest.mark.parametrize("recipe", ["int4", "int8", "rows", "board-int8"])
 def test_a_token_of_a_small_model_takes_no_more_instructions_than_before(
     recipe, tiny_bundles, record_property
 ):

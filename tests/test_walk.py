@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,10 +41,11 @@ MOST_TOKENS = 5
 SHALLOW = 18  # layers
 STOPS = (1, VOCABULARY_SIZE - 2)  # the end of a sequence, and of a turn
 PROMPT = "The old bridge was built"
-OTHERS = ("fp32", "fp16", "int4", "int8-rows")
+OTHERS = ("fp32", "fp16", "int4", "int8-rows", "int8-wide")
+TARGETS = {"int8-rows": "armv8.0", "int8-wide": "armv8.2"}
 # Greatest mean KL divergence from Keras, as a share of what other tokens' logits have; random
 # weights are the hardest to round.
-MOST = {"fp32": 1e-6, "fp16": 1e-3, "int8": 0.1, "int8-rows": 0.2, "int4": 0.8}
+MOST = {"fp32": 1e-6, "fp16": 1e-3, "int8": 0.1, "int8-rows": 0.2, "int8-wide": 0.1, "int4": 0.8}
 pytestmark = [pytest.mark.keras, pytest.mark.backends("torch")]  # others differ elsewhere
 
 CAUSAL = [size for size in SIZES.values() if size.causal and size.alias_of is None]
@@ -163,7 +165,8 @@ def test_a_size_from_checkpoint_to_words(
     size, recipe, tuned, walked, tmp_path, capfd, record_property
 ):
     made = walked(size)
-    options, expected, most = {}, made.logits, MOST[recipe]
+    options: dict[str, Any] = {"target": TARGETS.get(recipe, "any")}
+    expected, most = made.logits, MOST[recipe]
     if recipe == "int4" and len(made.model.backbone.config.layers) <= SHALLOW:
         options = {"kl_budget": 100.0}
     elif recipe == "int4":  # to measure each group of matrices takes the square of the depth

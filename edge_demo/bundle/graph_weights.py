@@ -7,6 +7,7 @@ ONNX files are protocol buffers. The few fields needed here are read by their fi
 from __future__ import annotations
 
 import dataclasses
+import platform
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from edge_demo.errors import BundleError
 
 # Operators that look up rows of a table; the latter in tables of rotary angles.
 _LOOKUPS = ("Gather", "GroupQueryAttention")
+ARM = ("aarch64", "arm64")
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
@@ -27,6 +29,7 @@ class StoredWeight:
         offset: where it begins in the weights file, in bytes.
         num_bytes: its size there.
         used_by: the operators that read it.
+        bits: of the integers of a product with blocks that reads it; 0 if none does.
     """
 
     name: str
@@ -34,6 +37,7 @@ class StoredWeight:
     offset: int
     num_bytes: int
     used_by: frozenset[str]
+    bits: int = 0
 
     @property
     def looked_up(self) -> bool:
@@ -44,6 +48,15 @@ class StoredWeight:
     def multiplied(self) -> bool:
         """Whether all of it is read, for example in a matrix product."""
         return not all(operator.startswith(_LOOKUPS) for operator in self.used_by)
+
+    def read_bytes(self, machine: str) -> int:
+        """What a product reads of it, in bytes, on a processor as Python names it.
+
+        On ARM without `i8mm` onnxruntime keeps two sums beside each scale of a block of 8 bits, and
+        reads them for each token.
+        """
+        sums = self.bits == 8 and machine in ARM and self.name.endswith(".scales")
+        return self.num_bytes * (3 if sums else 1)
 
 
 def stored_weights(path: Path) -> list[StoredWeight]:
@@ -58,14 +71,19 @@ def stored_weights(path: Path) -> list[StoredWeight]:
         raise BundleError(f"{path} is not a valid ONNX graph: {error}") from error
 
 
-def bytes_per_token(path: Path) -> int:
+def bytes_per_token(path: Path, machine: str | None = None) -> int:
     """Returns the bytes of weights that one decode step reads: all except tables whose rows are
     looked up.
+
+    Args:
+        path: of the graph.
+        machine: the processor, as `platform.machine` names it; this one by default.
 
     Raises:
         BundleError: the file is not a valid ONNX graph.
     """
-    read = {w.offset: w.num_bytes for w in stored_weights(path) if w.multiplied}
+    machine = machine or platform.machine()
+    read = {w.offset: w.read_bytes(machine) for w in stored_weights(path) if w.multiplied}
     return sum(read.values())  # a place that two shapes share is read once
 
 
@@ -75,6 +93,7 @@ def _stored_weights(data: bytes) -> Iterator[StoredWeight]:
     if len(graphs) != 1 or not isinstance(graphs[0], memoryview):
         raise ValueError("it contains no graph")
     users: dict[str, set[str]] = {}
+    bits: dict[str, int] = {}
     tensors: list[memoryview] = []
     for number, value in _fields(graphs[0]):
         if not isinstance(value, memoryview):
@@ -82,8 +101,10 @@ def _stored_weights(data: bytes) -> Iterator[StoredWeight]:
         if number == 1:
             node = list(_fields(value))
             operator = next((_text(v) for n, v in node if n == 4), "")
+            width = _attribute(node, "bits") if operator == "MatMulNBits" else 0
             for name in (_text(v) for n, v in node if n == 1):
                 users.setdefault(name, set()).add(operator)
+                bits[name] = max(bits.get(name, 0), width)
         elif number == 5:
             tensors.append(value)
     for tensor in tensors:
@@ -98,7 +119,18 @@ def _stored_weights(data: bytes) -> Iterator[StoredWeight]:
                 place[_text(entry[1])] = _text(entry[2])
         if place and name in users:
             offset, length = int(place.get("offset", "0")), int(place["length"])
-            yield StoredWeight(name, tuple(shape), offset, length, frozenset(users[name]))
+            used_by = frozenset(users[name])
+            yield StoredWeight(name, tuple(shape), offset, length, used_by, bits[name])
+
+
+def _attribute(node: list[tuple[int, int | memoryview]], wanted: str) -> int:
+    """An integer attribute of a node; 0 if it has none of that name."""
+    for number, value in node:
+        if number == 5 and isinstance(value, memoryview):
+            entry = dict(_fields(value))
+            if _text(entry[1]) == wanted and isinstance(found := entry.get(3, 0), int):
+                return found
+    return 0
 
 
 def _fields(data: memoryview) -> Iterator[tuple[int, int | memoryview]]:

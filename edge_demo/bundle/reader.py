@@ -45,6 +45,7 @@ class Bundle:
         path: the folder.
         name: of the model.
         recipe: how its weights are stored, such as `int8`.
+        target: the processors that it is made for, as `export-onnx --target` names them, or `any`.
         context_length: the longest sequence, in tokens.
         vocabulary_size: of the logits.
         engine: the graph that returns all logits.
@@ -62,6 +63,7 @@ class Bundle:
     path: Path
     name: str
     recipe: str
+    target: str
     context_length: int
     vocabulary_size: int
     engine: GraphSpec
@@ -74,6 +76,11 @@ class Bundle:
     tokenizer: TokenizerSpec
     files: Mapping[str, tuple[int, str]]
     manifest: Mapping[str, Any]
+
+    @property
+    def fused(self) -> bool:
+        """Whether its graphs have onnxruntime's own operators, and not only standard ones."""
+        return self.manifest.get("lowering") == "fused"
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Bundle:
@@ -212,6 +219,7 @@ def _parse(folder: Path, manifest: dict[str, Any]) -> Bundle:
         path=folder,
         name=str(model["name"]),
         recipe=str(manifest["recipe"]),
+        target=str(manifest.get("target", "any")),
         context_length=count(model["context_length"]),
         vocabulary_size=count(model["vocabulary_size"]),
         engine=read_graph(manifest["graphs"]["engine"]),

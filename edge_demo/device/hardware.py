@@ -18,7 +18,7 @@ from pathlib import Path
 from edge_demo.device.system_files import read_text
 
 _ROOT = Path("/")
-_DOT_PRODUCT = "dot product"
+_DOT_PRODUCT, _I8MM = "dot product", "i8mm"
 # Instructions that speed up products of 4-bit and 8-bit weights, by their Linux names.
 _INSTRUCTIONS = {
     "x86_64": {
@@ -27,7 +27,7 @@ _INSTRUCTIONS = {
         "avx_vnni": "AVX-VNNI",
         "avx512_vnni": "AVX-512 VNNI",
     },
-    "aarch64": {"asimddp": _DOT_PRODUCT, "i8mm": "i8mm", "asimdhp": "fp16"},
+    "aarch64": {"asimddp": _DOT_PRODUCT, "i8mm": _I8MM, "asimdhp": "fp16"},
 }
 # `CPU part` with implementer 0x41; source: Linux, arch/arm64/include/asm/cputype.h
 _ARM_CORES = {
@@ -86,6 +86,11 @@ class Device:
         if _DOT_PRODUCT in self.instructions:
             return True
         return False if _DOT_PRODUCT in self.missing else None
+
+    @property
+    def has_i8mm(self) -> bool:
+        """Whether an ARM processor has matrix products of 8-bit integers."""
+        return _I8MM in self.instructions
 
 
 def look(root: Path = _ROOT) -> Device:

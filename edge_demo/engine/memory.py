@@ -16,10 +16,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import platform
 from collections.abc import Iterable
 from pathlib import Path
 
-from edge_demo.bundle.graph_weights import StoredWeight, stored_weights
+from edge_demo.bundle.graph_weights import ARM, StoredWeight, stored_weights
 from edge_demo.bundle.manifest import GraphSpec
 from edge_demo.bundle.reader import Bundle
 from edge_demo.device.memory_limits import MemoryLimit, memory_limits
@@ -213,6 +214,9 @@ def _once(weights: Iterable[StoredWeight]) -> int:
 
 
 def _copied(weight: StoredWeight) -> int:
+    machine = platform.machine()
+    if machine in ARM:
+        return weight.read_bytes(machine)
     # beside the scales of an integer product onnxruntime keeps a sum for each block
     scales = weight.name.endswith(".scales")
     return weight.num_bytes * (2 if scales else 1)

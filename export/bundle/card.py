@@ -15,6 +15,7 @@ from export.bundle.ecosystem import CONFIG_FILE
 from export.bundle.svg import bar_chart
 from export.bundle.terms import Terms, terms_of
 from export.formats.formats import Format, rows_and_inputs
+from export.formats.targets import ANY, TARGETS
 from gemma_keras.checkpoints.names import weight_specs
 from gemma_keras.config import GemmaConfig
 
@@ -96,6 +97,13 @@ def _making(manifest: Mapping[str, Any]) -> str:
     origin = " ".join(_plain(source[key]) for key in ("format", "file") if key in source)
     made = f"Made by gemma-keras with the recipe `{manifest['recipe']}` from "
     made += f"{origin or 'a Keras model'}{', held by a Keras model' * bool(source.get('through'))}."
+    target = manifest.get("target", ANY)
+    if target != ANY:
+        made += (
+            f" Made for `--target {target}` ({TARGETS[target].machines}): its weights and its "
+            "attention suit these processors. It runs on any other, where a bundle without a "
+            "target suits better."
+        )
     counts: collections.Counter[str] = collections.Counter()
     sizes: collections.Counter[str] = collections.Counter()
     for spec in weight_specs(_config(manifest)).values():

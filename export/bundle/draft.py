@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from export.calibrate.kv_scales import measure_kv_scales
 from export.calibrate.text import page
 from export.formats.formats import Format, Plan
 from export.formats.packing import Quantized
+from export.formats.targets import TARGETS
 from export.graph.contract import (
     NO_WINDOWS,
     WEIGHTS_FILE,
@@ -62,6 +64,7 @@ class BundleDraft:
         kv_cache_dtype: one of `export.options.KV_CACHE_DTYPES`: how the engine's graphs keep keys
         and values of
             layers that keep those of the whole text.
+        target: one of `export.formats.targets.TARGETS`.
         on_progress: called with (stage, share of it that is done).
     """
 
@@ -73,6 +76,7 @@ class BundleDraft:
         lowering: str,
         max_context: int,
         kv_cache_dtype: str,
+        target: str,
         on_progress: Progress,
     ) -> None:
         config = checkpoint.config
@@ -81,6 +85,7 @@ class BundleDraft:
         self.recipe = recipe
         self.lowering = lowering
         self.max_context = max_context
+        self.target = target
         self._on_progress = on_progress
         # Standard operators have no cache of a window's length.
         self._windows = windows(config, max_context) if lowering == "fused" else NO_WINDOWS
@@ -122,6 +127,8 @@ class BundleDraft:
         """
         config = self.checkpoint.config
         build = LOWERINGS[self.lowering]
+        if TARGETS[self.target].one_token_attention:
+            build = functools.partial(build_graph, one_token_attention=True)
         self._plan = plan
         self._on_progress("weights", 0)
         with WeightsFile(self.folder / WEIGHTS_FILE) as file:
@@ -169,6 +176,7 @@ class BundleDraft:
             self.folder,
             self.checkpoint,
             self.recipe,
+            self.target,
             self.lowering,
             self._plan,
             self._graphs,

@@ -15,14 +15,11 @@ from edge_demo.evaluate.perplexity import kl_divergence
 from edge_demo.text.tokenizer import Tokenizer
 from export.calibrate.reference import reference_logits
 from export.errors import ExportError
+from export.formats.recipes import recipe_named
 from export.graph.run_in_chunks import logits_in_chunks
 from gemma_keras.config import GemmaConfig
 
 TEXT = Path(__file__).with_name("verification.txt")
-# The largest mean KL of a recipe, in nats; a bundle with more is rejected. The 270M loses 1e-11 as
-# fp32, 1e-3 as int8, 0.5 as int4 rounded to nearest everywhere; a random model as int8 up to 0.02;
-# a wrong graph whole nats.
-_MOST_MEAN_KL = {"fp32": 1e-5, "fp16": 1e-3, "int8": 0.1, "int8-rows": 0.2, "int4": 2.0}
 _BATCH = 64
 _MOST_BYTES_WHOLE = 1 << 30  # of a bundle; onnxruntime holds most of them twice
 
@@ -91,7 +88,7 @@ def verify(
         measured = _engine_logits(bundle, rows[0].tolist())
     against = f"against the Keras layers on {keras.config.backend()} in float32"
     quality = compare_logits(reference, measured, against)
-    most = _MOST_MEAN_KL[recipe]
+    most = recipe_named(recipe).most_kl
     if not quality.mean_kl <= most:
         raise ExportError(
             "the exported model differs from the Keras model: mean KL "

@@ -26,6 +26,7 @@ from export.bundle.card import write_card
 from export.bundle.terms import terms_of
 from export.errors import ExportError, ExportRequestError
 from export.formats.formats import Plan, plan_to_json
+from export.formats.targets import ANY
 from export.graph.contract import WEIGHTS_FILE
 from gemma_keras.checkpoints.names import parameter_count
 from gemma_keras.checkpoints.source import Checkpoint
@@ -168,6 +169,7 @@ def write_manifest(
     folder: Path,
     checkpoint: Checkpoint,
     recipe: str,
+    target: str,
     lowering: str,
     plan: Plan,
     graphs: Mapping[str, GraphSpec],
@@ -197,6 +199,7 @@ def write_manifest(
             "config": config.to_dict(),
         },
         "recipe": recipe,
+        **({} if target == ANY else {"target": target}),
         "lowering": lowering,
         "plan": plan_to_json(plan),
         "weights": WEIGHTS_FILE,

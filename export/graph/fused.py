@@ -15,7 +15,7 @@ import onnx_ir as ir
 from edge_demo.bundle.manifest import GraphSpec
 from export.formats.formats import Format, Plan, rows_and_inputs
 from export.formats.fused_matrices import fused_matrices, joined_name
-from export.graph import by_rows
+from export.graph import by_rows, one_token
 from export.graph.contract import (
     CANDIDATES_FILE,
     INTERCHANGE_FILE,
@@ -44,6 +44,7 @@ def build_graph(
     contract: GraphSpec,
     max_context: int,
     kv_scales: Mapping[str, np.ndarray] | None = None,
+    one_token_attention: bool = False,
 ) -> ir.Model:
     """The model as one graph that keeps `contract` and points into `weights`.
 
@@ -56,12 +57,16 @@ def build_graph(
         kv_scales: as `export.calibrate.kv_scales` measures them, for layers whose keys and values
         the
             contract wants as 8-bit integers.
+        one_token_attention: whether the engine's graphs have an attention of their own for a single
+            token; see `export.graph.one_token`.
 
     Raises:
         ConfigError: the model is bidirectional, which `GroupQueryAttention` is not.
     """
     config.require_causal("a graph with a key-value cache")
-    return _FusedGraph(config, plan, weights, contract, max_context, kv_scales or {}).build()
+    graph = _FusedGraph(config, plan, weights, contract, max_context, kv_scales or {})
+    graph.one_token = one_token_attention and graph.for_engine
+    return graph.build()
 
 
 class _FusedGraph(NamedNodes):
@@ -84,6 +89,7 @@ class _FusedGraph(NamedNodes):
         self.fused_matrices = fused_matrices(config, plan)
         self.for_engine = contract.file != INTERCHANGE_FILE
         self.contracted = {spec.name: spec for spec in contract.inputs}
+        self.one_token = False
 
     # --- the model, in order ---
 
@@ -210,13 +216,31 @@ class _FusedGraph(NamedNodes):
             names = [f"present.{i}.{part}" for part in ("key", "value")]
             # its position_ids, attention_bias and head_sink come first, which nothing is given for
             scales = [None] * 3 + [self.constant(f"{n}.scale", self.kv_scales[n]) for n in names]
-        attended, *present = self.ops(
-            "GroupQueryAttention",
-            [query, key, value, *past, seqlens, total, *table, *scales],
-            outputs,
-            domain=_MICROSOFT,
-            **attributes,
-        )
+
+        def operator(outputs: Sequence[str]) -> Sequence[ir.Value]:
+            return self.ops(
+                "GroupQueryAttention",
+                [query, key, value, *past, seqlens, total, *table, *scales],
+                outputs,
+                domain=_MICROSOFT,
+                **attributes,
+            )
+
+        if self.one_token and not scales:
+            past_key, past_value = past
+            given = one_token.Inputs(
+                query,
+                key,
+                value,
+                past_key,
+                past_value,
+                total,
+                table,
+                windowed=self._keeps_a_window(i),
+            )
+            attended, *present = one_token.attention(self, layer, given, outputs, operator)
+        else:
+            attended, *present = operator(outputs)
         return self._matmul(f"{name}.output", attended), present
 
     def _query_key_value(self, name: str, layer: LayerSpec, x: ir.Value) -> Sequence[ir.Value]:

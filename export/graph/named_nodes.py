@@ -87,6 +87,20 @@ class NamedNodes:
         self._nodes.append(node)
         return node.outputs
 
+    def branch(self, name: str, make: Callable[[], Sequence[ir.Value]]) -> ir.Graph:
+        """What `make` adds as a graph within this one; its outputs are what `make` returns.
+
+        Its constants stay in the graph around it, so they are kept once.
+        """
+        around, self._nodes = self._nodes, []
+        try:
+            outputs = make()
+            for value in outputs:
+                value.dtype = ir.DataType.FLOAT
+            return ir.Graph([], outputs, nodes=self._nodes, name=name)
+        finally:
+            self._nodes = around
+
     def float32(self, x: ir.Value, out: str) -> ir.Value:
         """A value as float32."""
         return self.op("Cast", [x], out, to=int(ir.DataType.FLOAT))

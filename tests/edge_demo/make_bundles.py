@@ -25,15 +25,19 @@ CHATML = ("<|im_start|>", "<|im_end|>")
 WIDE = {"head_dim": 128, "sliding_window": 64, "max_position_embeddings": 640}
 WIDE_RECIPES: dict[str, dict[str, Any]] = {
     "int8": {"recipe": "int8"},
-    "rows": {"recipe": "int8-rows"},
+    "rows": {"recipe": "int8-rows", "target": "armv8.0"},
+    "board-int8": {"recipe": "int8", "target": "armv8.2"},
     "int4": {"recipe": "int4", "plan": {}},
     "int8-cache": {"recipe": "int8", "kv_cache_dtype": "int8"},
 }
 
 
 def main(folder: Path) -> None:
-    """Write `GENERATION-RECIPE` and `GENERATION-int8-cache` (fp32) for each, and `short` (fp32),
-    `chat` (int8), `chatml` (fp32) and `wide-RECIPE`."""
+    """Write the bundles.
+
+    For each generation these are `GENERATION-RECIPE`, `GENERATION-int8-cache` (fp32) and
+    `GENERATION-board` (fp32); then `short` (fp32), `chat` (int8), `chatml` (fp32), `wide-RECIPE`.
+    """
     from export import export_onnx
 
     folder.mkdir(parents=True)
@@ -44,6 +48,8 @@ def main(folder: Path) -> None:
             export_onnx(source, folder / f"{generation}-{recipe}", recipe, verify=False)
         out = folder / f"{generation}-int8-cache"
         export_onnx(source, out, "fp32", kv_cache_dtype="int8", verify=False)
+        out = folder / f"{generation}-board"
+        export_onnx(source, out, "fp32", target="armv8.2", verify=False)
     export_onnx(source, folder / "short", "fp32", max_context=SHORT_CONTEXT, verify=False)
     turns = {"chat": ((), GEMMA_JINJA, "int8"), "chatml": (CHATML, CHATML_JINJA, "fp32")}
     for name, (tokens, template, recipe) in turns.items():

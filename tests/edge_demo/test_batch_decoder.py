@@ -28,9 +28,9 @@ def small_steps():
         yield
 
 
-@pytest.fixture(scope="module", params=GENERATIONS)
+@pytest.fixture(scope="module", params=[*(f"{g}-fp32" for g in GENERATIONS), "gemma3-board"])
 def engines(request, tiny_bundles):
-    bundle = Bundle.open(tiny_bundles / f"{request.param}-fp32")
+    bundle = Bundle.open(tiny_bundles / request.param)
     return {kind: kind(bundle, threads=1) for kind in (Engine, CandidateEngine)}
 
 

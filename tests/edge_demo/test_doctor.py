@@ -109,7 +109,10 @@ def test_a_raspberry_pi_of_4_gb(tmp_path):
         ("fp asimd", "wide-rows", None),
         ("fp asimd", "gemma3-fp32", None),
         ("fp asimd asimddp", "wide-rows", "has 8-bit dot products; int8 loses less"),
-        ("fp asimd asimddp", "wide-int8", None),
+        ("fp asimd asimddp", "wide-int8", "--target armv8.2 a bundle takes fewer instructions"),
+        ("fp asimd asimddp", "gemma3-board", None),
+        ("fp asimd asimddp i8mm", "wide-int8", None),
+        ("fp asimd asimddp i8mm", "gemma3-board", "made for a Raspberry Pi 5.*without --target"),
     ],
 )
 def test_a_bundle_for_another_processor_is_told(

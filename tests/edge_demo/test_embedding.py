@@ -59,10 +59,12 @@ def interchange_rows(path: Path, ids) -> np.ndarray:
     return session.run([EMBEDDED], feed)[0][0]
 
 
-@pytest.mark.parametrize("recipe", ["fp32", "int8"])
-@pytest.mark.parametrize("generation", GENERATIONS)
-def test_every_row_is_the_interchange_graphs_to_the_last_bit(tiny_bundles, generation, recipe):
-    path = tiny_bundles / f"{generation}-{recipe}"
+@pytest.mark.parametrize(
+    "name",
+    [f"{g}-{r}" for g in GENERATIONS for r in ("fp32", "int8")] + ["wide-rows", "wide-board-int8"],
+)
+def test_every_row_is_the_interchange_graphs_to_the_last_bit(tiny_bundles, name):
+    path = tiny_bundles / name
     ids = list(range(VOCABULARY_SIZE))
     found = table_of(path).rows(ids)
     assert found.dtype == np.float32 and found.shape == (VOCABULARY_SIZE, 96)

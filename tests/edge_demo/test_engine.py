@@ -80,10 +80,10 @@ class Interchange:
         return self.step([ids], self.empty(1))[0][0]
 
 
-@pytest.fixture(scope="module", params=GENERATIONS)
+@pytest.fixture(scope="module", params=[f"{g}-{k}" for g in GENERATIONS for k in ("fp32", "board")])
 def models(request, tiny_bundles):
     """An engine and the plain graph over the same weights."""
-    path = tiny_bundles / f"{request.param}-fp32"
+    path = tiny_bundles / request.param
     return Engine(Bundle.open(path), threads=1), Interchange(path)
 
 

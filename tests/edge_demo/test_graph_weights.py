@@ -36,6 +36,28 @@ def test_it_finds_what_onnx_finds(bundle, file):
     assert {w.name: (w.shape, w.offset, w.num_bytes, set(w.used_by)) for w in found} == expected
 
 
+@pytest.mark.parametrize("file", GRAPHS)
+def test_on_arm_two_sums_are_read_beside_each_scale_of_8_bits(bundle, file):
+    graph = onnx.load(bundle / file, load_external_data=False).graph
+    widths = {}
+    for node in graph.node:
+        if node.op_type == "MatMulNBits":
+            (bits,) = (entry.i for entry in node.attribute if entry.name == "bits")
+            widths |= {name: max(bits, widths.get(name, 0)) for name in node.input}
+    weights, more = stored_weights(bundle / file), 0
+    for weight in weights:
+        assert weight.bits == widths.get(weight.name, 0)
+        if weight.bits == 8 and weight.name.endswith(".scales"):
+            more += 2 * weight.num_bytes
+            assert weight.read_bytes("arm64") == 3 * weight.num_bytes
+        else:
+            assert weight.read_bytes("aarch64") == weight.num_bytes
+        assert weight.read_bytes("x86_64") == weight.num_bytes
+    found = bytes_per_token(bundle / file, "aarch64")
+    assert found == bytes_per_token(bundle / file, "x86_64") + more
+    assert (more > 0) == ("int8" in bundle.name)
+
+
 def test_the_engine_reads_all_and_looks_nothing_up(bundle):
     """Rows of the embedding are read beside the graph."""
     weights = stored_weights(bundle / "engine.onnx")

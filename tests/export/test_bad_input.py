@@ -133,7 +133,7 @@ def test_standard_operators_keep_floats(good, target):
 
 def test_an_unknown_recipe_names_those_there_are(good, target):
     line = refusal(good, target, "--recipe", "int3")
-    assert "'int3'; choose one of int4, int8, int8-rows, fp16, fp32" in line
+    assert "'int3'; choose one of int4, int8, int8-rows, int8-wide, fp16, fp32" in line
 
 
 INT4 = ("--recipe", "int4")

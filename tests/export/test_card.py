@@ -66,6 +66,9 @@ def test_a_bundle_has_a_card_that_says_what_it_is(tiny_bundles):
                  "ORT_DISABLE_TELEMETRY=1",
                  "Prohibited Use Policy", "GEMMA_NOTICE.txt"):  # fmt: skip
         assert word in card
+    assert "--target" not in card
+    of_board = (tiny_bundles / "gemma3-board" / "README.md").read_text()
+    assert "`--target armv8.2` (Raspberry Pi 5)" in of_board
     tuned = (tiny_bundles / "chat" / "README.md").read_text()
     assert "- conversational" in front_matter(tuned) and "edge-demo chat FOLDER" in tuned
 

@@ -22,8 +22,9 @@ from export.formats.packing import (
     stored_tensors,
     unpack_bits,
 )
-from export.formats.recipes import RECIPES, plan_for_recipe, plan_from_json, recipe_for
+from export.formats.recipes import RECIPES, plan_for_recipe, plan_from_json
 from export.formats.round_to_nearest import round_to_nearest, search_scales
+from export.formats.targets import recipe_for
 from export.graph.store_weights import store_weights
 from export.graph.weights_file import WeightsFile
 from gemma_keras.checkpoints.names import head_table, weight_specs
@@ -533,15 +534,21 @@ def test_a_name_is_stored_once_and_a_view_covers_its_tensor(tmp_path):
 
 
 def test_an_unknown_recipe_is_refused_with_those_there_are():
-    with pytest.raises(ExportRequestError, match=r"'int3'; choose one of int4, int8, int8-rows, "):
+    with pytest.raises(
+        ExportRequestError, match=r"'int3'; choose one of int4, int8, int8-rows, int8-wide, "
+    ):
         plan_for_recipe("int3", config_of())
 
 
 def test_a_target_has_a_recipe_in_place_of_another():
     assert recipe_for("int8", "any") == "int8"
     assert recipe_for("int8", "armv8.0") == recipe_for("int8-rows", "armv8.0") == "int8-rows"
+    assert recipe_for("int8", "armv8.2") == "int8-wide"
+    assert recipe_for("int4", "armv8.2") == "int4"
     for recipe in ("int4", "fp32"):
-        with pytest.raises(ExportRequestError, match=rf"{recipe} is slow on armv8.0.*recipe int8$"):
+        with pytest.raises(
+            ExportRequestError, match=rf"{recipe} is slow on armv8.0.*recipe int8 there$"
+        ):
             recipe_for(recipe, "armv8.0")
     with pytest.raises(ExportRequestError, match="no recipe 'int3'"):
         recipe_for("int3", "armv8.0")

@@ -27,6 +27,8 @@ from tests.models import write_tiny_hf
         ({"lowering": "upper"}, "'upper'"),
         ({"kv_cache_dtype": "int4"}, "'int4'"),
         ({"kv_cache_dtype": "int8", "lowering": "traced"}, "--lowering fused"),
+        ({"target": "armv9"}, "'armv9'; choose one of any, armv8.0, armv8.2"),
+        ({"target": "armv8.2", "lowering": "traced"}, "omit --target"),
         ({"kl_budget": 0.0}, "positive"),
         ({"kl_budget": float("nan")}, "positive"),
         ({"kl_budget": 0.1, "plan": {}}, "plan"),

@@ -1,7 +1,7 @@
 """`python -m tools.arm64 BUNDLES`: the device's side, on the processors of two boards, emulated.
 
-BUNDLES is a folder that holds `tiny-bundles` and `sample-RECIPE` of each recipe but fp16, made
-here; `make test-arm64` makes them. `--part command`, a minute of it, needs the first only: what the
+BUNDLES is a folder that holds `tiny-bundles` and those of `tools.arm64.bundles`, made here; `make
+test-arm64` makes them. `--part command`, a minute of it, needs the first only: what the
 processors have, and the command on a small bundle. The exit status is 1 if anything failed, 2 if
 nothing can run.
 """
@@ -22,6 +22,7 @@ from pathlib import Path
 
 from edge_demo.units import megabytes
 from tools.arm64 import agree, instructions
+from tools.arm64.bundles import BUNDLES, BoardBundle, check_made
 from tools.arm64.observe import Observation
 from tools.arm64.user_space import (
     PROCESSORS,
@@ -34,11 +35,6 @@ from tools.arm64.user_space import (
 )
 
 PARTS = ("command", "sample", "tests")
-EXACT = ("fp32", "int8", "int8-rows")  # must give the same tokens; int4 leaves no margin for that
-RECIPES = (*EXACT, "int4")
-# Mean divergence that two processors' rounding explains, in nats: of float32, of activations in 8
-# bits, and of those with weights whose own rounding costs 0.03.
-MOST_KL = {"fp32": 1e-6, "int8": 0.003, "int8-rows": 0.003, "int4": 0.015}
 # They start a process for nearly every test, which takes minutes there; `check_command` starts one.
 _LEFT_OUT = ("test_commands.py", "test_terminal.py")
 _ONLY_WHERE_EXPORTED = ("keras", "tensorflow", "jax", "torch", "onnx", "gemma_keras", "export")
@@ -134,38 +130,40 @@ def check_sample(
     with tempfile.TemporaryDirectory(dir=space.folder) as folder:
 
         def observe(
-            name: str, python: Path, recipe: str, more: dict[str, str]
+            name: str, python: Path, bundle: str, more: dict[str, str]
         ) -> Observation | None:
-            say(f"{name}: running sample-{recipe}")
-            place = Path(folder, f"{name}-{recipe}")
-            command = [python, "-m", "tools.arm64.observe", bundles / f"sample-{recipe}", place]
+            say(f"{name}: running {bundle}")
+            place = Path(folder, f"{name}-{bundle}")
+            command = [python, "-m", "tools.arm64.observe", bundles / bundle, place]
             # what is remembered of checked files is remembered for this run only
             environment = os.environ | {"XDG_CACHE_HOME": folder} | more
             done = subprocess.run([*command, *options], cwd=ROOT, env=environment)
             if done.returncode:
-                check(False, f"{name}: sample-{recipe} ended with status {done.returncode}")
+                check(False, f"{name}: {bundle} ended with status {done.returncode}")
                 return None
             return Observation.read(place)
 
-        here = {recipe: observe("here", Path(sys.executable), recipe, {}) for recipe in RECIPES}
+        here = {b: observe("here", Path(sys.executable), b.folder, {}) for b in BUNDLES}
         for processor in processors:
-            for recipe, ours in here.items():
+            for bundle, ours in here.items():
+                if not bundle.suits(processor):
+                    continue
                 theirs = observe(
-                    processor.name, space.python(processor), recipe, space.environment()
+                    processor.name, space.python(processor), bundle.folder, space.environment()
                 )
                 if ours is not None and theirs is not None:
-                    _judge(processor, recipe, ours, theirs, here["fp32"], check)
+                    _judge(processor, bundle, ours, theirs, here[BUNDLES[0]], check)
 
 
 def _judge(
     processor: Processor,
-    recipe: str,
+    bundle: BoardBundle,
     here: Observation,
     there: Observation,
     exact: Observation | None,
     check: Checks,
 ) -> None:
-    name = f"{processor.name}, {recipe}"
+    name = f"{processor.name}, {bundle.recipe}"
     found = agree.compare(here, there)
     clear = sum(margin > 2 * found.noise for row in here.margins for margin in row)
     parting = "".join(
@@ -173,7 +171,7 @@ def _judge(
         for answer, token, margin in found.partings
     )
     check(
-        recipe not in EXACT or not found.clear_partings,
+        not bundle.exact or not found.clear_partings,
         f"{name}: {found.same} of {found.tokens} greedy tokens as here{parting}; {clear} are "
         "clearer than twice the noise",
     )
@@ -181,10 +179,10 @@ def _judge(
         f"{name}: greatest logit difference {found.noise:.2g}, mean KL {found.kl:.2g} nats, "
         f"same top token {found.same_top_token:.1%}, over {len(here.logits)} positions"
     )
-    if exact is not None and recipe != "fp32":
+    if exact is not None and exact is not here:
         rounding = agree.mean_kl(exact, here), agree.mean_kl(exact, there)
         line += f"; against fp32: {rounding[0]:.2g} here, {rounding[1]:.2g} there"
-    check(found.kl <= MOST_KL[recipe], line)
+    check(found.kl <= bundle.most_kl, line)
     strangers = sorted(set(there.modules) & set(_ONLY_WHERE_EXPORTED))
     check(not strangers, f"{name}: imports nothing of an export {strangers or ''}".rstrip())
     check(
@@ -216,9 +214,8 @@ def main() -> int:
     parts = arguments.part or PARTS
     bundles = arguments.bundles.resolve()
     try:
-        for recipe in RECIPES if "sample" in parts else ():
-            if not (bundles / f"sample-{recipe}" / "bundle.json").exists():
-                raise SetupError(f"{bundles} holds no sample-{recipe}; make test-arm64 makes it")
+        if "sample" in parts:
+            check_made(bundles, "test-arm64")
         if {"command", "tests"} & set(parts) and not (bundles / "tiny-bundles").exists():
             raise SetupError(f"{bundles} holds no tiny-bundles; make test-arm64 makes them")
         space = build(arguments.folder, say)

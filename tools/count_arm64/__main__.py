@@ -1,7 +1,7 @@
 """`python -m tools.count_arm64 BUNDLES GGUFS`: instructions per token on two emulated boards.
 
-BUNDLES is a folder that holds `sample-int8`, `sample-int4` and `sample-int8-rows`; `make
-count-arm64` makes them. GGUFS holds GGUF files of the same model, for llama.cpp; without it only
+BUNDLES is a folder that holds those of `tools.arm64.bundles` but fp32; `make count-arm64` makes
+them. GGUFS holds GGUF files of the same model, for llama.cpp; without it only
 our side is counted. One thread on both sides; the greedy choice is counted with each token.
 """
 
@@ -16,17 +16,18 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from edge_demo.bundle.graph_weights import bytes_per_token
+from edge_demo.bundle.graph_weights import ARM, bytes_per_token
 from edge_demo.bundle.reader import Bundle
 from edge_demo.device.boards import BOARDS, Board
 from edge_demo.errors import EdgeError
 from edge_demo.units import megabytes
 from tools.arm64 import user_space
+from tools.arm64.bundles import BUNDLES, check_made
 from tools.arm64.user_space import PROCESSORS, ROOT, Processor, Progress, SetupError, UserSpace
 from tools.count_arm64 import counts, emulator, llama
 from tools.count_arm64.plan import Plan
 
-RECIPES = ("int4", "int8", "int8-rows")
+COUNTED = tuple(bundle for bundle in BUNDLES if bundle.recipe != "fp32")
 
 
 def count_bundle(
@@ -121,23 +122,26 @@ def main() -> int:
     parser.add_argument("ggufs", type=Path, nargs="?", help="GGUF files for llama.cpp")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "count-arm64")
     parser.add_argument("--processor", choices=[p.name for p in PROCESSORS], action="append")
-    parser.add_argument("--recipe", choices=RECIPES, action="append", help="default: all")
+    folders = [bundle.folder for bundle in COUNTED]
+    parser.add_argument("--bundle", choices=folders, action="append", help="default: all")
     arguments = parser.parse_args()
     say, plan = Progress(), Plan()
     processors = [p for p in PROCESSORS if p.name in (arguments.processor or [p.name])]
+    wanted = tuple(b for b in COUNTED if b.folder in (arguments.bundle or folders))
     rows = []
     try:
+        check_made(arguments.bundles, "count-arm64", wanted)
         emulated = emulator.build(arguments.folder, say)
         space = user_space.build(ROOT / "build" / "arm64", say, emulated.qemu)
-        for recipe in arguments.recipe or RECIPES:
-            bundle = arguments.bundles / f"sample-{recipe}"
+        for counted in wanted:
+            bundle = arguments.bundles / counted.folder
             opened = Bundle.open(bundle)
             graph = opened.candidates or opened.engine
-            read = bytes_per_token(bundle / graph.file)
-            for processor in processors:
-                say(f"{recipe} on {processor.name} (minutes)")
+            read = bytes_per_token(bundle / graph.file, ARM[0])
+            for processor in filter(counted.suits, processors):
+                say(f"{counted.recipe} on {processor.name} (minutes)")
                 found = count_bundle(emulated, space, processor, bundle, plan)
-                rows.append(row(recipe, read, processor, figures(found, plan)))
+                rows.append(row(counted.recipe, read, processor, figures(found, plan)))
         if arguments.ggufs is not None:
             rows += _count_ggufs(arguments, emulated, processors, plan, say)
     except (SetupError, EdgeError) as error:
