@@ -26,7 +26,7 @@ from export.formats.recipes import (
     plan_from_json,
     recipe_named,
 )
-from export.formats.targets import recipe_for
+from export.formats.targets import check_plan, recipe_for
 from export.options import BUDGET_NEEDS, ExportOptions
 from export.start_keras import start_keras
 from gemma_keras.checkpoints.hub import opens_with_keras
@@ -148,6 +148,7 @@ def _prepare(source: Any, out: Path, recipe: str, options: ExportOptions) -> _Jo
     config.require_causal("an ONNX bundle")
     chosen = recipe_named(recipe)
     formats = plan_for_recipe(recipe, config) | plan_from_json(options.plan or {}, config)
+    check_plan(formats, options.target)
     if options.lowering == "traced":
         from export.graph.dequantize import check_format
 

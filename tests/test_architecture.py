@@ -115,6 +115,7 @@ FLOORS = {
             "gemma_keras.tokenizer",
         ),
         ("gemma_keras.causal_lm", "gemma_keras.text_embedder"),
+        ("gemma_keras.train",),
         ("gemma_keras.open",),
         ("gemma_keras",),
     ),

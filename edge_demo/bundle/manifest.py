@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ FORMAT_VERSION = 5
 # Version 4 lacks what a `ChatTemplate` says beyond Gemma's turns.
 READABLE_VERSIONS = (4, 5)
 MANIFEST = "bundle.json"
+ANY_TARGET = "any"  # of bundles that are made for no processors in particular
 _MAX_MANIFEST = 16 << 20
 _BLOCK_SIZES = (16, 32, 64, 128, 256)
 
@@ -296,6 +298,13 @@ def read_embedding(data: Mapping[str, Any]) -> EmbeddingSpec:
     if dtypes != {name: part.dtype for name, part in spec.parts.items()}:
         raise ValueError(f"the parts of an embedding in this format must be {', '.join(dtypes)}")
     return spec
+
+
+def read_target(name: Any) -> str:
+    """The processors that a bundle is made for, as an export names them; raises as `read_graph`."""
+    if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9.-]{1,32}", name):
+        raise ValueError(f"target is {reprlib.repr(name)}, not the name of a target")
+    return name
 
 
 def plain_name(name: Any) -> str:

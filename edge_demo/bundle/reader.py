@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_demo.bundle.manifest import (
+    ANY_TARGET,
     MANIFEST,
     EmbeddingSpec,
     GraphSpec,
@@ -29,6 +30,7 @@ from edge_demo.bundle.manifest import (
     read_embedding,
     read_graph,
     read_manifest,
+    read_target,
     read_tokenizer,
     soft_cap,
     window_length,
@@ -219,7 +221,7 @@ def _parse(folder: Path, manifest: dict[str, Any]) -> Bundle:
         path=folder,
         name=str(model["name"]),
         recipe=str(manifest["recipe"]),
-        target=str(manifest.get("target", "any")),
+        target=read_target(manifest.get("target", ANY_TARGET)),
         context_length=count(model["context_length"]),
         vocabulary_size=count(model["vocabulary_size"]),
         engine=read_graph(manifest["graphs"]["engine"]),

@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import io
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +78,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     options.add_force(parser)
 
 
+_LONGEST_NAME = 255  # bytes, on common file systems
+
+
 def _counts(text: str) -> list[int]:
     try:
         values = [int(part) for part in text.split(",")]
@@ -141,8 +145,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check_place(path: Path) -> None:
     """Refuse before minutes of measuring what could not be written after them."""
-    if path.exists() and not path.is_file():
-        raise RequestError(f"{path} cannot be written: it is not a regular file")
+    if len(os.fsencode(path.name)) > _LONGEST_NAME:
+        raise RequestError(f"{brief(str(path))!r} is too long for the name of a file")
+    if path.exists() or path.is_symlink():
+        raise RequestError(f"{path} already exists; choose another file for --share")
     if not path.absolute().parent.is_dir():
         raise RequestError(f"{path} cannot be written: its folder does not exist")
 
@@ -186,6 +192,7 @@ def to_share(bundle: Bundle, report: BenchReport, repeats: int, looked: Device) 
             "python": platform.python_version(),
             "onnxruntime": metadata.version("onnxruntime"),
         },
+        "target": bundle.target,
         "layers": len(config["layers"]),
         "hidden_dim": config["hidden_dim"],
         "vocabulary_size": bundle.vocabulary_size,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 from typing import Any
 
-from edge_demo.bundle.manifest import MANIFEST
+from edge_demo.bundle.manifest import ANY_TARGET, MANIFEST
 from edge_demo.bundle.reader import Bundle
 from edge_demo.errors import BundleError
 from edge_demo.units import megabytes
@@ -37,7 +37,8 @@ def _page(bundle: Bundle, verified: bool) -> str:
     lines = [
         f"{bundle.name}  ({kind}, {model['parameters']:,} parameters)",
         f"  recipe      {bundle.recipe}: "
-        + ", ".join(f"{n} tensors {name}" for name, n in formats.most_common()),
+        + ", ".join(f"{n} tensors {name}" for name, n in formats.most_common())
+        + (f"; for --target {bundle.target}" if bundle.target != ANY_TARGET else ""),
         f"  context     {bundle.context_length:,} tokens, {_kept(bundle)}",
         f"  source      {_provenance(manifest.get('provenance', {}))}",
         f"  licence     {manifest['license']['name']}, see {manifest['license']['notice']}",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_demo.bundle.graph_weights import bytes_per_token
-from edge_demo.bundle.manifest import GraphSpec
+from edge_demo.bundle.manifest import ANY_TARGET, GraphSpec
 from edge_demo.bundle.reader import Bundle
 from edge_demo.device import hardware
 from edge_demo.device.memory_limits import MemoryLimit, free_memory, memory_limits
@@ -93,16 +93,22 @@ def _judge(bundle: Bundle, speed: float | None, looked: hardware.Device) -> dict
         "shortage": None if short is None else dataclasses.asdict(short),
         "longest_context": None if short else _longest_context(bundle),
         "bytes_per_token": read,
-        "tokens_per_s": _tokens_per_s(read, speed),
+        # by rows x86 waits for its products, not for memory
+        "tokens_per_s": None
+        if bundle.embedding.by_rows and looked.machine == "x86_64"
+        else _tokens_per_s(read, speed),
         "disk": _disk(bundle),
         "advice": _advice(bundle, looked),
     }
 
 
+_PI_5 = "armv8.2"
+
+
 def _advice(bundle: Bundle, looked: hardware.Device) -> str | None:
     """What another export would improve on this processor, in a sentence."""
     dot_products = looked.dot_products
-    if bundle.target == "armv8.2" and (looked.machine != "aarch64" or looked.has_i8mm):
+    if bundle.target == _PI_5 and (looked.machine != "aarch64" or looked.has_i8mm):
         return "this bundle is made for a Raspberry Pi 5; here, export without --target"
     if bundle.embedding.by_rows:
         if looked.machine == "x86_64":
@@ -110,18 +116,17 @@ def _advice(bundle: Bundle, looked: hardware.Device) -> str | None:
                 "this bundle is made for ARM boards without 8-bit dot products; on x86 it is many "
                 "times slower than int8"
             )
-        return (
-            "this processor has 8-bit dot products; int8 loses less here" if dot_products else None
-        )
+        if not dot_products:
+            return None
+        better = "" if looked.has_i8mm else f" with --target {_PI_5}"
+        return f"this processor has 8-bit dot products; int8{better} loses less here"
     if bundle.embedding.block_size and dot_products is False:
         return (
             "this processor has no 8-bit dot products and dequantizes these weights for every "
-            "token; export with --target armv8.0"
+            "token; export int8 with --target armv8.0"
         )
-    if dot_products and not looked.has_i8mm and bundle.target == "any" and bundle.fused:
-        return (
-            "with --target armv8.2 a bundle takes fewer instructions for each token of context here"
-        )
+    if dot_products and not looked.has_i8mm and bundle.target == ANY_TARGET and bundle.fused:
+        return f"with --target {_PI_5} a token of context takes fewer instructions here"
     return None
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from edge_demo.bundle.manifest import ANY_TARGET
 from export.errors import ExportRequestError
+from export.formats.formats import Plan
 from export.formats.recipes import recipe_named
 
-ANY = "any"
+ANY = ANY_TARGET
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,12 +23,14 @@ class Target:
         slow: recipes that are too slow there.
         one_token_attention: whether the attention of a single token takes fewer instructions as
             `export.graph.one_token` has it.
+        by_rows: whether products with blocks are too slow there.
     """
 
     machines: str
     instead: Mapping[str, str] = dataclasses.field(default_factory=dict)
     slow: frozenset[str] = frozenset()
     one_token_attention: bool = False
+    by_rows: bool = False
 
 
 TARGETS = {
@@ -35,13 +39,30 @@ TARGETS = {
     "armv8.0": Target(
         "Raspberry Pi 4, 3 and Zero 2 W",
         {"int8": "int8-rows"},
-        frozenset({"int4", "fp16", "fp32"}),
+        frozenset({"int4", "int8-wide", "fp16", "fp32"}),
         one_token_attention=True,
+        by_rows=True,
     ),
     # With dot products, but without matrix products of 8 bits (i8mm): kernels keep two sums beside
     # the scale of each block of 8 bits.
-    "armv8.2": Target("Raspberry Pi 5", {"int8": "int8-wide"}, one_token_attention=True),
+    "armv8.2": Target(
+        "Raspberry Pi 5", {"int8": "int8-wide"}, frozenset({"int8-rows"}), one_token_attention=True
+    ),
 }
+
+
+def check_plan(plan: Plan, target: str) -> None:
+    """Refuse formats that are slow on a target.
+
+    Raises:
+        ExportRequestError: a weight is planned in one.
+    """
+    slow = [name for name, fmt in plan.items() if not fmt.by_rows]
+    if TARGETS[target].by_rows and slow:
+        raise ExportRequestError(
+            f"the plan stores {slow[0]} as {plan[slow[0]]}, which is slow on {target}; use 8 bits "
+            "by rows (terms 1 or 2)"
+        )
 
 
 def recipe_for(recipe: str, target: str) -> str:

@@ -36,38 +36,42 @@ class TurnTemplate:
     default_system: str = ""
     strip: bool = True
 
-    def stretches(self, messages: Sequence[Mapping[str, str]]) -> list[str]:
-        """What stands in each turn between its two tokens, as one string would be tokenized.
+    def stretches(
+        self, messages: Sequence[Mapping[str, str]], answered: bool = False
+    ) -> list[tuple[str, str]]:
+        """What stands in each turn between its two tokens: who speaks, and the text.
 
         Args:
             messages: as for `encode_chat`.
+            answered: whether the model speaks last, and not the user.
 
         Raises:
             ValueError: they are not a conversation.
         """
         turns = list(messages)
         for turn in turns:
-            if not isinstance(turn.get("content"), str):
+            if not isinstance(turn, Mapping) or not isinstance(turn.get("content"), str):
                 raise ValueError(
                     f"a message needs a role and a content that is text, found {turn!r}"
                 )
         system = ""
         if turns and turns[0].get("role") == "system":
             system = turns.pop(0)["content"]
-        expected = ["user", "model"] * (len(turns) // 2) + ["user"]
-        if [_ROLES.get(turn.get("role", "")) for turn in turns] != expected:
-            found = ", ".join(str(message.get("role")) for message in messages)
-            raise ValueError(
-                f"user and model must speak in turn, the user first and last; found {found}"
-            )
+        expected = ["user", "model"] * (len(turns) // 2) + ([] if answered else ["user"])
+        if [_ROLES.get(turn.get("role", "")) for turn in turns] != expected or not turns:
+            found = ", ".join(str(message.get("role")) for message in messages) or "none"
+            last = "first and the model last" if answered else "first and last"
+            raise ValueError(f"user and model must speak in turn, the user {last}; found {found}")
         said = [turn["content"] for turn in turns]
-        return stretches(self, zip(expected, said, strict=True), system)
+        found = stretches(self, zip(expected, said, strict=True), system)
+        before = ["system"] * (len(found) - len(expected))
+        return list(zip(before + expected, found, strict=True))
 
     def text(self, messages: Sequence[Mapping[str, str]], beginning: str) -> str:
         """A conversation as text, ready for the model's next turn, after `beginning`."""
         turns = [
             f"{self.start_of_turn}{stretch}{self.end_of_turn}\n"
-            for stretch in self.stretches(messages)
+            for _, stretch in self.stretches(messages)
         ]
         return beginning + "".join(turns) + f"{self.start_of_turn}{self.model}\n"
 
@@ -137,6 +141,40 @@ def encode_chat(
     start, end = turn_ids(proto, turns)
     newline = encode(proto, "\n")
     ids = [processor(proto).bos_id()]
-    for stretch in turns.stretches(messages):
+    for _, stretch in turns.stretches(messages):
         ids += [start, *encode(proto, stretch), end, *newline]
     return [*ids, start, *encode(proto, f"{turns.model}\n")]
+
+
+def encode_answered(
+    proto: bytes, messages: Sequence[Mapping[str, str]], turns: TurnTemplate = GEMMA_TURNS
+) -> list[tuple[list[int], bool]]:
+    """The ids of a conversation that ends with an answer, to learn from.
+
+    What the model has said is encoded apart from what asks it to speak, as it is generated.
+
+    Args:
+        proto: as of `encode_chat`.
+        messages: as of `encode_chat`, but the last is the model's.
+        turns: the template.
+
+    Returns:
+        Stretches of ids, and whether the model says them: an answer's text, the end of its turn and
+        the line break after it.
+
+    Raises:
+        ValueError: as `encode_chat`.
+    """
+    start, end = turn_ids(proto, turns)
+    newline = encode(proto, "\n")
+    ids, found = [processor(proto).bos_id()], []
+    opening = f"{turns.model}\n"
+    for who, stretch in turns.stretches(messages, answered=True):
+        if who == "model":
+            asked = [*ids, start, *encode(proto, opening)]
+            said = encode(proto, stretch.removeprefix(opening))
+            found += [(asked, False), ([*said, end, *newline], True)]
+            ids = []
+        else:
+            ids += [start, *encode(proto, stretch), end, *newline]
+    return found

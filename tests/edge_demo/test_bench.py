@@ -214,15 +214,21 @@ def test_a_board_with_a_name_of_its_own_is_not_shared(tiny):
     ("place", "said"),
     [
         ("no/such/folder/file", "folder does not exist"),
-        (".", "not a regular file"),
-        ("pipe", "not a regular file"),
+        (".", "already exists"),
+        ("pipe", "already exists"),
+        ("mine.txt", "already exists; choose another file for --share"),
+        ("link", "already exists"),
+        ("x" * 300, "too long for the name of a file"),
     ],
 )
 def test_a_file_that_cannot_be_shared_is_one_line(tiny, tmp_path, refused, place, said):
     os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     options = ("-p", 0, "-n", 1, "-r", 1, "--share", tmp_path / place)
     refused("bench", tiny, *options, names=[said])
-    assert (tmp_path / "pipe").is_fifo()
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "mine.txt").read_text() == "mine"
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_what_is_no_regular_file_is_never_replaced(tmp_path):

@@ -24,7 +24,7 @@ from export.formats.packing import (
 )
 from export.formats.recipes import RECIPES, plan_for_recipe, plan_from_json
 from export.formats.round_to_nearest import round_to_nearest, search_scales
-from export.formats.targets import recipe_for
+from export.formats.targets import check_plan, recipe_for
 from export.graph.store_weights import store_weights
 from export.graph.weights_file import WeightsFile
 from gemma_keras.checkpoints.names import head_table, weight_specs
@@ -545,13 +545,28 @@ def test_a_target_has_a_recipe_in_place_of_another():
     assert recipe_for("int8", "armv8.0") == recipe_for("int8-rows", "armv8.0") == "int8-rows"
     assert recipe_for("int8", "armv8.2") == "int8-wide"
     assert recipe_for("int4", "armv8.2") == "int4"
-    for recipe in ("int4", "fp32"):
+    with pytest.raises(
+        ExportRequestError, match=r"int8-rows is slow on armv8.2; use --recipe int8"
+    ):
+        recipe_for("int8-rows", "armv8.2")
+    for recipe in ("int4", "fp32", "int8-wide"):
         with pytest.raises(
             ExportRequestError, match=rf"{recipe} is slow on armv8.0.*recipe int8 there$"
         ):
             recipe_for(recipe, "armv8.0")
     with pytest.raises(ExportRequestError, match="no recipe 'int3'"):
         recipe_for("int3", "armv8.0")
+
+
+def test_a_plan_in_blocks_is_refused_where_blocks_are_slow():
+    config = config_of()
+    rows, blocks = (plan_for_recipe(recipe, config) for recipe in ("int8-rows", "int8"))
+    for plan, target in ((rows, "armv8.0"), (blocks, "armv8.2"), (blocks, "any")):
+        check_plan(plan, target)
+    with pytest.raises(
+        ExportRequestError, match=r"layers\.0\.mlp\.up as int8 block 32, which is slow"
+    ):
+        check_plan(rows | {"layers.0.mlp.up": Format(8, 32)}, "armv8.0")
 
 
 @pytest.mark.parametrize("terms", [1, 2])

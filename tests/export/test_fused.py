@@ -19,9 +19,11 @@ from edge_demo.bundle.reader import Bundle
 from edge_demo.engine import float_prompts
 from edge_demo.engine.runner import Engine
 from export import export_onnx
+from export.errors import ExportError
 from export.formats.formats import Format, plan_bytes
 from export.formats.packing import unpack_bits
 from export.formats.recipes import plan_for_recipe
+from export.graph import one_token
 from export.graph.contract import WEIGHTS_FILE, engine_contract, interchange_contract, windows
 from gemma_keras import GemmaBackbone, GemmaCausalLM, open_checkpoint
 from gemma_keras.checkpoints.names import weight_specs
@@ -585,3 +587,26 @@ def test_a_lora_model_is_exported_with_its_weights_merged(tiny, recipe, tmp_path
 def test_another_format_is_left_to_keras(tiny, tmp_path):
     with pytest.raises(ValueError, match="format"):
         tiny("gemma3").model.export(tmp_path / "out", format="papyrus")
+
+
+# --- the attention of a single token, in bundles for a target ------------------------------------
+
+
+def test_verification_decodes_tokens_one_by_one_for_a_target(tiny, tmp_path, monkeypatch):
+    """A mistake that only single tokens meet is found before a bundle is written."""
+    attention = one_token._one_token
+
+    def wrong(graph, layer, *rest):
+        return attention(graph, dataclasses.replace(layer, query_scale=30.0), *rest)
+
+    folder = tiny("gemma3").folder
+    export_onnx(folder, tmp_path / "good", "fp32", target="armv8.2")
+    monkeypatch.setattr(one_token, "_one_token", wrong)
+    with pytest.raises(ExportError, match="differs from the Keras model"):
+        export_onnx(folder, tmp_path / "bad", "fp32", target="armv8.2")
+    assert not (tmp_path / "bad").exists()
+
+
+def test_integer_keys_of_float_weights_pass_the_verification(tiny, tmp_path):
+    found = export_onnx(tiny("gemma3").folder, tmp_path / "out", "fp32", kv_cache_dtype="int8")
+    assert found.quality is not None and found.quality.mean_kl < 0.01

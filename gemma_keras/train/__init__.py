@@ -1,0 +1,1 @@
+"""Teaching a Gemma: rows that people have, and what is learnt from them."""

@@ -1,0 +1,243 @@
+"""Makes examples of rows: token ids, and which of them are to be learnt."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gemma_keras.errors import quoted
+from gemma_keras.text.chat import GEMMA_TURNS, TurnTemplate, encode_answered
+from gemma_keras.text.stream import encode, processor
+from gemma_keras.train.errors import RowError
+from gemma_keras.train.rows import Row, first_of, kind_of
+
+ON_TOO_LONG = ("error", "truncate", "skip")
+
+Segments = list[tuple[list[int], bool]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One text to learn from.
+
+    Attributes:
+        ids: int32 `(length,)`, the beginning-of-sequence token first.
+        counts: bool `(length,)`: whether a token is to be predicted.
+    """
+
+    ids: np.ndarray
+    counts: np.ndarray
+
+    @classmethod
+    def of(cls, segments: Segments) -> Example:
+        """The example of stretches of ids, and whether each is to be predicted."""
+        ids = [token for part, _ in segments for token in part]
+        counts = [counted for part, counted in segments for _ in part]
+        return cls(np.array(ids, np.int32), np.array(counts, bool))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class Renderer:
+    """Writes rows as a model's tokens, as `chat` and the device write them.
+
+    Attributes:
+        proto: the serialized SentencePiece model.
+        turns: the template of conversations.
+        encode_text: the ids of a text; by default none of them is a control token.
+    """
+
+    proto: bytes
+    turns: TurnTemplate = GEMMA_TURNS
+    encode_text: Callable[[str], list[int]] | None = None
+
+    def __call__(self, row: str | Mapping[str, Any]) -> Example:
+        """The example of a row.
+
+        A text is learnt whole, and so is its end. Of two texts the second is learnt, with the end;
+        of a conversation what the model says: each answer, the end of its turn and the line break
+        after it.
+
+        Raises:
+            RowError: it lacks something, is empty, or is no conversation.
+        """
+        if isinstance(row, str):
+            return self._text("", row)
+        kind = kind_of(row)
+        if kind == "text":
+            return self._text("", _text_of(row, "text"))
+        if kind == "conversation":
+            return self._conversation(_messages_of(row, "messages"))
+        if kind in ("completion", "response"):
+            asked, said = ("prompt", "completion") if kind == "completion" else _KERAS_HUB
+            if isinstance(row[asked], str) and isinstance(row[said], str):
+                return self._text(_text_of(row, asked), _text_of(row, said))
+            answer = _messages_of(row, said)
+            answers = sum(message.get("role") in ("assistant", "model") for message in answer)
+            return self._conversation([*_messages_of(row, asked), *answer], answers)
+        if kind == "preference":
+            raise RowError("it prefers an answer to another, which `fit` does not learn from")
+        raise RowError(f"it has the keys {', '.join(map(quoted, row)) or 'none'}")
+
+    def _text(self, prompt: str, text: str) -> Example:
+        encoded = self.encode_text or (lambda text: encode(self.proto, text))
+        model = processor(self.proto)
+        asked = [model.bos_id(), *encoded(prompt)]
+        said = [*encoded(text), model.eos_id()]
+        if len(said) == 1:
+            raise RowError("its text is empty")
+        return Example.of([(asked, False), (said, True)])
+
+    def _conversation(
+        self, messages: Sequence[Mapping[str, Any]], answers: int | None = None
+    ) -> Example:
+        """The example of a conversation, of which the last `answers` are learnt, or all."""
+        try:
+            segments = encode_answered(self.proto, messages, self.turns)
+        except ValueError as error:
+            raise RowError(str(error)) from None
+        empty = [number for number, (ids, said) in enumerate(segments) if said and len(ids) <= 2]
+        if empty:
+            raise RowError(f"answer {empty[0] // 2 + 1} is empty")
+        if answers is not None:
+            first = len(segments) - 2 * answers
+            segments = [(ids, said and i > first) for i, (ids, said) in enumerate(segments)]
+        return Example.of(segments)
+
+
+_KERAS_HUB = ("prompts", "responses")
+
+
+def _text_of(row: Mapping[str, Any], key: str) -> str:
+    text = row[key]
+    if not isinstance(text, str):
+        raise RowError(f"its {key} must be a text, not {quoted(text)}")
+    return text
+
+
+def _messages_of(row: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    messages = row[key]
+    good = isinstance(messages, (list, tuple)) and all(isinstance(m, Mapping) for m in messages)
+    if not good:
+        raise RowError(f"its {key} must be a list of messages, not {quoted(messages)}")
+    return list(messages)
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """What is learnt from, and what became of the rows.
+
+    Attributes:
+        examples: in the order of the rows.
+        truncated: rows of which only the beginning is used.
+        skipped: rows that are not used.
+        length: the most tokens of an example.
+    """
+
+    examples: list[Example]
+    truncated: list[str]
+    skipped: list[str]
+    length: int
+
+    @property
+    def tokens(self) -> int:
+        """Of all examples."""
+        return sum(map(len, self.examples))
+
+    @property
+    def counted(self) -> int:
+        """Tokens that are to be predicted."""
+        return int(sum(example.counts.sum() for example in self.examples))
+
+    def __str__(self) -> str:
+        said = (
+            f"{len(self.examples):,} examples of {self.tokens:,} tokens, {self.counted:,} of which "
+            "are learnt"
+        )
+        if self.truncated:
+            said += f"; {len(self.truncated):,} cut to {self.length:,} tokens"
+            said += f" ({first_of(self.truncated)})"
+        if self.skipped:
+            said += f"; {len(self.skipped):,} skipped ({first_of(self.skipped)})"
+        return said
+
+
+def make_examples(
+    rows: Iterable[Row],
+    render: Callable[[str | Mapping[str, Any]], Example],
+    length: int,
+    on_too_long: str = "error",
+) -> Examples:
+    """Make an example of each row.
+
+    Args:
+        rows: as `gemma_keras.train.rows.read_rows` gives them.
+        render: makes an example of a row's value.
+        length: the most tokens that an example may have.
+        on_too_long: what becomes of a row with more: an error, its beginning, or nothing. A row
+            whose beginning has nothing to be learnt is skipped.
+
+    Raises:
+        RowError: a row cannot be used, or none is left; the message names the row.
+        ValueError: `on_too_long` is none of these words.
+    """
+    if on_too_long not in ON_TOO_LONG:
+        raise ValueError(
+            f"on_too_long is {on_too_long!r}; it must be one of {', '.join(ON_TOO_LONG)}"
+        )
+    made = Examples([], [], [], length)
+    for where, example in _rendered(rows, render):
+        if len(example) > length:
+            if on_too_long == "error":
+                raise RowError(
+                    f"{where} has {len(example):,} tokens, more than {length:,}; give a larger "
+                    "sequence_length, or on_too_long='truncate' or 'skip'"
+                )
+            cut = Example(example.ids[:length], example.counts[:length])
+            if on_too_long == "skip" or not cut.counts.any():
+                made.skipped.append(where)
+                continue
+            made.truncated.append(where)
+            example = cut
+        made.examples.append(example)
+    if not made.examples:
+        why = f": all {len(made.skipped):,} are too long" if made.skipped else ""
+        raise RowError(f"there are no rows to learn from{why}")
+    return made
+
+
+def _rendered(
+    rows: Iterable[Row], render: Callable[[str | Mapping[str, Any]], Example]
+) -> Iterator[tuple[str, Example]]:
+    for row in rows:
+        try:
+            yield row.where, render(row.value)
+        except RowError as error:
+            raise RowError(f"{row.where}: {error}") from None
+
+
+def padded(
+    examples: Sequence[Example], length: int, pad: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Examples as one array.
+
+    Args:
+        examples: at least one.
+        length: of a row, in tokens; at least that of the longest.
+        pad: the id of padding.
+
+    Returns:
+        int32 ids, int32 mask of real tokens and bool counts, `(len(examples), length)` each.
+    """
+    shape = len(examples), length
+    ids, mask = np.full(shape, pad, np.int32), np.zeros(shape, np.int32)
+    counts = np.zeros(shape, bool)
+    for i, example in enumerate(examples):
+        ids[i, : len(example)], mask[i, : len(example)] = example.ids, 1
+        counts[i, : len(example)] = example.counts
+    return ids, mask, counts

@@ -1,0 +1,325 @@
+"""Training rows: where they come from, what is learnt of each, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import keras
+import numpy as np
+import pytest
+import sentencepiece
+
+from gemma_keras.text.chat import CHATML_TURNS, GEMMA_TURNS, encode_chat
+from gemma_keras.train.errors import RowError
+from gemma_keras.train.examples import Renderer, make_examples, padded
+from gemma_keras.train.rows import peeked, read_rows
+from tests.edge_demo.make_bundles import CHATML
+from tests.models import chat_tokenizer_model
+
+pytestmark = [pytest.mark.keras, pytest.mark.backends("torch")]
+
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Who waters the young trees?"},
+    {"role": "assistant", "content": "The gardener."},
+    {"role": "user", "content": "When?"},
+    {"role": "model", "content": " Before the sun is high.\n"},
+]
+PROTO = chat_tokenizer_model()
+MODEL = sentencepiece.SentencePieceProcessor(model_proto=PROTO)
+PAIRS = [
+    {"prompt": "A boat", "completion": " went down"},
+    {"prompt": "Seven", "completion": " lay"},
+]
+
+
+def values(source):
+    return [row.value for row in read_rows(source)]
+
+
+def said(example, model=MODEL):
+    """The text that is learnt, control tokens by name."""
+    ids = example.ids[example.counts].tolist()
+    return "".join(model.id_to_piece(i) for i in ids).replace("▁", " ").replace("<0x0A>", "\n")
+
+
+# --- where they come from ------------------------------------------------------------------------
+
+
+def as_columns(rows):
+    return {key: [row[key] for row in rows] for key in rows[0]}
+
+
+class Batches(keras.utils.PyDataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return [PAIRS[index]]
+
+
+def tf_pairs():
+    import tensorflow as tf
+
+    return tf.data.Dataset.from_tensor_slices(as_columns(PAIRS)).batch(2)
+
+
+def torch_pairs(**options):
+    from torch.utils.data import DataLoader
+
+    return DataLoader(PAIRS, batch_size=2, **options)
+
+
+def hugging_face_pairs():
+    import datasets
+
+    return datasets.Dataset.from_list(PAIRS)
+
+
+SOURCES = {
+    "list": lambda: PAIRS,
+    "tuple": lambda: tuple(PAIRS),
+    "columns": lambda: as_columns(PAIRS),
+    "columns of arrays": lambda: {k: np.array(v) for k, v in as_columns(PAIRS).items()},
+    "generator": lambda: (row for row in PAIRS),
+    "generator of batches": lambda: (as_columns([row]) for row in PAIRS),
+    "PyDataset": lambda: Batches(),
+    "tf.data": tf_pairs,
+    "DataLoader": torch_pairs,
+    "DataLoader of lists": lambda: torch_pairs(collate_fn=list),
+    "Hugging Face": hugging_face_pairs,
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_source_gives_the_same_rows(name):
+    assert values(SOURCES[name]()) == PAIRS
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_rows_are_told_from_arrays_and_stay_whole(name):
+    told, source = peeked(SOURCES[name]())
+    assert told and values(source) == PAIRS
+
+
+class ArrayBatches(Batches):
+    def __getitem__(self, index):
+        return np.zeros((2, 3)), np.zeros((2, 3))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        np.zeros((2, 3)),
+        {"token_ids": np.zeros((2, 3)), "padding_mask": np.ones((2, 3))},
+        [np.zeros(3)],
+        [],
+        None,
+        3,
+        iter(()),
+        ArrayBatches(),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_arrays_are_no_rows(other):
+    told, source = peeked(other)
+    assert not told and source is other
+
+
+def test_an_iterator_of_arrays_loses_none():
+    told, source = peeked(iter([np.zeros(2), np.ones(2)]))
+    assert not told and [array.sum() for array in source] == [0, 2]
+
+
+def test_a_dataset_of_texts_stays_a_stream():
+    import tensorflow as tf
+
+    endless = tf.data.Dataset.from_tensor_slices(["The bread"]).repeat()
+    assert peeked(endless) == (False, endless)
+    with pytest.raises(RowError, match="has no end; leave out repeat"):
+        list(read_rows(tf_pairs().repeat()))
+
+
+def test_conversations_are_rows_alone_in_batches_and_in_columns():
+    row = {"messages": TALK}
+    assert values([row]) == values({"messages": [TALK]}) == values(iter([[row]])) == [row]
+
+
+def test_texts_come_from_strings_arrays_and_tf_data():
+    import tensorflow as tf
+
+    texts = ["The bread", "rises slowly"]
+    for source in (texts, np.array(texts), tf.data.Dataset.from_tensor_slices(texts).batch(2)):
+        assert values(source) == texts
+
+
+def test_a_jsonl_file_names_its_lines(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(PAIRS[0]) + "\n\n" + json.dumps({"text": "x", "id": 3}) + "\n")
+    rows = list(read_rows(str(path)))
+    assert peeked(path)[0] and peeked(str(path))[0]
+    assert [row.where for row in rows] == ["rows.jsonl, line 1", "rows.jsonl, line 3"]
+    assert [row.value for row in rows] == [PAIRS[0], {"text": "x", "id": 3}]
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ('{"text": "a"}\n{"text": "b', r"line 2: it is not JSON.*truncated"),
+        ('{"text": "a"}\n{"text": nan}\n', r"line 2: it is not JSON"),
+        ("[1, 2]\n", r"line 1: a row must be a text or an object"),
+        (
+            '{"question": "a"}\n',
+            r"line 1: a row has the keys 'question'; it needs prompt and chosen",
+        ),
+        ("[" * 100_000 + "\n", r"line 1: it is not JSON"),
+        (b"\xff\xfe\n", r"line 1: it is not JSON"),
+    ],
+)
+def test_a_line_that_is_no_row_is_named(tmp_path, text, named):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(RowError, match=named):
+        list(read_rows(path))
+
+
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        ([PAIRS[0], {"question": "a"}], "row 2: a row has the keys 'question'"),
+        ([PAIRS[0], 3], "row 2: a row must be a text or a mapping"),
+        ({"prompt": ["a", "b"], "completion": ["c"]}, "same number.*prompt 2, completion 1"),
+        (3, "cannot be read from int"),
+    ],
+)
+def test_what_is_no_row_is_named(source, named):
+    with pytest.raises(RowError, match=named):
+        list(read_rows(source))
+
+
+# --- what is learnt ------------------------------------------------------------------------------
+
+
+def test_of_a_text_all_is_learnt_but_its_beginning():
+    example = Renderer(PROTO)("The bread")
+    assert example.ids.tolist() == [MODEL.bos_id(), *MODEL.encode("The bread"), MODEL.eos_id()]
+    assert example.counts.tolist() == [False] + [True] * (len(example) - 1)
+
+
+@pytest.mark.parametrize("keys", [("prompt", "completion"), ("prompts", "responses")])
+def test_of_two_texts_the_second_is_learnt(keys):
+    example = Renderer(PROTO)(dict(zip(keys, ("A boat", " went down"), strict=True)))
+    ids = [MODEL.bos_id(), *MODEL.encode("A boat"), *MODEL.encode(" went down"), MODEL.eos_id()]
+    assert example.ids.tolist() == ids
+    assert said(example) == " went down<eos>"
+
+
+@pytest.mark.parametrize("turns", [GEMMA_TURNS, CHATML_TURNS], ids=["gemma", "chatml"])
+def test_a_conversation_is_written_as_chat_writes_it_and_answers_are_learnt(turns):
+    proto = PROTO if turns is GEMMA_TURNS else chat_tokenizer_model(*CHATML)
+    model = sentencepiece.SentencePieceProcessor(model_proto=proto)
+    example = Renderer(proto, turns)({"messages": TALK})
+    asked = encode_chat(proto, TALK[:-1], turns)
+    assert example.ids[: len(asked)].tolist() == asked
+    end = turns.end_of_turn
+    last = TALK[-1]["content"].strip() if turns.strip else TALK[-1]["content"]
+    assert said(example, model) == f"The gardener.{end}\n{last}{end}\n"
+    generated = [*model.encode(last), model.piece_to_id(end), *model.encode("\n")]
+    assert example.ids[len(asked) :].tolist() == generated
+    # the first answer is asked for as it will be, too
+    first = encode_chat(proto, TALK[:2], turns)
+    assert example.ids[: len(first)].tolist() == first and not example.counts[: len(first)].any()
+
+
+def test_of_messages_in_two_parts_the_answers_of_the_second_are_learnt():
+    row = {"prompt": TALK[:4], "completion": TALK[4:]}
+    assert said(Renderer(PROTO)(row)) == "Before the sun is high.<end_of_turn>\n"
+    row = {"prompt": TALK[:2], "completion": TALK[2:]}
+    whole, parts = Renderer(PROTO)({"messages": TALK}), Renderer(PROTO)(row)
+    np.testing.assert_array_equal(whole.counts, parts.counts)
+    np.testing.assert_array_equal(whole.ids, parts.ids)
+
+
+def test_a_control_token_in_a_text_is_text():
+    row = {"messages": [{"role": "user", "content": "<end_of_turn>"},
+                        {"role": "model", "content": "<eos><start_of_turn>"}]}  # fmt: skip
+    example = Renderer(PROTO)(row)
+    end = MODEL.piece_to_id("<end_of_turn>")
+    assert example.ids.tolist().count(end) == 2 and MODEL.eos_id() not in example.ids
+    answer = [*MODEL.encode("<eos><start_of_turn>"), end, *MODEL.encode("\n")]
+    assert example.ids[example.counts].tolist() == answer
+
+
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        ("", "text is empty"),
+        ({"text": ""}, "text is empty"),
+        ({"text": 3}, "text must be a text, not 3"),
+        ({"prompt": "a", "completion": ""}, "text is empty"),
+        ({"prompt": "a", "completion": TALK}, "prompt must be a list of messages, not 'a'"),
+        ({"prompt": "a", "completion": None}, "must be a list of messages"),
+        ({"messages": []}, "the user first and the model last; found none"),
+        ({"messages": TALK[:-1]}, "found system, user, assistant, user"),
+        ({"messages": TALK[2:]}, "found assistant, user, model"),
+        ({"messages": [TALK[1], TALK[1], TALK[2]]}, "found user, user, assistant"),
+        ({"messages": [TALK[1], {"role": "tool", "content": "x"}]}, "found user, tool"),
+        ({"messages": [TALK[1], {"role": "model", "content": None}]}, "content that is text"),
+        ({"messages": [TALK[1], {"role": "model", "content": " \n"}]}, "answer 1 is empty"),
+        ({"messages": "hello"}, "messages must be a list of messages"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "prefers an answer"),
+    ],
+)
+def test_a_row_that_says_nothing_to_learn_is_named(row, named):
+    with pytest.raises(RowError, match=rf"^row 2: .*{named}"):
+        make_examples(read_rows(["good", row]), Renderer(PROTO), 100)
+
+
+# --- too long ------------------------------------------------------------------------------------
+
+ROWS = [
+    "The bread",
+    "Bread rises slowly in a cold kitchen",
+    {"prompt": "The bread rises slowly", "completion": "x"},
+]
+
+
+def test_a_row_that_is_too_long_is_refused_by_name():
+    with pytest.raises(RowError, match=r"row 2 has \d+ tokens, more than 11; .*on_too_long="):
+        make_examples(read_rows(ROWS), Renderer(PROTO), len(Renderer(PROTO)(ROWS[0])))
+
+
+def test_a_long_row_is_cut_or_skipped_and_counted():
+    lengths = [len(Renderer(PROTO)(row)) for row in ROWS]
+    most = lengths[0]
+    assert lengths[1] > most and len(MODEL.encode(ROWS[2]["prompt"])) >= most
+    cut = make_examples(read_rows(ROWS), Renderer(PROTO), most, "truncate")
+    assert [len(example) for example in cut.examples] == [most, most]
+    assert cut.truncated == ["row 2"] and cut.skipped == ["row 3"]  # of which nothing is learnt
+    skipped = make_examples(read_rows(ROWS), Renderer(PROTO), most, "skip")
+    assert len(skipped.examples) == 1 and skipped.skipped == ["row 2", "row 3"]
+    counted = sum(example.counts.sum() for example in cut.examples)
+    assert str(cut) == (
+        f"2 examples of {2 * most} tokens, {counted} of which are learnt; 1 cut to {most} tokens "
+        "(row 2); 1 skipped (row 3)"
+    )
+
+
+def test_nothing_left_is_refused():
+    with pytest.raises(RowError, match="no rows to learn from: all 3 are too long"):
+        make_examples(read_rows(ROWS), Renderer(PROTO), 2, "skip")
+    with pytest.raises(RowError, match=r"no rows to learn from$"):
+        make_examples(read_rows(iter(())), Renderer(PROTO), 2, "skip")
+    with pytest.raises(ValueError, match="must be one of error, truncate, skip"):
+        make_examples(read_rows(ROWS), Renderer(PROTO), 2, "cut")
+
+
+def test_padding_is_no_token_and_does_not_count():
+    examples = [Renderer(PROTO)(text) for text in ROWS[:2]]
+    length = max(map(len, examples)) + 3
+    ids, mask, counts = padded(examples, length)
+    for i, example in enumerate(examples):
+        assert ids[i, : len(example)].tolist() == example.ids.tolist()
+        assert mask[i].tolist() == [1] * len(example) + [0] * (length - len(example))
+        assert counts[i, : len(example)].tolist() == example.counts.tolist()
+        assert not ids[i, len(example) :].any() and not counts[i, len(example) :].any()
