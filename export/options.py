@@ -35,9 +35,10 @@ class ExportOptions:
             `CalibrationSource`. By default the recipe's own.
         plan: weight name to format, as `bundle.json` has it, in place of the recipe's formats for
             the weights it names; nothing is chosen by measurement then.
-        target: `any` processor; `armv8.0`, one without 8-bit dot products such as that of a
-            Raspberry Pi 4, where `int8` stores weights by rows (the recipe `int8-rows`); or
-            `armv8.2`, that of a Raspberry Pi 5, where `int8` has wider blocks (`int8-wide`).
+        target: the processors that the bundle is for. `any` is the default. `armv8.0` has no 8-bit
+            dot products, as in a Raspberry Pi 4; `int8` stores weights by rows there (the recipe
+            `int8-rows`). `armv8.2` is that of a Raspberry Pi 5; `int8` has wider blocks there
+            (`int8-wide`).
         lowering: `fused`, graphs of onnxruntime's operators, or `traced`, graphs of standard
             operators made from the Keras code, which any ONNX runtime can run.
         kv_cache_dtype: how the engine keeps keys and values of layers that see the whole text:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 TEXT = "Measure prefill speed, decode speed, load time and memory."
 _MOST_REPEATS = 10_000
 
+_LONGEST_NAME = 255  # bytes, on common file systems
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `bench`, named as in llama-bench where it has them."""
@@ -76,9 +78,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "addresses",
     )
     options.add_force(parser)
-
-
-_LONGEST_NAME = 255  # bytes, on common file systems
 
 
 def _counts(text: str) -> list[int]:

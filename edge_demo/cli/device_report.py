@@ -33,6 +33,8 @@ from edge_demo.units import megabytes
 # one 0.2. See docs/lab-notes.md, and `benchmarks/edge.py`.
 LIKELY_SHARE = (0.3, 0.6)
 
+_PI_5 = "armv8.2"  # the target
+
 
 def examine(bundles: Sequence[Bundle], root: Path = Path("/")) -> dict[str, Any]:
     """Collects everything known as one object; sizes in bytes, speeds per second.
@@ -100,9 +102,6 @@ def _judge(bundle: Bundle, speed: float | None, looked: hardware.Device) -> dict
         "disk": _disk(bundle),
         "advice": _advice(bundle, looked),
     }
-
-
-_PI_5 = "armv8.2"
 
 
 def _advice(bundle: Bundle, looked: hardware.Device) -> str | None:

@@ -64,9 +64,9 @@ def build_graph(
         ConfigError: the model is bidirectional, which `GroupQueryAttention` is not.
     """
     config.require_causal("a graph with a key-value cache")
-    graph = _FusedGraph(config, plan, weights, contract, max_context, kv_scales or {})
-    graph.one_token = one_token_attention and graph.for_engine
-    return graph.build()
+    return _FusedGraph(
+        config, plan, weights, contract, max_context, kv_scales or {}, one_token_attention
+    ).build()
 
 
 class _FusedGraph(NamedNodes):
@@ -78,6 +78,7 @@ class _FusedGraph(NamedNodes):
         contract: GraphSpec,
         max_context: int,
         kv_scales: Mapping[str, np.ndarray],
+        one_token_attention: bool,
     ) -> None:
         super().__init__(weights, contract)
         self.config = config
@@ -89,7 +90,7 @@ class _FusedGraph(NamedNodes):
         self.fused_matrices = fused_matrices(config, plan)
         self.for_engine = contract.file != INTERCHANGE_FILE
         self.contracted = {spec.name: spec for spec in contract.inputs}
-        self.one_token = False
+        self.one_token = one_token_attention and self.for_engine
 
     # --- the model, in order ---
 

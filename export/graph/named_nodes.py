@@ -88,7 +88,7 @@ class NamedNodes:
         return node.outputs
 
     def branch(self, name: str, make: Callable[[], Sequence[ir.Value]]) -> ir.Graph:
-        """What `make` adds as a graph within this one; its outputs are what `make` returns.
+        """What `make` adds as a graph within this one; it returns the outputs, which are float32.
 
         Its constants stay in the graph around it, so they are kept once.
         """

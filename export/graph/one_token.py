@@ -1,9 +1,9 @@
 """The attention of a single token in standard operators, heads that share keys in one product.
 
 `GroupQueryAttention` multiplies each head alone, and packs all keys again for each. On Armv8 that
-takes 59 thousand instructions a position of context for Gemma 3 270M; the products here take 24
-thousand (docs/benchmarks.md). Prompts, several rows, and the token for which a windowed buffer is
-moved to its front, stay with `GroupQueryAttention`: an `If` chooses.
+takes 55 thousand instructions a position of context for Gemma 3 270M; the products here take 23
+thousand (docs/benchmarks.md, `make count-arm64`). `GroupQueryAttention` stays for prompts, several
+rows, and the token for which a windowed buffer is moved to its front: an `If` chooses.
 
 Both write the same keys and values into the same buffers. Their sums differ in the last bits.
 """

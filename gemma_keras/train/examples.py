@@ -12,7 +12,7 @@ from gemma_keras.errors import quoted
 from gemma_keras.text.chat import GEMMA_TURNS, TurnTemplate, encode_answered
 from gemma_keras.text.stream import encode, processor
 from gemma_keras.train.errors import RowError
-from gemma_keras.train.rows import Row, first_of, kind_of
+from gemma_keras.train.rows import Row, kind_of
 
 ON_TOO_LONG = ("error", "truncate", "skip")
 
@@ -161,9 +161,9 @@ class Examples:
         )
         if self.truncated:
             said += f"; {len(self.truncated):,} cut to {self.length:,} tokens"
-            said += f" ({first_of(self.truncated)})"
+            said += f" ({_first_of(self.truncated)})"
         if self.skipped:
-            said += f"; {len(self.skipped):,} skipped ({first_of(self.skipped)})"
+            said += f"; {len(self.skipped):,} skipped ({_first_of(self.skipped)})"
         return said
 
 
@@ -241,3 +241,9 @@ def padded(
         ids[i, : len(example)], mask[i, : len(example)] = example.ids, 1
         counts[i, : len(example)] = example.counts
     return ids, mask, counts
+
+
+def _first_of(rows: Sequence[str], most: int = 3) -> str:
+    """Names of rows for people: the first few, and how many more."""
+    more = f" and {len(rows) - most:,} more" if len(rows) > most else ""
+    return ", ".join(rows[:most]) + more

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -161,10 +161,7 @@ def _rows_of_mapping(item: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     """The row that a mapping is, or those of its columns."""
     kind = kind_of(item)
     if kind is None:
-        raise RowError(
-            f"a row has the keys {', '.join(map(quoted, item)) or 'none'}; it needs "
-            + ", or ".join(" and ".join(keys) for keys in KINDS.values())
-        )
+        raise RowError(_unknown(item))
     columns = {key: item[key] for key in KINDS[kind]}
     if not all(_is_column(key, value) for key, value in columns.items()):
         yield item
@@ -175,6 +172,11 @@ def _rows_of_mapping(item: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         raise RowError(f"columns must have the same number of rows; found {found}")
     for values in zip(*columns.values(), strict=True):
         yield dict(zip(columns, map(_plain, values), strict=True))
+
+
+def _unknown(item: Mapping[str, Any]) -> str:
+    needed = ", or ".join(" and ".join(keys) for keys in KINDS.values())
+    return f"a row has the keys {', '.join(map(quoted, item)) or 'none'}; it needs {needed}"
 
 
 def _is_column(key: str, value: Any) -> bool:
@@ -219,14 +221,5 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             if not isinstance(value, (str, dict)):
                 raise RowError(f"{where}: a row must be a text or an object")
             if isinstance(value, dict) and kind_of(value) is None:
-                try:
-                    next(_rows_of_mapping(value))
-                except RowError as error:
-                    raise RowError(f"{where}: {error}") from None
+                raise RowError(f"{where}: {_unknown(value)}")
             yield Row(where, value)
-
-
-def first_of(rows: Sequence[str], most: int = 3) -> str:
-    """Names of rows for people: the first few, and how many more."""
-    more = f" and {len(rows) - most:,} more" if len(rows) > most else ""
-    return ", ".join(rows[:most]) + more

@@ -79,6 +79,12 @@ def test_a_missing_key_is_named(damaged, key):
     assert_refused(damaged, "bundle.json", "damaged", key)
 
 
+@pytest.mark.parametrize("value", [5, None, [], {}, True, "", "x" * 33, "Pi 5", "a\nb"], ids=repr)
+def test_a_target_that_is_no_name_is_refused(damaged, value):
+    edit_manifest(damaged, lambda m: m.update(target=value))
+    assert_refused(damaged, "bundle.json", "damaged", "not the name of a target")
+
+
 @pytest.mark.parametrize(
     "value", [True, -1, 0, 1.5, "128", None, [], 1 << 60, 10**400], ids=lambda v: repr(v)[:9]
 )

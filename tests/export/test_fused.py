@@ -27,6 +27,7 @@ from export.graph import one_token
 from export.graph.contract import WEIGHTS_FILE, engine_contract, interchange_contract, windows
 from gemma_keras import GemmaBackbone, GemmaCausalLM, open_checkpoint
 from gemma_keras.checkpoints.names import weight_specs
+from tests.edge_demo.make_bundles import WIDE
 from tests.models import GENERATIONS, WINDOW, write_tiny_hf
 
 pytestmark = pytest.mark.keras
@@ -610,3 +611,31 @@ def test_verification_decodes_tokens_one_by_one_for_a_target(tiny, tmp_path, mon
 def test_integer_keys_of_float_weights_pass_the_verification(tiny, tmp_path):
     found = export_onnx(tiny("gemma3").folder, tmp_path / "out", "fp32", kv_cache_dtype="int8")
     assert found.quality is not None and found.quality.mean_kl < 0.01
+
+
+def test_windows_have_the_attention_of_a_single_token_but_where_they_are_moved(
+    tmp_path, monkeypatch
+):
+    """Found by a mistake in it: it shows in each token but the one that moves a window."""
+    attention, places = one_token._one_token, 64 + 255
+
+    def wrong(graph, layer, given, *rest):
+        scale = 30.0 if given.windowed else layer.query_scale
+        return attention(graph, dataclasses.replace(layer, query_scale=scale), given, *rest)
+
+    write_tiny_hf(tmp_path / "wide", "gemma3", **WIDE)
+    options = {"target": "armv8.2", "verify": False}
+    export_onnx(tmp_path / "wide", tmp_path / "good", "fp32", **options)
+    monkeypatch.setattr(one_token, "_one_token", wrong)
+    export_onnx(tmp_path / "wide", tmp_path / "bad", "fp32", **options)
+    good, bad = (Engine(Bundle.open(tmp_path / name), threads=1) for name in ("good", "bad"))
+    ids = random_ids(length=2 * places)[0].tolist()
+    shown = {}
+    for held in (0, 1, 63, 64, places - 1, places, places + 1, places + 255, places + 256):
+        for engine in (good, bad):
+            engine.rewind(0)
+            engine.hold(ids[:held])
+        found = [engine.decode(ids[held]).copy() for engine in (good, bad)]
+        shown[held] = relative_difference(*found) > 1e-3
+    # a first token sees itself alone, whatever the scale
+    assert [held for held, seen in shown.items() if not seen] == [0, places, places + 256]
