@@ -38,7 +38,8 @@ TEXT = (
     "the wall above the market someone had painted a list of prices, which nobody had changed "
     "since the winter: herring at three for a coin, crab by weight, and oysters only when the "
     "river was clear. The first cart arrived a little after six. Its driver, a woman of about "
-    "forty, tied the horse to a ring, looked at the sky, and began to unload baskets of bread."
+    "forty, tied the horse to a ring, looked at the sky, and began to unload baskets of bread. "
+    "By seven the quay was loud with wheels, and the baker's boy ran from door to door."
 )
 
 
