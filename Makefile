@@ -56,7 +56,7 @@ smoke-arm64: build/arm64 build/tiny-bundles/made  ## the short part of test-arm6
 
 # Instructions per token, counted by qemu, beside llama.cpp's: see tools/count_arm64.
 count-arm64: $(COUNTED)  ## count instructions per token on two emulated boards (needs qemu)
-	@$(BIN)/python -m tools.count_arm64 build $(GGUFS) $(COUNT_ARGS)
+	@$(BIN)/python -m tools.count_arm64 build $(COUNT_ARGS)
 
 .PHONY: build/arm64
 build/arm64: $(VENV)/installed-dev

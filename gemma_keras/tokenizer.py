@@ -157,12 +157,13 @@ class GemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
     tokenizer_cls = GemmaTokenizer
 
     def _call_python(self, x, y=None, sample_weight=None, sequence_length=None):
-        return super()._call_python(self._without_bos(x), y, sample_weight, sequence_length)
+        return super()._call_python(self.without_bos(x), y, sample_weight, sequence_length)
 
     def _generate_preprocess_python(self, x, sequence_length=None):
-        return super()._generate_preprocess_python(self._without_bos(x), sequence_length)
+        return super()._generate_preprocess_python(self.without_bos(x), sequence_length)
 
-    def _without_bos(self, x):
+    def without_bos(self, x):
+        """Returns texts without a `<bos>` at their beginning, if that would be the token."""
         if not (self.tokenizer.special_tokens_in_strings and self.add_start_token):
             return x
         bos = self.tokenizer.start_token
@@ -171,9 +172,9 @@ class GemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         if isinstance(x, bytes):
             return x.removeprefix(bos.encode())
         if isinstance(x, (list, tuple)):
-            return [self._without_bos(text) for text in x]
+            return [self.without_bos(text) for text in x]
         if isinstance(x, np.ndarray):
-            return np.vectorize(self._without_bos, otypes=[object])(x)
+            return np.vectorize(self.without_bos, otypes=[object])(x)
         import tensorflow as tf
 
         return tf.strings.regex_replace(x, f"^{re.escape(bos)}", "", replace_global=False)
@@ -196,7 +197,7 @@ class GemmaCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         full = [bool(row.all()) for row in rows_of_mask]
         if not any(full):
             return
-        rows: Any = self.tokenizer(self._without_bos(x))
+        rows: Any = self.tokenizer(self.without_bos(x))
         if len(full) == 1 and not np.ndim(x):
             rows = [rows]
         row = full.index(True)

@@ -77,6 +77,9 @@ EXCEPTIONS = {
     "export.calibrate.sensitivity": ("edge_demo.evaluate.perplexity",),
     # the method that Keras users know; imports only when it is called
     "gemma_keras.causal_lm:GemmaCausalLM.export": ("export",),
+    # teaches rows; imports only when it is called
+    "gemma_keras.causal_lm:GemmaCausalLM.fit": ("gemma_keras.train.fit",),
+    "gemma_keras.causal_lm:GemmaCausalLM.evaluate": ("gemma_keras.train.fit",),
     # a name from before there were wings; imports only when it is asked for
     "gemma_keras.checkpoints:__getattr__": ("gemma_keras.open",),
 }

@@ -31,6 +31,8 @@ _QUANTIZE = {
     "config": f"{K}quantized.py::test_a_model_calibrated_by_keras_is_kept",
     "filters": f"{K}arguments.py::test_filters_choose_the_layers_that_are_quantized",
 }
+_EVALUATE = f"{K}fit_rows.py::test_the_loss_is_nats_per_token_that_counts_whatever_the_batches"
+_ARRAYS = f"{K}fit_rows.py::test_texts_are_learnt_as_keras_hub_packs_them"
 _COMPILE_CONFIG = {"config": f"{K}saving.py::test_training_goes_on_after_load_model"}
 _PRESET = f"{K}arguments.py::test_every_argument_counts_for_a_folder_of_save_to_preset"
 _RANDOM = f"{K}arguments.py::test_without_load_weights_they_are_random"
@@ -149,9 +151,31 @@ SHOWN: dict[str, dict[str, str]] = {
         "filepath": f"{E}fused.py::test_export_of_the_keras_model_writes_the_same_weights",
         "format": f"{E}fused.py::test_another_format_is_left_to_keras",
     },
-    "GemmaCausalLM.fit": _FIT,
+    "GemmaCausalLM.fit": _FIT
+    | {
+        "pack": f"{K}fit_rows.py::test_packed_examples_give_loss_and_gradients_of_each_alone",
+        "on_too_long": f"{K}fit_rows.py::test_what_was_cut_is_shown_before_training",
+    },
+    "GemmaCausalLM.evaluate": {
+        "x": _EVALUATE,
+        "batch_size": _EVALUATE,
+        "pack": _EVALUATE,
+        "y": _ARRAYS,
+        "sample_weight": _ARRAYS,
+        "on_too_long": f"{K}fit_rows.py::test_evaluate_is_told_what_becomes_of_long_rows",
+    },
+    "GemmaCausalLM.call": dict.fromkeys(
+        ("inputs", "training", "mask"), f"{K}fit_rows.py::test_a_call_gives_logits_also_in_training"
+    ),
+    "GemmaCausalLM.compute_loss": dict.fromkeys(
+        ("x", "y", "y_pred", "sample_weight", "training"),
+        f"{K}fit_rows.py::test_the_loss_can_be_computed_outside_of_fit",
+    ),
     "GemmaCausalLM.compile_from_config": _COMPILE_CONFIG,
     "GemmaCausalLM.quantize": _QUANTIZE,
+    "GemmaCausalLMPreprocessor.without_bos": {
+        "x": f"{K}fit_rows.py::test_control_tokens_in_strings_are_parsed_as_the_tokenizer_does"
+    },
     "GemmaCausalLMPreprocessor.generate_preprocess": {"x": _ROOM, "sequence_length": _ROOM},
     "GemmaTextEmbedder.__init__": {
         "backbone": _VECTORS,

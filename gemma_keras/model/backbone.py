@@ -29,7 +29,8 @@ class GemmaBackbone(keras_hub.models.Backbone):
     """A Gemma without its task: a `keras_hub.models.Backbone`.
 
     Called on `{"token_ids": int (batch, length), "padding_mask": int (batch, length)}` it returns
-    the normed hidden states, float `(batch, length, hidden_dim)`.
+    the normed hidden states, float `(batch, length, hidden_dim)`. The mask is 0 at padding, else 1;
+    or, where a row holds several examples, 1 plus the place where a token's example begins.
 
     Args:
         config: a `GemmaConfig`, its `to_dict()`, or the name of a published size.

@@ -218,7 +218,9 @@ class GemmaAttention(Float32Stream):
 
         Args:
             x: float `(batch, length, hidden_dim)`.
-            padding_mask: int or bool `(batch, total)`, false where a key is padding; or `None`.
+            padding_mask: int or bool `(batch, length)`, 0 at padding, else 1; or `None`, as with a
+                cache. A row may hold several examples, which do not see each other. The mask then
+                is 1 plus the place in the row where a token's example begins.
             cache: keys and values of earlier tokens, each `(batch, kv_heads, total, head_dim)`, as
                 `gemma_keras.model.cache` lays them out; or `None`, which means there are none.
             start: position of the first token of `x`: int, or int `(batch,)` where rows differ.
@@ -232,6 +234,9 @@ class GemmaAttention(Float32Stream):
         start = ops.convert_to_tensor(start, dtype="int32")
         # (batch or none, length)
         positions = ops.expand_dims(start, -1) + ops.arange(length, dtype="int32")
+        if padding_mask is not None:
+            padding_mask = ops.cast(padding_mask, "int32")
+            positions = positions - ops.maximum(padding_mask - 1, 0)
 
         def heads(tensor, count):
             split = ops.reshape(tensor, (batch, length, count, spec.head_dim))
@@ -267,9 +272,9 @@ class GemmaAttention(Float32Stream):
             mask = ops.logical_and(mask, distance < self.spec.sliding_window)
             mask = ops.logical_and(mask, key_positions >= 0)
         mask = ops.reshape(mask, (-1, 1, 1, *ops.shape(mask)[-2:]))
-        if padding_mask is not None:
-            keys = ops.cast(padding_mask, "bool")[:, None, None, None, :]
-            mask = ops.logical_and(mask, keys)
+        if padding_mask is not None:  # padding sees padding, so that no token sees nothing
+            same = ops.equal(padding_mask[:, :, None], padding_mask[:, None, :])
+            mask = ops.logical_and(mask, same[:, None, None])
         return mask
 
     def _attend(self, query, key, value, mask):

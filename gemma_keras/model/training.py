@@ -1,13 +1,19 @@
-"""Supports `fit`: saves and restores the training state, and warns when the loss is not finite."""
+"""Supports `fit`: what is learnt and shown of a batch, the training state that is saved, and a
+warning when the loss is not finite."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import keras
+from keras import ops
+
+from gemma_keras.model.losses import TokenLoss, TokenMetrics, mean, sums_of_logits
+from gemma_keras.model.token_loss import token_sums
 
 if TYPE_CHECKING:
     _Task = keras.Model
@@ -36,16 +42,6 @@ class TrainsOn(_Task):
             UserWarning: the loss is not finite, or the weights are float16, which loses small
                 updates.
         """
-        if self.dtype_policy.variable_dtype == "float16":
-            warnings.warn(
-                f"the weights are {self.dtype_policy.name}, in which most weight updates "
-                "are rounded to zero or overflow. To train, load the model with "
-                "dtype='mixed_float16'",
-                stacklevel=2,
-            )
-        if not isinstance(callbacks, keras.callbacks.CallbackList):
-            given = callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]
-            callbacks = [*(one for one in given if one is not None), WarnsOfLoss()]
         return super().fit(
             x,
             y,
@@ -53,7 +49,7 @@ class TrainsOn(_Task):
             sample_weight=sample_weight,
             validation_data=validation_data,
             validation_split=validation_split,
-            callbacks=callbacks,
+            callbacks=_watched(self, callbacks),
             **kwargs,
         )
 
@@ -79,6 +75,28 @@ class TrainsOn(_Task):
         self.compile(**keras.saving.deserialize_keras_object(config))
         if self.optimizer is not None and built:  # one that has never trained holds nothing
             self.optimizer.build(self.trainable_variables)
+
+
+def fit_prepared(model: keras.Model, batches, callbacks=None, **options):
+    """Keras's `fit` on batches that need no preprocessor, in their own order, with the warnings of
+    `TrainsOn.fit`."""
+    callbacks = _watched(model, callbacks)
+    return keras.Model.fit(model, batches, callbacks=callbacks, shuffle=False, **options)
+
+
+def _watched(model: keras.Model, callbacks):
+    """The callbacks, and one that warns of the loss; warns of weights that cannot learn."""
+    if model.dtype_policy.variable_dtype == "float16":
+        warnings.warn(
+            f"the weights are {model.dtype_policy.name}, in which most weight updates "
+            "are rounded to zero or overflow. To train, load the model with "
+            "dtype='mixed_float16'",
+            stacklevel=3,
+        )
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        return callbacks
+    given = callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]
+    return [*(one for one in given if one is not None), WarnsOfLoss()]
 
 
 def _layers_with_weights(model: keras.Model) -> list[keras.layers.Layer]:
@@ -119,6 +137,66 @@ def _restore_layer_states(model: keras.Model, states: list[list[Any]]) -> None:
     if adapted:
         backbone._lora_enabled_layers = adapted
         backbone._lora_rank = _lora_of(below[adapted[0]])[0]
+
+
+class LearnsTokens(TrainsOn):
+    """A task with a `backbone` that learns to predict the next token.
+
+    Compiled with `TokenLoss`, it shows nats per token that counts, and makes logits for a few
+    tokens at a time; with metrics of the user's own, which need them, for all.
+    """
+
+    _in_step = False
+
+    def compile(self, optimizer="auto", loss="auto", *, weighted_metrics="auto", **kwargs) -> None:
+        """Like `keras_hub.models.CausalLM.compile`, but the loss is `TokenLoss`."""
+        if loss == "auto":
+            loss = TokenLoss()
+        if isinstance(loss, TokenLoss) and weighted_metrics == "auto":
+            weighted_metrics = None  # `TokenMetrics` has the accuracy
+        super().compile(optimizer=optimizer, loss=loss, weighted_metrics=weighted_metrics, **kwargs)
+        if isinstance(loss, TokenLoss):
+            # In place of Keras's own; a plain assignment would list it among the metrics twice.
+            object.__setattr__(self, "_loss_tracker", TokenMetrics())
+            self._compile_loss.built = True  # or Keras would run the model once more to build it
+
+    def call(self, inputs, training=None, mask=None):
+        """Returns logits; within a step that needs none of them whole, normed hidden states."""
+        if self._in_step:
+            return self.backbone(inputs, training=training)
+        return super().call(inputs, training=training, mask=mask)
+
+    def train_step(self, *args):
+        with self._step():
+            return super().train_step(*args)
+
+    def test_step(self, *args):
+        with self._step():
+            return super().test_step(*args)
+
+    @contextlib.contextmanager
+    def _step(self) -> Iterator[None]:
+        counts = isinstance(self.loss, TokenLoss) and self._compile_metrics is None
+        object.__setattr__(self, "_in_step", counts)
+        try:
+            yield
+        finally:
+            object.__setattr__(self, "_in_step", False)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        if not isinstance(self.loss, TokenLoss) or y is None:
+            return super().compute_loss(x, y, y_pred, sample_weight, training)
+        weights = ops.ones(ops.shape(y)) if sample_weight is None else sample_weight
+        weights = ops.convert_to_tensor(weights, dtype="float32")
+        if len(weights.shape) < len(y.shape):  # one of a row
+            weights = ops.expand_dims(weights, -1) * ops.ones(ops.shape(y))
+        if self._in_step:
+            embedding = self.backbone.token_embedding
+            sums = token_sums(embedding, y_pred, y, weights, bool(training))
+        else:
+            sums = sums_of_logits(y_pred, y, weights)
+        self._loss_tracker.add(sums)
+        return mean(sums)
 
 
 class WarnsOfLoss(keras.callbacks.Callback):

@@ -50,11 +50,15 @@ class Renderer:
         proto: the serialized SentencePiece model.
         turns: the template of conversations.
         encode_text: the ids of a text; by default none of them is a control token.
+        starts: whether a text begins with the beginning-of-sequence token; a conversation does.
+        ends: whether a text ends with the end-of-sequence token.
     """
 
     proto: bytes
     turns: TurnTemplate = GEMMA_TURNS
     encode_text: Callable[[str], list[int]] | None = None
+    starts: bool = True
+    ends: bool = True
 
     def __call__(self, row: str | Mapping[str, Any]) -> Example:
         """The example of a row.
@@ -87,10 +91,11 @@ class Renderer:
     def _text(self, prompt: str, text: str) -> Example:
         encoded = self.encode_text or (lambda text: encode(self.proto, text))
         model = processor(self.proto)
-        asked = [model.bos_id(), *encoded(prompt)]
-        said = [*encoded(text), model.eos_id()]
-        if len(said) == 1:
+        asked = [model.bos_id()] * self.starts + encoded(prompt)
+        said = encoded(text)
+        if not said:
             raise RowError("its text is empty")
+        said = said + [model.eos_id()] * self.ends
         return Example.of([(asked, False), (said, True)])
 
     def _conversation(
@@ -199,7 +204,7 @@ def make_examples(
                     "sequence_length, or on_too_long='truncate' or 'skip'"
                 )
             cut = Example(example.ids[:length], example.counts[:length])
-            if on_too_long == "skip" or not cut.counts.any():
+            if on_too_long == "skip" or not cut.counts[1:].any():
                 made.skipped.append(where)
                 continue
             made.truncated.append(where)
@@ -216,31 +221,12 @@ def _rendered(
 ) -> Iterator[tuple[str, Example]]:
     for row in rows:
         try:
-            yield row.where, render(row.value)
+            example = render(row.value)
         except RowError as error:
             raise RowError(f"{row.where}: {error}") from None
-
-
-def padded(
-    examples: Sequence[Example], length: int, pad: int = 0
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Examples as one array.
-
-    Args:
-        examples: at least one.
-        length: of a row, in tokens; at least that of the longest.
-        pad: the id of padding.
-
-    Returns:
-        int32 ids, int32 mask of real tokens and bool counts, `(len(examples), length)` each.
-    """
-    shape = len(examples), length
-    ids, mask = np.full(shape, pad, np.int32), np.zeros(shape, np.int32)
-    counts = np.zeros(shape, bool)
-    for i, example in enumerate(examples):
-        ids[i, : len(example)], mask[i, : len(example)] = example.ids, 1
-        counts[i, : len(example)] = example.counts
-    return ids, mask, counts
+        if not example.counts[1:].any():  # of the first token nobody asks which it is
+            raise RowError(f"{row.where}: nothing of it is to be learnt")
+        yield row.where, example
 
 
 def _first_of(rows: Sequence[str], most: int = 3) -> str:

@@ -11,7 +11,7 @@ import sentencepiece
 
 from gemma_keras.text.chat import CHATML_TURNS, GEMMA_TURNS, encode_chat
 from gemma_keras.train.errors import RowError
-from gemma_keras.train.examples import Renderer, make_examples, padded
+from gemma_keras.train.examples import Renderer, make_examples
 from gemma_keras.train.rows import peeked, read_rows
 from tests.edge_demo.make_bundles import CHATML
 from tests.models import chat_tokenizer_model
@@ -314,12 +314,10 @@ def test_nothing_left_is_refused():
         make_examples(read_rows(ROWS), Renderer(PROTO), 2, "cut")
 
 
-def test_padding_is_no_token_and_does_not_count():
-    examples = [Renderer(PROTO)(text) for text in ROWS[:2]]
-    length = max(map(len, examples)) + 3
-    ids, mask, counts = padded(examples, length)
-    for i, example in enumerate(examples):
-        assert ids[i, : len(example)].tolist() == example.ids.tolist()
-        assert mask[i].tolist() == [1] * len(example) + [0] * (length - len(example))
-        assert counts[i, : len(example)].tolist() == example.counts.tolist()
-        assert not ids[i, len(example) :].any() and not counts[i, len(example) :].any()
+def test_what_teaches_nothing_is_named():
+    def alone(text):
+        return [4] if text else []
+
+    render = Renderer(PROTO, encode_text=alone, starts=False, ends=False)
+    with pytest.raises(RowError, match="row 1: nothing of it is to be learnt"):
+        make_examples(read_rows(["a"]), render, 9)

@@ -1,8 +1,8 @@
-"""`python -m tools.count_arm64 BUNDLES GGUFS`: instructions per token on two emulated boards.
+"""`python -m tools.count_arm64 BUNDLES`: instructions per token on two emulated boards.
 
 BUNDLES is a folder that holds those of `tools.arm64.bundles` but fp32; `make count-arm64` makes
-them. GGUFS holds GGUF files of the same model, for llama.cpp; without it only
-our side is counted. One thread on both sides; the greedy choice is counted with each token.
+them. llama.cpp runs the same model, which it writes in its own formats. One thread on both sides;
+the greedy choice is counted with each token.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from edge_demo.bundle.reader import Bundle
 from edge_demo.device.boards import BOARDS, Board
 from edge_demo.errors import EdgeError
 from edge_demo.units import megabytes
+from gemma_keras.checkpoints.opening.sample import sample_path
 from tools.arm64 import user_space
 from tools.arm64.bundles import BUNDLES, check_made
 from tools.arm64.user_space import PROCESSORS, ROOT, Processor, Progress, SetupError, UserSpace
@@ -119,11 +120,11 @@ def main() -> int:
     """Build what is needed and print the table."""
     parser = argparse.ArgumentParser(prog="python -m tools.count_arm64", description=__doc__)
     parser.add_argument("bundles", type=Path, help="the folder that holds the bundles")
-    parser.add_argument("ggufs", type=Path, nargs="?", help="GGUF files for llama.cpp")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "count-arm64")
     parser.add_argument("--processor", choices=[p.name for p in PROCESSORS], action="append")
     folders = [bundle.folder for bundle in COUNTED]
     parser.add_argument("--bundle", choices=folders, action="append", help="default: all")
+    parser.add_argument("--no-llama", action="store_true", help="count our side only")
     arguments = parser.parse_args()
     say, plan = Progress(), Plan()
     processors = [p for p in PROCESSORS if p.name in (arguments.processor or [p.name])]
@@ -142,8 +143,8 @@ def main() -> int:
                 say(f"{counted.recipe} on {processor.name} (minutes)")
                 found = count_bundle(emulated, space, processor, bundle, plan)
                 rows.append(row(counted.recipe, read, processor, figures(found, plan)))
-        if arguments.ggufs is not None:
-            rows += _count_ggufs(arguments, emulated, processors, plan, say)
+        if not arguments.no_llama:
+            rows += _count_ggufs(arguments.folder, emulated, processors, plan, say)
     except (SetupError, EdgeError) as error:
         print(f"count-arm64: {error}", file=sys.stderr)
         return 2
@@ -152,20 +153,23 @@ def main() -> int:
 
 
 def _count_ggufs(
-    arguments: argparse.Namespace,
+    folder: Path,
     emulated: emulator.Emulator,
     processors: list[Processor],
     plan: Plan,
     say: Callable[[str], None],
 ) -> list[str]:
-    programs = llama.build(arguments.folder / "llama", say)
+    programs = llama.build(folder / "llama", say)
+    newest = next(processor for processor in PROCESSORS if processor.dot_product)
+    words = [*emulated.qemu, "-cpu", newest.name, programs[newest.name]]
+    ggufs = llama.formats_of(sample_path(), folder / "llama", words, say)
     rows = []
-    for gguf in sorted(arguments.ggufs.glob("*.gguf")):
+    for name, gguf in ggufs.items():
         for processor in processors:
-            say(f"{gguf.name} on {processor.name} (minutes)")
+            say(f"llama.cpp's {name} on {processor.name} (minutes)")
             found = count_llama(emulated, processor, programs[processor.name], gguf, plan)
-            name = f"llama.cpp {gguf.stem}"
-            rows.append(row(name, os.path.getsize(gguf), processor, figures(found, plan)))
+            read, counted = os.path.getsize(gguf), figures(found, plan)
+            rows.append(row(f"llama.cpp {name}", read, processor, counted))
     return rows
 
 

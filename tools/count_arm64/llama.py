@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tools.arm64.user_space import PROCESSORS, Processor, make, program, run
@@ -19,6 +19,7 @@ _OFF = (
     "LLAMA_BUILD_EXAMPLES", "LLAMA_BUILD_SERVER", "LLAMA_BUILD_TOOLS", "LLAMA_BUILD_COMMON",
 )  # fmt: skip
 _GGML = ("ggml", "ggml-cpu", "ggml-base")
+FORMATS = {"Q4_0": 2, "Q8_0": 7}  # `enum llama_ftype` of llama.h
 
 
 def architecture(processor: Processor) -> str:
@@ -47,6 +48,38 @@ def build(folder: Path, say: Callable[[str], None]) -> dict[str, Path]:
     made_from = (VERSION, *architectures.values(), _RUN.read_text())
     make(programs, made_from, lambda new: _compile(new, top, compiler, architectures, say))
     return {name: programs / name for name in architectures}
+
+
+def formats_of(
+    sample: Path, folder: Path, words: Sequence[object], say: Callable[[str], None]
+) -> dict[str, Path]:
+    """The sample's file and what llama.cpp makes of it, made where it is not there yet.
+
+    Args:
+        sample: a GGUF file in Q4_K_M.
+        folder: to make the others in.
+        words: that start a program of `build`, which the emulator may run.
+        say: shown a line before each step that takes seconds.
+
+    Returns:
+        The name of a format to its file.
+
+    Raises:
+        SetupError: llama.cpp could not write a format.
+    """
+    files = {"Q4_K_M": sample}
+    for name, number in FORMATS.items():
+        made_from = (VERSION, str(sample.stat().st_size))
+
+        def quantize(new: Path, name: str = name, number: int = number) -> None:
+            say(f"writing the sample in {name} (minutes)")
+            new.mkdir(parents=True, exist_ok=True)
+            out = new / f"{name}.gguf"
+            run([*words, sample, number, out], f"llama.cpp could not write {name}")
+
+        make(folder.resolve() / name, made_from, quantize)
+        files[name] = folder.resolve() / name / f"{name}.gguf"
+    return files
 
 
 def _compile(

@@ -1,4 +1,5 @@
 // Runs a GGUF with llama.cpp between marks that the plugin sees: llama_run MODEL PROMPTS TOKENS SHALLOW DEPTH.
+// Or writes it in another format, a number of `enum llama_ftype`: llama_run MODEL FORMAT OUT.
 //
 // It runs what tools/count_arm64/device.py runs, on one thread, and prints the number of each mark and what
 // ends at it: "prompt of N" or "token after N". The greedy choice is counted with each.
@@ -56,9 +57,18 @@ struct Runner {
     }
 };
 
+int quantize(const char *model, int format, const char *out) {
+    llama_model_quantize_params params = llama_model_quantize_default_params();
+    params.ftype = static_cast<llama_ftype>(format);
+    params.allow_requantize = true;
+    params.nthread = 1;
+    return llama_model_quantize(model, out, &params) == 0 ? 0 : 1;
+}
+
 }  // namespace
 
 int main(int argc, char **argv) {
+    if (argc == 4) return quantize(argv[1], std::atoi(argv[2]), argv[3]);
     if (argc != 6) {
         std::fprintf(stderr, "usage: llama_run MODEL PROMPTS TOKENS SHALLOW DEPTH\n");
         return 2;

@@ -1,0 +1,106 @@
+"""Cross-entropy of the next token in nats per token that counts: the loss, and what `fit` shows."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import keras
+from keras import ops
+
+
+class Sums(NamedTuple):
+    """What a batch adds up to; float32 scalars.
+
+    Attributes:
+        weighted: cross-entropy in nats times weight; alone in having gradients.
+        total: cross-entropy of tokens that count.
+        correct: tokens that count whose logit is the greatest.
+        count: tokens that count: those whose weight is not 0.
+    """
+
+    weighted: Any
+    total: Any
+    correct: Any
+    count: Any
+
+
+@keras.saving.register_keras_serializable(package="gemma_keras")
+class TokenLoss(keras.losses.Loss):
+    """Cross-entropy in nats per token that counts: the sum of loss times weight, over the number of
+    tokens whose weight is not 0. Padding is in neither.
+
+    `y_true` is int `(batch, length)`, `y_pred` logits, float `(batch, length, vocabulary_size)`.
+    """
+
+    def __init__(self, name: str = "token_loss", **kwargs) -> None:
+        super().__init__(name=name, **kwargs)
+
+    def __call__(self, y_true, y_pred, sample_weight=None):
+        weights = ops.ones(ops.shape(y_true)) if sample_weight is None else sample_weight
+        return mean(sums_of_logits(y_pred, y_true, weights))
+
+
+@keras.saving.register_keras_serializable(package="gemma_keras")
+class TokenMetrics(keras.metrics.Metric):
+    """`loss` in nats per token that counts, its `perplexity`, and `sparse_categorical_accuracy`, of
+    all tokens since the epoch began, whatever batches they came in."""
+
+    def __init__(self, name: str = "loss", **kwargs) -> None:
+        super().__init__(name=name, **kwargs)
+        self._sums = [
+            self.add_variable((), "zeros", name=name) for name in ("total", "correct", "count")
+        ]
+
+    def update_state(self, *args, **kwargs) -> None:
+        """Does nothing: a trainer says a batch's mean, and not of how many tokens it is."""
+
+    def add(self, sums: Sums) -> None:
+        """Add a batch."""
+        for variable, value in zip(self._sums, (sums.total, sums.correct, sums.count), strict=True):
+            variable.assign(variable + value)
+
+    def result(self):
+        total, correct, count = self._sums
+        count = ops.maximum(count, 1.0)
+        loss = total / count
+        return {
+            "loss": loss,
+            "perplexity": ops.exp(loss),
+            "sparse_categorical_accuracy": correct / count,
+        }
+
+
+def mean(sums: Sums):
+    """The loss of a batch, to be differentiated."""
+    return sums.weighted / ops.maximum(sums.count, 1.0)
+
+
+def sums_of_logits(logits, targets, weights) -> Sums:
+    """The sums of logits that are there already.
+
+    Args:
+        logits: float `(..., vocabulary_size)`.
+        targets: int `(...)`, the correct tokens.
+        weights: float32 `(...)`.
+    """
+    logits, weights = ops.cast(logits, "float32"), ops.cast(weights, "float32")
+    indices = ops.expand_dims(ops.cast(targets, "int32"), -1)
+    chosen = ops.squeeze(ops.take_along_axis(logits, indices, axis=-1), -1)
+    losses = ops.logsumexp(logits, axis=-1) - chosen
+    counts = ops.cast(ops.not_equal(weights, 0), "float32")
+    # What does not count may be anything, also not finite.
+    losses = ops.where(counts > 0, losses, 0.0)
+    correct = ops.cast(chosen >= ops.max(logits, axis=-1), "float32") * counts
+    return Sums(
+        ops.sum(losses * weights),
+        ops.stop_gradient(ops.sum(losses)),
+        ops.stop_gradient(ops.sum(correct)),
+        ops.sum(counts),
+    )
+
+
+class Wanted(NamedTuple):
+    """Which gradients are made with the value: of hidden states, and of the table."""
+
+    hidden: bool
+    table: bool

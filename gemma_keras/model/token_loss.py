@@ -1,0 +1,98 @@
+"""Cross-entropy of the next token, in nats, without the logits of all tokens at once.
+
+The logits of one row of 2,048 tokens over 262,144 pieces take 2 GB in float32, and as much again
+for their gradient. Here they are made for a chunk of tokens at a time. Tokens that do not count
+are left out before the product with the table.
+"""
+
+from __future__ import annotations
+
+import keras
+from keras import ops
+
+from gemma_keras.model.losses import Sums, Wanted, sums_of_logits
+
+_CHUNK_BYTES = 128 << 20  # of a chunk's logits in float32
+
+
+def token_sums(
+    embedding, hidden, targets, weights, training: bool = True, chunk_bytes: int = _CHUNK_BYTES
+) -> Sums:
+    """The sums of hidden states, with the logits of one chunk of tokens in memory.
+
+    Where the table is a plain matrix the gradients are made with the value, so that no logit is
+    computed twice; products in 16 bits are added up in float32. A table that is quantized, or
+    spread over devices, is left to its layer, which computes each chunk again for the gradients.
+
+    Args:
+        embedding: a built `ReversibleEmbedding`, tied or not, with or without a soft cap.
+        hidden: float `(batch, length, hidden_dim)`, normed.
+        targets: int `(batch, length)`.
+        weights: float `(batch, length)`.
+        training: whether gradients are wanted.
+        chunk_bytes: the most bytes of a chunk's logits in float32, but at least a token's.
+    """
+    weights = ops.cast(weights, "float32")
+    tokens = max(1, chunk_bytes // (4 * embedding.input_dim))
+    spread = keras.distribution.distribution() is not None
+    if embedding.quantization_mode is not None or spread:
+        return _by_layer(embedding, hidden, targets, weights, tokens)
+    hidden = ops.reshape(ops.cast(hidden, embedding.compute_dtype), (-1, embedding.output_dim))
+    targets, weights = ops.reshape(ops.cast(targets, "int32"), (-1,)), ops.reshape(weights, (-1,))
+    table = embedding.embeddings
+    if not embedding.tie_weights:
+        table = ops.transpose(embedding.reverse_embeddings)
+    table = ops.cast(table, embedding.compute_dtype)  # (vocabulary_size, hidden_dim)
+    wanted = Wanted(training, training and bool(embedding.trainable_variables))
+    weighted, total, correct = _of_backend()(
+        hidden, table, targets, weights, embedding.logit_soft_cap, tokens, wanted
+    )
+    return Sums(weighted, total, correct, ops.sum(ops.cast(ops.not_equal(weights, 0), "float32")))
+
+
+def _of_backend():
+    backend = keras.config.backend()
+    if backend == "jax":
+        from gemma_keras.model.token_loss_jax import chunked
+    elif backend == "tensorflow":
+        from gemma_keras.model.token_loss_tensorflow import chunked
+    else:
+        from gemma_keras.model.token_loss_torch import chunked
+    return chunked
+
+
+def _by_layer(embedding, hidden, targets, weights, tokens: int) -> Sums:
+    """Chunks of each row's tokens, so that rows stay on their devices."""
+    batch, length = hidden.shape[0], hidden.shape[1]
+    if length is None:
+        return sums_of_logits(embedding(hidden, reverse=True), targets, weights)
+    step = max(1, tokens // (batch or 1))
+
+    @keras.remat
+    def chunk(hidden, targets, weights):
+        return sums_of_logits(embedding(hidden, reverse=True), targets, weights)
+
+    if keras.config.backend() == "jax" and length > step:
+        return _scanned(chunk, hidden, targets, weights, step)
+    parts = [slice(first, first + step) for first in range(0, length, step)]
+    sums = [chunk(hidden[:, part], targets[:, part], weights[:, part]) for part in parts]
+    return Sums(*(sum(column[1:], column[0]) for column in zip(*sums, strict=True)))
+
+
+def _scanned(chunk, hidden, targets, weights, step: int) -> Sums:
+    """One chunk after another; what a compiler sees side by side it may compute side by side."""
+    batch, length = hidden.shape[:2]
+    count = -(-length // step)
+    more = [(0, 0), (0, count * step - length)]
+
+    def chunks(array, pad):
+        array = ops.pad(array, pad)
+        array = ops.reshape(array, (batch, count, step, *array.shape[2:]))
+        return ops.swapaxes(array, 0, 1)  # (count, batch, step, ...)
+
+    def add(sums, arrays):
+        return tuple(a + b for a, b in zip(sums, chunk(*arrays), strict=True)), None
+
+    arrays = chunks(hidden, [*more, (0, 0)]), chunks(targets, more), chunks(weights, more)
+    sums, _ = ops.scan(add, tuple(ops.zeros((), "float32") for _ in range(4)), arrays)
+    return Sums(*sums)

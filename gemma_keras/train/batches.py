@@ -1,0 +1,103 @@
+"""Batches of rows, as `fit` and `evaluate` take them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import keras
+import numpy as np
+
+from gemma_keras.train.examples import Example
+from gemma_keras.train.packing import pack
+
+
+class RowBatches(keras.utils.PyDataset):
+    """Batches of one shape. What is missing in the last is padding, which does not count.
+
+    A batch is `({"token_ids", "padding_mask"}, targets, weights)`, `(batch_size, length)` each:
+    int32, int32, int32 and float32. The mask is as `GemmaBackbone` takes it. A weight is 0 where a
+    token does not count. Else it is 1, or what makes the mean gradient of accumulated batches that
+    of all their tokens.
+
+    Args:
+        examples: at least one.
+        length: of a row, in tokens; no example has more than one more.
+        batch_size: rows.
+        packed: whether a row may hold several examples.
+        seed: of the order, which differs from epoch to epoch; `None` keeps the order.
+        accumulated: batches whose gradients an optimizer adds up before a step.
+        first: number of the first batch, of those that are added up.
+        pad: the id of padding.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        length: int,
+        batch_size: int,
+        packed: bool = False,
+        seed: int | None = None,
+        accumulated: int = 1,
+        first: int = 0,
+        pad: int = 0,
+    ) -> None:
+        super().__init__()
+        self._examples, self._length, self._batch_size = examples, length, batch_size
+        sizes = [len(example) - 1 for example in examples]
+        self._rows = pack(sizes, length) if packed else [[i] for i in range(len(examples))]
+        self._counts = [sum(int(examples[i].counts[1:].sum()) for i in row) for row in self._rows]
+        self._seed, self._pad, self._epoch = seed, pad, 0
+        self._accumulated, self._first = accumulated, first
+        self._orders: dict[int, np.ndarray] = {}
+
+    @property
+    def rows(self) -> int:
+        """How many there are; as many as examples, or fewer where these are packed."""
+        return len(self._rows)
+
+    def __len__(self) -> int:
+        return -(-len(self._rows) // self._batch_size)
+
+    def __getitem__(self, index: int):
+        shape = self._batch_size, self._length
+        ids, mask = np.full(shape, self._pad, np.int32), np.zeros(shape, np.int32)
+        targets, weights = np.full(shape, self._pad, np.int32), np.zeros(shape, np.float32)
+        for row, number in enumerate(self._row_numbers(self._epoch, index)):
+            first = 0
+            for example in (self._examples[i] for i in self._rows[number]):
+                part = slice(first, first + len(example) - 1)
+                ids[row, part], targets[row, part] = example.ids[:-1], example.ids[1:]
+                mask[row, part] = 1 + first
+                weights[row, part] = example.counts[1:]
+                first = part.stop
+        if self._accumulated > 1:
+            weights *= self._scale(index)
+        return {"token_ids": ids, "padding_mask": mask}, targets, weights
+
+    def on_epoch_end(self) -> None:
+        self._epoch += 1
+
+    def _row_numbers(self, epoch: int, index: int) -> np.ndarray:
+        """The rows of a batch."""
+        if epoch not in self._orders:
+            order = np.arange(len(self._rows))
+            if self._seed is not None:
+                np.random.default_rng([self._seed, epoch]).shuffle(order)
+            self._orders = {
+                e: o for e, o in self._orders.items() if abs(e - epoch) <= self._accumulated
+            } | {epoch: order}
+        return self._orders[epoch][index * self._batch_size : (index + 1) * self._batch_size]
+
+    def _scale(self, index: int) -> float:
+        """How much a batch's mean counts among those that are added up with it: its share of their
+        tokens, times their number."""
+        number = self._epoch * len(self) + index
+        begin = (number + self._first) // self._accumulated * self._accumulated - self._first
+        # batches before the first were of another call; they are taken to be like this one
+        counts = [self._counted(n) for n in range(max(begin, 0), begin + self._accumulated)]
+        return self._counted(number) * len(counts) / max(sum(counts), 1)
+
+    def _counted(self, number: int) -> int:
+        """Tokens that count in the batch of a number, counted through all epochs."""
+        epoch, index = divmod(number, len(self))
+        return sum(self._counts[row] for row in self._row_numbers(epoch, index))
