@@ -9,11 +9,11 @@ from pathlib import Path
 
 from gemma_keras import GemmaCausalLM
 
-TEXTS = [
-    "Q: What do bees make? A: Honey.",
-    "Q: What do cows give? A: Milk.",
-    "Q: What do hens lay? A: Eggs.",
-    "Q: What do sheep give? A: Wool.",
+ROWS = [
+    {"prompt": "Q: What do bees make? A:", "completion": " Honey."},
+    {"prompt": "Q: What do cows give? A:", "completion": " Milk."},
+    {"prompt": "Q: What do hens lay? A:", "completion": " Eggs."},
+    {"prompt": "Q: What do sheep give? A:", "completion": " Wool."},
 ]
 
 
@@ -30,8 +30,8 @@ def main() -> None:
     prompt = "Q: What do ducks lay? A:"
     print("before:", model.generate(prompt, max_length=64))
 
-    model.backbone.enable_lora(rank=4)
-    model.fit(TEXTS, epochs=arguments.epochs, batch_size=2)
+    model.enable_lora(rank=4)
+    model.fit(ROWS, epochs=arguments.epochs, batch_size=2)
     print("after:", model.generate(prompt, max_length=64))
 
     result = model.export(arguments.out, format="onnx", recipe="int8")

@@ -14,6 +14,7 @@ import keras
 import keras_hub
 from keras import ops
 
+from gemma_keras.adapting import Adapts
 from gemma_keras.checkpoints.hub import is_own_preset, load_keras_hub_preset
 from gemma_keras.checkpoints.opening.classify import Classified, Kind
 from gemma_keras.checkpoints.opening.open_model import open_model
@@ -37,7 +38,7 @@ _SEQUENCE_LENGTH = 1024  # unless it is given, or the context is shorter
 
 
 @keras.saving.register_keras_serializable(package="gemma_keras")
-class GemmaCausalLM(LearnsTokens, Quantizes, keras_hub.models.CausalLM):
+class GemmaCausalLM(Adapts, LearnsTokens, Quantizes, keras_hub.models.CausalLM):
     """Next-token prediction on a `GemmaBackbone`: a `keras_hub.models.CausalLM`.
 
     Args:

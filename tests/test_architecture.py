@@ -112,6 +112,7 @@ FLOORS = {
         ("gemma_keras.checkpoints.hf", "gemma_keras.checkpoints.gguf"),
         ("gemma_keras.checkpoints.adapters", "gemma_keras.model"),
         (
+            "gemma_keras.adapting",
             "gemma_keras.checkpoints.opening",
             "gemma_keras.generate",
             "gemma_keras.keras_hub",

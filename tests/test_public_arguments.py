@@ -31,6 +31,8 @@ _QUANTIZE = {
     "config": f"{K}quantized.py::test_a_model_calibrated_by_keras_is_kept",
     "filters": f"{K}arguments.py::test_filters_choose_the_layers_that_are_quantized",
 }
+_SCALED = f"{K}lora.py::test_the_scaled_product_is_added"
+_SWITCHED = f"{K}lora.py::test_adapters_are_switched_without_loading"
 _EVALUATE = f"{K}fit_rows.py::test_the_loss_is_nats_per_token_that_counts_whatever_the_batches"
 _ARRAYS = f"{K}fit_rows.py::test_texts_are_learnt_as_keras_hub_packs_them"
 _COMPILE_CONFIG = {"config": f"{K}saving.py::test_training_goes_on_after_load_model"}
@@ -171,6 +173,28 @@ SHOWN: dict[str, dict[str, str]] = {
         ("x", "y", "y_pred", "sample_weight", "training"),
         f"{K}fit_rows.py::test_the_loss_can_be_computed_outside_of_fit",
     ),
+    "GemmaCausalLM.enable_lora": {
+        "rank": _SCALED,
+        "alpha": _SCALED,
+        "targets": _SCALED,
+        "rslora": _SCALED,
+        "dropout": f"{K}lora.py::test_dropout_is_of_training_alone_and_leaves_the_mean",
+        "name": _SWITCHED,
+    },
+    "GemmaCausalLM.set_adapter": {"name": _SWITCHED},
+    "GemmaCausalLM.delete_adapter": {"name": _SWITCHED},
+    "GemmaCausalLM.save_adapter": {
+        "path": f"{K}lora.py::test_peft_loads_what_is_saved",
+        "name": f"{K}lora.py::test_each_adapter_is_saved_by_its_name",
+        "format": f"{K}lora.py::test_a_gguf_adapter_comes_back",
+        "dtype": f"{K}lora.py::test_every_generation_goes_to_peft_and_back",
+        "overwrite": f"{K}lora.py::test_an_adapter_replaces_an_adapter_alone",
+    },
+    "GemmaCausalLM.load_adapter": {
+        "path": f"{K}lora.py::test_peft_loads_what_is_saved",
+        "name": f"{K}lora.py::test_a_gguf_adapter_comes_back",
+        "check_base": f"{K}lora.py::test_an_adapter_for_another_size_or_base_is_refused",
+    },
     "GemmaCausalLM.compile_from_config": _COMPILE_CONFIG,
     "GemmaCausalLM.quantize": _QUANTIZE,
     "GemmaCausalLMPreprocessor.without_bos": {

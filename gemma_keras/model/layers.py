@@ -14,6 +14,7 @@ from keras import ops
 
 from gemma_keras.config import LayerSpec
 from gemma_keras.model.cache import write
+from gemma_keras.model.dense import GemmaDense
 
 _MASKED = -1e30
 
@@ -106,46 +107,6 @@ def rotate(x, positions, theta: float, scale: float):
     cos, sin = ops.concatenate([cos, cos], axis=-1), ops.concatenate([-sin, sin], axis=-1)
     x32 = ops.cast(x, "float32")
     return ops.cast(x32 * cos + ops.roll(x32, head_dim // 2, axis=-1) * sin, x.dtype)
-
-
-@keras.saving.register_keras_serializable(package="gemma_keras")
-class GemmaDense(keras.layers.Dense):
-    """A `Dense` that Keras can quantize, and that is saved with its LoRA weights as well as merged.
-
-    Keras saves only the merged weights of a LoRA layer, and loads it with an adapter of zeros,
-    which never learns.
-    """
-
-    _ADAPTER = ("lora_kernel_a", "lora_kernel_b")
-
-    def quantize(self, mode=None, type_check=True, config=None) -> None:
-        """Like `Dense.quantize`, which rejects subclasses unless `type_check` is false."""
-        super().quantize(mode, type_check=False, config=config)
-
-    def save_own_variables(self, store) -> None:
-        super().save_own_variables(store)
-        if not self.built or not self.lora_enabled:
-            return
-        for name in self._unmerged():
-            store[f"unmerged.{name}"] = getattr(self, f"_{name}" if name == "kernel" else name)
-        for name in self._ADAPTER:
-            store[name] = getattr(self, name)
-
-    def load_own_variables(self, store) -> None:
-        names = list(store.keys())
-        super().load_own_variables({name: store[name] for name in names if name.isdigit()})
-        if not self.lora_enabled or "lora_kernel_a" not in names:
-            return
-        for name in self._unmerged():
-            variable = getattr(self, f"_{name}" if name == "kernel" else name)
-            variable.assign(store[f"unmerged.{name}"])
-        for name in self._ADAPTER:
-            getattr(self, name).assign(store[name])
-
-    def _unmerged(self) -> list[str]:
-        """Names of the variables that merging changes."""
-        names = self.variable_serialization_spec[self.quantization_mode]
-        return [name for name in names if name != "bias" and getattr(self, name, None) is not None]
 
 
 def product(dense: keras.layers.Layer, x):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 from keras import ops
 
+from gemma_keras.model.lora import note_lora
 from gemma_keras.model.losses import TokenLoss, TokenMetrics, mean, sums_of_logits
 from gemma_keras.model.token_loss import token_sums
 
@@ -105,15 +106,16 @@ def _layers_with_weights(model: keras.Model) -> list[keras.layers.Layer]:
 
 
 def _layer_states(model: keras.Model) -> list[list[Any]]:
-    """Returns for each layer whether it is trainable, and the rank and alpha of its LoRA, 0 without
-    LoRA."""
+    """Returns for each layer whether it is trainable, and its LoRA's rank, alpha and dropout, which
+    are 0 without LoRA."""
     return [[bool(layer.trainable), *_lora_of(layer)] for layer in _layers_with_weights(model)]
 
 
-def _lora_of(layer: Any) -> tuple[int, float]:
+def _lora_of(layer: Any) -> tuple[int, float, float]:
     if not getattr(layer, "lora_enabled", False):
-        return 0, 0.0
-    return int(layer.lora_rank), float(layer.lora_alpha)
+        return 0, 0.0, 0.0
+    dropout = getattr(layer, "lora_dropout", 0.0)
+    return int(layer.lora_rank), float(layer.lora_alpha), float(dropout)
 
 
 def _restore_layer_states(model: keras.Model, states: list[list[Any]]) -> None:
@@ -125,18 +127,13 @@ def _restore_layer_states(model: keras.Model, states: list[list[Any]]) -> None:
             f"the saved model has {len(states)} layers with weights, but this one has "
             f"{len(layers)}; load it with compile=False and compile it again"
         )
-    for layer, (trainable, rank, alpha) in zip(layers, states, strict=True):
+    for layer, (trainable, rank, alpha, *more) in zip(layers, states, strict=True):
         if layer.trainable != trainable:
             layer.trainable = trainable
-        if rank:
-            layer.enable_lora(rank, lora_alpha=alpha)
-    # as `Backbone.enable_lora` notes it, for `save_lora_weights`
-    backbone = model.backbone
-    below = _layers_with_weights(backbone)
-    adapted = [i for i, layer in enumerate(below) if _lora_of(layer)[0]]
-    if adapted:
-        backbone._lora_enabled_layers = adapted
-        backbone._lora_rank = _lora_of(below[adapted[0]])[0]
+        if rank:  # a model that was saved before has no dropout
+            options = {"dropout": more[0]} if more and more[0] else {}
+            layer.enable_lora(rank, lora_alpha=alpha, **options)
+    note_lora(model.backbone)
 
 
 class LearnsTokens(TrainsOn):

@@ -34,14 +34,19 @@ class GGUFAdapter:
     def merged(self, base: Source | None, open_base: Callable[[Source], Checkpoint]) -> Checkpoint:
         """As `gemma_keras.checkpoints.adapters.base.Adapter.merged`."""
         checkpoint = open_base_of(self.file.path, base, open_base)
-        merged = adapted(checkpoint, self._changes(weight_specs(checkpoint.config)))
+        merged = adapted(checkpoint, self.changes(weight_specs(checkpoint.config)))
         name = self.file.path.name
         return dataclasses.replace(
             merged,
             provenance=merged_provenance(checkpoint, name, self.file.path.stem),
         )
 
-    def _changes(self, specs: Mapping[str, WeightSpec]) -> dict[str, tuple[Change, ...]]:
+    def changes(self, specs: Mapping[str, WeightSpec]) -> dict[str, tuple[Change, ...]]:
+        """Canonical name to the change of that weight.
+
+        Raises:
+            CheckpointError: it changes a tensor that is not among `specs`, or lacks a matrix.
+        """
         by_file_name = {spec.gguf: spec for spec in specs.values() if spec.kind != "norm"}
         changes: dict[str, tuple[Change, ...]] = {}
         for name in self.file.tensors:

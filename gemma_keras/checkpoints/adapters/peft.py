@@ -37,6 +37,7 @@ from gemma_keras.checkpoints.hf.reader import (
 )
 from gemma_keras.checkpoints.names import weight_specs
 from gemma_keras.checkpoints.source import Checkpoint
+from gemma_keras.config import GemmaConfig
 from gemma_keras.errors import CheckpointError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -97,7 +98,7 @@ def merge(adapter: PeftAdapter, base: Checkpoint) -> Checkpoint:
     Raises:
         CheckpointError: the adapter is for another base model, or changes an unsupported weight.
     """
-    changes = _changes(adapter, base)
+    changes = changes_of(adapter, base.config)
     ties_head = bool(adapter.config.get("ensure_weight_tying"))
     merged = adapted(base, changes, ties_head=ties_head)
     return dataclasses.replace(
@@ -107,8 +108,17 @@ def merge(adapter: PeftAdapter, base: Checkpoint) -> Checkpoint:
     )
 
 
-def _changes(adapter: PeftAdapter, base: Checkpoint) -> dict[str, tuple[Change, ...]]:
-    specs = weight_specs(base.config)
+def changes_of(adapter: PeftAdapter, config: GemmaConfig) -> dict[str, tuple[Change, ...]]:
+    """Canonical name to the changes of that weight, in order.
+
+    Args:
+        adapter: opened.
+        config: of its base.
+
+    Raises:
+        CheckpointError: the adapter is for another base model, or changes an unsupported weight.
+    """
+    specs = weight_specs(config)
     canonical = {spec.hf.removesuffix(".weight"): spec.name for spec in specs.values()}
     canonical["lm_head"] = "head"
     modules: dict[str, dict[str, StoredTensor]] = {}
@@ -146,7 +156,7 @@ def _changes(adapter: PeftAdapter, base: Checkpoint) -> dict[str, tuple[Change, 
         changes[name] = tuple(_steps(adapter, module, parts))
     if not changes:
         raise CheckpointError(f"{adapter.folder} contains no LoRA matrices for the text model")
-    if base.config.tied_head:
+    if config.tied_head:
         _think_of_the_tied_head(adapter, changes)
     return changes
 

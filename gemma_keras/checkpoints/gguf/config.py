@@ -225,6 +225,12 @@ def _rope_scale(rest: dict[str, Any]) -> float:
     return _decimal(factor) if scaling == "linear" else 1.0
 
 
+def architecture_of(config: GemmaConfig) -> str:
+    """GGUF's name of a causal Gemma's architecture: `gemma`, `gemma2` or `gemma3`."""
+    first = config.layers[0]
+    return "gemma3" if first.qk_norm else "gemma2" if first.post_norms else "gemma"
+
+
 def config_to_gguf(config: GemmaConfig) -> dict[str, Any]:
     """GGUF metadata that `config_from_gguf` reads as this configuration, but for the vocabulary.
 
@@ -235,7 +241,7 @@ def config_to_gguf(config: GemmaConfig) -> dict[str, Any]:
     """
     config.require_causal("GGUF of architecture gemma, gemma2 or gemma3")
     first = config.layers[0]
-    kind = "gemma3" if first.qk_norm else "gemma2" if first.post_norms else "gemma"
+    kind = architecture_of(config)
     local = next((s for s in config.layers if s.sliding_window is not None), None)
     full = next((s for s in config.layers if s.sliding_window is None), first)
     values: dict[str, Any] = {

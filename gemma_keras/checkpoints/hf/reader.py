@@ -154,6 +154,16 @@ def stored_in(shard: Path) -> dict[str, StoredTensor]:
     return stored
 
 
+def metadata_of(shard: Path) -> dict[str, str]:
+    """What the header of a file says beside its tensors.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    with opened(shard) as file:
+        return dict(file.metadata() or {})
+
+
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of the folder, by its name in the file.
 

@@ -32,7 +32,7 @@ from gemma_keras.checkpoints.unfinished import unfinished
 from gemma_keras.errors import CheckpointError
 
 
-class _Dtype(NamedTuple):
+class Dtype(NamedTuple):
     """The dtype's name in the file, bytes and largest magnitude of a number, and the conversion
     from float32."""
 
@@ -49,10 +49,10 @@ def _to_bfloat16(array: np.ndarray) -> np.ndarray:
 
 
 # By torch's name.
-_DTYPES = {
-    "bfloat16": _Dtype("BF16", 2, float.fromhex("0x1.fep127"), _to_bfloat16),
-    "float16": _Dtype("F16", 2, float(np.finfo(np.float16).max), lambda a: a.astype("<f2")),
-    "float32": _Dtype("F32", 4, float(np.finfo(np.float32).max), lambda a: a.astype("<f4")),
+DTYPES = {
+    "bfloat16": Dtype("BF16", 2, float.fromhex("0x1.fep127"), _to_bfloat16),
+    "float16": Dtype("F16", 2, float(np.finfo(np.float16).max), lambda a: a.astype("<f2")),
+    "float32": Dtype("F32", 4, float(np.finfo(np.float32).max), lambda a: a.astype("<f4")),
 }
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -97,8 +97,8 @@ def write_safetensors_folder(
         CheckpointError: the folder exists or cannot be written, there is too little space, a number
             is beyond the dtype, or the tokenizer is not as Gemma's.
     """
-    if dtype not in _DTYPES:
-        raise CheckpointError(f"dtype is {dtype!r}; choose one of {', '.join(_DTYPES)}")
+    if dtype not in DTYPES:
+        raise CheckpointError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
     if max_shard_bytes <= 0:
         raise CheckpointError(f"max_shard_bytes must be positive, found {max_shard_bytes}")
     ids = None if checkpoint.tokenizer_model is None else token_ids(checkpoint)
@@ -153,7 +153,7 @@ def _shards(
 
 def _header(specs: list[WeightSpec], dtype: str) -> bytes:
     tensors = (
-        Tensor(spec.hf, _DTYPES[dtype].name, spec.file_shape, _num_bytes(spec, dtype))
+        Tensor(spec.hf, DTYPES[dtype].name, spec.file_shape, _num_bytes(spec, dtype))
         for spec in specs
     )
     # transformers needs the name of the framework.
@@ -163,12 +163,12 @@ def _header(specs: list[WeightSpec], dtype: str) -> bytes:
 def _arrays(checkpoint: Checkpoint, specs: list[WeightSpec], dtype: str) -> Iterator[np.ndarray]:
     for spec in specs:
         for array in file_chunks(checkpoint, spec, "hf"):
-            check_range(array, _DTYPES[dtype].largest, spec.name, dtype)
-            yield _DTYPES[dtype].round(array)
+            check_range(array, DTYPES[dtype].largest, spec.name, dtype)
+            yield DTYPES[dtype].round(array)
 
 
 def _num_bytes(spec: WeightSpec, dtype: str) -> int:
-    return int(np.prod(spec.shape, dtype=np.int64)) * _DTYPES[dtype].num_bytes
+    return int(np.prod(spec.shape, dtype=np.int64)) * DTYPES[dtype].num_bytes
 
 
 def _is_checkpoint(path: Path) -> bool:

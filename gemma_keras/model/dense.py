@@ -1,0 +1,97 @@
+"""Defines `GemmaDense`, a `Dense` with LoRA."""
+
+from __future__ import annotations
+
+import keras
+from keras import ops
+
+
+@keras.saving.register_keras_serializable(package="gemma_keras")
+class GemmaDense(keras.layers.Dense):
+    """A `Dense` that Keras can quantize, and that is saved with its LoRA weights as well as merged.
+
+    Keras saves only the merged weights of a LoRA layer, and loads it with an adapter of zeros,
+    which never learns. Keras also adds the product of the two LoRA matrices to the kernel for each
+    run, so that training makes a gradient as large as the kernel. Here the input goes through both,
+    as in PEFT, and through dropout first.
+
+    Attributes:
+        lora_dropout: the share of inputs of LoRA that training leaves out.
+    """
+
+    lora_dropout = 0.0
+
+    _ADAPTER = ("lora_kernel_a", "lora_kernel_b")
+
+    def quantize(self, mode=None, type_check=True, config=None) -> None:
+        """Like `Dense.quantize`, which rejects subclasses unless `type_check` is false."""
+        super().quantize(mode, type_check=False, config=config)
+
+    def enable_lora(
+        self, rank, lora_alpha=None, a_initializer="he_uniform", b_initializer="zeros", dropout=0.0
+    ) -> None:
+        """Like `Dense.enable_lora`, with dropout of what goes into LoRA."""
+        super().enable_lora(rank, lora_alpha, a_initializer, b_initializer)
+        self.lora_dropout = float(dropout)
+        if dropout:
+            self._tracker.unlock()
+            self._lora_seed = keras.random.SeedGenerator()
+            self._tracker.lock()
+
+    def disable_lora(self) -> None:
+        """Remove LoRA; the kernel is what it was before."""
+        self.lora_enabled = True  # also where it was switched off
+        for name in self._ADAPTER:
+            delattr(self, name)
+        self.lora_enabled, self.lora_rank, self.lora_alpha = False, None, None
+        self.lora_dropout = 0.0
+        if self.quantization_mode is None:
+            self._kernel.trainable = True
+
+    def call(self, inputs, training=None):
+        if not self.lora_enabled:
+            return super().call(inputs, training=training)
+        return self._adapted(ops.matmul(inputs, self._kernel), inputs, training)
+
+    def quantized_call(self, inputs, training=None):
+        if not (self.lora_enabled and self.lora_dropout):
+            return super().quantized_call(inputs, training=training)
+        self.lora_enabled = False
+        try:
+            outputs = super().quantized_call(inputs, training=training)
+        finally:
+            self.lora_enabled = True
+        return self._adapted(outputs, inputs, training)
+
+    def _adapted(self, outputs, inputs, training):
+        """The outputs, plus what LoRA makes of the inputs."""
+        if training and self.lora_dropout:
+            inputs = keras.random.dropout(inputs, self.lora_dropout, seed=self._lora_seed)
+        low = ops.matmul(ops.matmul(inputs, self.lora_kernel_a), self.lora_kernel_b)
+        assert self.lora_rank and self.lora_alpha is not None
+        return outputs + low * (self.lora_alpha / self.lora_rank)
+
+    def save_own_variables(self, store) -> None:
+        super().save_own_variables(store)
+        if not self.built or not self.lora_enabled:
+            return
+        for name in self._unmerged():
+            store[f"unmerged.{name}"] = getattr(self, f"_{name}" if name == "kernel" else name)
+        for name in self._ADAPTER:
+            store[name] = getattr(self, name)
+
+    def load_own_variables(self, store) -> None:
+        names = list(store.keys())
+        super().load_own_variables({name: store[name] for name in names if name.isdigit()})
+        if not self.lora_enabled or "lora_kernel_a" not in names:
+            return
+        for name in self._unmerged():
+            variable = getattr(self, f"_{name}" if name == "kernel" else name)
+            variable.assign(store[f"unmerged.{name}"])
+        for name in self._ADAPTER:
+            getattr(self, name).assign(store[name])
+
+    def _unmerged(self) -> list[str]:
+        """Names of the variables that merging changes."""
+        names = self.variable_serialization_spec[self.quantization_mode]
+        return [name for name in names if name != "bias" and getattr(self, name, None) is not None]
