@@ -145,8 +145,8 @@ class GemmaCausalLM(Adapts, LearnsTokens, Quantizes, keras_hub.models.CausalLM):
             ValueError: an option does not fit what `x` is.
 
         Warns:
-            UserWarning: the loss is not finite, or the weights are float16, which loses small
-                updates.
+            UserWarning: the loss is not finite, or weights that are trained are float16 or
+                bfloat16, which lose small updates.
         """
         from gemma_keras.train.fit import fit
 

@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
+_PERPLEXITY, _ACCURACY = "perplexity", "sparse_categorical_accuracy"
+NAMES = (_PERPLEXITY, _ACCURACY)  # what is shown beside the loss
+
 
 class Sums(NamedTuple):
     """What a batch adds up to; float32 scalars.
@@ -41,33 +44,31 @@ class TokenLoss(keras.losses.Loss):
 
 
 @keras.saving.register_keras_serializable(package="gemma_keras")
-class TokenMetrics(keras.metrics.Metric):
-    """`loss` in nats per token that counts, its `perplexity`, and `sparse_categorical_accuracy`, of
-    all tokens since the epoch began, whatever batches they came in."""
+class TokenMetric(keras.metrics.Metric):
+    """Something of all tokens that count since the epoch began, whatever batches they came in.
+
+    Args:
+        name: `loss`, in nats per token; its `perplexity`; or `sparse_categorical_accuracy`.
+    """
 
     def __init__(self, name: str = "loss", **kwargs) -> None:
         super().__init__(name=name, **kwargs)
-        self._sums = [
-            self.add_variable((), "zeros", name=name) for name in ("total", "correct", "count")
-        ]
+        self._direction = "up" if name == _ACCURACY else "down"  # as callbacks ask for it
+        self._total = self.add_variable((), "zeros", name="total")
+        self._count = self.add_variable((), "zeros", name="count")
 
     def update_state(self, *args, **kwargs) -> None:
         """Does nothing: a trainer says a batch's mean, and not of how many tokens it is."""
 
     def add(self, sums: Sums) -> None:
         """Add a batch."""
-        for variable, value in zip(self._sums, (sums.total, sums.correct, sums.count), strict=True):
-            variable.assign(variable + value)
+        total = sums.correct if self.name == _ACCURACY else sums.total
+        self._total.assign(self._total + total)
+        self._count.assign(self._count + sums.count)
 
     def result(self):
-        total, correct, count = self._sums
-        count = ops.maximum(count, 1.0)
-        loss = total / count
-        return {
-            "loss": loss,
-            "perplexity": ops.exp(loss),
-            "sparse_categorical_accuracy": correct / count,
-        }
+        found = self._total / ops.maximum(self._count, 1.0)
+        return ops.exp(found) if self.name == _PERPLEXITY else found
 
 
 def mean(sums: Sums):

@@ -13,7 +13,7 @@ import keras
 from keras import ops
 
 from gemma_keras.model.lora import note_lora
-from gemma_keras.model.losses import TokenLoss, TokenMetrics, mean, sums_of_logits
+from gemma_keras.model.losses import NAMES, TokenLoss, TokenMetric, mean, sums_of_logits
 from gemma_keras.model.token_loss import token_sums
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ class TrainsOn(_Task):
         """Like Keras's `fit`, on the inputs of the preprocessor.
 
         Warns:
-            UserWarning: the loss is not finite, or the weights are float16, which loses small
-                updates.
+            UserWarning: the loss is not finite, or weights that are trained are float16 or
+                bfloat16, which lose small updates.
         """
         return super().fit(
             x,
@@ -87,11 +87,12 @@ def fit_prepared(model: keras.Model, batches, callbacks=None, **options):
 
 def _watched(model: keras.Model, callbacks):
     """The callbacks, and one that warns of the loss; warns of weights that cannot learn."""
-    if model.dtype_policy.variable_dtype == "float16":
+    dtypes = {variable.dtype for variable in model.trainable_variables}
+    narrow = next((dtype for dtype in ("float16", "bfloat16") if dtype in dtypes), None)
+    if narrow is not None:
         warnings.warn(
-            f"the weights are {model.dtype_policy.name}, in which most weight updates "
-            "are rounded to zero or overflow. To train, load the model with "
-            "dtype='mixed_float16'",
+            f"the weights are {narrow}, in which most weight updates are rounded to zero, or "
+            f"overflow. To train, load the model with dtype='mixed_{narrow}', or use LoRA",
             stacklevel=3,
         )
     if isinstance(callbacks, keras.callbacks.CallbackList):
@@ -140,22 +141,40 @@ class LearnsTokens(TrainsOn):
     """A task with a `backbone` that learns to predict the next token.
 
     Compiled with `TokenLoss`, it shows nats per token that counts, and makes logits for a few
-    tokens at a time; with metrics of the user's own, which need them, for all.
+    tokens at a time: within a step `y_pred` is the normed hidden states. With metrics of the user's
+    own, which need logits, it makes all.
     """
 
     _in_step = False
+    _needs_logits = False
+    _token_metrics: tuple[TokenMetric, ...] = ()
 
     def compile(self, optimizer="auto", loss="auto", *, weighted_metrics="auto", **kwargs) -> None:
-        """Like `keras_hub.models.CausalLM.compile`, but the loss is `TokenLoss`."""
-        if loss == "auto":
+        """Like `keras_hub.models.CausalLM.compile`, but the loss is `TokenLoss`, and its perplexity
+        is shown too."""
+        if isinstance(loss, str) and loss == "auto":
             loss = TokenLoss()
-        if isinstance(loss, TokenLoss) and weighted_metrics == "auto":
-            weighted_metrics = None  # `TokenMetrics` has the accuracy
+        counts = type(loss) is TokenLoss  # one that is derived may count otherwise
+        if counts and isinstance(weighted_metrics, str) and weighted_metrics == "auto":
+            weighted_metrics = [TokenMetric(name) for name in NAMES]
+        if counts and kwargs.get("loss_weights") is not None:
+            raise ValueError("loss_weights is for several losses; scale the learning rate instead")
+        # Keras would keep what it was compiled with before.
+        for name in ("_compile_metrics", "_compile_loss", "loss"):
+            object.__setattr__(self, name, None)
         super().compile(optimizer=optimizer, loss=loss, weighted_metrics=weighted_metrics, **kwargs)
-        if isinstance(loss, TokenLoss):
-            # In place of Keras's own; a plain assignment would list it among the metrics twice.
-            object.__setattr__(self, "_loss_tracker", TokenMetrics())
-            self._compile_loss.built = True  # or Keras would run the model once more to build it
+        if not counts:
+            return self._note(token_metrics=(), needs_logits=True)
+        shown = keras.tree.flatten([weighted_metrics, kwargs.get("metrics")])
+        tracker, own = TokenMetric("loss"), [m for m in shown if isinstance(m, TokenMetric)]
+        others = [m for m in shown if m is not None and not isinstance(m, TokenMetric)]
+        self._note(token_metrics=(tracker, *own), needs_logits=bool(others), loss_tracker=tracker)
+        self._compile_loss.built = True  # or Keras would run the model once more to build it
+
+    def _note(self, **values: Any) -> None:
+        """Set attributes that Keras shall neither list among its metrics twice nor save."""
+        for name, value in values.items():
+            object.__setattr__(self, f"_{name}", value)
 
     def call(self, inputs, training=None, mask=None):
         """Returns logits; within a step that needs none of them whole, normed hidden states."""
@@ -173,15 +192,14 @@ class LearnsTokens(TrainsOn):
 
     @contextlib.contextmanager
     def _step(self) -> Iterator[None]:
-        counts = isinstance(self.loss, TokenLoss) and self._compile_metrics is None
-        object.__setattr__(self, "_in_step", counts)
+        self._note(in_step=not self._needs_logits)
         try:
             yield
         finally:
-            object.__setattr__(self, "_in_step", False)
+            self._note(in_step=False)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        if not isinstance(self.loss, TokenLoss) or y is None:
+        if not self._token_metrics or y is None:
             return super().compute_loss(x, y, y_pred, sample_weight, training)
         weights = ops.ones(ops.shape(y)) if sample_weight is None else sample_weight
         weights = ops.convert_to_tensor(weights, dtype="float32")
@@ -192,8 +210,10 @@ class LearnsTokens(TrainsOn):
             sums = token_sums(embedding, y_pred, y, weights, bool(training))
         else:
             sums = sums_of_logits(y_pred, y, weights)
-        self._loss_tracker.add(sums)
-        return mean(sums)
+        for metric in self._token_metrics:
+            metric.add(sums)
+        # those of regularizers
+        return sum((self._aggregate_additional_loss(more) for more in self.losses), mean(sums))
 
 
 class WarnsOfLoss(keras.callbacks.Callback):

@@ -58,7 +58,8 @@ class TurnTemplate:
         if turns and turns[0].get("role") == "system":
             system = turns.pop(0)["content"]
         expected = ["user", "model"] * (len(turns) // 2) + ([] if answered else ["user"])
-        if [_ROLES.get(turn.get("role", "")) for turn in turns] != expected or not turns:
+        roles = [turn.get("role", "") for turn in turns]
+        if [_ROLES.get(r) if isinstance(r, str) else None for r in roles] != expected or not turns:
             found = ", ".join(str(message.get("role")) for message in messages) or "none"
             last = "first and the model last" if answered else "first and last"
             raise ValueError(f"user and model must speak in turn, the user {last}; found {found}")

@@ -14,6 +14,8 @@ from gemma_keras.train.packing import pack
 class RowBatches(keras.utils.PyDataset):
     """Batches of one shape. What is missing in the last is padding, which does not count.
 
+    Through all passes a batch has one number: Keras's epochs may be shorter than a pass.
+
     A batch is `({"token_ids", "padding_mask"}, targets, weights)`, `(batch_size, length)` each:
     int32, int32, int32 and float32. The mask is as `GemmaBackbone` takes it. A weight is 0 where a
     token does not count. Else it is 1, or what makes the mean gradient of accumulated batches that
@@ -24,10 +26,12 @@ class RowBatches(keras.utils.PyDataset):
         length: of a row, in tokens; no example has more than one more.
         batch_size: rows.
         packed: whether a row may hold several examples.
-        seed: of the order, which differs from epoch to epoch; `None` keeps the order.
+        seed: of the order, which differs from pass to pass; `None` keeps the order.
         accumulated: batches whose gradients an optimizer adds up before a step.
         first: number of the first batch, of those that are added up.
         pad: the id of padding.
+        endless: whether pass follows pass; else there is one.
+        filled: whether the last batch of a pass has as many rows as the others.
     """
 
     def __init__(
@@ -40,13 +44,17 @@ class RowBatches(keras.utils.PyDataset):
         accumulated: int = 1,
         first: int = 0,
         pad: int = 0,
+        endless: bool = False,
+        filled: bool = True,
     ) -> None:
         super().__init__()
-        self._examples, self._length, self._batch_size = examples, length, batch_size
+        self._examples, self._length = examples, length
         sizes = [len(example) - 1 for example in examples]
         self._rows = pack(sizes, length) if packed else [[i] for i in range(len(examples))]
         self._counts = [sum(int(examples[i].counts[1:].sum()) for i in row) for row in self._rows]
-        self._seed, self._pad, self._epoch = seed, pad, 0
+        self._batch_size = min(batch_size, len(self._rows))
+        self._seed, self._pad = seed, pad
+        self._endless, self._filled = endless, filled
         self._accumulated, self._first = accumulated, first
         self._orders: dict[int, np.ndarray] = {}
 
@@ -55,14 +63,21 @@ class RowBatches(keras.utils.PyDataset):
         """How many there are; as many as examples, or fewer where these are packed."""
         return len(self._rows)
 
-    def __len__(self) -> int:
+    @property
+    def of_a_pass(self) -> int:
+        """Batches in which each row is once."""
         return -(-len(self._rows) // self._batch_size)
 
+    @property
+    def num_batches(self) -> int | None:
+        return None if self._endless else self.of_a_pass
+
     def __getitem__(self, index: int):
-        shape = self._batch_size, self._length
+        numbers = self._row_numbers(index)
+        shape = self._batch_size if self._filled else len(numbers), self._length
         ids, mask = np.full(shape, self._pad, np.int32), np.zeros(shape, np.int32)
         targets, weights = np.full(shape, self._pad, np.int32), np.zeros(shape, np.float32)
-        for row, number in enumerate(self._row_numbers(self._epoch, index)):
+        for row, number in enumerate(numbers):
             first = 0
             for example in (self._examples[i] for i in self._rows[number]):
                 part = slice(first, first + len(example) - 1)
@@ -74,30 +89,25 @@ class RowBatches(keras.utils.PyDataset):
             weights *= self._scale(index)
         return {"token_ids": ids, "padding_mask": mask}, targets, weights
 
-    def on_epoch_end(self) -> None:
-        self._epoch += 1
-
-    def _row_numbers(self, epoch: int, index: int) -> np.ndarray:
+    def _row_numbers(self, number: int) -> np.ndarray:
         """The rows of a batch."""
-        if epoch not in self._orders:
+        passed, index = divmod(number, self.of_a_pass)
+        if passed not in self._orders:
             order = np.arange(len(self._rows))
             if self._seed is not None:
-                np.random.default_rng([self._seed, epoch]).shuffle(order)
-            self._orders = {
-                e: o for e, o in self._orders.items() if abs(e - epoch) <= self._accumulated
-            } | {epoch: order}
-        return self._orders[epoch][index * self._batch_size : (index + 1) * self._batch_size]
+                np.random.default_rng([self._seed, passed]).shuffle(order)
+            near = {p: o for p, o in self._orders.items() if abs(p - passed) <= self._accumulated}
+            self._orders = near | {passed: order}
+        return self._orders[passed][index * self._batch_size : (index + 1) * self._batch_size]
 
-    def _scale(self, index: int) -> float:
+    def _scale(self, number: int) -> float:
         """How much a batch's mean counts among those that are added up with it: its share of their
         tokens, times their number."""
-        number = self._epoch * len(self) + index
         begin = (number + self._first) // self._accumulated * self._accumulated - self._first
         # batches before the first were of another call; they are taken to be like this one
         counts = [self._counted(n) for n in range(max(begin, 0), begin + self._accumulated)]
         return self._counted(number) * len(counts) / max(sum(counts), 1)
 
     def _counted(self, number: int) -> int:
-        """Tokens that count in the batch of a number, counted through all epochs."""
-        epoch, index = divmod(number, len(self))
-        return sum(self._counts[row] for row in self._row_numbers(epoch, index))
+        """Tokens that count in a batch."""
+        return sum(self._counts[row] for row in self._row_numbers(number))

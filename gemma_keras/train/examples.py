@@ -12,7 +12,7 @@ from gemma_keras.errors import quoted
 from gemma_keras.text.chat import GEMMA_TURNS, TurnTemplate, encode_answered
 from gemma_keras.text.stream import encode, processor
 from gemma_keras.train.errors import RowError
-from gemma_keras.train.rows import Row, kind_of
+from gemma_keras.train.rows import KINDS, Row, kind_of
 
 ON_TOO_LONG = ("error", "truncate", "skip")
 
@@ -77,9 +77,9 @@ class Renderer:
             return self._text("", _text_of(row, "text"))
         if kind == "conversation":
             return self._conversation(_messages_of(row, "messages"))
-        if kind in ("completion", "response"):
-            asked, said = ("prompt", "completion") if kind == "completion" else _KERAS_HUB
-            if isinstance(row[asked], str) and isinstance(row[said], str):
+        if kind in ("completion", "response", "answer"):
+            asked, said = KINDS[kind]
+            if not all(isinstance(row[key], (list, tuple)) for key in (asked, said)):
                 return self._text(_text_of(row, asked), _text_of(row, said))
             answer = _messages_of(row, said)
             answers = sum(message.get("role") in ("assistant", "model") for message in answer)
@@ -90,6 +90,8 @@ class Renderer:
 
     def _text(self, prompt: str, text: str) -> Example:
         encoded = self.encode_text or (lambda text: encode(self.proto, text))
+        for one in (prompt, text):
+            _check_characters(one)
         model = processor(self.proto)
         asked = [model.bos_id()] * self.starts + encoded(prompt)
         said = encoded(text)
@@ -102,6 +104,9 @@ class Renderer:
         self, messages: Sequence[Mapping[str, Any]], answers: int | None = None
     ) -> Example:
         """The example of a conversation, of which the last `answers` are learnt, or all."""
+        for message in messages:
+            if isinstance(message.get("content"), str):
+                _check_characters(message["content"])
         try:
             segments = encode_answered(self.proto, messages, self.turns)
         except ValueError as error:
@@ -113,9 +118,6 @@ class Renderer:
             first = len(segments) - 2 * answers
             segments = [(ids, said and i > first) for i, (ids, said) in enumerate(segments)]
         return Example.of(segments)
-
-
-_KERAS_HUB = ("prompts", "responses")
 
 
 def _text_of(row: Mapping[str, Any], key: str) -> str:
@@ -130,7 +132,35 @@ def _messages_of(row: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
     good = isinstance(messages, (list, tuple)) and all(isinstance(m, Mapping) for m in messages)
     if not good:
         raise RowError(f"its {key} must be a list of messages, not {quoted(messages)}")
-    return list(messages)
+    return [_in_one_text(message) for message in messages]
+
+
+def _in_one_text(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message whose content is one text, also if it came in parts.
+
+    Raises:
+        RowError: a part is no text.
+    """
+    parts = message.get("content")
+    if not isinstance(parts, (list, tuple)):
+        return message
+    for part in parts:
+        if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, Mapping) else part
+            raise RowError(f"a message has a part of the type {quoted(kind)}; only text is learnt")
+    return {**message, "content": "".join(part["text"] for part in parts)}
+
+
+def _check_characters(text: str) -> None:
+    """Refuse half of a surrogate pair, which no encoding can write.
+
+    Raises:
+        RowError: the text holds one.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(f"its text cannot be written as UTF-8: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from gemma_keras.model.losses import TokenLoss
 from gemma_keras.model.training import fit_prepared
 from gemma_keras.train.batches import RowBatches
+from gemma_keras.train.errors import RowError
 from gemma_keras.train.examples import Example, Examples, Renderer, make_examples
 from gemma_keras.train.rows import peeked, read_rows
 
@@ -28,9 +30,10 @@ def fit(
     **options: Any,
 ):
     """Teach a `GemmaCausalLM` rows, or leave what is none to `plain`; arguments as of its `fit`."""
-    rows, x = _are_rows(model, x)
+    validation_data = _without_nothing(validation_data)
+    rows, x = peeked(x)
     if not rows:
-        _refuse_without_rows(model, pack, on_too_long, validation_data)
+        _refuse_without_rows(pack, on_too_long, validation_data)
         return plain(
             x,
             batch_size=batch_size,
@@ -38,14 +41,21 @@ def fit(
             validation_split=validation_split,
             **options,
         )
-    _refuse_beside_rows(options)
-    found = read_examples(model, x, on_too_long)
+    _refuse_beside_rows(x, options)
+    _check_sizes(model, batch_size, validation_split)
+    show = bool(options.get("verbose", "auto"))
+    steps, epochs = options.get("steps_per_epoch"), options.get("epochs", 1)
+    most = None if steps is None else steps * epochs * (batch_size or _BATCH_SIZE)
+    found = read_examples(model, x, on_too_long, most)
     examples, held_out = found.examples, 0
     if validation_data is not None:
-        rows, validation_data = _are_rows(model, validation_data)
+        rows, validation_data = peeked(validation_data)
         if rows or _holds_strings(validation_data):
-            shown = read_examples(model, validation_data, on_too_long)
-            validation_data = _batches(model, shown.examples, batch_size, pack)
+            _refuse_tuple("validation_data", validation_data)
+            size = options.pop("validation_batch_size", None) or batch_size
+            validation_data = _to_measure(
+                model, validation_data, size, pack, on_too_long, show, "validation_data: "
+            )
     elif validation_split:
         held_out = round(len(examples) * validation_split)
         if not 0 < held_out < len(examples):
@@ -62,13 +72,15 @@ def fit(
         batch_size,
         pack,
         seed=np.random.randint(1 << 31) if options.pop("shuffle", True) else None,
+        endless=True,
         accumulated=accumulated,
         first=int(model.optimizer._iterations.value) % accumulated if accumulated > 1 else 0,
     )
-    if options.get("verbose", "auto"):
+    if show:
         held = f"; the last {held_out:,} examples are held out" if held_out else ""
         packed = f"; packed into {batches.rows:,} rows" if pack else ""
         print(f"{found}{held}{packed}", flush=True)
+    options["steps_per_epoch"] = steps or batches.of_a_pass
     return fit_prepared(model, batches, validation_data=validation_data, **options)
 
 
@@ -84,22 +96,26 @@ def evaluate(
 ):
     """Measure a `GemmaCausalLM` on rows, or leave what is none to `plain`; arguments as of its
     `evaluate`. `prepared` takes batches."""
-    rows, x = _are_rows(model, x)
+    rows, x = peeked(x)
     if not rows:
-        _refuse_without_rows(model, pack, on_too_long)
+        _refuse_without_rows(pack, on_too_long)
         return plain(x, batch_size=batch_size, **options)
-    _refuse_beside_rows(options)
-    found = read_examples(model, x, on_too_long)
-    return prepared(_batches(model, found.examples, batch_size, pack), **options)
+    _refuse_beside_rows(x, options)
+    _check_sizes(model, batch_size, None)
+    show = bool(options.get("verbose", "auto"))
+    return prepared(_to_measure(model, x, batch_size, pack, on_too_long, show), **options)
 
 
-def read_examples(model, source: Any, on_too_long: str = "truncate") -> Examples:
+def read_examples(
+    model, source: Any, on_too_long: str = "truncate", most: int | None = None
+) -> Examples:
     """What a model is to learn from rows.
 
     Args:
         model: a `GemmaCausalLM` with a preprocessor.
         source: as `gemma_keras.train.rows.read_rows` takes it.
         on_too_long: as of `gemma_keras.train.examples.make_examples`.
+        most: rows that are read; by default all.
 
     Raises:
         RowError, ValueError, OSError: as these.
@@ -114,14 +130,28 @@ def read_examples(model, source: Any, on_too_long: str = "truncate") -> Examples
         ends=bool(preprocessor.add_end_token),
     )
     # The last token of an example is a target, and no input.
-    return make_examples(read_rows(source), render, preprocessor.sequence_length + 1, on_too_long)
+    length = preprocessor.sequence_length + 1
+    return make_examples(read_rows(source, most), render, length, on_too_long)
 
 
-def _are_rows(model, source: Any) -> tuple[bool, Any]:
-    """Whether a model can read a source as rows; and the source, whole."""
-    if model.preprocessor is None or source is None:
-        return False, source
-    return peeked(source)
+def _to_measure(
+    model, source, batch_size, packed: bool, on_too_long: str, show: bool, where: str = ""
+) -> RowBatches:
+    """Batches of rows to measure the model on; says what was cut or skipped."""
+    try:
+        found = read_examples(model, source, on_too_long)
+    except RowError as error:
+        raise RowError(f"{where}{error}") from None
+    if show and (found.truncated or found.skipped):
+        print(f"{where}{found}", flush=True)
+    return _batches(model, found.examples, batch_size, packed)
+
+
+def _without_nothing(data: Any) -> Any:
+    """What `(rows,)`, `(rows, None)` and the like hold."""
+    if isinstance(data, tuple) and data and all(one is None for one in data[1:]):
+        return data if isinstance(data[0], str) else data[0]
+    return data
 
 
 def _holds_strings(source: Any) -> bool:
@@ -130,21 +160,44 @@ def _holds_strings(source: Any) -> bool:
     return getattr(dtype, "name", None) == "string"
 
 
-def _refuse_beside_rows(options: dict[str, Any]) -> None:
+def _refuse_tuple(name: str, data: Any) -> None:
+    if isinstance(data, tuple) and len(data) > 1 and not isinstance(data[0], (str, Mapping)):
+        raise ValueError(
+            f"{name} is a tuple, which Keras takes as inputs and targets; give prompts and answers "
+            "as {'prompts': [...], 'responses': [...]}"
+        )
+
+
+def _refuse_beside_rows(x: Any, options: dict[str, Any]) -> None:
     for name in ("y", "sample_weight", "class_weight"):
         if options.pop(name, None) is not None:
             raise ValueError(
                 f"{name} is for arrays, and x holds rows, which say themselves what is learnt"
             )
+    _refuse_tuple("x", x)
 
 
-def _refuse_without_rows(model, pack: bool, on_too_long: str, validation_data: Any = None) -> None:
+def _check_sizes(model, batch_size: Any, validation_split: Any) -> None:
+    if model.preprocessor is None:
+        raise ValueError("x holds rows, but the model has no preprocessor to read them")
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        raise ValueError(f"batch_size is {batch_size!r}; it must be a positive integer")
+    split = validation_split
+    if split is not None and not (isinstance(split, (int, float)) and 0 <= split < 1):
+        raise ValueError(f"validation_split is {split!r}; it must be at least 0 and less than 1")
+
+
+def _refuse_without_rows(pack: bool, on_too_long: str, validation_data: Any = None) -> None:
     if pack or on_too_long != "truncate":
         given = "pack" if pack else "on_too_long"
-        why = "the model has no preprocessor" if model.preprocessor is None else "x holds none"
-        raise ValueError(f"{given} is for rows, but {why}")
-    if not isinstance(validation_data, (list, tuple)) and _are_rows(model, validation_data)[0]:
+        raise ValueError(f"{given} is for rows, but x holds none")
+    if validation_data is not None and _holds_rows(validation_data):
         raise ValueError("validation_data holds rows, and x does not; give both in one form")
+
+
+def _holds_rows(data: Any) -> bool:
+    """Whether it holds rows; an iterator is not looked into."""
+    return not isinstance(data, Iterator) and peeked(data)[0]
 
 
 def _batches(model, examples: Sequence[Example], batch_size, packed: bool, **options) -> RowBatches:
@@ -152,4 +205,7 @@ def _batches(model, examples: Sequence[Example], batch_size, packed: bool, **opt
     longest = max(map(len, examples)) - 1
     length = most if packed else min(most, -(-longest // _ROUND) * _ROUND)
     pad = model.preprocessor.tokenizer.pad_token_id
-    return RowBatches(examples, length, batch_size or _BATCH_SIZE, packed, pad=pad, **options)
+    # A loss of the user's own may count what is missing.
+    filled = isinstance(model.loss, TokenLoss)
+    size = batch_size or _BATCH_SIZE
+    return RowBatches(examples, length, size, packed, pad=pad, filled=filled, **options)

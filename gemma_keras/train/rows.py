@@ -3,8 +3,9 @@
 A row is a text, or a mapping with one of these sets of keys; other keys are left alone:
 
 * `text`: a text.
-* `prompt` and `completion`, as TRL names them, or `prompts` and `responses`, as KerasHub does: two
-  texts, of which the second is learnt. As messages, they are the two parts of a conversation.
+* `prompt` and `completion`, as TRL names them, `prompts` and `responses`, as KerasHub does, or
+  `prompt` and `response`: two texts, of which the second is learnt. As messages, they are the two
+  parts of a conversation.
 * `messages`: a conversation, `{"role": ..., "content": ...}` each.
 * `prompt`, `chosen` and `rejected`: an answer that is preferred to another.
 """
@@ -29,9 +30,11 @@ KINDS: dict[str, tuple[str, ...]] = {
     "conversation": ("messages",),
     "completion": ("prompt", "completion"),
     "response": ("prompts", "responses"),
+    "answer": ("prompt", "response"),
     "text": ("text",),
 }
 _WITHOUT_END = -1  # the cardinality of such a tf.data.Dataset
+_GZIP = b"\x1f\x8b"
 _MOST_LINE_BYTES = 64 << 20  # of a JSONL file; a longer one is no row
 
 
@@ -54,48 +57,69 @@ def kind_of(keys: Iterable[str]) -> str | None:
 
 
 def peeked(source: Any) -> tuple[bool, Any]:
-    """Whether a source holds rows, and not arrays that are ready; and the source, still whole.
+    """Whether a source is to be read as rows, and is not ready for Keras; and the source, whole.
+
+    Ready are arrays, mappings of them with `token_ids`, streams of texts in batches, and whatever
+    gives these. What is neither rows nor ready counts as rows, so that reading tells what is wrong.
 
     Args:
         source: anything that `fit` is given; an iterator is looked into.
     """
-    if isinstance(source, os.PathLike) or _is_jsonl(source):
+    if hasattr(source, "element_spec"):  # a tf.data.Dataset
+        return not _is_ready_spec(source.element_spec), source
+    if _is_frame(source) or hasattr(source, "column_names"):
         return True, source
-    if isinstance(source, Mapping):
-        return kind_of(source) is not None, source
-    if isinstance(source, np.ndarray):
-        return source.dtype.kind in "UO" and source.ndim == 1, source
-    if isinstance(source, (list, tuple)):
-        return bool(source) and _is_row_or_batch(source[0]), source
-    if hasattr(source, "element_spec"):  # a tf.data.Dataset; one of texts is a stream as it is
-        spec = source.element_spec
-        return isinstance(spec, Mapping) and kind_of(spec) is not None, source
-    if hasattr(source, "column_names"):  # of Hugging Face datasets
-        return kind_of(source.column_names or ()) is not None, source
-    if hasattr(source, "num_batches"):  # a PyDataset
-        return bool(source.num_batches) and _is_row_or_batch(source[0]), source
-    if isinstance(source, Iterator):
-        first = next(source, _NOTHING)
-        whole = source if first is _NOTHING else itertools.chain([first], source)
-        return first is not _NOTHING and _is_row_or_batch(first), whole
-    if hasattr(source, "dataset") and isinstance(source, Iterable):  # a torch DataLoader
-        return _is_row_or_batch(next(iter(source), None)), source
-    return False, source
+    if hasattr(source, "num_batches") and hasattr(source, "__getitem__"):  # a PyDataset
+        count = source.num_batches
+        return count == 0 or not _is_ready(source[0]), source
+    if isinstance(source, Iterator) or _is_loader(source):
+        items = iter(source)
+        first = next(items, _NOTHING)
+        if first is _NOTHING:
+            return True, ()
+        ready = _is_ready(first)
+        whole = source if ready and _is_loader(source) else itertools.chain([first], items)
+        return not ready, whole
+    return not _is_ready(source), source
 
 
 _NOTHING = object()
 
 
-def _is_row_or_batch(item: Any) -> bool:
-    """Whether an item is a row, or a batch of rows in a list or in columns."""
+def _is_loader(source: Any) -> bool:
+    """Whether it is a torch `DataLoader`."""
+    return hasattr(source, "dataset") and hasattr(source, "batch_size")
+
+
+def _is_frame(source: Any) -> bool:
+    """Whether it is a `pandas.DataFrame`."""
+    return hasattr(source, "to_dict") and hasattr(source, "columns")
+
+
+def _is_ready_spec(spec: Any) -> bool:
+    """Whether elements of a `tf.data.Dataset` need no reading: no rows, and no single texts."""
+    if isinstance(spec, Mapping):
+        return "token_ids" in spec
+    single_text = getattr(getattr(spec, "dtype", None), "name", None) == "string"
+    return not (single_text and spec.shape.rank == 0)
+
+
+def _is_ready(item: Any) -> bool:
+    """Whether Keras takes it as it is: arrays of numbers, or tuples and mappings of them."""
+    if item is None:
+        return True
     if isinstance(item, Mapping):
-        return kind_of(item) is not None
-    if isinstance(item, list):
-        return bool(item) and isinstance(item[0], (str, Mapping)) and _is_row_or_batch(item[0])
-    return isinstance(item, str)
+        return "token_ids" in item
+    if isinstance(item, tuple):
+        return bool(item) and _is_ready(item[0])
+    if isinstance(item, (list, str, bytes)):
+        return False
+    dtype = str(getattr(item, "dtype", "object"))
+    texts = dtype.startswith(("<U", ">U", "|S", "object", "string", "str")) or "string" in dtype
+    return hasattr(item, "shape") and not texts
 
 
-def read_rows(source: Any) -> Iterator[Row]:
+def read_rows(source: Any, most: int | None = None) -> Iterator[Row]:
     """The rows of a source, one after another.
 
     Args:
@@ -103,20 +127,48 @@ def read_rows(source: Any) -> Iterator[Row]:
             a Hugging Face dataset; or a `keras.utils.PyDataset`, a torch `DataLoader`, a generator
             or whatever else gives rows, lists of rows, or mappings of columns.
 
+        most: rows that are read; by default all, and then a source without an end is refused.
+
     Raises:
-        RowError: a row is of no kind that is known, columns differ in length, or a line of a file
-            is not JSON.
+        RowError: a row is of no kind that is known, columns differ in length, a line of a file is
+            not JSON, or the source cannot be read as rows.
         OSError: the file cannot be read.
     """
     if isinstance(source, os.PathLike) or _is_jsonl(source):
-        yield from _read_jsonl(Path(source))
+        yield from itertools.islice(_read_jsonl(Path(source).expanduser()), most)
         return
+    _refuse_source(source, most)
     number = 0
     try:
-        for number, value in enumerate(_values(source), start=1):
+        for number, value in enumerate(itertools.islice(_values(source), most), start=1):
+            if _is_jsonl(value):
+                number -= 1
+                raise RowError(f"{quoted(value)} is the name of a file; give the path of one file")
             yield Row(f"row {number:,}", value)
     except RowError as error:
         raise RowError(f"row {number + 1:,}: {error}") from None
+
+
+def _refuse_source(source: Any, most: int | None) -> None:
+    """Say what is wrong with a source that gives no rows."""
+    if isinstance(source, (str, bytes)):
+        raise RowError(
+            f"{quoted(source)} is one text; give a list of texts, or the path of a JSONL file as a "
+            "pathlib.Path"
+        )
+    if isinstance(source, Mapping) and kind_of(source) is None:
+        splits = [key for key, value in source.items() if hasattr(value, "column_names")]
+        if splits:
+            raise RowError(
+                f"it is a set of datasets; give one of them, such as rows[{quoted(splits[0])}]"
+            )
+        raise RowError(_unknown(source))
+    if most is None and hasattr(source, "cardinality") and source.cardinality() == _WITHOUT_END:
+        raise RowError(
+            "the dataset has no end; leave out repeat() and give epochs, or give steps_per_epoch"
+        )
+    if not isinstance(source, Iterable) and not hasattr(source, "__getitem__"):
+        raise RowError(f"rows cannot be read from {type(source).__name__}")
 
 
 def _values(source: Any) -> Iterator[str | Mapping[str, Any]]:
@@ -139,11 +191,11 @@ def _values(source: Any) -> Iterator[str | Mapping[str, Any]]:
 
 
 def _items(source: Any) -> Iterator[Any]:
-    if isinstance(source, Mapping):
+    if _is_frame(source):
+        yield source.to_dict("list")
+    elif isinstance(source, Mapping):
         yield source
     elif hasattr(source, "as_numpy_iterator"):
-        if source.cardinality() == _WITHOUT_END:
-            raise RowError("the dataset has no end; leave out repeat(), and give epochs to fit")
         yield from source.as_numpy_iterator()
     elif hasattr(source, "num_batches") and hasattr(source, "__getitem__"):  # a PyDataset
         count = source.num_batches
@@ -151,8 +203,13 @@ def _items(source: Any) -> Iterator[Any]:
             raise RowError("a PyDataset of rows must have a length; define __len__")
         for index in range(count):
             yield source[index]
+    elif hasattr(source, "numpy") and not isinstance(source, Iterable):
+        yield source.numpy()
     elif isinstance(source, Iterable):
         yield from source
+    elif hasattr(source, "__len__"):  # a torch Dataset
+        for index in range(len(source)):
+            yield source[index]
     else:
         raise RowError(f"rows cannot be read from {type(source).__name__}")
 
@@ -200,7 +257,7 @@ def _plain(value: Any) -> Any:
 
 
 def _is_jsonl(source: Any) -> bool:
-    return isinstance(source, str) and source.lower().endswith((".jsonl", ".ndjson"))
+    return isinstance(source, str) and source.lower().endswith((".jsonl", ".ndjson", ".json"))
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
@@ -214,12 +271,17 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             if not line.strip():
                 continue
             try:
-                value = json.loads(line)
+                value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError as error:
+                why = "it is compressed" if line.startswith(_GZIP) else f"it is not UTF-8: {error}"
+                raise RowError(f"{where}: {why}") from None
             except (ValueError, RecursionError) as error:
                 cut = "" if line.endswith(b"\n") else "; the file may be truncated"
+                if number == 1 and line.lstrip().startswith((b"[", b"{")):
+                    cut = "; each line must hold one row"
                 raise RowError(f"{where}: it is not JSON: {error}{cut}") from None
             if not isinstance(value, (str, dict)):
-                raise RowError(f"{where}: a row must be a text or an object")
+                raise RowError(f"{where}: a line must hold one row, a text or an object")
             if isinstance(value, dict) and kind_of(value) is None:
                 raise RowError(f"{where}: {_unknown(value)}")
             yield Row(where, value)

@@ -55,7 +55,7 @@ def test_a_row_of_one_example():
 def test_the_last_batch_is_filled_with_what_does_not_count():
     batches = RowBatches(EXAMPLES, 5, 2)
     inputs, _, weights = batches[1]
-    assert len(batches) == 2
+    assert batches.num_batches == 2
     assert inputs["padding_mask"].tolist() == [[1, 1, 0, 0, 0], [0] * 5]
     assert weights.tolist() == [[1, 1, 0, 0, 0], [0] * 5]
 
@@ -63,7 +63,7 @@ def test_the_last_batch_is_filled_with_what_does_not_count():
 def test_a_row_of_several_examples():
     batches = RowBatches(EXAMPLES, 7, 1, packed=True)
     inputs, targets, weights = batches[0]
-    assert batches.rows == len(batches) == 1
+    assert batches.rows == batches.num_batches == 1
     assert inputs["token_ids"].tolist() == [[2, 10, 11, 2, 20, 2, 30]]
     assert inputs["padding_mask"].tolist() == [[1, 1, 1, 4, 4, 6, 6]]
     assert targets.tolist() == [[10, 11, 12, 20, 21, 30, 1]]
@@ -71,8 +71,13 @@ def test_a_row_of_several_examples():
 
 
 def test_padding_has_the_id_of_padding():
-    inputs, targets, _ = RowBatches(EXAMPLES, 5, 4, pad=9)[0]
-    assert inputs["token_ids"][3].tolist() == targets[3].tolist() == [9] * 5
+    inputs, targets, _ = RowBatches(EXAMPLES, 5, 2, pad=9)[1]
+    assert inputs["token_ids"][1].tolist() == targets[1].tolist() == [9] * 5
+
+
+def test_a_batch_is_no_larger_than_the_rows_there_are():
+    assert RowBatches(EXAMPLES, 5, 1000)[0][1].shape == (3, 5)
+    assert RowBatches(EXAMPLES, 5, 2, filled=False)[1][1].shape == (1, 5)
 
 
 # --- order ---------------------------------------------------------------------------------------
@@ -80,20 +85,20 @@ def test_padding_has_the_id_of_padding():
 MANY = [example(2, 100 + i) for i in range(23)]
 
 
-def order_of(batches, epochs=1):
-    seen = []
-    for _ in range(epochs):
-        seen.append([i for n in range(len(batches)) for i in batches[n][1][:, 0] if i])
-        batches.on_epoch_end()
-    return seen
+def order_of(batches, passes=1):
+    n = batches.of_a_pass
+    return [
+        [i for k in range(p * n, (p + 1) * n) for i in batches[k][1][:, 0] if i]
+        for p in range(passes)
+    ]
 
 
-def test_an_order_depends_on_seed_and_epoch_alone():
-    first, second = order_of(RowBatches(MANY, 4, 5, seed=3), epochs=2)
+def test_an_order_depends_on_seed_and_pass_alone():
+    first, second = order_of(RowBatches(MANY, 4, 5, seed=3), passes=2)
     assert first != second and sorted(first) == sorted(second) == list(range(100, 123))
-    assert order_of(RowBatches(MANY, 4, 7, seed=3), epochs=2) == [first, second]
+    assert order_of(RowBatches(MANY, 4, 7, seed=3), passes=2) == [first, second]
     assert order_of(RowBatches(MANY, 4, 5, seed=4)) != [first]
-    assert order_of(RowBatches(MANY, 4, 5), epochs=2) == [list(range(100, 123))] * 2
+    assert order_of(RowBatches(MANY, 4, 5), passes=2) == [list(range(100, 123))] * 2
 
 
 # --- accumulated gradients -----------------------------------------------------------------------
@@ -107,13 +112,11 @@ def test_tokens_of_accumulated_batches_weigh_the_same(seed, first, steps):
     examples = [example(*range(2, 3 + n)) for n in lengths]
     batches = RowBatches(examples, 12, 2, seed=seed, accumulated=steps, first=first)
     shares = []
-    for _ in range(4):
-        for n in range(len(batches)):
-            weights = batches[n][2]
-            counts = weights != 0
-            assert np.allclose(weights[counts], weights[counts][0])
-            shares.append((int(counts.sum()), weights[counts][0] / counts.sum() / steps))
-        batches.on_epoch_end()
+    for n in range(4 * batches.of_a_pass):
+        weights = batches[n][2]
+        counts = weights != 0
+        assert np.allclose(weights[counts], weights[counts][0])
+        shares.append((int(counts.sum()), weights[counts][0] / counts.sum() / steps))
     for begin in range(-first % steps, len(shares) - steps + 1, steps):
         group = shares[begin : begin + steps]
         of_a_token = 1 / sum(count for count, _ in group)

@@ -122,7 +122,10 @@ def test_metrics_of_the_users_own_get_logits(folder):
     model.compile(optimizer=keras.optimizers.SGD(0.0), weighted_metrics=[own])
     found = evaluated(model, ROWS, batch_size=2)
     assert found["loss"] == pytest.approx(by_hand(model, ROWS).mean(), rel=1e-5)
-    assert found["mine"] == pytest.approx(found["sparse_categorical_accuracy"])
+    model.compile(optimizer=keras.optimizers.SGD(0.0), metrics=["accuracy"])
+    others = evaluated(model, ROWS, batch_size=2)
+    assert others["sparse_categorical_accuracy"] == pytest.approx(found["mine"])
+    assert set(found) == {"loss", "mine"} and "accuracy" in others and "perplexity" in others
 
 
 def test_what_was_cut_is_shown_before_training(folder, capsys):
@@ -178,6 +181,117 @@ def test_the_loss_can_be_computed_outside_of_fit(folder):
         for w in (weights, weights[:, 0], None)
     ]
     assert found[0] == pytest.approx(found[1], rel=1e-6) and abs(found[2] - found[0]) > 1e-4
+
+
+def rows_seen(model, **options):
+    """The rows of each step, told by their loss; one row a step, and nothing is learnt."""
+    found = []
+    note = keras.callbacks.LambdaCallback(on_train_batch_end=lambda b, logs: found.append(logs))
+    model.fit(PAIRS, batch_size=1, verbose=0, callbacks=[note], **options)
+    own = [by_hand(model, [row]) for row in PAIRS]
+    seen, total, count = [], 0.0, 0
+    steps = options.get("steps_per_epoch", len(PAIRS))
+    for number, logs in enumerate(found):
+        if number % steps == 0:
+            total, count = 0.0, 0
+        nearest = min(
+            range(len(own)),
+            key=lambda i: abs((total + own[i].sum()) / (count + own[i].size) - logs["loss"]),
+        )
+        total, count = total + own[nearest].sum(), count + own[nearest].size
+        seen.append(nearest)
+    return seen
+
+
+@pytest.mark.parametrize("options", [{"epochs": 2}, {"epochs": 6, "steps_per_epoch": 1}], ids=str)
+def test_each_row_is_seen_once_a_pass_however_long_an_epoch_is(folder, options):
+    model = load(folder, keras.optimizers.SGD(0.0))
+    seen = rows_seen(model, **options)
+    assert sorted(seen[:3]) == sorted(seen[3:]) == [0, 1, 2]
+
+
+@pytest.mark.backends("torch")
+def test_a_source_without_an_end_is_read_as_far_as_steps_go(folder):
+    import itertools
+
+    model = load(folder, keras.optimizers.SGD(0.0))
+    history = model.fit(itertools.cycle(PAIRS), steps_per_epoch=3, batch_size=1, verbose=0)
+    expected = by_hand(model, PAIRS).mean()
+    assert history.history["loss"] == pytest.approx([expected], rel=1e-5)
+
+
+@pytest.mark.backends("torch")
+def test_compiling_again_forgets_what_was_before(folder):
+    model = load(folder)
+    expected = evaluated(model, ROWS)
+    model.compile(weighted_metrics=["accuracy"])
+    model.compile(loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    model.compile()
+    assert evaluated(model, ROWS) == expected
+    assert model.evaluate(ROWS, verbose=0) == list(expected.values())
+    with pytest.raises(ValueError, match="loss_weights is for several losses"):
+        model.compile(loss_weights=2.0)
+    model.compile(loss=None)
+    with pytest.raises(ValueError, match="No loss to compute"):
+        model.evaluate(ROWS, verbose=0)
+
+
+@pytest.mark.backends("torch")
+def test_a_loss_of_the_users_own_counts_no_row_that_is_not_there(folder):
+    model = load(folder)
+    loss = keras.losses.SparseCategoricalCrossentropy(
+        from_logits=True, reduction="sum_over_batch_size"
+    )
+    model.compile(loss=loss)
+    found = [evaluated(model, ROWS, batch_size=n)["loss"] for n in (1, 2, 5, 32)]
+    assert found == pytest.approx([found[0]] * 4, rel=1e-5)
+
+
+@pytest.mark.backends("torch")
+def test_a_loss_that_is_derived_counts(folder):
+    from gemma_keras.model.losses import TokenLoss
+
+    class Twice(TokenLoss):
+        def __call__(self, *args, **kwargs):
+            return 2 * super().__call__(*args, **kwargs)
+
+    model = load(folder)
+    expected = evaluated(model, ROWS[:1])["loss"]
+    model.compile(loss=Twice())
+    assert loss_of(model, *model_inputs(model)) == pytest.approx(2 * expected, rel=1e-5)
+
+
+def loss_of(model, *arguments):
+    return float(ops.convert_to_numpy(model.compute_loss(*arguments)))
+
+
+def model_inputs(model):
+    (example,) = read_examples(model, ROWS[:1]).examples
+    ids = example.ids[None]
+    x = {"token_ids": ids[:, :-1], "padding_mask": np.ones_like(ids[:, :-1])}
+    weights = ops.convert_to_tensor(example.counts[None, 1:].astype("float32"))
+    return x, ops.convert_to_tensor(ids[:, 1:]), model(x), weights
+
+
+@pytest.mark.backends("torch")
+def test_regularizers_count(folder):
+    model = load(folder)
+    arguments = model_inputs(model)
+    before = loss_of(model, *arguments)
+    layer = model.backbone.layer_norm
+    layer.scale.regularizer = keras.regularizers.L2(1.0)
+    added = float(np.square(ops.convert_to_numpy(layer.scale)).sum())
+    assert loss_of(model, *arguments) == pytest.approx(before + added, rel=1e-5)
+
+
+@pytest.mark.backends("torch")
+@pytest.mark.parametrize("name", ["loss", "perplexity", "sparse_categorical_accuracy"])
+def test_a_callback_knows_which_way_is_better(folder, name):
+    stop = keras.callbacks.EarlyStopping(f"val_{name}", patience=1)
+    model = load(folder, keras.optimizers.SGD(0.0))
+    history = model.fit(PAIRS, validation_data=PAIRS, epochs=5, callbacks=[stop], verbose=0).history
+    assert len(history["loss"]) == 2  # nothing gets better
+    assert (stop.monitor_op(2, 1)) == (name == "sparse_categorical_accuracy")
 
 
 # --- what is learnt ------------------------------------------------------------------------------
@@ -293,10 +407,10 @@ def test_packed_examples_give_loss_and_gradients_of_each_alone(tmp_path, generat
     total = sum(int(example.counts[1:].sum()) for example in examples)
     # longer than the window, and more than one example behind another
     packed = RowBatches(examples, LENGTH, 3, packed=True)
-    assert packed.rows < len(examples) - 1 and len(packed) == 1
+    assert packed.rows < len(examples) - 1 and packed.of_a_pass == 1
     together = gradients(model, packed[0], total)
     alone = RowBatches(examples, LENGTH - 13, 1)
-    each = [gradients(model, alone[n], total) for n in range(len(alone))]
+    each = [gradients(model, alone[n], total) for n in range(alone.of_a_pass)]
     for n, (found, variable) in enumerate(zip(together, model.trainable_variables, strict=True)):
         expected = sum(one[n] for one in each)
         assert np.abs(expected).max() > 0, variable.path
@@ -336,8 +450,40 @@ def test_what_does_not_fit_rows_is_refused(folder):
         with pytest.raises(ValueError, match=f"{next(iter(option))} is for rows, but x holds none"):
             model.fit(arrays[0], arrays[1], **option)
     model.preprocessor = None
-    with pytest.raises(ValueError, match="pack is for rows, but the model has no preprocessor"):
+    with pytest.raises(ValueError, match="x holds rows, but the model has no preprocessor"):
         model.fit(PAIRS, pack=True)
+
+
+@pytest.mark.backends("torch")
+def test_sizes_and_tuples_that_mean_something_else_are_refused(folder):
+    model = load(folder)
+    for size in (0, -1, 2.0, "2"):
+        with pytest.raises(ValueError, match=r"batch_size is .*; it must be a positive integer"):
+            model.fit(PAIRS, batch_size=size, verbose=0)
+    for split in ("0.4", 1.5, -0.5):
+        with pytest.raises(ValueError, match=r"validation_split is .*; it must be at least 0"):
+            model.fit(PAIRS, validation_split=split, verbose=0)
+    with pytest.raises(ValueError, match=r"give prompts and answers as {'prompts'"):
+        model.fit((LINES[:2], LINES[2:4]), verbose=0)
+    with pytest.raises(ValueError, match="validation_data is a tuple, which Keras takes"):
+        model.fit(PAIRS, validation_data=(LINES[:2], LINES[2:4]), verbose=0)
+    with pytest.raises(RowError, match=r"^validation_data: row 1: its text is empty"):
+        model.fit(PAIRS, validation_data=[""], verbose=0)
+    with pytest.raises(RowError, match=r"^validation_data: there are no rows to learn from"):
+        model.fit(PAIRS, validation_data=[], verbose=0)
+    alone = model.fit(PAIRS, validation_data=(LINES, None), verbose=0).history["val_loss"]
+    assert alone[0] == pytest.approx(evaluated(model, LINES)["loss"], rel=1e-5)
+
+
+@pytest.mark.backends("torch")
+def test_what_was_cut_of_rows_to_measure_is_told(folder, capsys):
+    model = load(folder, sequence_length=24)
+    model.evaluate(ROWS, verbose=2)
+    assert "2 cut to 25 tokens (row 1, row 2); 2 skipped" in capsys.readouterr().out
+    model.fit(PAIRS[2:], validation_data=ROWS, verbose=2)
+    assert "validation_data: 3 examples of" in capsys.readouterr().out
+    model.evaluate(PAIRS[2:], verbose=2)
+    assert "examples" not in capsys.readouterr().out
 
 
 @pytest.mark.backends("torch")
@@ -354,8 +500,9 @@ def test_rows_that_cannot_be_used_are_named(folder):
 
 @pytest.mark.backends("torch")
 def test_float16_weights_and_a_loss_that_is_not_finite_are_told(folder):
-    with pytest.warns(UserWarning, match="most weight updates are rounded to zero"):
-        load(folder, keras.optimizers.SGD(0.0), dtype="float16").fit(PAIRS, verbose=0)
+    for dtype in ("float16", "bfloat16"):
+        with pytest.warns(UserWarning, match=f"with dtype='mixed_{dtype}', or use LoRA"):
+            load(folder, keras.optimizers.SGD(0.0), dtype=dtype).fit(PAIRS, verbose=0)
     backbone = GemmaBackbone(load(folder).backbone.config, dtype="float32")
     model = GemmaCausalLM(backbone, load(folder).preprocessor)
     backbone.layer_norm.scale.assign(np.full(backbone.layer_norm.scale.shape, np.nan))

@@ -55,6 +55,14 @@ def adapted(folder, **options):
     return fill(model)
 
 
+@contextlib.contextmanager
+def quiet():
+    """PEFT warns of tied tables, and of names of transformers that it still uses."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def near(found, expected, tolerance=1e-4):
     assert np.abs(found - expected).max() < tolerance * expected.std()
 
@@ -221,7 +229,9 @@ def test_kerashubs_way_still_works(folder, tmp_path):
     other.enable_lora(rank=2)
     other.backbone.load_lora_weights(str(tmp_path / "a.lora.h5"))
     np.testing.assert_array_equal(other.logits(IDS), model.logits(IDS))
-    with pytest.raises(CheckpointError, match=r"a\.lora\.h5 is not an adapter: .*load_lora_weights"):
+    with pytest.raises(
+        CheckpointError, match=r"a\.lora\.h5 is not an adapter: .*load_lora_weights"
+    ):
         load(folder).load_adapter(tmp_path / "a.lora.h5")
 
 
@@ -255,6 +265,39 @@ def test_what_cannot_be_is_refused(folder):
         load(folder, gradient_checkpointing=True).enable_lora(dropout=0.1)
 
 
+# --- QLoRA ---------------------------------------------------------------------------------------
+
+
+def quantized(folder, mode):
+    model = load(folder)
+    with quiet():  # the embedding stays in float
+        model.quantize(mode)
+    return model
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_a_quantized_base_is_not_changed_and_its_adapter_is_kept_apart(folder, mode, tmp_path):
+    model = quantized(folder, mode)
+    base = {name: np.array(array) for name, array in model.backbone.weight_source().items()}
+    model.enable_lora(rank=4, targets="all-linear")
+    losses = model.fit(LINES, batch_size=4, epochs=4, verbose=0).history["loss"]
+    assert losses[-1] < 0.9 * losses[0]
+    with model.without_adapter():
+        for name, array in model.backbone.weight_source().items():
+            np.testing.assert_array_equal(array, base[name])
+    model.save_adapter(tmp_path / "adapter")
+    other = quantized(folder, mode)
+    other.load_adapter(tmp_path / "adapter")
+    np.testing.assert_array_equal(other.logits(IDS), model.logits(IDS))
+    # what is exported has the product added in float, and is not rounded to the old grid
+    pairs = lora.values_of(model.backbone).pairs
+    exported = model.backbone.weight_source()
+    for name, pair in pairs.items():
+        expected = base[name] + pair.alpha / pair.a.shape[1] * (pair.a @ pair.b)
+        assert np.abs(exported[name] - expected).max() < 1e-5
+        assert exported.grid(name) is None
+
+
 # --- PEFT ----------------------------------------------------------------------------------------
 
 SETTINGS = [
@@ -263,14 +306,6 @@ SETTINGS = [
     {"targets": None, "alpha": None},
     {"targets": ["layers.1.attention.query", "layers.0.mlp.up", "layers.1.mlp.up"]},
 ]
-
-
-@contextlib.contextmanager
-def quiet():
-    """PEFT warns of tied tables, and of names of transformers that it still uses."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def with_peft(generation, folder, path):

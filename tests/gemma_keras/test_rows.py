@@ -112,11 +112,8 @@ class ArrayBatches(Batches):
     [
         np.zeros((2, 3)),
         {"token_ids": np.zeros((2, 3)), "padding_mask": np.ones((2, 3))},
-        [np.zeros(3)],
-        [],
+        (np.zeros((2, 3)), np.zeros((2, 3))),
         None,
-        3,
-        iter(()),
         ArrayBatches(),
     ],
     ids=lambda value: type(value).__name__,
@@ -134,8 +131,11 @@ def test_an_iterator_of_arrays_loses_none():
 def test_a_dataset_of_texts_stays_a_stream():
     import tensorflow as tf
 
-    endless = tf.data.Dataset.from_tensor_slices(["The bread"]).repeat()
+    texts = tf.data.Dataset.from_tensor_slices(["The bread"])
+    endless = texts.batch(1).repeat()
     assert peeked(endless) == (False, endless)
+    assert peeked(texts) == (True, texts) and values(texts) == ["The bread"]
+    assert len(list(read_rows(tf_pairs().repeat(), 5))) == 5
     with pytest.raises(RowError, match="has no end; leave out repeat"):
         list(read_rows(tf_pairs().repeat()))
 
@@ -167,13 +167,15 @@ def test_a_jsonl_file_names_its_lines(tmp_path):
     [
         ('{"text": "a"}\n{"text": "b', r"line 2: it is not JSON.*truncated"),
         ('{"text": "a"}\n{"text": nan}\n', r"line 2: it is not JSON"),
-        ("[1, 2]\n", r"line 1: a row must be a text or an object"),
+        ("[1, 2]\n", r"line 1: a line must hold one row, a text or an object"),
         (
             '{"question": "a"}\n',
             r"line 1: a row has the keys 'question'; it needs prompt and chosen",
         ),
         ("[" * 100_000 + "\n", r"line 1: it is not JSON"),
-        (b"\xff\xfe\n", r"line 1: it is not JSON"),
+        (b"\xff\xfe\n", r"line 1: it is not UTF-8"),
+        (b"\x1f\x8b\x08\n", r"line 1: it is compressed"),
+        ('[\n{"text": "a"}]', r"line 1: it is not JSON: .*; each line must hold one row"),
     ],
 )
 def test_a_line_that_is_no_row_is_named(tmp_path, text, named):
@@ -206,7 +208,9 @@ def test_of_a_text_all_is_learnt_but_its_beginning():
     assert example.counts.tolist() == [False] + [True] * (len(example) - 1)
 
 
-@pytest.mark.parametrize("keys", [("prompt", "completion"), ("prompts", "responses")])
+@pytest.mark.parametrize(
+    "keys", [("prompt", "completion"), ("prompts", "responses"), ("prompt", "response")]
+)
 def test_of_two_texts_the_second_is_learnt(keys):
     example = Renderer(PROTO)(dict(zip(keys, ("A boat", " went down"), strict=True)))
     ids = [MODEL.bos_id(), *MODEL.encode("A boat"), *MODEL.encode(" went down"), MODEL.eos_id()]
@@ -257,8 +261,14 @@ def test_a_control_token_in_a_text_is_text():
         ({"text": ""}, "text is empty"),
         ({"text": 3}, "text must be a text, not 3"),
         ({"prompt": "a", "completion": ""}, "text is empty"),
-        ({"prompt": "a", "completion": TALK}, "prompt must be a list of messages, not 'a'"),
-        ({"prompt": "a", "completion": None}, "must be a list of messages"),
+        ({"prompt": "a", "completion": TALK}, "completion must be a text, not \\[{"),
+        ({"prompt": "a", "completion": None}, "completion must be a text, not None"),
+        ({"prompt": None, "completion": "a"}, "prompt must be a text, not None"),
+        ({"prompt": TALK, "completion": ["a"]}, "completion must be a list of messages"),
+        ({"prompt": "a", "completion": "\ud800"}, "cannot be written as UTF-8"),
+        ({"messages": [{"role": ["user"], "content": "a"}, TALK[2]]}, "found \\['user'\\], assis"),
+        ({"messages": [TALK[1], {"role": "model", "content": "\udc00"}]}, "written as UTF-8"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "of the type 'image'"),
         ({"messages": []}, "the user first and the model last; found none"),
         ({"messages": TALK[:-1]}, "found system, user, assistant, user"),
         ({"messages": TALK[2:]}, "found assistant, user, model"),
@@ -321,3 +331,98 @@ def test_what_teaches_nothing_is_named():
     render = Renderer(PROTO, encode_text=alone, starts=False, ends=False)
     with pytest.raises(RowError, match="row 1: nothing of it is to be learnt"):
         make_examples(read_rows(["a"]), render, 9)
+
+
+# --- what is no source ---------------------------------------------------------------------------
+
+
+def torch_loader_of_one_pass():
+    from torch.utils.data import DataLoader, IterableDataset
+
+    class Once(IterableDataset):
+        def __init__(self):
+            self.rows = iter(PAIRS)
+
+        def __iter__(self):
+            return self.rows
+
+    return DataLoader(Once(), batch_size=1)
+
+
+def test_looking_into_a_source_loses_no_row():
+    for source in (torch_loader_of_one_pass(), iter(PAIRS), map(dict, PAIRS)):
+        told, whole = peeked(source)
+        assert told and values(whole) == PAIRS
+
+
+def mapped_stream():
+    import datasets
+
+    return datasets.Dataset.from_list(PAIRS).to_iterable_dataset().map(lambda row: row)
+
+
+class Mapped:
+    """A torch `Dataset` without a loader."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return PAIRS[index]
+
+
+OTHERS = {
+    "a stream of Hugging Face after map": mapped_stream,
+    "a torch Dataset": Mapped,
+    "an array of objects": lambda: np.array(PAIRS, dtype=object),
+    "a set of texts": lambda: dict.fromkeys(("a", "b")).keys(),
+    "bytes": lambda: [b"a", b"b"],
+    "an array of bytes": lambda: np.array([b"a", b"b"]),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_containers_give_their_rows(name):
+    told, source = peeked(OTHERS[name]())
+    assert told and values(source) in (PAIRS, ["a", "b"])
+
+
+def a_set_of_datasets():
+    import datasets
+
+    return datasets.DatasetDict({"train": datasets.Dataset.from_list(PAIRS)})
+
+
+NOTHING = {
+    "a text": (lambda: "one text", "'one text' is one text; give a list of texts"),
+    "a number": (lambda: 3, "rows cannot be read from int"),
+    "a function": (lambda: len, "rows cannot be read from builtin"),
+    "other keys": (
+        lambda: [{"instruction": "a"}],
+        "row 1: a row has the keys 'instruction'; it ne",
+    ),
+    "other columns": (lambda: {"question": ["a"]}, "a row has the keys 'question'; it needs"),
+    "no keys": (lambda: [{}], "row 1: a row has the keys none"),
+    "messages alone": (lambda: [[TALK[1], TALK[2]]], "row 1: a row has the keys 'role', 'content'"),
+    "numbers": (lambda: iter([1, 2]), "row 1: a row must be a text or a mapping, but 1"),
+    "nothing in a list": (lambda: [None], "row 1: a row must be a text or a mapping, but None"),
+    "names of files": (lambda: ["a.jsonl", "b.jsonl"], "row 1: 'a.jsonl' is the name of a file"),
+    "a set of datasets": (a_set_of_datasets, r"give one of them, such as rows\['train'\]"),
+}
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_what_gives_no_rows_says_what_is_wrong(name):
+    make, said = NOTHING[name]
+    told, source = peeked(make())
+    assert told
+    with pytest.raises(RowError, match=said):
+        list(read_rows(source))
+
+
+def test_parts_of_a_message_are_one_text():
+    parts = [{"type": "text", "text": "Who waters "}, {"type": "text", "text": "the young trees?"}]
+    whole = {"messages": [TALK[1], TALK[2]]}
+    in_parts = {"messages": [{"role": "user", "content": parts}, TALK[2]]}
+    render = Renderer(PROTO)
+    assert render(in_parts).ids.tolist() == render(whole).ids.tolist()

@@ -9,7 +9,7 @@ import pytest
 from keras import ops
 
 from gemma_keras.model import token_loss
-from gemma_keras.model.losses import TokenLoss, TokenMetrics, mean, sums_of_logits
+from gemma_keras.model.losses import NAMES, TokenLoss, TokenMetric, mean, sums_of_logits
 from gemma_keras.model.token_loss import token_sums
 
 pytestmark = pytest.mark.keras
@@ -240,14 +240,16 @@ def test_the_loss_of_logits_is_per_token_that_counts():
 def test_metrics_are_of_all_tokens_whatever_the_batches():
     embedding = embedding_of()
     whole = numbers(plain(embedding, HIDDEN))
-    metrics = TokenMetrics()
+    metrics = {name: TokenMetric(name) for name in ("loss", *NAMES)}
     for rows in (slice(0, 1), slice(1, 3)):
         logits = embedding(ops.convert_to_tensor(HIDDEN[rows]), reverse=True)
-        metrics.add(sums_of_logits(logits, TARGETS[rows], WEIGHTS[rows]))
-        metrics.update_state(1e6, sample_weight=3)  # as a trainer would
-    found = {name: float(ops.convert_to_numpy(value)) for name, value in metrics.result().items()}
+        sums = sums_of_logits(logits, TARGETS[rows], WEIGHTS[rows])
+        for metric in metrics.values():
+            metric.add(sums)
+            metric.update_state(1e6, sample_weight=3)  # as a trainer would
+    found = {name: float(ops.convert_to_numpy(one.result())) for name, one in metrics.items()}
     assert found["loss"] == pytest.approx(whole[1] / whole[3], rel=1e-6)
     assert found["perplexity"] == pytest.approx(np.exp(found["loss"]), rel=1e-6)
     assert found["sparse_categorical_accuracy"] == pytest.approx(whole[2] / whole[3])
-    metrics.reset_state()
-    assert float(ops.convert_to_numpy(metrics.result()["loss"])) == 0
+    metrics["loss"].reset_state()
+    assert float(ops.convert_to_numpy(metrics["loss"].result())) == 0

@@ -103,8 +103,8 @@ def read_adapter(path: Path, config: GemmaConfig) -> ReadAdapter:
         gguf = open_gguf_adapter(path) if path.is_file() else None
         if gguf is None:
             raise CheckpointError(
-                f"{path} is not an adapter: neither a folder with {PEFT_CONFIG} nor a GGUF file with a "
-                "LoRA; a .lora.h5 file is loaded by backbone.load_lora_weights"
+                f"{path} is not an adapter: neither a folder with {PEFT_CONFIG} nor a GGUF file "
+                "with LoRA; a .lora.h5 file is loaded by backbone.load_lora_weights"
             )
         found = ReadAdapter(path, _low_ranks(path, gguf.changes(weight_specs(config)), config))
     return found
