@@ -3,9 +3,8 @@
 A row is a text, or a mapping with one of these sets of keys; other keys are left alone:
 
 * `text`: a text.
-* `prompt` and `completion`, as TRL names them, `prompts` and `responses`, as KerasHub does, or
-  `prompt` and `response`: two texts, of which the second is learnt. As messages, they are the two
-  parts of a conversation.
+* `prompt` and `completion` (TRL), `prompts` and `responses` (KerasHub), or `prompt` and `response`:
+  two texts, of which the second is learnt. As messages they are two parts of a conversation.
 * `messages`: a conversation, `{"role": ..., "content": ...}` each.
 * `prompt`, `chosen` and `rejected`: an answer that is preferred to another.
 """

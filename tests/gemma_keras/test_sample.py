@@ -183,3 +183,30 @@ def test_greedy_continuations_are_those_of_transformers(reference, model, prompt
         expected = reference(f"{name}.tokens")
         assert reference(f"{name}.margins").min() > 0.01, "a tie: choose another prompt"
         np.testing.assert_array_equal(tokens[: len(expected)], expected)
+
+
+# --- taught to answer in turns -------------------------------------------------------------------
+
+
+@pytest.mark.backends("torch")
+def test_sample_chat_answers_in_turns_and_ends_them():
+    """What `examples/teach_turns.py` shows of all held-out rows, on a few; its file says the rest."""
+    checkpoint = open_checkpoint("sample-chat")
+    assert checkpoint.instruction_tuned and checkpoint.provenance["name"] == "sample-chat"
+    assert {"ADAPTER_NOTICE.md", "GEMMA_TERMS.html"} <= set(checkpoint.notices)
+    model = GemmaCausalLM.from_preset("sample-chat", dtype="float32", sequence_length=96)
+    yes_or_no = "Is ice colder than water? Answer yes or no."
+    assert model.chat(yes_or_no).strip(" .").lower() in ("yes", "no")
+    rows = [
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
+        for q, a in (
+            ("What is another word for large?", "Big."),
+            ("Tom has 3 apples and buys 4 more. How many has he now?", "The answer is 7"),
+        )
+    ]
+    taught = model.evaluate(rows, verbose=0, return_dict=True)["perplexity"]
+    base = GemmaCausalLM.from_preset(
+        "sample", dtype="float32", sequence_length=96, instruction_tuned=True
+    )
+    untaught = base.evaluate(rows, verbose=0, return_dict=True)["perplexity"]
+    assert taught < 0.5 * untaught

@@ -15,7 +15,7 @@ from gemma_keras.errors import CheckpointError
 
 _SOURCES = (
     "a .gguf file, a folder with config.json, the name of a model on the Hugging Face Hub or of a "
-    "KerasHub preset, or 'sample'"
+    "KerasHub preset, 'sample', or 'sample-chat'"
 )
 
 
@@ -23,6 +23,7 @@ class Kind(enum.Enum):
     """The kinds of sources that can be opened."""
 
     SAMPLE = "the sample model of a package"
+    SAMPLE_CHAT = "the sample model, taught to answer in turns"
     KERAS_HUB_PRESET = "a KerasHub preset, by name or as a folder"
     OWN_PRESET = "a folder that `GemmaCausalLM.save_to_preset` wrote"
     ADAPTER = "a LoRA adapter, alone or beside its base"
@@ -55,6 +56,8 @@ def classify(source: Source) -> Classified:
     """
     if source == "sample":
         return Classified(source, Kind.SAMPLE)
+    if source == "sample-chat":
+        return Classified(source, Kind.SAMPLE_CHAT)
     if is_keras_hub_preset(source):
         return Classified(source, Kind.KERAS_HUB_PRESET)
     path = local_or_downloaded(source, _SOURCES)

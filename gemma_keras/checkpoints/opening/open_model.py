@@ -66,6 +66,10 @@ def _open_whole(classified: Classified, open_with_keras: OpenWithKeras) -> Check
         from gemma_keras.checkpoints.opening.sample import open_sample
 
         return open_sample()
+    if classified.kind is Kind.SAMPLE_CHAT:
+        from gemma_keras.checkpoints.opening.sample import open_sample_chat
+
+        return open_sample_chat()
     if classified.kind is Kind.KERAS_HUB_PRESET:
         name = preset_name(source)
         origin = {"file": name} if Path(source).exists() else {"preset": name}

