@@ -71,6 +71,7 @@ def main() -> None:
     model.enable_lora(rank=arguments.rank, targets="all-linear")
     tokens = sum(len(row["prompt"] + row["response"]) for row in learnt) / 4
     steps = arguments.epochs * int(tokens / arguments.batch_size / arguments.sequence_length)
+    steps = max(steps, 20 * arguments.epochs)
     rate = keras.optimizers.schedules.CosineDecay(
         0.0, steps, alpha=0.05, warmup_target=arguments.learning_rate, warmup_steps=steps // 20
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from edge_demo.bundle.reader import Bundle
+from gemma_keras.checkpoints.adapters.find import find_adapter
 from tests.gemma_keras.embedder_files import write_tiny_embedder
 from tests.models import GEMMA_JINJA, chat_tokenizer_model
 
@@ -22,6 +24,15 @@ RUNS = {
     "notebook_lora.py": ["base", "tuned"],
     "export_and_chat.py": ["chat", "chat-bundle", "Is the shop still open?"],
     "embed_texts.py": ["embedder", TEXTS[1], *TEXTS],
+    "teach_turns.py": [
+        "chat",
+        "rows.jsonl",
+        "taught",
+        "--sequence-length=112",
+        "--answers=2",
+        "--epochs=60",
+        "--learning-rate=2e-2",
+    ],
 }
 # All of them in one process, so that Keras starts once: what each prints goes to a file.
 RUN_ALL = """
@@ -47,6 +58,8 @@ def folder(tiny_bundles, tmp_path_factory):
     (folder / "chat" / "tokenizer.model").write_bytes(chat_tokenizer_model())
     (folder / "chat" / "chat_template.jinja").write_text(GEMMA_JINJA)
     write_tiny_embedder(folder / "embedder")
+    rows = [{"prompt": "Is the shop open?", "response": "Yes."}] * 12
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     done = subprocess.run(
         [sys.executable, "-c", RUN_ALL, str(ROOT / "examples"), json.dumps(RUNS)],
         cwd=folder,
@@ -74,6 +87,14 @@ def test_a_notebook_tunes_with_lora_and_exports_a_bundle(folder):
     assert "before: Q: What do ducks lay? A:" in out and "after: Q: What do ducks lay? A:" in out
     bundle = Bundle.open(folder / "tuned")
     assert bundle.recipe == "int8" and bundle.manifest["quality"]["same_top_token"] > 0.8
+
+
+def test_a_model_is_taught_to_answer_in_turns(folder):
+    lines = (folder / "teach_turns.py.out").read_text().splitlines()
+    figures = [line for line in lines if line.startswith(("before:", "after:"))]
+    before, after = (float(re.search(r"'loss': ([\d.]+)", line)[1]) for line in figures)
+    assert after < 0.3 * before and "2 of 2 short answers are right, 2 end in time" in figures[1]
+    assert find_adapter(folder / "taught") is not None and lines[-1].startswith("Hello! Who")
 
 
 def test_a_model_is_exported_and_answers(folder):

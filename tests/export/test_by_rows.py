@@ -119,8 +119,9 @@ def test_the_engine_is_near_the_keras_model(generation, tied, exported, record_p
 @pytest.mark.keras
 @pytest.mark.backends("torch")
 def test_candidates_are_the_engines_and_tokens_alone_give_nearly_the_same(exported):
-    """Attention adds up in another order, which rounds a few activations the other way."""
-    _, bundle = exported("gemma3")
+    """Attention adds up in another order, which rounds a few activations the other way; how many
+    depends on the processor. It costs much less than rounding itself."""
+    folder, bundle = exported("gemma3")
     ids = random_ids()[0].tolist()
     engine, candidates = Engine(bundle, threads=1), CandidateEngine(bundle, threads=1)
     logits, found = engine.prefill(ids), candidates.prefill(ids)
@@ -129,7 +130,14 @@ def test_candidates_are_the_engines_and_tokens_alone_give_nearly_the_same(export
     engine.rewind(0)
     for token in ids[:-1]:
         engine.decode(token)
-    assert np.abs(engine.decode(ids[-1]) - logits).max() < 0.03 * logits.std()
+    alone = engine.decode(ids[-1])
+    exact = GemmaCausalLM.from_preset(folder, dtype="float32").logits(np.array([ids]))[0, -1]
+
+    def distance(one, other):
+        return np.sqrt(np.mean(np.square(one - other)))
+
+    assert distance(alone, logits) < 0.3 * distance(logits, exact)
+    assert distance(alone, exact) < 1.1 * distance(logits, exact)
 
 
 @pytest.mark.keras
