@@ -12,7 +12,7 @@ from gemma_keras.model.training import fit_prepared
 from gemma_keras.train.batches import RowBatches
 from gemma_keras.train.errors import RowError
 from gemma_keras.train.examples import Example, Examples, Renderer, make_examples
-from gemma_keras.train.rows import peeked, read_rows
+from gemma_keras.train.rows import has_length, peeked, read_rows
 
 _BATCH_SIZE = 32  # Keras's
 _ROUND = 16  # lengths are multiples of it: fewer shapes to compile
@@ -44,8 +44,9 @@ def fit(
     _refuse_beside_rows(x, options)
     _check_sizes(model, batch_size, validation_split)
     show = bool(options.get("verbose", "auto"))
-    steps, epochs = options.get("steps_per_epoch"), options.get("epochs", 1)
-    most = None if steps is None else steps * epochs * (batch_size or _BATCH_SIZE)
+    steps, most = options.get("steps_per_epoch"), None
+    if steps is not None and not has_length(x):
+        most = steps * options.get("epochs", 1) * (batch_size or _BATCH_SIZE)
     found = read_examples(model, x, on_too_long, most)
     examples, held_out = found.examples, 0
     if validation_data is not None:
@@ -65,7 +66,9 @@ def fit(
             )
         validation_data = _batches(model, examples[-held_out:], batch_size, pack)
         examples = examples[:-held_out]
-    accumulated = getattr(model.optimizer, "gradient_accumulation_steps", None) or 1
+    accumulated = 1
+    if isinstance(model.loss, TokenLoss):  # another loss does not count tokens
+        accumulated = getattr(model.optimizer, "gradient_accumulation_steps", None) or 1
     batches = _batches(
         model,
         examples,

@@ -125,7 +125,6 @@ def read_rows(source: Any, most: int | None = None) -> Iterator[Row]:
         source: a list of rows, a mapping of columns, the path of a JSONL file, a `tf.data.Dataset`,
             a Hugging Face dataset; or a `keras.utils.PyDataset`, a torch `DataLoader`, a generator
             or whatever else gives rows, lists of rows, or mappings of columns.
-
         most: rows that are read; by default all, and then a source without an end is refused.
 
     Raises:
@@ -146,6 +145,17 @@ def read_rows(source: Any, most: int | None = None) -> Iterator[Row]:
             yield Row(f"row {number:,}", value)
     except RowError as error:
         raise RowError(f"row {number + 1:,}: {error}") from None
+
+
+def has_length(source: Any) -> bool:
+    """Whether a source says how many rows or batches it has, and so has an end."""
+    if isinstance(source, os.PathLike) or _is_jsonl(source):
+        return True
+    try:
+        len(source)
+    except (TypeError, NotImplementedError):  # of a tf.data.Dataset without one
+        return False
+    return True
 
 
 def _refuse_source(source: Any, most: int | None) -> None:

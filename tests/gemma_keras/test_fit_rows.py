@@ -116,6 +116,23 @@ def test_accumulated_gradients_show_the_same_and_are_those_of_one_large_batch(fo
 
 
 @pytest.mark.backends("torch")
+def test_accumulated_batches_of_a_loss_of_the_users_own_are_not_weighed(folder):
+    """It does not divide by the tokens that count, so their number must not come in twice."""
+    seen = []
+
+    class Mine(keras.losses.Loss):
+        def __call__(self, y_true, y_pred, sample_weight=None):
+            seen.extend(np.unique(ops.convert_to_numpy(sample_weight)))
+            return ops.mean(y_pred) * 0
+
+    model = load(folder)
+    optimizer = keras.optimizers.SGD(0.0, gradient_accumulation_steps=2)
+    model.compile(optimizer=optimizer, loss=Mine(), weighted_metrics=None)
+    model.fit(ROWS[:4], batch_size=1, verbose=0)
+    assert set(seen) == {0.0, 1.0}
+
+
+@pytest.mark.backends("torch")
 def test_metrics_of_the_users_own_get_logits(folder):
     model = load(folder)
     own = keras.metrics.SparseCategoricalAccuracy(name="mine")
@@ -208,6 +225,22 @@ def test_each_row_is_seen_once_a_pass_however_long_an_epoch_is(folder, options):
     model = load(folder, keras.optimizers.SGD(0.0))
     seen = rows_seen(model, **options)
     assert sorted(seen[:3]) == sorted(seen[3:]) == [0, 1, 2]
+
+
+@pytest.mark.backends("torch")
+@pytest.mark.parametrize("form", ["list", "file", "tf.data"])
+def test_a_source_with_a_length_is_read_whole_however_few_the_steps_are(
+    folder, form, tmp_path, capsys
+):
+    """Or a sorted list would show its beginning alone."""
+    import tensorflow as tf
+
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, PAIRS)))
+    columns = {key: [row[key] for row in PAIRS] for key in PAIRS[0]}
+    dataset = tf.data.Dataset.from_tensor_slices(columns)
+    source = {"list": PAIRS, "file": tmp_path / "rows.jsonl", "tf.data": dataset}[form]
+    load(folder).fit(source, steps_per_epoch=1, batch_size=1, verbose=2)
+    assert capsys.readouterr().out.startswith("3 examples of")
 
 
 @pytest.mark.backends("torch")
