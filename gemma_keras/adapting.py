@@ -5,21 +5,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import keras
+from typing import Any
 
 from gemma_keras.checkpoints.adapters.read import read_adapter
 from gemma_keras.checkpoints.low_rank import Adapter
+from gemma_keras.learning import LearnsTokens
 from gemma_keras.model import lora
+from gemma_keras.model.dense import GemmaDense
 from gemma_keras.model.lora import Targets
-
-if TYPE_CHECKING:
-    _Task = keras.Model
-else:
-    _Task = object
 
 _DEFAULT = "default"
 
@@ -41,12 +37,14 @@ class _Adapters:
     merged: bool = False
 
 
-class Adapts(_Task):
+class Adapts(LearnsTokens):
     """A task on a `GemmaBackbone` that may have LoRA adapters.
 
-    One adapter is in the layers, and is trained. The others wait in memory. What `save` writes has
-    the one in the layers; `save_adapter` writes each.
+    One adapter is in the layers, and is trained. The others wait in memory. `save` writes the one
+    in the layers, in use or not, and warns of the others; `save_adapter` writes each.
     """
+
+    _adapters_of_task: Any = None
 
     def enable_lora(
         self,
@@ -106,7 +104,7 @@ class Adapts(_Task):
         """Use another adapter, or none.
 
         Adapters of the same rank and targets take each other's place in the layers. Otherwise the
-        model is compiled again for training.
+        optimizer begins anew.
 
         Args:
             name: of the adapter; `None` for the model without one.
@@ -210,7 +208,8 @@ class Adapts(_Task):
             overwrite: whether an adapter of that path may be replaced.
 
         Raises:
-            ValueError: there is no such adapter, or the format is unknown.
+            ValueError: there is no such adapter, the embedding has LoRA too, or the format is
+                unknown.
             CheckpointError: it cannot be written, or a matrix is not finite.
         """
         from gemma_keras.checkpoints.adapters.write import (
@@ -219,6 +218,11 @@ class Adapts(_Task):
             write_peft_adapter,
         )
 
+        if getattr(self.backbone.token_embedding, "lora_enabled", False):
+            raise ValueError(
+                "LoRA of the embedding cannot be saved as an adapter; export the model, which "
+                "merges it"
+            )
         adapter = self._adapter(name)
         if format not in ("peft", "gguf"):
             raise ValueError(f"format is {format!r}; it must be 'peft' or 'gguf'")
@@ -255,17 +259,58 @@ class Adapts(_Task):
         state.name, state.rslora = name, found.rslora
         self._renew()
 
+    # --- as Keras saves and trains it ---
+
+    def get_compile_config(self) -> dict[str, Any]:
+        """Returns the arguments of `compile`, what `TrainsOn` adds, and which adapter there is.
+
+        Warns:
+            UserWarning: there are other adapters, which are not saved.
+        """
+        config, state = dict(super().get_compile_config()), self._state()
+        if not config or not self._has_lora():
+            return config
+        if state.parked:
+            warnings.warn(
+                f"of the adapters only {state.name!r} is saved with the model; save_adapter writes "
+                f"{', '.join(map(repr, state.parked))}",
+                stacklevel=2,
+            )
+        own = {"name": state.name, "rslora": state.rslora, "merged": state.merged}
+        return config | {"adapter": own}
+
+    def compile_from_config(self, config: Mapping[str, Any]) -> None:
+        """Train as before, with the same adapter."""
+        config = dict(config)
+        own = config.pop("adapter", {})
+        super().compile_from_config(config)
+        self._note(adapters_of_task=_Adapters(**own))
+
+    def _check_that_it_learns(self) -> None:
+        if not self._has_lora() or any(
+            variable.name not in GemmaDense.LORA for variable in self.trainable_variables
+        ):
+            return
+        if self._state().merged:
+            raise ValueError(
+                f"the adapter {self._state().name!r} is merged, so that it cannot learn; call "
+                "unmerge_lora first"
+            )
+        if self.active_adapter is None:
+            raise ValueError(
+                "no adapter is in use, so that nothing can learn; call "
+                f"set_adapter({self._state().name!r}) first"
+            )
+
     # --- within ---
 
     def _state(self) -> _Adapters:
-        state = self.__dict__.get("_adapters_of_task")
-        if state is None:
-            state = _Adapters()
-            object.__setattr__(self, "_adapters_of_task", state)
+        state = self._adapters_of_task or _Adapters()
+        self._note(adapters_of_task=state)
         return state
 
     def _has_lora(self) -> bool:
-        return any(map(lora.has_lora, lora.layers_of(self.backbone).values()))
+        return any(layer.has_lora for layer in lora.layers_of(self.backbone).values())
 
     def _adapter(self, name: str | None) -> Adapter:
         state = self._state()
@@ -304,11 +349,8 @@ class Adapts(_Task):
             self.generate_function = None
 
     def _renew(self) -> None:
-        """Compile again: other variables are trained now."""
+        """Begin the optimizer anew: other variables are trained now."""
         self._forget_functions()
-        if not self.compiled:
-            return
-        config: dict[str, Any] = dict(self.get_compile_config())
-        for key in ("layers", "optimizer_built"):
-            config.pop(key, None)
-        self.compile(**keras.saving.deserialize_keras_object(config))
+        optimizer = getattr(self, "optimizer", None)
+        if optimizer is not None:
+            self.optimizer = type(optimizer).from_config(optimizer.get_config())

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +25,6 @@ from gemma_keras.missing import check_export_is_ours, said_what_is_missing
 from gemma_keras.model.backbone import GemmaBackbone
 from gemma_keras.model.loading import FromWeights
 from gemma_keras.model.quantizing import Quantizes
-from gemma_keras.model.training import LearnsTokens
 from gemma_keras.text.chat import GEMMA_TURNS, TurnTemplate, all_stops, encode_chat
 from gemma_keras.text.stream import decode_stream
 from gemma_keras.tokenizer import GemmaCausalLMPreprocessor, GemmaTokenizer
@@ -38,7 +36,7 @@ _SEQUENCE_LENGTH = 1024  # unless it is given, or the context is shorter
 
 
 @keras.saving.register_keras_serializable(package="gemma_keras")
-class GemmaCausalLM(Adapts, LearnsTokens, Quantizes, keras_hub.models.CausalLM):
+class GemmaCausalLM(Adapts, Quantizes, keras_hub.models.CausalLM):
     """Next-token prediction on a `GemmaBackbone`: a `keras_hub.models.CausalLM`.
 
     Args:
@@ -99,111 +97,6 @@ class GemmaCausalLM(Adapts, LearnsTokens, Quantizes, keras_hub.models.CausalLM):
             loss=loss,
             weighted_metrics=weighted_metrics,
             sampler=sampler,
-            **kwargs,
-        )
-
-    def fit(
-        self,
-        x=None,
-        y=None,
-        batch_size=None,
-        sample_weight=None,
-        validation_data=None,
-        validation_split=None,
-        callbacks=None,
-        *,
-        pack=False,
-        on_too_long="truncate",
-        **kwargs,
-    ):
-        """Teach the model. What it prints is nats per token that counts, and their perplexity.
-
-        Rows are texts or mappings, as `gemma_keras.train.rows` lists them: `{"messages": ...}`,
-        `{"prompt", "completion"}`, `{"prompts", "responses"}` or `{"text"}`. Of a conversation the
-        model learns its answers and the end of each turn, in the template that `chat` writes; of a
-        prompt and its completion the completion; of a text all of it.
-
-        Args:
-            x: rows: a list, a mapping of columns, the path of a JSONL file, a dataset, a generator.
-                Or what Keras's `fit` takes: arrays, or a `tf.data.Dataset` of texts.
-            y: targets, if `x` is arrays.
-            batch_size: rows of a batch.
-            sample_weight: of `y`, 0 where a token does not count.
-            validation_data: like `x`; or arrays `(x, y, sample_weight)`.
-            validation_split: the part of the rows, the last of them, to validate on.
-            callbacks: as for Keras.
-            pack: whether a row of the model's input may hold several examples, which do not see
-                each other. So little is padding.
-            on_too_long: what becomes of a row with more tokens than the preprocessor's
-                `sequence_length`: `"error"`, `"truncate"` to its beginning, or `"skip"`. What was
-                cut or skipped is printed before training starts.
-            **kwargs: as for Keras, such as `epochs`.
-
-        Raises:
-            RowError: a row cannot be used, or none is left; the message names it.
-            OSError: the file cannot be read.
-            ValueError: an option does not fit what `x` is.
-
-        Warns:
-            UserWarning: the loss is not finite, or weights that are trained are float16 or
-                bfloat16, which lose small updates.
-        """
-        from gemma_keras.train.fit import fit
-
-        return fit(
-            self,
-            super().fit,
-            x,
-            batch_size,
-            validation_data,
-            validation_split,
-            pack,
-            on_too_long,
-            y=y,
-            sample_weight=sample_weight,
-            callbacks=callbacks,
-            **kwargs,
-        )
-
-    def evaluate(
-        self,
-        x=None,
-        y=None,
-        batch_size=None,
-        sample_weight=None,
-        *,
-        pack=False,
-        on_too_long="truncate",
-        **kwargs,
-    ):
-        """Measure the loss, its perplexity and the accuracy on what `fit` takes.
-
-        Args:
-            x: rows, arrays or a dataset, as for `fit`.
-            y: targets, if `x` is arrays.
-            batch_size: rows of a batch.
-            sample_weight: of `y`, 0 where a token does not count.
-            pack: as for `fit`.
-            on_too_long: as for `fit`.
-            **kwargs: as for Keras, such as `return_dict`.
-
-        Raises:
-            RowError, OSError, ValueError: as `fit`.
-        """
-        if kwargs.get("_use_cached_eval_dataset"):  # what `fit` validates on
-            return super().evaluate(x, y, batch_size, sample_weight, **kwargs)
-        from gemma_keras.train.fit import evaluate
-
-        return evaluate(
-            self,
-            super().evaluate,
-            functools.partial(keras.Model.evaluate, self),
-            x,
-            batch_size,
-            pack,
-            on_too_long,
-            y=y,
-            sample_weight=sample_weight,
             **kwargs,
         )
 

@@ -78,8 +78,8 @@ EXCEPTIONS = {
     # the method that Keras users know; imports only when it is called
     "gemma_keras.causal_lm:GemmaCausalLM.export": ("export",),
     # teaches rows; imports only when it is called
-    "gemma_keras.causal_lm:GemmaCausalLM.fit": ("gemma_keras.train.fit",),
-    "gemma_keras.causal_lm:GemmaCausalLM.evaluate": ("gemma_keras.train.fit",),
+    "gemma_keras.learning:LearnsTokens.fit": ("gemma_keras.train.fit",),
+    "gemma_keras.learning:LearnsTokens.evaluate": ("gemma_keras.train.fit",),
     # a name from before there were wings; imports only when it is asked for
     "gemma_keras.checkpoints:__getattr__": ("gemma_keras.open",),
 }
@@ -112,12 +112,13 @@ FLOORS = {
         ("gemma_keras.checkpoints.hf", "gemma_keras.checkpoints.gguf"),
         ("gemma_keras.checkpoints.adapters", "gemma_keras.model"),
         (
-            "gemma_keras.adapting",
             "gemma_keras.checkpoints.opening",
             "gemma_keras.generate",
             "gemma_keras.keras_hub",
+            "gemma_keras.learning",
             "gemma_keras.tokenizer",
         ),
+        ("gemma_keras.adapting",),
         ("gemma_keras.causal_lm", "gemma_keras.text_embedder"),
         ("gemma_keras.train",),
         ("gemma_keras.open",),

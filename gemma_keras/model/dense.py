@@ -21,7 +21,12 @@ class GemmaDense(keras.layers.Dense):
 
     lora_dropout = 0.0
 
-    _ADAPTER = ("lora_kernel_a", "lora_kernel_b")
+    LORA = ("lora_kernel_a", "lora_kernel_b")
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether it has the two matrices; `lora_enabled` says whether they are in use."""
+        return getattr(self, "lora_kernel_a", None) is not None
 
     def quantize(self, mode=None, type_check=True, config=None) -> None:
         """Like `Dense.quantize`, which rejects subclasses unless `type_check` is false."""
@@ -40,9 +45,14 @@ class GemmaDense(keras.layers.Dense):
 
     def disable_lora(self) -> None:
         """Remove LoRA; the kernel is what it was before."""
-        self.lora_enabled = True  # also where it was switched off
-        for name in self._ADAPTER:
-            delattr(self, name)
+        for name in self.LORA:  # `delattr` of Keras would collect garbage for each
+            self._untrack_variable(getattr(self, name))
+            object.__delattr__(self, name)
+        if self.lora_dropout:
+            self._tracker.unlock()
+            self._seed_generators.remove(self._lora_seed)
+            self._tracker.lock()
+            del self._lora_seed
         self.lora_enabled, self.lora_rank, self.lora_alpha = False, None, None
         self.lora_dropout = 0.0
         if self.quantization_mode is None:
@@ -73,22 +83,24 @@ class GemmaDense(keras.layers.Dense):
 
     def save_own_variables(self, store) -> None:
         super().save_own_variables(store)
-        if not self.built or not self.lora_enabled:
+        if not self.built or not self.has_lora:
             return
         for name in self._unmerged():
             store[f"unmerged.{name}"] = getattr(self, f"_{name}" if name == "kernel" else name)
-        for name in self._ADAPTER:
+        for name in self.LORA:
             store[name] = getattr(self, name)
 
     def load_own_variables(self, store) -> None:
-        names = list(store.keys())
+        names, in_use = list(store.keys()), self.lora_enabled
+        self.lora_enabled = self.has_lora  # or Keras counts its matrices among the others
         super().load_own_variables({name: store[name] for name in names if name.isdigit()})
-        if not self.lora_enabled or "lora_kernel_a" not in names:
+        self.lora_enabled = in_use
+        if not self.has_lora or "lora_kernel_a" not in names:
             return
         for name in self._unmerged():
             variable = getattr(self, f"_{name}" if name == "kernel" else name)
             variable.assign(store[f"unmerged.{name}"])
-        for name in self._ADAPTER:
+        for name in self.LORA:
             getattr(self, name).assign(store[name])
 
     def _unmerged(self) -> list[str]:

@@ -90,11 +90,6 @@ def _layer(backbone, name: str) -> GemmaDense:
     return backbone.transformer_layers[int(index)].sublayer(within)
 
 
-def has_lora(layer: GemmaDense) -> bool:
-    """Whether a layer has the two matrices, switched on or off."""
-    return getattr(layer, "lora_kernel_a", None) is not None
-
-
 def enable(backbone, shapes: Mapping[str, Shape], dropout: float = 0.0) -> None:
     """Put new LoRA matrices beside some matrices, and freeze everything else."""
     layers = layers_of(backbone)
@@ -110,7 +105,7 @@ def enable(backbone, shapes: Mapping[str, Shape], dropout: float = 0.0) -> None:
 def disable(backbone) -> None:
     """Remove all of LoRA. Everything is trainable again."""
     for layer in layers_of(backbone).values():
-        if has_lora(layer):
+        if layer.has_lora:
             layer.disable_lora()
     for layer in backbone._flatten_layers(include_self=False):
         layer.trainable = True
@@ -120,7 +115,7 @@ def disable(backbone) -> None:
 def switch(backbone, on: bool) -> None:
     """Leave LoRA out of what the model computes, or put it back; its matrices stay."""
     for layer in layers_of(backbone).values():
-        if has_lora(layer):
+        if layer.has_lora:
             layer.lora_enabled = on
 
 
@@ -128,7 +123,7 @@ def values_of(backbone, rslora: bool = False) -> Adapter:
     """The LoRA that is in the layers, copied."""
     pairs, dropout = {}, 0.0
     for name, layer in layers_of(backbone).items():
-        if has_lora(layer):
+        if layer.has_lora:
             a, b = (
                 np.array(ops.convert_to_numpy(matrix), np.float32)
                 for matrix in (layer.lora_kernel_a, layer.lora_kernel_b)
@@ -140,9 +135,9 @@ def values_of(backbone, rslora: bool = False) -> Adapter:
 def put(backbone, adapter: Adapter) -> None:
     """Make a LoRA that of the layers, in place of the one that they have."""
     layers = layers_of(backbone)
-    now = {n: Shape(one.lora_rank, one.lora_alpha) for n, one in layers.items() if has_lora(one)}
+    now = {n: Shape(one.lora_rank, one.lora_alpha) for n, one in layers.items() if one.has_lora}
     wanted = {name: pair.shape for name, pair in adapter.pairs.items()}
-    dropouts = {one.lora_dropout for one in layers.values() if has_lora(one)}
+    dropouts = {one.lora_dropout for one in layers.values() if one.has_lora}
     if now != wanted or dropouts != {adapter.dropout}:
         if now:
             disable(backbone)
@@ -159,7 +154,7 @@ def add_to_kernels(backbone, sign: int) -> None:
     Raises:
         ValueError: a matrix is quantized.
     """
-    layers = [layer for layer in layers_of(backbone).values() if has_lora(layer)]
+    layers = [layer for layer in layers_of(backbone).values() if layer.has_lora]
     if any(layer.quantization_mode is not None for layer in layers):
         raise ValueError(
             "LoRA cannot be merged into quantized weights, which would round it away; export the "
@@ -175,7 +170,11 @@ def add_to_kernels(backbone, sign: int) -> None:
 def note_lora(backbone) -> None:
     """Note LoRA as `keras_hub.models.Backbone.enable_lora` does, for `save_lora_weights`."""
     layers = [layer for layer in backbone._flatten_layers(include_self=False) if layer.weights]
-    adapted = [i for i, layer in enumerate(layers) if getattr(layer, "lora_enabled", False)]
+    adapted = [
+        i
+        for i, layer in enumerate(layers)
+        if getattr(layer, "has_lora", getattr(layer, "lora_enabled", False))
+    ]
     backbone._lora_enabled_layers = adapted
     if adapted:
         backbone._lora_rank = layers[adapted[0]].lora_rank

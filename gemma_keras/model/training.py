@@ -1,20 +1,15 @@
-"""Supports `fit`: what is learnt and shown of a batch, the training state that is saved, and a
-warning when the loss is not finite."""
+"""Supports `fit`: saves and restores the training state, and warns when the loss is not finite."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import keras
-from keras import ops
 
 from gemma_keras.model.lora import note_lora
-from gemma_keras.model.losses import NAMES, TokenLoss, TokenMetric, mean, sums_of_logits
-from gemma_keras.model.token_loss import token_sums
 
 if TYPE_CHECKING:
     _Task = keras.Model
@@ -108,15 +103,16 @@ def _layers_with_weights(model: keras.Model) -> list[keras.layers.Layer]:
 
 def _layer_states(model: keras.Model) -> list[list[Any]]:
     """Returns for each layer whether it is trainable, and its LoRA's rank, alpha and dropout, which
-    are 0 without LoRA."""
+    are 0 without LoRA, and whether that is in use."""
     return [[bool(layer.trainable), *_lora_of(layer)] for layer in _layers_with_weights(model)]
 
 
-def _lora_of(layer: Any) -> tuple[int, float, float]:
-    if not getattr(layer, "lora_enabled", False):
-        return 0, 0.0, 0.0
+def _lora_of(layer: Any) -> tuple[int, float, float, bool]:
+    in_use = bool(getattr(layer, "lora_enabled", False))
+    if not getattr(layer, "has_lora", in_use):
+        return 0, 0.0, 0.0, False
     dropout = getattr(layer, "lora_dropout", 0.0)
-    return int(layer.lora_rank), float(layer.lora_alpha), float(dropout)
+    return int(layer.lora_rank), float(layer.lora_alpha), float(dropout), in_use
 
 
 def _restore_layer_states(model: keras.Model, states: list[list[Any]]) -> None:
@@ -131,89 +127,12 @@ def _restore_layer_states(model: keras.Model, states: list[list[Any]]) -> None:
     for layer, (trainable, rank, alpha, *more) in zip(layers, states, strict=True):
         if layer.trainable != trainable:
             layer.trainable = trainable
-        if rank:  # a model that was saved before has no dropout
-            options = {"dropout": more[0]} if more and more[0] else {}
+        if rank:  # of a model that was saved before no more is said
+            dropout, in_use = more or (0.0, True)
+            options = {"dropout": dropout} if dropout else {}
             layer.enable_lora(rank, lora_alpha=alpha, **options)
+            layer.lora_enabled = in_use
     note_lora(model.backbone)
-
-
-class LearnsTokens(TrainsOn):
-    """A task with a `backbone` that learns to predict the next token.
-
-    Compiled with `TokenLoss`, it shows nats per token that counts, and makes logits for a few
-    tokens at a time: within a step `y_pred` is the normed hidden states. With metrics of the user's
-    own, which need logits, it makes all.
-    """
-
-    _in_step = False
-    _needs_logits = False
-    _token_metrics: tuple[TokenMetric, ...] = ()
-
-    def compile(self, optimizer="auto", loss="auto", *, weighted_metrics="auto", **kwargs) -> None:
-        """Like `keras_hub.models.CausalLM.compile`, but the loss is `TokenLoss`, and its perplexity
-        is shown too."""
-        if isinstance(loss, str) and loss == "auto":
-            loss = TokenLoss()
-        counts = type(loss) is TokenLoss  # one that is derived may count otherwise
-        if counts and isinstance(weighted_metrics, str) and weighted_metrics == "auto":
-            weighted_metrics = [TokenMetric(name) for name in NAMES]
-        if counts and kwargs.get("loss_weights") is not None:
-            raise ValueError("loss_weights is for several losses; scale the learning rate instead")
-        # Keras would keep what it was compiled with before.
-        for name in ("_compile_metrics", "_compile_loss", "loss"):
-            object.__setattr__(self, name, None)
-        super().compile(optimizer=optimizer, loss=loss, weighted_metrics=weighted_metrics, **kwargs)
-        if not counts:
-            return self._note(token_metrics=(), needs_logits=True)
-        shown = keras.tree.flatten([weighted_metrics, kwargs.get("metrics")])
-        tracker, own = TokenMetric("loss"), [m for m in shown if isinstance(m, TokenMetric)]
-        others = [m for m in shown if m is not None and not isinstance(m, TokenMetric)]
-        self._note(token_metrics=(tracker, *own), needs_logits=bool(others), loss_tracker=tracker)
-        self._compile_loss.built = True  # or Keras would run the model once more to build it
-
-    def _note(self, **values: Any) -> None:
-        """Set attributes that Keras shall neither list among its metrics twice nor save."""
-        for name, value in values.items():
-            object.__setattr__(self, f"_{name}", value)
-
-    def call(self, inputs, training=None, mask=None):
-        """Returns logits; within a step that needs none of them whole, normed hidden states."""
-        if self._in_step:
-            return self.backbone(inputs, training=training)
-        return super().call(inputs, training=training, mask=mask)
-
-    def train_step(self, *args):
-        with self._step():
-            return super().train_step(*args)
-
-    def test_step(self, *args):
-        with self._step():
-            return super().test_step(*args)
-
-    @contextlib.contextmanager
-    def _step(self) -> Iterator[None]:
-        self._note(in_step=not self._needs_logits)
-        try:
-            yield
-        finally:
-            self._note(in_step=False)
-
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        if not self._token_metrics or y is None:
-            return super().compute_loss(x, y, y_pred, sample_weight, training)
-        weights = ops.ones(ops.shape(y)) if sample_weight is None else sample_weight
-        weights = ops.convert_to_tensor(weights, dtype="float32")
-        if len(weights.shape) < len(y.shape):  # one of a row
-            weights = ops.expand_dims(weights, -1) * ops.ones(ops.shape(y))
-        if self._in_step:
-            embedding = self.backbone.token_embedding
-            sums = token_sums(embedding, y_pred, y, weights, bool(training))
-        else:
-            sums = sums_of_logits(y_pred, y, weights)
-        for metric in self._token_metrics:
-            metric.add(sums)
-        # those of regularizers
-        return sum((self._aggregate_additional_loss(more) for more in self.losses), mean(sums))
 
 
 class WarnsOfLoss(keras.callbacks.Callback):

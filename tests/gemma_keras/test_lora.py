@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import re
 import shutil
 import warnings
+from pathlib import Path
 
+import gguf
 import keras
 import numpy as np
 import pytest
 from keras import ops
 
-from gemma_keras import GemmaCausalLM, open_checkpoint
+from gemma_keras import GemmaCausalLM, named_config, open_checkpoint
+from gemma_keras.checkpoints.adapters.read import read_adapter
+from gemma_keras.checkpoints.adapters.write import Base, write_gguf_adapter, write_peft_adapter
+from gemma_keras.checkpoints.low_rank import Adapter, Pair
 from gemma_keras.errors import CheckpointError
 from gemma_keras.model import lora
+from gemma_keras.sizes import SIZES
 from tests.models import GENERATIONS, TEXT, random_ids, shallow, tiny_hf, write_tiny_hf
 
 pytestmark = pytest.mark.keras
@@ -43,7 +51,7 @@ def fill(model, seed=0):
     """Give the adapter in the layers values that matter."""
     random = np.random.default_rng(seed)
     for layer in lora.layers_of(model.backbone).values():
-        if lora.has_lora(layer):
+        if layer.has_lora:
             for matrix in (layer.lora_kernel_a, layer.lora_kernel_b):
                 matrix.assign(0.2 * random.normal(size=matrix.shape))
     return model
@@ -73,12 +81,19 @@ def by_hand(model):
     with model.without_adapter():
         weights = {name: np.array(array) for name, array in model.backbone.weight_source().items()}
     for name, layer in lora.layers_of(model.backbone).items():
-        if lora.has_lora(layer):
+        if layer.has_lora:
             a, b = (ops.convert_to_numpy(m) for m in (layer.lora_kernel_a, layer.lora_kernel_b))
             weights[name] = weights[name] + layer.lora_alpha / layer.lora_rank * (a @ b)
     plain = GemmaCausalLM(type(model.backbone)(model.backbone.config, dtype="float32"))
     plain.backbone.load_weight_source(weights)
     return plain.logits(IDS)
+
+
+def assert_merged_alike(path, base, model):
+    """An adapter that is merged while its base is read gives the model's own merged weights."""
+    merged, weights = open_checkpoint(path, base=base), model.backbone.weight_source()
+    for name in weights:
+        assert np.abs(merged.weights[name] - weights[name]).max() < 1e-5
 
 
 # --- what they add -------------------------------------------------------------------------------
@@ -103,7 +118,7 @@ def test_the_scaled_product_is_added(folder, options):
     assert np.abs(model.logits(IDS) - base).max() > 0.1 * base.std()
     rank, alpha = 3, {"alpha": None}.get("alpha", 5) if "alpha" in options else 5
     scale = 1 if alpha is None else alpha / (np.sqrt(rank) if options.get("rslora") else rank)
-    layer = next(one for one in lora.layers_of(model.backbone).values() if lora.has_lora(one))
+    layer = next(one for one in lora.layers_of(model.backbone).values() if one.has_lora)
     assert layer.lora_alpha / layer.lora_rank == pytest.approx(scale)
 
 
@@ -216,6 +231,77 @@ def test_an_adapter_goes_on_learning_after_load_model(folder, tmp_path):
     np.testing.assert_array_equal(loaded.logits(IDS), model.logits(IDS))
     assert loaded.adapters == ("default",)
     loaded.fit(LINES, verbose=0)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_an_adapter_that_is_not_in_use_or_merged_is_saved_as_it_is(folder, merged, tmp_path):
+    model = adapted(folder, targets="q_proj", dropout=0.25, rslora=True, name="mine")
+    model.fit(LINES, verbose=0)
+    on = model.logits(IDS)
+    model.merge_lora() if merged else model.set_adapter(None)
+    now = model.logits(IDS)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded.logits(IDS), now)
+    assert loaded.adapters == ("mine",)
+    assert loaded.active_adapter == ("mine" if merged else None)
+    for one in (model, loaded):
+        said = "is merged, so that it cannot learn" if merged else "no adapter is in use"
+        with pytest.raises(ValueError, match=said):
+            one.fit(LINES, verbose=0)
+        one.unmerge_lora() if merged else one.set_adapter("mine")
+        near(one.logits(IDS), on)
+        assert lora.values_of(one.backbone).dropout == 0.25
+    weights = [one.trainable_variables[0] for one in (model, loaded)]
+    model.fit(LINES, verbose=0)
+    loaded.fit(LINES, verbose=0)
+    moved = [np.abs(ops.convert_to_numpy(one)).max() for one in weights]
+    assert all(moved) and len(loaded.variables) == len(model.variables)
+
+
+@pytest.mark.backends("torch")
+def test_adapters_that_are_not_saved_with_the_model_are_named(folder, tmp_path):
+    model = adapted(folder, name="one")
+    model.enable_lora(rank=2, name="two")
+    with pytest.warns(UserWarning, match="only 'two' is saved .*; save_adapter writes 'one'"):
+        model.save(tmp_path / "model.keras")
+    assert keras.saving.load_model(tmp_path / "model.keras").adapters == ("two",)
+
+
+@pytest.mark.backends("torch")
+def test_an_adapter_that_is_deleted_leaves_nothing(folder, tmp_path):
+    model, fresh = load(folder), load(folder)
+    model.enable_lora(rank=2, dropout=0.5)
+    model.fit(LINES, verbose=0)
+    model.delete_adapter("default")
+    assert [v.path for v in model.variables] == [v.path for v in fresh.variables]
+    assert [v.trainable for v in model.variables] == [v.trainable for v in fresh.variables]
+    model.fit(LINES, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded.logits(IDS), model.logits(IDS))
+
+
+@pytest.mark.backends("torch")
+def test_lora_keeps_the_loss_and_the_settings_of_the_optimizer(folder):
+    def loss(targets, logits):
+        return ops.mean(keras.losses.sparse_categorical_crossentropy(targets, logits, True))
+
+    model = load(folder)
+    model.compile(optimizer=keras.optimizers.Adam(3e-3, clipnorm=0.5), loss=loss)
+    model.enable_lora(rank=2)
+    assert model.loss is loss and model.optimizer.clipnorm == 0.5
+    assert float(ops.convert_to_numpy(model.optimizer.learning_rate)) == pytest.approx(3e-3)
+    history = model.fit(LINES, batch_size=2, epochs=3, verbose=0).history
+    assert history["loss"][-1] < history["loss"][0]
+
+
+@pytest.mark.backends("torch")
+def test_lora_of_the_embedding_is_not_left_out_of_an_adapter(folder, tmp_path):
+    model = load(folder)
+    model.backbone.enable_lora(2, ["query", "token_embedding"])
+    with pytest.raises(ValueError, match="LoRA of the embedding cannot be saved as an adapter"):
+        model.save_adapter(tmp_path / "adapter")
 
 
 @pytest.mark.backends("torch")
@@ -335,10 +421,7 @@ def test_peft_loads_what_is_saved(folder, settings, tmp_path):
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         first, second = ((tmp_path / n / name).read_bytes() for n in ("adapter", "again"))
         assert first == second
-    merged = open_checkpoint(tmp_path / "adapter", base=folder)
-    weights = model.backbone.weight_source()
-    for name in weights:
-        assert np.abs(merged.weights[name] - weights[name]).max() < 1e-5
+    assert_merged_alike(tmp_path / "adapter", folder, model)
 
 
 @pytest.mark.backends("torch")
@@ -376,11 +459,12 @@ def test_each_matrix_may_have_a_rank_and_alpha_of_its_own(folder, tmp_path):
 
 
 @pytest.mark.backends("torch")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("generation", GENERATIONS)
-def test_every_generation_goes_to_peft_and_back(generation, tmp_path):
+def test_every_generation_goes_to_peft_and_back(generation, dtype, tmp_path):
     write_tiny_hf(tmp_path / "base", generation, **shallow(generation))
     model = adapted(tmp_path / "base")
-    model.save_adapter(tmp_path / "adapter", dtype="bfloat16")
+    model.save_adapter(tmp_path / "adapter", dtype=dtype)
     expected = model.logits(IDS)
     found, _ = with_peft(generation, tmp_path / "base", tmp_path / "adapter")
     near(found, expected, tolerance=0.2)
@@ -406,6 +490,56 @@ def test_each_adapter_is_saved_by_its_name(folder, tmp_path):
         other.save_adapter(tmp_path / "three", "three")
     with pytest.raises(ValueError, match="an adapter 'one' already"):
         other.load_adapter(tmp_path / "one", "one")
+
+
+# Each name that the guide promises, and the matrix of a block that it is.
+NAMES = {
+    "attention.query": ("query", "q_proj"),
+    "attention.key": ("key", "k_proj"),
+    "attention.value": ("value", "v_proj"),
+    "attention.output": ("output", "attention_output", "o_proj"),
+    "mlp.gate": ("gate", "gate_proj"),
+    "mlp.up": ("up", "up_proj"),
+    "mlp.down": ("down", "down_proj"),
+}
+
+
+@pytest.mark.backends("torch")
+@pytest.mark.parametrize("size", SIZES)
+def test_every_target_of_every_size_goes_to_both_files_and_back(size, tmp_path):
+    """At full depth and width, with matrices of rank 1, of which no two are alike."""
+    config = named_config(size)
+    specs = lora.matrices(config)
+    for matrix, names in NAMES.items():
+        expected = [f"layers.{i}.{matrix}" for i in range(len(config.layers))]
+        for name in names:
+            assert lora.chosen(config, name) == expected
+        assert lora.chosen(config, [expected[-1]]) == expected[-1:]
+        module = specs[expected[0]].hf.removesuffix(".weight")
+        assert lora.chosen(config, [module]) == expected[:1]
+    assert lora.chosen(config, "all-linear") == list(specs)
+    random = np.random.default_rng(0)
+    pairs = {
+        name: Pair(
+            random.normal(size=(spec.shape[0], 1)).astype("float32"),
+            random.normal(size=(1, spec.shape[1])).astype("float32"),
+            2.0,
+        )
+        for name, spec in specs.items()
+    }
+    base = Base({"repository": "a/b"}, {})
+    write_peft_adapter(tmp_path / "peft", Adapter(pairs), config, base)
+    paths = [tmp_path / "peft"]
+    if SIZES[size].causal:
+        write_gguf_adapter(tmp_path / "adapter.gguf", Adapter(pairs), config)
+        paths.append(tmp_path / "adapter.gguf")
+    for path in paths:
+        found = read_adapter(path, config).adapter()
+        assert found.pairs.keys() == pairs.keys()
+        for name, pair in found.pairs.items():
+            np.testing.assert_array_equal(pair.a, pairs[name].a)
+            np.testing.assert_array_equal(pair.b, pairs[name].b)
+            assert pair.alpha == 2
 
 
 # --- what is refused -----------------------------------------------------------------------------
@@ -474,6 +608,33 @@ def test_an_adapter_for_another_size_or_base_is_refused(saved, tmp_path):
 
 
 @pytest.mark.backends("torch")
+def test_a_base_is_known_in_other_precisions_and_not_when_a_norm_was_tuned(folder, saved):
+    for dtype in ("bfloat16", "float16"):
+        model = GemmaCausalLM.from_preset(folder, dtype=dtype, sequence_length=LENGTH)
+        model.load_adapter(saved)
+    model = load(folder)
+    scale = model.backbone.transformer_layers[1].pre_ffw_norm.scale
+    scale.assign(ops.convert_to_numpy(scale) + 0.002)
+    with pytest.raises(CheckpointError, match=r"the norm layers\.1\.pre_ffw_norm has the mean"):
+        model.load_adapter(saved)
+
+
+@pytest.mark.backends("torch")
+@pytest.mark.parametrize("form", ["peft", "gguf"])
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.99])
+def test_an_adapter_cut_short_is_told(folder, form, share, tmp_path):
+    path = tmp_path / f"adapter.{form}"
+    adapted(folder).save_adapter(path, format=form)
+    file = path / "adapter_model.safetensors" if form == "peft" else path
+    content = file.read_bytes()
+    file.write_bytes(content[: int(share * len(content))])
+    model = load(folder)
+    with pytest.raises(CheckpointError, match=re.escape(str(path))):
+        model.load_adapter(path)
+    assert model.adapters == ()
+
+
+@pytest.mark.backends("torch")
 def test_values_that_are_not_finite_are_refused_both_ways(folder, saved, tmp_path):
     from safetensors.numpy import load_file, save_file
 
@@ -492,6 +653,22 @@ def test_values_that_are_not_finite_are_refused_both_ways(folder, saved, tmp_pat
         with pytest.raises(CheckpointError, match="not finite"):
             model.save_adapter(tmp_path / "bad", **options)
         assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.backends("torch")
+@pytest.mark.parametrize("form", ["peft", "gguf"])
+def test_a_disk_that_becomes_full_leaves_nothing(folder, form, tmp_path, monkeypatch):
+    """The space is there when it is asked for, and is gone when the matrices are written."""
+    model = adapted(folder)
+    path = tmp_path / "adapter"
+
+    def full(self, *args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(CheckpointError, match="no space was left while writing"):
+        model.save_adapter(path, format=form)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.backends("torch")
@@ -518,17 +695,25 @@ def test_an_adapter_replaces_an_adapter_alone(folder, saved, tmp_path):
 
 @pytest.mark.backends("torch")
 @pytest.mark.parametrize("rslora", [False, True])
-def test_a_gguf_adapter_comes_back(folder, rslora, tmp_path):
-    model = adapted(folder, rslora=rslora)
-    model.save_adapter(tmp_path / "adapter.gguf", format="gguf")
-    other = load(folder)
-    other.load_adapter(tmp_path / "adapter.gguf", name="mine")
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_a_gguf_adapter_comes_back(generation, rslora, tmp_path):
+    base, path = tmp_path / "base", tmp_path / "adapter.gguf"
+    write_tiny_hf(base, generation, **shallow(generation))
+    model = adapted(base, rslora=rslora)
+    model.save_adapter(path, format="gguf")
+    other = load(base)
+    other.load_adapter(path, name="mine")
     near(other.logits(IDS), model.logits(IDS))
     assert other.adapters == ("mine",)
-    merged = open_checkpoint(tmp_path / "adapter.gguf", base=folder)
-    weights = model.backbone.weight_source()
-    for name in weights:
-        assert np.abs(merged.weights[name] - weights[name]).max() < 1e-5
+    assert_merged_alike(path, base, model)
+    reader = gguf.GGUFReader(path)  # the package of llama.cpp's authors
+    assert reader.fields["general.type"].contents() == "adapter"
+    assert reader.fields["general.architecture"].contents() == generation
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+    last = lora.layers_of(model.backbone)["layers.1.mlp.down"]
+    for half, matrix in (("a", last.lora_kernel_a), ("b", last.lora_kernel_b)):
+        found = tensors[f"blk.1.ffn_down.weight.lora_{half}"]
+        np.testing.assert_array_equal(found, ops.convert_to_numpy(matrix).T)
 
 
 @pytest.mark.backends("torch")

@@ -200,10 +200,15 @@ def write_gguf_adapter(
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", alpha)
         for name, array in arrays.items():
-            writer.add_tensor(name, array)
+            writer.add_tensor_info(name, array.shape, array.dtype, array.nbytes)
         try:
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
+            writer.write_ti_data_to_file()
         finally:
             writer.close()
+        with partial.open("ab") as file:  # not by the package, whose errors do not say why
+            for array in arrays.values():
+                file.write(bytes(-file.tell() % gguf.GGUF_DEFAULT_ALIGNMENT))
+                file.write(array.data)
+            file.write(bytes(-file.tell() % gguf.GGUF_DEFAULT_ALIGNMENT))
