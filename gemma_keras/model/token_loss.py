@@ -16,7 +16,7 @@ _CHUNK_BYTES = 128 << 20  # of a chunk's logits in float32
 
 
 def token_sums(
-    embedding, hidden, targets, weights, training: bool = True, chunk_bytes: int = _CHUNK_BYTES
+    embedding, hidden, targets, weights, training: bool = True, chunk_bytes: int | None = None
 ) -> Sums:
     """The sums of hidden states, with the logits of one chunk of tokens in memory.
 
@@ -30,10 +30,11 @@ def token_sums(
         targets: int `(batch, length)`.
         weights: float `(batch, length)`.
         training: whether gradients are wanted.
-        chunk_bytes: the most bytes of a chunk's logits in float32, but at least a token's.
+        chunk_bytes: the most bytes of a chunk's logits in float32, but at least a token's; by
+            default 128 MiB.
     """
     weights = ops.cast(weights, "float32")
-    tokens = max(1, chunk_bytes // (4 * embedding.input_dim))
+    tokens = max(1, (chunk_bytes or _CHUNK_BYTES) // (4 * embedding.input_dim))
     spread = keras.distribution.distribution() is not None
     if embedding.quantization_mode is not None or spread:
         return _by_layer(embedding, hidden, targets, weights, tokens)

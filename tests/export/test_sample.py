@@ -111,3 +111,21 @@ def test_int8_stays_near_float32_on_held_out_text(bundles, record_property):
     record_property("sample int8, held-out same top token", f"{same_top:.1%}")
     assert mean_kl <= 0.002
     assert same_top >= 0.95
+
+
+def test_sample_chat_answers_on_the_device_and_ends_its_turns(tmp_path):
+    """As a user does it: an export, and two messages, each of which is answered in a word or two."""
+    export = [COMMAND, "sample-chat", tmp_path / "chat", "--recipe", "int8", "--json"]
+    done = subprocess.run(export, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    bundle = Bundle.open(tmp_path / "chat")
+    assert bundle.tokenizer.chat is not None and "ADAPTER_NOTICE.md" in bundle.files
+    chat = [COMMAND.with_name("edge-demo"), "chat", tmp_path / "chat", "--json"]
+    asked = "Is ice colder than water? Answer yes or no.\0Is fire cold? Answer yes or no."
+    done = subprocess.run(chat, input=asked, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(answers) == 2
+    for answer in answers:
+        assert answer["finish_reason"] == "stop" and len(answer["ids"]) < 8
+        assert answer["text"].strip(" .").lower() in ("yes", "no")

@@ -19,7 +19,7 @@ import numpy as np
 
 from gemma_keras import GemmaBackbone, GemmaCausalLM, GemmaConfig, LayerSpec
 from gemma_keras.errors import ConfigError
-from gemma_keras.model import distribute
+from gemma_keras.model import distribute, token_loss
 from tests.models import TEXT
 
 _LAYER = {
@@ -53,6 +53,7 @@ _PROMPTS = {
     "padding_mask": np.pad(np.ones((8, 6), "int32"), ((0, 0), (0, 6))),
 }
 _LINES = TEXT.splitlines()
+token_loss._CHUNK_BYTES = 48 * 4 * CONFIG.vocabulary_size  # several chunks of each batch
 
 
 # --- what is observed ----------------------------------------------------------------------------
