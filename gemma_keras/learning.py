@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
@@ -80,6 +80,8 @@ class LearnsTokens(TrainsOn):
         *,
         pack=False,
         on_too_long="truncate",
+        checkpoint_dir=None,
+        checkpoint_every=100,
         **kwargs,
     ):
         """Teach the model. What it prints is nats per token that counts, and their perplexity.
@@ -106,11 +108,15 @@ class LearnsTokens(TrainsOn):
             on_too_long: what becomes of a row with more tokens than the preprocessor's
                 `sequence_length`: `"error"`, `"truncate"` to its beginning, or `"skip"`. What was
                 cut or skipped is printed before training starts.
+            checkpoint_dir: a folder for the state of the training: what is trained, the optimizer,
+                seeds, and the place in the rows. If it holds one, training goes on from there.
+            checkpoint_every: batches from one checkpoint to the next. The last two are kept.
             **kwargs: as for Keras, such as `epochs`.
 
         Raises:
             RowError: a row cannot be used, or none is left; the message names it.
             OSError: the file cannot be read.
+            CheckpointError: `checkpoint_dir` cannot be written or read, or is of another training.
             ValueError: an option does not fit what `x` is, or nothing can learn, since LoRA is
                 merged or not in use.
 
@@ -130,6 +136,8 @@ class LearnsTokens(TrainsOn):
             validation_split,
             pack,
             on_too_long,
+            checkpoint_dir,
+            checkpoint_every,
             y=y,
             sample_weight=sample_weight,
             callbacks=callbacks,
@@ -180,6 +188,10 @@ class LearnsTokens(TrainsOn):
 
     def _check_that_it_learns(self) -> None:
         """Raise `ValueError` if no weight could change."""
+
+    def _with_targets(self, examples: Sequence[Any]) -> list[Any]:
+        """Examples of rows, with what else is to be learnt of their tokens."""
+        return list(examples)
 
     @contextlib.contextmanager
     def _step(self) -> Iterator[None]:

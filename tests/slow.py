@@ -161,8 +161,10 @@ SLOW = (
         ),
     ),
     Slow(
-        "Processes that are killed, go on in many ways, or run until their memory is counted.",
+        "Processes that are killed, go on in many ways, or run until their memory is counted; two that "
+        "train one model.",
         (
+            "gemma_keras/test_processes.py::test_two_processes",
             "export/test_bad_input.py::test_an_interrupted_export",
             "export/test_bad_input.py::test_what_a_killed_export_leaves",
             "gemma_keras/test_loading.py::test_a_table_is_never_twice_in_memory",

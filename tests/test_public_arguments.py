@@ -157,6 +157,8 @@ SHOWN: dict[str, dict[str, str]] = {
     | {
         "pack": f"{K}fit_rows.py::test_packed_examples_give_loss_and_gradients_of_each_alone",
         "on_too_long": f"{K}fit_rows.py::test_what_was_cut_is_shown_before_training",
+        "checkpoint_dir": f"{K}resume.py::test_it_is_bit_equal_wherever_it_was_interrupted",
+        "checkpoint_every": f"{K}resume.py::test_it_says_where_it_can_go_on",
     },
     "GemmaCausalLM.evaluate": {
         "x": _EVALUATE,

@@ -46,7 +46,7 @@ def unfinished(
 
     with _disk_errors_as_sentences(target):
         check()
-        _check_space(target, num_bytes + _SLACK)
+        check_space(target, num_bytes + _SLACK)
         with whole_or_nothing(target, kind, check, kept) as partial:
             yield partial
 
@@ -65,7 +65,7 @@ def _check_target(target: Path, *, overwrite: bool, is_replaceable: Callable[[Pa
         )
 
 
-def _check_space(target: Path, needed: int) -> None:
+def check_space(target: Path, needed: int) -> None:
     parent = next(p for p in target.absolute().parents if p.exists())
     if not parent.is_dir():
         raise CheckpointError(f"{parent} is not a folder, so {target} cannot be made in it")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import keras
 from keras import ops
 
@@ -40,7 +42,8 @@ class GemmaDense(keras.layers.Dense):
         self.lora_dropout = float(dropout)
         if dropout:
             self._tracker.unlock()
-            self._lora_seed = keras.random.SeedGenerator()
+            # Without a number of its own it would follow PyTorch's state, which no variable holds.
+            self._lora_seed = keras.random.SeedGenerator(random.randrange(1, 1 << 30))
             self._tracker.lock()
 
     def disable_lora(self) -> None:

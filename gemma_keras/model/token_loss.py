@@ -10,6 +10,7 @@ from __future__ import annotations
 import keras
 from keras import ops
 
+from gemma_keras.model.by_chunks import summed
 from gemma_keras.model.losses import Sums, Wanted, sums_of_logits
 
 _CHUNK_BYTES = 128 << 20  # of a chunk's logits in float32
@@ -34,7 +35,7 @@ def token_sums(
             default 128 MiB.
     """
     weights = ops.cast(weights, "float32")
-    tokens = max(1, (chunk_bytes or _CHUNK_BYTES) // (4 * embedding.input_dim))
+    tokens = tokens_of_chunk(embedding, chunk_bytes)
     spread = keras.distribution.distribution() is not None
     if embedding.quantization_mode is not None or spread:
         return _by_layer(embedding, hidden, targets, weights, tokens)
@@ -51,6 +52,11 @@ def token_sums(
     return Sums(weighted, total, correct, ops.sum(ops.cast(ops.not_equal(weights, 0), "float32")))
 
 
+def tokens_of_chunk(embedding, chunk_bytes: int | None = None) -> int:
+    """How many tokens' logits are made at a time; arguments as of `token_sums`."""
+    return max(1, (chunk_bytes or _CHUNK_BYTES) // (4 * embedding.input_dim))
+
+
 def _of_backend():
     backend = keras.config.backend()
     if backend == "jax":
@@ -64,36 +70,9 @@ def _of_backend():
 
 def _by_layer(embedding, hidden, targets, weights, tokens: int) -> Sums:
     """Chunks of each row's tokens, so that rows stay on their devices."""
-    batch, length = hidden.shape[0], hidden.shape[1]
-    if length is None:
-        return sums_of_logits(embedding(hidden, reverse=True), targets, weights)
-    step = max(1, tokens // (batch or 1))
 
-    @keras.remat
-    def chunk(hidden, targets, weights):
+    def sums(hidden, targets, weights):
         return sums_of_logits(embedding(hidden, reverse=True), targets, weights)
 
-    if keras.config.backend() == "jax" and length > step:
-        return _scanned(chunk, hidden, targets, weights, step)
-    parts = [slice(first, first + step) for first in range(0, length, step)]
-    sums = [chunk(hidden[:, part], targets[:, part], weights[:, part]) for part in parts]
-    return Sums(*(sum(column[1:], column[0]) for column in zip(*sums, strict=True)))
-
-
-def _scanned(chunk, hidden, targets, weights, step: int) -> Sums:
-    """One chunk after another; what a compiler sees side by side it may compute side by side."""
-    batch, length = hidden.shape[:2]
-    count = -(-length // step)
-    more = [(0, 0), (0, count * step - length)]
-
-    def chunks(array, pad):
-        array = ops.pad(array, pad)
-        array = ops.reshape(array, (batch, count, step, *array.shape[2:]))
-        return ops.swapaxes(array, 0, 1)  # (count, batch, step, ...)
-
-    def add(sums, arrays):
-        return tuple(a + b for a, b in zip(sums, chunk(*arrays), strict=True)), None
-
-    arrays = chunks(hidden, [*more, (0, 0)]), chunks(targets, more), chunks(weights, more)
-    sums, _ = ops.scan(add, tuple(ops.zeros((), "float32") for _ in range(4)), arrays)
-    return Sums(*sums)
+    arrays = hidden, targets, weights
+    return sums(*arrays) if hidden.shape[1] is None else Sums(*summed(sums, arrays, tokens))

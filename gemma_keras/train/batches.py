@@ -17,7 +17,8 @@ class RowBatches(keras.utils.PyDataset):
     Through all passes a batch has one number: Keras's epochs may be shorter than a pass.
 
     A batch is `({"token_ids", "padding_mask"}, targets, weights)`, `(batch_size, length)` each:
-    int32, int32, int32 and float32. The mask is as `GemmaBackbone` takes it. A weight is 0 where a
+    int32, int32, int32 and float32. What examples have beside their tokens makes a dictionary of
+    the targets. The mask is as `GemmaBackbone` takes it. A weight is 0 where a
     token does not count. Else it is 1, or what makes the mean gradient of accumulated batches that
     of all their tokens.
 
@@ -56,7 +57,18 @@ class RowBatches(keras.utils.PyDataset):
         self._seed, self._pad = seed, pad
         self._endless, self._filled = endless, filled
         self._accumulated, self._first = accumulated, first
+        self._begin = 0
         self._orders: dict[int, np.ndarray] = {}
+
+    @property
+    def examples(self) -> Sequence[Example]:
+        """All of them, in the order in which they were given."""
+        return self._examples
+
+    @property
+    def filled(self) -> bool:
+        """Whether the last batch of a pass has as many rows as the others."""
+        return self._filled
 
     @property
     def rows(self) -> int:
@@ -72,11 +84,21 @@ class RowBatches(keras.utils.PyDataset):
     def num_batches(self) -> int | None:
         return None if self._endless else self.of_a_pass
 
+    def begin(self, number: int, seed: int | None, first: int) -> None:
+        """Give the batches from a number on, of another order of rows."""
+        self._begin, self._seed, self._first = number, seed, first
+        self._orders.clear()
+
     def __getitem__(self, index: int):
+        index += self._begin
         numbers = self._row_numbers(index)
         shape = self._batch_size if self._filled else len(numbers), self._length
         ids, mask = np.full(shape, self._pad, np.int32), np.zeros(shape, np.int32)
         targets, weights = np.full(shape, self._pad, np.int32), np.zeros(shape, np.float32)
+        beside = {
+            name: np.zeros((*shape, *array.shape[1:]), array.dtype)
+            for name, array in self._examples[0].beside().items()
+        }
         for row, number in enumerate(numbers):
             first = 0
             for example in (self._examples[i] for i in self._rows[number]):
@@ -84,10 +106,13 @@ class RowBatches(keras.utils.PyDataset):
                 ids[row, part], targets[row, part] = example.ids[:-1], example.ids[1:]
                 mask[row, part] = 1 + first
                 weights[row, part] = example.counts[1:]
+                for name, array in example.beside().items():
+                    beside[name][row, part] = array[1:]
                 first = part.stop
         if self._accumulated > 1:
             weights *= self._scale(index)
-        return {"token_ids": ids, "padding_mask": mask}, targets, weights
+        learnt = {"targets": targets, **beside} if beside else targets
+        return {"token_ids": ids, "padding_mask": mask}, learnt, weights
 
     def _row_numbers(self, number: int) -> np.ndarray:
         """The rows of a batch."""

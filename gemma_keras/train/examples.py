@@ -26,10 +26,12 @@ class Example:
     Attributes:
         ids: int32 `(length,)`, the beginning-of-sequence token first.
         counts: bool `(length,)`: whether a token is to be predicted.
+        beside: gives what else is known of each token, arrays `(length, ...)` by name.
     """
 
     ids: np.ndarray
     counts: np.ndarray
+    beside: Callable[[], Mapping[str, np.ndarray]] = dict
 
     @classmethod
     def of(cls, segments: Segments) -> Example:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 
 from gemma_keras.model.losses import TokenLoss
@@ -12,7 +17,15 @@ from gemma_keras.model.training import fit_prepared
 from gemma_keras.train.batches import RowBatches
 from gemma_keras.train.errors import RowError
 from gemma_keras.train.examples import Example, Examples, Renderer, make_examples
+from gemma_keras.train.processes import (
+    fed,
+    leave_printing_to_the_first,
+    of_the_first,
+    refuse_if_several,
+)
+from gemma_keras.train.resume import digest_of_examples, resuming
 from gemma_keras.train.rows import has_length, peeked, read_rows
+from gemma_keras.train.training_state import Place
 
 _BATCH_SIZE = 32  # Keras's
 _ROUND = 16  # lengths are multiples of it: fewer shapes to compile
@@ -27,13 +40,15 @@ def fit(
     validation_split: float | None,
     pack: bool,
     on_too_long: str,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 100,
     **options: Any,
 ):
     """Teach a `GemmaCausalLM` rows, or leave what is none to `plain`; arguments as of its `fit`."""
     validation_data = _without_nothing(validation_data)
     rows, x = peeked(x)
     if not rows:
-        _refuse_without_rows(pack, on_too_long, validation_data)
+        _refuse_without_rows(pack, on_too_long, validation_data, checkpoint_dir)
         return plain(
             x,
             batch_size=batch_size,
@@ -43,6 +58,9 @@ def fit(
         )
     _refuse_beside_rows(x, options)
     _check_sizes(model, batch_size, validation_split)
+    if checkpoint_dir is not None:
+        refuse_if_several("checkpoint_dir")
+    leave_printing_to_the_first(options)
     show = bool(options.get("verbose", "auto"))
     steps, most = options.get("steps_per_epoch"), None
     if steps is not None and not has_length(x):
@@ -69,22 +87,48 @@ def fit(
     accumulated = 1
     if isinstance(model.loss, TokenLoss):  # another loss does not count tokens
         accumulated = getattr(model.optimizer, "gradient_accumulation_steps", None) or 1
+    seed = of_the_first(np.random.randint(1 << 31) if options.pop("shuffle", True) else None)
+    first = int(model.optimizer._iterations.value) % accumulated if accumulated > 1 else 0
     batches = _batches(
         model,
         examples,
         batch_size,
         pack,
-        seed=np.random.randint(1 << 31) if options.pop("shuffle", True) else None,
+        seed=seed,
         endless=True,
         accumulated=accumulated,
-        first=int(model.optimizer._iterations.value) % accumulated if accumulated > 1 else 0,
+        first=first,
     )
     if show:
         held = f"; the last {held_out:,} examples are held out" if held_out else ""
         packed = f"; packed into {batches.rows:,} rows" if pack else ""
         print(f"{found}{held}{packed}", flush=True)
-    options["steps_per_epoch"] = steps or batches.of_a_pass
-    return fit_prepared(model, batches, validation_data=validation_data, **options)
+    options["steps_per_epoch"] = steps = steps or batches.of_a_pass
+    options["validation_data"] = fed(validation_data)
+    if checkpoint_dir is None:
+        return fit_prepared(model, fed(batches), **options)
+    if options.get("initial_epoch"):
+        raise ValueError("initial_epoch is what checkpoint_dir says; leave it out")
+    if checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every is {checkpoint_every!r}; it must be at least 1")
+    say: Any = functools.partial(print, flush=True) if show else lambda line: None
+    of = {"other rows": digest_of_examples(examples), "other options": repr((pack, batch_size))}
+    folder = Path(checkpoint_dir).expanduser()
+    place = Place(0, steps, seed, first, of)
+    resumes = resuming(model, folder, checkpoint_every, place, say)
+    place = resumes.place
+    batches.begin(resumes.first_batch, place.seed, place.first)
+    callbacks = keras.tree.flatten([options.pop("callbacks", None)])
+    with resumes.said_where():
+        history = fit_prepared(
+            model,
+            batches,
+            callbacks=[*callbacks, resumes],
+            initial_epoch=resumes.initial_epoch,
+            **options,
+        )
+        resumes.save()
+    return history
 
 
 def evaluate(
@@ -105,8 +149,10 @@ def evaluate(
         return plain(x, batch_size=batch_size, **options)
     _refuse_beside_rows(x, options)
     _check_sizes(model, batch_size, None)
+    leave_printing_to_the_first(options)
     show = bool(options.get("verbose", "auto"))
-    return prepared(_to_measure(model, x, batch_size, pack, on_too_long, show), **options)
+    batches = _to_measure(model, x, batch_size, pack, on_too_long, show)
+    return prepared(fed(batches), **options)
 
 
 def read_examples(
@@ -134,7 +180,8 @@ def read_examples(
     )
     # The last token of an example is a target, and no input.
     length = preprocessor.sequence_length + 1
-    return make_examples(read_rows(source, most), render, length, on_too_long)
+    found = make_examples(read_rows(source, most), render, length, on_too_long)
+    return dataclasses.replace(found, examples=model._with_targets(found.examples))
 
 
 def _to_measure(
@@ -190,10 +237,17 @@ def _check_sizes(model, batch_size: Any, validation_split: Any) -> None:
         raise ValueError(f"validation_split is {split!r}; it must be at least 0 and less than 1")
 
 
-def _refuse_without_rows(pack: bool, on_too_long: str, validation_data: Any = None) -> None:
-    if pack or on_too_long != "truncate":
-        given = "pack" if pack else "on_too_long"
-        raise ValueError(f"{given} is for rows, but x holds none")
+def _refuse_without_rows(
+    pack: bool, on_too_long: str, validation_data: Any = None, checkpoint_dir: Any = None
+) -> None:
+    given = {
+        "pack": pack,
+        "on_too_long": on_too_long != "truncate",
+        "checkpoint_dir": checkpoint_dir is not None,
+    }
+    for name in given:
+        if given[name]:
+            raise ValueError(f"{name} is for rows, but x holds none")
     if validation_data is not None and _holds_rows(validation_data):
         raise ValueError("validation_data holds rows, and x does not; give both in one form")
 

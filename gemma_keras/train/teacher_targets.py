@@ -1,0 +1,284 @@
+"""What a teacher says of each token of some rows, on disk: its likeliest tokens and their
+log-probabilities.
+
+The teacher is a Keras model, or a bundle that onnxruntime runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import keras
+import numpy as np
+from keras import ops
+
+from gemma_keras.checkpoints.unfinished import unfinished
+from gemma_keras.errors import CheckpointError
+from gemma_keras.model.token_loss import tokens_of_chunk
+from gemma_keras.train.errors import RowError
+from gemma_keras.train.examples import Example
+from gemma_keras.train.fit import read_examples
+
+TOKENS, LOG_PROBABILITIES = "likeliest_tokens", "log_probabilities"
+_ABOUT, _INDEX = "targets.json", "index.npz"
+_ARRAYS = {TOKENS: np.int32, LOG_PROBABILITIES: np.float16}
+_WIDE = {TOKENS: np.int32, LOG_PROBABILITIES: np.float32}  # in a batch
+_ROUND = 64  # a teacher's lengths are multiples of it: fewer shapes to compile
+
+
+class Teacher(Protocol):
+    """What can teach: `edge_demo.engine.runner.Engine` is one."""
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        ...
+
+    def all_logits(self, ids: Sequence[int]) -> Iterator[np.ndarray]:
+        """Add tokens; yields float32 `(chunk, vocabulary_size)`, the logits after each."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherTargets:
+    """The likeliest tokens of the teacher wherever a token of some examples is to be predicted.
+
+    Attributes:
+        temperature: of the distributions.
+        tokenizer: digest of the tokenizer that the examples were made with.
+        arrays: `TOKENS` and `LOG_PROBABILITIES`, `(positions, top)` each.
+        begins: for each example's digest the first of its positions.
+    """
+
+    path: Path
+    temperature: float
+    tokenizer: str
+    arrays: dict[str, np.ndarray]
+    begins: dict[bytes, int]
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> TeacherTargets:
+        """Read a folder of `write_targets`; the arrays stay on disk.
+
+        Raises:
+            CheckpointError: it is none, or is damaged.
+        """
+        folder = Path(path)
+        try:
+            about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+            with np.load(folder / _INDEX, allow_pickle=False) as index:
+                digests, begins = index["digests"], index["begins"]
+            arrays = {
+                name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+                for name in _ARRAYS
+            }
+            shapes = {array.shape for array in arrays.values()}
+            if shapes != {(int(begins[-1]), about["top"])} or len(digests) + 1 != len(begins):
+                raise ValueError("sizes differ")
+            named = dict(zip(map(bytes, digests), begins.tolist(), strict=False))
+            return cls(folder, float(about["temperature"]), about["tokenizer"], arrays, named)
+        except FileNotFoundError as error:
+            raise CheckpointError(
+                f"{folder} holds no targets of a teacher; write_targets writes them"
+            ) from error
+        except OSError as error:
+            raise CheckpointError(f"cannot read {folder}: {error.strerror or error}") from error
+        except (ValueError, KeyError, TypeError, EOFError) as error:
+            raise CheckpointError(f"the targets in {folder} are damaged: {error}") from error
+
+    def check_tokenizer(self, student) -> None:
+        """Raise `ValueError` for a student with another tokenizer."""
+        if _digest_of_tokenizer(student) != self.tokenizer:
+            raise ValueError(f"the targets in {self.path} were written with another tokenizer")
+
+    def put_beside(self, example: Example) -> Example:
+        """The example with the teacher's distribution of each of its tokens.
+
+        Raises:
+            RowError: it was not among those that the targets were written for.
+        """
+        begin = self.begins.get(_digest(example))
+        if begin is None:
+            raise RowError(
+                f"a row is not among those of {self.path}; write the targets for the same rows, "
+                "with the same template and sequence_length"
+            )
+        return dataclasses.replace(
+            example, beside=functools.partial(self._values, example.counts, begin)
+        )
+
+    def _values(self, counts: np.ndarray, begin: int) -> dict[str, np.ndarray]:
+        """The arrays of an example, read from disk; zeros where nothing is to be predicted."""
+        where = np.flatnonzero(counts[1:]) + 1
+        found = {}
+        for name, array in self.arrays.items():
+            wide = np.zeros((len(counts), array.shape[1]), _WIDE[name])
+            wide[where] = array[begin : begin + len(where)]
+            found[name] = wide
+        return found
+
+
+def write_targets(
+    path: str | os.PathLike[str],
+    teacher: Any,
+    student,
+    rows: Any,
+    top: int = 256,
+    temperature: float = 1.0,
+    on_too_long: str = "truncate",
+    overwrite: bool = False,
+    verbose: int = 1,
+) -> TeacherTargets:
+    """Ask a teacher once for its distribution of each token that a student is to learn.
+
+    Args:
+        path: of the folder to write, which appears when it is complete. A position takes six bytes
+            for each of `top` tokens.
+        teacher: a `GemmaCausalLM`, the folder of a bundle, or a `Teacher`.
+        student: the `GemmaCausalLM` that will learn: it writes rows as tokens.
+        rows: as for `fit`.
+        top: how many of the likeliest tokens are kept; the others become one outcome.
+        temperature: of the distributions.
+        on_too_long: as for `fit`.
+        overwrite: whether a folder of targets may be replaced.
+        verbose: 0 shows no progress.
+
+    Raises:
+        RowError, OSError: as `fit`.
+        ValueError: an argument is out of range, or the teacher has another vocabulary or tokenizer.
+        CheckpointError: the folder exists or cannot be written.
+        EdgeError: the bundle cannot be run.
+    """
+    size = student.backbone.config.vocabulary_size
+    if not isinstance(top, int) or not 1 <= top < size:
+        raise ValueError(f"top is {top!r}; it must be 1 to {size - 1:,}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature is {temperature!r}; it must be more than 0")
+    examples = read_examples(student, rows, on_too_long).examples
+    digests = list(dict.fromkeys(map(_digest, examples)))
+    examples = list({_digest(example): example for example in examples}.values())
+    counts = [int(example.counts[1:].sum()) for example in examples]
+    begins = np.cumsum([0, *counts])
+    about = {"top": top, "temperature": temperature, "tokenizer": _digest_of_tokenizer(student)}
+    asked = _logits_of(teacher, student)
+    shape = int(begins[-1]), top
+    num_bytes = shape[0] * top * sum(np.dtype(kind).itemsize for kind in _ARRAYS.values())
+    with unfinished(
+        Path(path), "folder", num_bytes, overwrite=overwrite, is_replaceable=_is_targets
+    ) as partial:
+        arrays = {
+            name: np.lib.format.open_memmap(partial / f"{name}.npy", "w+", kind, shape)
+            for name, kind in _ARRAYS.items()
+        }
+        progress = keras.utils.Progbar(len(examples), verbose=verbose, unit_name="example")
+        for number, example in enumerate(examples):
+            first = int(begins[number])
+            for logits in asked(example):
+                _check(logits, size)
+                ids, log_p = likeliest(logits, top, temperature)
+                part = slice(first, first + len(ids))
+                arrays[TOKENS][part], arrays[LOG_PROBABILITIES][part] = ids, log_p
+                first = part.stop
+            progress.update(number + 1)
+        for array in arrays.values():
+            array.flush()
+        np.savez(
+            partial / _INDEX,
+            digests=np.frombuffer(b"".join(digests), np.uint8).reshape(len(digests), -1),
+            begins=begins,
+        )
+        (partial / _ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    return TeacherTargets.open(path)
+
+
+def likeliest(logits: np.ndarray, top: int, temperature: float) -> tuple[np.ndarray, np.ndarray]:
+    """The likeliest tokens, and their log-probabilities among all.
+
+    Args:
+        logits: float32 `(positions, vocabulary_size)`.
+        top: how many.
+        temperature: of the distributions.
+
+    Returns:
+        int64 and float64 `(positions, top)`, unordered.
+    """
+    ids = np.argpartition(logits, -top, axis=-1)[:, -top:]
+    heated = logits.astype(np.float64) / temperature
+    greatest = heated.max(axis=-1, keepdims=True)
+    mass = np.log(np.exp(heated - greatest).sum(axis=-1, keepdims=True)) + greatest
+    return ids, np.take_along_axis(heated, ids, axis=-1) - mass
+
+
+def _check(logits: np.ndarray, size: int) -> None:
+    if logits.shape[-1] != size:
+        raise ValueError(
+            f"the teacher has a vocabulary of {logits.shape[-1]:,}, and the student of {size:,}"
+        )
+    if not np.isfinite(logits).all():
+        raise ValueError("the teacher's logits are not finite")
+
+
+def _logits_of(teacher: Any, student) -> Callable[[Example], Iterator[np.ndarray]]:
+    """A function that makes a teacher's logits wherever a token of an example is to be
+    predicted, in chunks."""
+    if isinstance(teacher, keras.Model):
+        return lambda example: _logits_of_keras(teacher, example)
+    if isinstance(teacher, (str, os.PathLike)):
+        teacher = _open_bundle(teacher, student)
+
+    def logits(example: Example) -> Iterator[np.ndarray]:
+        teacher.rewind(0)
+        first = 1
+        for chunk in teacher.all_logits(example.ids[:-1].tolist()):
+            counted = example.counts[first : first + len(chunk)]
+            if counted.any():
+                yield chunk[counted]
+            first += len(chunk)
+
+    return logits
+
+
+def _open_bundle(path: str | os.PathLike[str], student) -> Teacher:
+    from edge_demo.bundle.reader import Bundle
+    from edge_demo.engine.runner import Engine
+
+    bundle = Bundle.open(path)
+    proto = student.preprocessor.tokenizer.proto
+    if (bundle.path / bundle.tokenizer.file).read_bytes() != proto:
+        raise ValueError(f"the bundle {path} has another tokenizer than the student")
+    return Engine(bundle)
+
+
+def _logits_of_keras(teacher, example: Example) -> Iterator[np.ndarray]:
+    length = len(example) - 1
+    wide = -(-length // _ROUND) * _ROUND
+    ids, mask = np.zeros((1, wide), np.int32), np.zeros((1, wide), np.int32)
+    ids[0, :length], mask[0, :length] = example.ids[:-1], 1
+    hidden = teacher.backbone.predict({"token_ids": ids, "padding_mask": mask}, verbose=0)
+    hidden = hidden[0, :length][example.counts[1:]]
+    embedding = teacher.backbone.token_embedding
+    step = tokens_of_chunk(embedding)
+    for first in range(0, len(hidden), step):
+        part = ops.convert_to_tensor(hidden[None, first : first + step])
+        logits = ops.cast(embedding(part, reverse=True), "float32")
+        yield ops.convert_to_numpy(ops.stop_gradient(logits))[0]
+
+
+def _digest(example: Example) -> bytes:
+    found = hashlib.blake2b(example.ids.tobytes() + example.counts.tobytes(), digest_size=16)
+    return found.digest()
+
+
+def _digest_of_tokenizer(student) -> str:
+    return hashlib.sha256(student.preprocessor.tokenizer.proto).hexdigest()
+
+
+def _is_targets(path: Path) -> bool:
+    return {one.name for one in path.iterdir()} <= {_ABOUT, _INDEX, *(f"{n}.npy" for n in _ARRAYS)}

@@ -1,0 +1,203 @@
+"""A training that was interrupted goes on as if it had not been."""
+
+from __future__ import annotations
+
+import errno
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from gemma_keras import GemmaCausalLM
+from gemma_keras.errors import CheckpointError
+from gemma_keras.train import training_state
+from tests.models import TEXT, chat_tokenizer_model, shallow, write_tiny_hf
+
+pytestmark = pytest.mark.keras
+
+ROWS = TEXT.splitlines()[:7]
+PER_EPOCH = 4  # of seven rows by two
+OPTIONS = {"epochs": 2, "batch_size": 2, "checkpoint_every": 1}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume")
+    write_tiny_hf(folder, "gemma3", **shallow("gemma3"))
+    (folder / "tokenizer.model").write_bytes(chat_tokenizer_model())
+    return folder
+
+
+class Interrupts(keras.callbacks.Callback):
+    """Ctrl-C after some batches."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self._left = after
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self._left -= 1
+        if self._left < 0:
+            raise KeyboardInterrupt
+
+
+def load(folder, kind="lora"):
+    keras.utils.set_random_seed(0)
+    model = GemmaCausalLM.from_preset(folder, dtype="float32", sequence_length=48)
+    steps = 2 if kind == "accumulated" else None
+    if kind != "full":
+        model.enable_lora(rank=2, dropout=0.3, targets="all-linear")
+    rate = keras.optimizers.schedules.CosineDecay(3e-3, 16)
+    model.compile(keras.optimizers.Adam(rate, gradient_accumulation_steps=steps))
+    return model
+
+
+def state_of(model):
+    variables = training_state.variables_of(model)
+    return {name: ops.convert_to_numpy(v.value).copy() for name, v in variables.items()}
+
+
+def fit(model, folder, verbose=0, **options):
+    np.random.seed(7)  # what is drawn is the same, whatever was drawn before
+    options = OPTIONS | options
+    return model.fit(ROWS, checkpoint_dir=folder, verbose=verbose, **options)
+
+
+WHERE = [("lora", 6), ("full", 1), ("accumulated", PER_EPOCH)]  # in an epoch, or at its end
+# Files and messages are the same on each backend, and a fit of TensorFlow takes ten seconds.
+of_one_backend = pytest.mark.skipif(
+    keras.config.backend() == "tensorflow", reason="what it tests is the same on PyTorch and JAX"
+)
+
+
+@pytest.mark.parametrize(("kind", "after"), WHERE)
+def test_it_is_bit_equal_wherever_it_was_interrupted(folder, tmp_path, kind, after):
+    whole = load(folder, kind)
+    history = fit(whole, tmp_path / "whole")
+    expected = state_of(whole)
+    there = tmp_path / "there"
+    with pytest.raises(KeyboardInterrupt):
+        fit(load(folder, kind), there, callbacks=[Interrupts(after)])
+    again = load(folder, kind)
+    np.random.seed(99)
+    shown = again.fit(ROWS, checkpoint_dir=there, verbose=0, **OPTIONS)
+    found, epochs = state_of(again), slice(after // PER_EPOCH, None)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+    for name in ("loss", "perplexity"):
+        assert shown.history[name] == history.history[name][epochs]
+    assert shown.epoch == history.epoch[epochs]
+    assert any(name.startswith("seed.") for name in expected) == (kind != "full")
+
+
+@of_one_backend
+def test_it_goes_on_with_more_epochs_and_rests_when_all_are_done(folder, tmp_path, capsys):
+    whole = load(folder)
+    fit(whole, tmp_path / "whole", epochs=3)
+    model = load(folder)
+    fit(model, tmp_path / "parts", epochs=1, verbose=2)
+    assert "going on" not in capsys.readouterr().out
+    model = load(folder)
+    fit(model, tmp_path / "parts", epochs=3, verbose=2)
+    assert f"going on from {tmp_path / 'parts' / 'step-00000004.npz'}: epoch 2, batch 1 of 4" in (
+        capsys.readouterr().out
+    )
+    for name, array in state_of(whole).items():
+        np.testing.assert_array_equal(state_of(model)[name], array)
+    assert fit(model, tmp_path / "parts", epochs=3).epoch == []
+    names = [path.name for path in (tmp_path / "parts").iterdir()]
+    assert sorted(names) == ["step-00000011.npz", "step-00000012.npz"]
+
+
+@of_one_backend
+def test_it_says_where_it_can_go_on(folder, tmp_path, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        fit(load(folder), tmp_path, verbose=2, callbacks=[Interrupts(3)], checkpoint_every=2)
+    assert f"its last checkpoint is {tmp_path / 'step-00000002.npz'}, from which" in (
+        capsys.readouterr().out
+    )
+    with pytest.raises(KeyboardInterrupt):
+        fit(load(folder), tmp_path / "new", verbose=2, callbacks=[Interrupts(0)])
+    assert "ended before its first checkpoint" in capsys.readouterr().out
+
+
+@of_one_backend
+@pytest.mark.parametrize("how", [KeyboardInterrupt(), OSError(errno.ENOSPC, "full")])
+def test_one_that_ends_while_it_is_written_leaves_the_one_before(
+    folder, tmp_path, monkeypatch, how
+):
+    save = np.savez
+
+    def half(file, **arrays):
+        if len(list(tmp_path.glob("step-*"))) == 2:
+            file.write(b"half of it")
+            raise how
+        save(file, **arrays)
+
+    monkeypatch.setattr(np, "savez", half)
+    interrupted = isinstance(how, KeyboardInterrupt)
+    with pytest.raises(
+        KeyboardInterrupt if interrupted else CheckpointError,
+        match=None if interrupted else "no space was left",
+    ):
+        fit(load(folder), tmp_path)
+    monkeypatch.undo()
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["step-00000001.npz", "step-00000002.npz"]
+    again, whole = load(folder), load(folder)
+    fit(again, tmp_path)
+    fit(whole, tmp_path / "whole")
+    for name, array in state_of(whole).items():
+        np.testing.assert_array_equal(state_of(again)[name], array)
+
+
+@of_one_backend
+def test_what_is_of_another_training_is_refused(folder, tmp_path):
+    fit(load(folder), tmp_path, epochs=1)
+    with pytest.raises(
+        CheckpointError, match="a training with other rows and 4 batches an epoch; give what"
+    ):
+        load(folder).fit(ROWS[1:], checkpoint_dir=tmp_path, verbose=0, **OPTIONS)
+    with pytest.raises(CheckpointError, match="with other options"):
+        fit(load(folder), tmp_path, pack=True)
+    with pytest.raises(CheckpointError, match="with another base model"):
+        model = load(folder)
+        model.backbone.token_embedding.embeddings.assign_add(
+            ops.ones(model.backbone.token_embedding.embeddings.shape)
+        )
+        fit(model, tmp_path)
+    with pytest.raises(CheckpointError, match="4 batches an epoch"):
+        fit(load(folder), tmp_path, steps_per_epoch=3)
+    model = load(folder)
+    model.compile(keras.optimizers.SGD())
+    before = state_of(model)
+    with pytest.raises(CheckpointError, match="of another model or optimizer: optimizer"):
+        fit(model, tmp_path)
+    for name, array in state_of(model).items():
+        np.testing.assert_array_equal(before[name], array)
+
+
+@of_one_backend
+def test_what_cannot_be_used_is_said(folder, tmp_path):
+    fit(load(folder), tmp_path / "run", epochs=1)
+    last = tmp_path / "run" / "step-00000004.npz"
+    whole = last.read_bytes()
+    for damaged in (b"", whole[:200], whole[:-200], whole.replace(b"optimizer", b"optimixer")):
+        last.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=f"{last} is (damaged|of another)"):
+            fit(load(folder), tmp_path / "run")
+    last.unlink()
+    fit(load(folder), tmp_path / "run", epochs=1)  # from the one before
+    assert last.exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot make"):
+        fit(load(folder), tmp_path / "file")
+    with pytest.raises(ValueError, match="checkpoint_dir is for rows"):
+        ids = np.ones((2, 8), int)
+        load(folder).fit({"token_ids": ids, "padding_mask": ids}, ids, checkpoint_dir=tmp_path)
+    with pytest.raises(ValueError, match="initial_epoch is what checkpoint_dir says"):
+        fit(load(folder), tmp_path / "run", initial_epoch=1)
+    with pytest.raises(ValueError, match="checkpoint_every is 0"):
+        fit(load(folder), tmp_path / "run", checkpoint_every=0)
