@@ -19,8 +19,12 @@ if TYPE_CHECKING:
     from gemma_keras.open import open_checkpoint
     from gemma_keras.text_embedder import GemmaTextEmbedder
     from gemma_keras.tokenizer import GemmaCausalLMPreprocessor, GemmaTokenizer
+    from gemma_keras.train.distil import Distiller
+    from gemma_keras.train.preferences import PreferenceTuner
+    from gemma_keras.train.teacher_targets import write_targets
 
 __all__ = [
+    "Distiller",
     "GemmaBackbone",
     "GemmaCausalLM",
     "GemmaCausalLMPreprocessor",
@@ -28,11 +32,14 @@ __all__ = [
     "GemmaTextEmbedder",
     "GemmaTokenizer",
     "LayerSpec",
+    "PreferenceTuner",
     "named_config",
     "open_checkpoint",
+    "write_targets",
 ]
 
 _HOMES = {
+    "Distiller": "train.distil",
     "GemmaBackbone": "model.backbone",
     "GemmaCausalLM": "causal_lm",
     "GemmaCausalLMPreprocessor": "tokenizer",
@@ -40,8 +47,10 @@ _HOMES = {
     "GemmaTextEmbedder": "text_embedder",
     "GemmaTokenizer": "tokenizer",
     "LayerSpec": "config",
+    "PreferenceTuner": "train.preferences",
     "named_config": "checkpoints.hf.config",
     "open_checkpoint": "open",
+    "write_targets": "train.teacher_targets",
 }
 
 

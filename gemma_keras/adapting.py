@@ -344,7 +344,8 @@ class Adapts(LearnsTokens):
 
     def _forget_functions(self) -> None:
         """Compiled functions have what LoRA is in them."""
-        self.train_function = self.test_function = self.predict_function = None
+        for model in (self, self.backbone):
+            model.train_function = model.test_function = model.predict_function = None
         if hasattr(self, "generate_function"):
             self.generate_function = None
 

@@ -23,6 +23,7 @@ class LearnsTokens(TrainsOn):
     own, which need logits, it makes all.
     """
 
+    _learns_pairs = False  # rows that prefer an answer to another
     _in_step = False
     _needs_logits = False
     _token_metrics: tuple[TokenMetric, ...] = ()

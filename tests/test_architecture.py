@@ -77,6 +77,11 @@ EXCEPTIONS = {
     "export.calibrate.sensitivity": ("edge_demo.evaluate.perplexity",),
     # the method that Keras users know; imports only when it is called
     "gemma_keras.causal_lm:GemmaCausalLM.export": ("export",),
+    # a bundle as the teacher; imports only when one is given
+    "gemma_keras.train.teacher_targets:_open_bundle": (
+        "edge_demo.bundle.reader",
+        "edge_demo.engine.runner",
+    ),
     # teaches rows; imports only when it is called
     "gemma_keras.learning:LearnsTokens.fit": ("gemma_keras.train.fit",),
     "gemma_keras.learning:LearnsTokens.evaluate": ("gemma_keras.train.fit",),

@@ -31,6 +31,7 @@ _QUANTIZE = {
     "config": f"{K}quantized.py::test_a_model_calibrated_by_keras_is_kept",
     "filters": f"{K}arguments.py::test_filters_choose_the_layers_that_are_quantized",
 }
+_FORCE = f"{K}training.py::test_gradient_checkpointing_changes_no_loss_and_no_gradient"
 _SCALED = f"{K}lora.py::test_the_scaled_product_is_added"
 _SWITCHED = f"{K}lora.py::test_adapters_are_switched_without_loading"
 _EVALUATE = f"{K}fit_rows.py::test_the_loss_is_nats_per_token_that_counts_whatever_the_batches"
@@ -49,7 +50,77 @@ _VECTORS = f"{K}text_embedder.py::test_vectors_are_those_of_plain_torch"
 _EMBEDDER = f"{K}text_embedder.py::test_what_a_folder_is_loaded_with_counts"
 _BAD = f"{E}bad_input.py::test_"
 
+_RESUMED = {
+    "checkpoint_dir": f"{K}resume.py::test_it_is_bit_equal_wherever_it_was_interrupted",
+    "checkpoint_every": f"{K}resume.py::test_it_says_where_it_can_go_on",
+}
+_DISTILLED = f"{K}distil.py::test_the_divergence_is_what_it_is_by_hand"
+_PREFERRED = f"{K}preferences.py::test_the_loss_is_what_it_is_by_hand"
+_REFUSED = f"{K}distil.py::test_what_does_not_fit_is_refused"
+_DPO_LONG = f"{K}preferences.py::test_a_long_answer_is_cut_and_the_prompt_stays"
+
+
+def _tuner(
+    name: str, packed: str, long: str, by_hand: str, learns: str
+) -> dict[str, dict[str, str]]:
+    """What a way to teach has of the class that all of them have in common."""
+    options = {"pack": packed, "on_too_long": long}
+    return {
+        f"{name}.call": {"inputs": by_hand, "training": learns},
+        f"{name}.compute_loss": dict.fromkeys(
+            ("x", "y", "y_pred", "sample_weight", "training"), by_hand
+        ),
+        f"{name}.compile": {"optimizer": learns},
+        f"{name}.make_train_function": {"force": _FORCE},
+        f"{name}.zero_grad": {"set_to_none": f"{K}distil.py::test_each_step_is_of_its_batch_alone"},
+        f"{name}.fit": _FIT | options | _RESUMED,
+        f"{name}.evaluate": options
+        | {"x": by_hand, "batch_size": by_hand, "y": _ARRAYS, "sample_weight": _ARRAYS},
+        f"{name}.compile_from_config": _COMPILE_CONFIG,
+    }
+
+
 SHOWN: dict[str, dict[str, str]] = {
+    "Distiller.__init__": {
+        "student": _DISTILLED,
+        "teacher": f"{K}distil.py::test_targets_on_disk_are_the_teacher_s_likeliest",
+        "divergence": _DISTILLED,
+        "temperature": _DISTILLED,
+        "text_weight": _DISTILLED,
+    },
+    **_tuner(
+        "Distiller",
+        _DISTILLED,
+        f"{K}distil.py::test_long_rows_are_cut_in_targets_as_in_training",
+        _DISTILLED,
+        f"{K}distil.py::test_a_student_comes_nearer",
+    ),
+    "PreferenceTuner.__init__": {
+        "task": _PREFERRED,
+        "form": _PREFERRED,
+        "beta": _PREFERRED,
+        "reference": (
+            f"{K}preferences.py::test_without_an_adapter_the_reference_is_the_model_before_training"
+        ),
+    },
+    **_tuner(
+        "PreferenceTuner",
+        f"{K}preferences.py::test_what_does_not_fit_is_refused",
+        _DPO_LONG,
+        _PREFERRED,
+        f"{K}preferences.py::test_the_margin_grows",
+    ),
+    "write_targets": {
+        "path": _REFUSED,
+        "teacher": f"{K}distil.py::test_a_bundle_teaches_as_the_model_does",
+        "student": _REFUSED,
+        "rows": _REFUSED,
+        "top": f"{K}distil.py::test_targets_on_disk_are_the_teacher_s_likeliest",
+        "temperature": f"{K}distil.py::test_targets_on_disk_are_the_teacher_s_likeliest",
+        "on_too_long": f"{K}distil.py::test_long_rows_are_cut_in_targets_as_in_training",
+        "overwrite": f"{K}distil.py::test_targets_are_replaced_when_it_is_said",
+        "verbose": f"{K}distil.py::test_targets_are_replaced_when_it_is_said",
+    },
     "GemmaBackbone.__init__": {
         "config": _SIZES,
         "dtype": f"{K}loading.py::test_a_model_is_made_of_the_weights_in_its_dtype",
@@ -93,9 +164,7 @@ SHOWN: dict[str, dict[str, str]] = {
         "weighted_metrics": f"{K}arguments.py::test_what_fit_is_given_counts",
         "sampler": f"{K}models.py::test_top_k_sampling_depends_on_its_seed_alone",
     },
-    "GemmaCausalLM.make_train_function": {
-        "force": f"{K}training.py::test_gradient_checkpointing_changes_no_loss_and_no_gradient"
-    },
+    "GemmaCausalLM.make_train_function": {"force": _FORCE},
     "GemmaCausalLM.from_preset": {
         "preset": _PRESET,
         "load_weights": _RANDOM,
@@ -157,9 +226,8 @@ SHOWN: dict[str, dict[str, str]] = {
     | {
         "pack": f"{K}fit_rows.py::test_packed_examples_give_loss_and_gradients_of_each_alone",
         "on_too_long": f"{K}fit_rows.py::test_what_was_cut_is_shown_before_training",
-        "checkpoint_dir": f"{K}resume.py::test_it_is_bit_equal_wherever_it_was_interrupted",
-        "checkpoint_every": f"{K}resume.py::test_it_says_where_it_can_go_on",
-    },
+    }
+    | _RESUMED,
     "GemmaCausalLM.evaluate": {
         "x": _EVALUATE,
         "batch_size": _EVALUATE,

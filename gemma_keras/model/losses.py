@@ -9,6 +9,7 @@ from keras import ops
 
 _PERPLEXITY, _ACCURACY = "perplexity", "sparse_categorical_accuracy"
 NAMES = (_PERPLEXITY, _ACCURACY)  # what is shown beside the loss
+_BETTER_IF_GREATER = (_ACCURACY, "preference_accuracy", "reward_margin")
 
 
 class Sums(NamedTuple):
@@ -48,12 +49,13 @@ class TokenMetric(keras.metrics.Metric):
     """Something of all tokens that count since the epoch began, whatever batches they came in.
 
     Args:
-        name: `loss`, in nats per token; its `perplexity`; or `sparse_categorical_accuracy`.
+        name: `loss`, in nats per token; its `perplexity`; `sparse_categorical_accuracy`; or the
+            name of another mean.
     """
 
     def __init__(self, name: str = "loss", **kwargs) -> None:
         super().__init__(name=name, **kwargs)
-        self._direction = "up" if name == _ACCURACY else "down"  # as callbacks ask for it
+        self._direction = "up" if name in _BETTER_IF_GREATER else "down"  # as callbacks ask for it
         self._total = self.add_variable((), "zeros", name="total")
         self._count = self.add_variable((), "zeros", name="count")
 

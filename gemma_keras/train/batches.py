@@ -24,7 +24,7 @@ class RowBatches(keras.utils.PyDataset):
 
     Args:
         examples: at least one.
-        length: of a row, in tokens; no example has more than one more.
+        length: of a row, in tokens; no example has more inputs.
         batch_size: rows.
         packed: whether a row may hold several examples.
         seed: of the order, which differs from pass to pass; `None` keeps the order.
@@ -50,7 +50,7 @@ class RowBatches(keras.utils.PyDataset):
     ) -> None:
         super().__init__()
         self._examples, self._length = examples, length
-        sizes = [len(example) - 1 for example in examples]
+        sizes = [example.inputs for example in examples]
         self._rows = pack(sizes, length) if packed else [[i] for i in range(len(examples))]
         self._counts = [sum(int(examples[i].counts[1:].sum()) for i in row) for row in self._rows]
         self._batch_size = min(batch_size, len(self._rows))
@@ -102,13 +102,19 @@ class RowBatches(keras.utils.PyDataset):
         for row, number in enumerate(numbers):
             first = 0
             for example in (self._examples[i] for i in self._rows[number]):
-                part = slice(first, first + len(example) - 1)
-                ids[row, part], targets[row, part] = example.ids[:-1], example.ids[1:]
-                mask[row, part] = 1 + first
-                weights[row, part] = example.counts[1:]
-                for name, array in example.beside().items():
-                    beside[name][row, part] = array[1:]
-                first = part.stop
+                more = example.beside()
+                for text in example.texts:
+                    part = slice(first, first + text.stop - text.start - 1)
+                    given, learnt = (
+                        slice(text.start, text.stop - 1),
+                        slice(text.start + 1, text.stop),
+                    )
+                    ids[row, part], targets[row, part] = example.ids[given], example.ids[learnt]
+                    mask[row, part] = 1 + first
+                    weights[row, part] = example.counts[learnt]
+                    for name, array in more.items():
+                        beside[name][row, part] = array[learnt]
+                    first = part.stop
         if self._accumulated > 1:
             weights *= self._scale(index)
         learnt = {"targets": targets, **beside} if beside else targets

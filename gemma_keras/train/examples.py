@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,11 +29,13 @@ class Example:
         ids: int32 `(length,)`, the beginning-of-sequence token first.
         counts: bool `(length,)`: whether a token is to be predicted.
         beside: gives what else is known of each token, arrays `(length, ...)` by name.
+        begins: where texts begin that do not see each other; most examples are one.
     """
 
     ids: np.ndarray
     counts: np.ndarray
     beside: Callable[[], Mapping[str, np.ndarray]] = dict
+    begins: tuple[int, ...] = (0,)
 
     @classmethod
     def of(cls, segments: Segments) -> Example:
@@ -42,6 +46,34 @@ class Example:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def texts(self) -> list[slice]:
+        """Which tokens are of which text."""
+        return [slice(*ends) for ends in itertools.pairwise((*self.begins, len(self)))]
+
+    @property
+    def inputs(self) -> int:
+        """Tokens that a model is given; the last of a text is only a target."""
+        return len(self) - len(self.begins)
+
+    def joined(self, other: Example) -> Example:
+        """One example of both texts."""
+        ids, counts = (
+            np.concatenate(both) for both in zip(*map(_arrays, (self, other)), strict=True)
+        )
+        begins = (*self.begins, *(len(self) + begin for begin in other.begins))
+        return Example(ids, counts, begins=begins)
+
+    def cut(self, length: int) -> Example:
+        """Its beginning, or that of each text, of at most so many tokens."""
+        parts = [slice(text.start, min(text.stop, text.start + length)) for text in self.texts]
+        cut = [Example(self.ids[part], self.counts[part]) for part in parts]
+        return functools.reduce(Example.joined, cut)
+
+
+def _arrays(example: Example) -> tuple[np.ndarray, np.ndarray]:
+    return example.ids, example.counts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +86,7 @@ class Renderer:
         encode_text: the ids of a text; by default none of them is a control token.
         starts: whether a text begins with the beginning-of-sequence token; a conversation does.
         ends: whether a text ends with the end-of-sequence token.
+        pairs: whether rows prefer an answer to another; the chosen text comes first.
     """
 
     proto: bytes
@@ -61,6 +94,7 @@ class Renderer:
     encode_text: Callable[[str], list[int]] | None = None
     starts: bool = True
     ends: bool = True
+    pairs: bool = False
 
     def __call__(self, row: str | Mapping[str, Any]) -> Example:
         """The example of a row.
@@ -72,23 +106,29 @@ class Renderer:
         Raises:
             RowError: it lacks something, is empty, or is no conversation.
         """
+        kind = "text" if isinstance(row, str) else kind_of(row)
+        if kind == "preference" and not self.pairs:
+            raise RowError("it prefers an answer to another, which `fit` does not learn from")
+        if self.pairs and kind != "preference":
+            raise RowError("it needs a prompt, a chosen and a rejected answer")
         if isinstance(row, str):
             return self._text("", row)
-        kind = kind_of(row)
         if kind == "text":
             return self._text("", _text_of(row, "text"))
         if kind == "conversation":
             return self._conversation(_messages_of(row, "messages"))
-        if kind in ("completion", "response", "answer"):
-            asked, said = KINDS[kind]
-            if not all(isinstance(row[key], (list, tuple)) for key in (asked, said)):
-                return self._text(_text_of(row, asked), _text_of(row, said))
-            answer = _messages_of(row, said)
-            answers = sum(message.get("role") in ("assistant", "model") for message in answer)
-            return self._conversation([*_messages_of(row, asked), *answer], answers)
-        if kind == "preference":
-            raise RowError("it prefers an answer to another, which `fit` does not learn from")
-        raise RowError(f"it has the keys {', '.join(map(quoted, row)) or 'none'}")
+        if kind is None:
+            raise RowError(f"it has the keys {', '.join(map(quoted, row)) or 'none'}")
+        asked, *answers = KINDS[kind]
+        return functools.reduce(Example.joined, (self._answered(row, asked, a) for a in answers))
+
+    def _answered(self, row: Mapping[str, Any], asked: str, said: str) -> Example:
+        """The example of a prompt and an answer, which are texts or messages."""
+        if not all(isinstance(row[key], (list, tuple)) for key in (asked, said)):
+            return self._text(_text_of(row, asked), _text_of(row, said))
+        answer = _messages_of(row, said)
+        answers = sum(message.get("role") in ("assistant", "model") for message in answer)
+        return self._conversation([*_messages_of(row, asked), *answer], answers)
 
     def _text(self, prompt: str, text: str) -> Example:
         encoded = self.encode_text or (lambda text: encode(self.proto, text))
@@ -229,14 +269,15 @@ def make_examples(
         )
     made = Examples([], [], [], length)
     for where, example in _rendered(rows, render):
-        if len(example) > length:
+        longest = max(text.stop - text.start for text in example.texts)
+        if longest > length:
             if on_too_long == "error":
                 raise RowError(
-                    f"{where} has {len(example):,} tokens, more than {length:,}; give a larger "
+                    f"{where} has {longest:,} tokens, more than {length:,}; give a larger "
                     "sequence_length, or on_too_long='truncate' or 'skip'"
                 )
-            cut = Example(example.ids[:length], example.counts[:length])
-            if on_too_long == "skip" or not cut.counts[1:].any():
+            cut = example.cut(length)
+            if on_too_long == "skip" or not _all_learn(cut):
                 made.skipped.append(where)
                 continue
             made.truncated.append(where)
@@ -256,9 +297,14 @@ def _rendered(
             example = render(row.value)
         except RowError as error:
             raise RowError(f"{row.where}: {error}") from None
-        if not example.counts[1:].any():  # of the first token nobody asks which it is
+        if not _all_learn(example):
             raise RowError(f"{row.where}: nothing of it is to be learnt")
         yield row.where, example
+
+
+def _all_learn(example: Example) -> bool:
+    """Whether there is something to learn of each text; nobody asks which its first token is."""
+    return all(example.counts[text][1:].any() for text in example.texts)
 
 
 def _first_of(rows: Sequence[str], most: int = 3) -> str:

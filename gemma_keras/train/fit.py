@@ -57,7 +57,7 @@ def fit(
             **options,
         )
     _refuse_beside_rows(x, options)
-    _check_sizes(model, batch_size, validation_split)
+    _check_options(model, batch_size, validation_split, pack)
     if checkpoint_dir is not None:
         refuse_if_several("checkpoint_dir")
     leave_printing_to_the_first(options)
@@ -148,7 +148,7 @@ def evaluate(
         _refuse_without_rows(pack, on_too_long)
         return plain(x, batch_size=batch_size, **options)
     _refuse_beside_rows(x, options)
-    _check_sizes(model, batch_size, None)
+    _check_options(model, batch_size, None, pack)
     leave_printing_to_the_first(options)
     show = bool(options.get("verbose", "auto"))
     batches = _to_measure(model, x, batch_size, pack, on_too_long, show)
@@ -177,6 +177,7 @@ def read_examples(
         lambda text: tokenizer.encode(preprocessor.without_bos(text)),
         starts=bool(preprocessor.add_start_token),
         ends=bool(preprocessor.add_end_token),
+        pairs=model._learns_pairs,
     )
     # The last token of an example is a target, and no input.
     length = preprocessor.sequence_length + 1
@@ -227,7 +228,9 @@ def _refuse_beside_rows(x: Any, options: dict[str, Any]) -> None:
     _refuse_tuple("x", x)
 
 
-def _check_sizes(model, batch_size: Any, validation_split: Any) -> None:
+def _check_options(model, batch_size: Any, validation_split: Any, pack: bool) -> None:
+    if pack and model._learns_pairs:
+        raise ValueError("pairs of answers cannot be packed; leave pack out")
     if model.preprocessor is None:
         raise ValueError("x holds rows, but the model has no preprocessor to read them")
     if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
@@ -259,8 +262,8 @@ def _holds_rows(data: Any) -> bool:
 
 def _batches(model, examples: Sequence[Example], batch_size, packed: bool, **options) -> RowBatches:
     most = model.preprocessor.sequence_length
-    longest = max(map(len, examples)) - 1
-    length = most if packed else min(most, -(-longest // _ROUND) * _ROUND)
+    longest = max(example.inputs for example in examples)
+    length = most if packed else min(max(most, longest), -(-longest // _ROUND) * _ROUND)
     pad = model.preprocessor.tokenizer.pad_token_id
     # A loss of the user's own may count what is missing.
     filled = isinstance(model.loss, TokenLoss)

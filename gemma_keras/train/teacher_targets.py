@@ -18,20 +18,18 @@ from typing import Any, Protocol
 
 import keras
 import numpy as np
-from keras import ops
 
 from gemma_keras.checkpoints.unfinished import unfinished
 from gemma_keras.errors import CheckpointError
-from gemma_keras.model.token_loss import tokens_of_chunk
 from gemma_keras.train.errors import RowError
 from gemma_keras.train.examples import Example
 from gemma_keras.train.fit import read_examples
+from gemma_keras.train.logits import logits_of_keras
 
 TOKENS, LOG_PROBABILITIES = "likeliest_tokens", "log_probabilities"
 _ABOUT, _INDEX = "targets.json", "index.npz"
 _ARRAYS = {TOKENS: np.int32, LOG_PROBABILITIES: np.float16}
 _WIDE = {TOKENS: np.int32, LOG_PROBABILITIES: np.float32}  # in a batch
-_ROUND = 64  # a teacher's lengths are multiples of it: fewer shapes to compile
 
 
 class Teacher(Protocol):
@@ -229,7 +227,7 @@ def _logits_of(teacher: Any, student) -> Callable[[Example], Iterator[np.ndarray
     """A function that makes a teacher's logits wherever a token of an example is to be
     predicted, in chunks."""
     if isinstance(teacher, keras.Model):
-        return lambda example: _logits_of_keras(teacher, example)
+        return lambda example: logits_of_keras(teacher, example)
     if isinstance(teacher, (str, os.PathLike)):
         teacher = _open_bundle(teacher, student)
 
@@ -254,21 +252,6 @@ def _open_bundle(path: str | os.PathLike[str], student) -> Teacher:
     if (bundle.path / bundle.tokenizer.file).read_bytes() != proto:
         raise ValueError(f"the bundle {path} has another tokenizer than the student")
     return Engine(bundle)
-
-
-def _logits_of_keras(teacher, example: Example) -> Iterator[np.ndarray]:
-    length = len(example) - 1
-    wide = -(-length // _ROUND) * _ROUND
-    ids, mask = np.zeros((1, wide), np.int32), np.zeros((1, wide), np.int32)
-    ids[0, :length], mask[0, :length] = example.ids[:-1], 1
-    hidden = teacher.backbone.predict({"token_ids": ids, "padding_mask": mask}, verbose=0)
-    hidden = hidden[0, :length][example.counts[1:]]
-    embedding = teacher.backbone.token_embedding
-    step = tokens_of_chunk(embedding)
-    for first in range(0, len(hidden), step):
-        part = ops.convert_to_tensor(hidden[None, first : first + step])
-        logits = ops.cast(embedding(part, reverse=True), "float32")
-        yield ops.convert_to_numpy(ops.stop_gradient(logits))[0]
 
 
 def _digest(example: Example) -> bytes:

@@ -16,7 +16,13 @@ from gemma_keras.train.distil import Distiller
 from gemma_keras.train.errors import RowError
 from gemma_keras.train.fit import read_examples
 from gemma_keras.train.teacher_targets import TeacherTargets, likeliest, write_targets
-from tests.models import TEXT, chat_tokenizer_model, shallow, write_tiny_hf
+from tests.models import (
+    TEXT,
+    chat_tokenizer_model,
+    shallow,
+    tiny_tokenizer_model,
+    write_tiny_hf,
+)
 
 pytestmark = pytest.mark.keras
 
@@ -183,6 +189,56 @@ def test_likeliest_are_of_the_whole_distribution():
     p = softmax(logits, 2.0)
     np.testing.assert_allclose(np.exp(log_p), np.take_along_axis(p, ids, -1), rtol=1e-6)
     assert (np.sort(ids) == np.sort(np.argsort(p)[:, -5:])).all()
+
+
+@pytest.fixture(scope="module")
+def bundle(folders, tmp_path_factory):
+    """The teacher as a bundle in float32."""
+    out = tmp_path_factory.mktemp("bundle") / "teacher"
+    load(folders["teacher"]).export(out, format="onnx", recipe="fp32", verify=False)
+    return out
+
+
+def test_a_bundle_teaches_as_the_model_does(folders, bundle, tmp_path):
+    student, teacher = load(folders["student"]), load(folders["teacher"])
+    found = []
+    for number, one in enumerate((teacher, bundle, str(bundle))):
+        targets = write_targets(tmp_path / str(number), one, student, ROWS, top=30, verbose=0)
+        tokens, log_p = (targets.arrays[n] for n in ("likeliest_tokens", "log_probabilities"))
+        order = np.argsort(tokens, axis=-1)
+        found.append([np.take_along_axis(np.array(a), order, -1) for a in (tokens, log_p)])
+    for tokens, log_p in found[1:]:
+        assert (tokens == found[0][0]).mean() > 0.999  # the thirtieth may be another
+        np.testing.assert_allclose(np.exp(log_p), np.exp(found[0][1]), atol=1e-3)
+    with pytest.raises(ValueError, match="has another tokenizer than the student"):
+        other = load(folders["student"])
+        other.preprocessor.tokenizer.set_proto(tiny_tokenizer_model())
+        write_targets(tmp_path / "other", bundle, other, ROWS, top=30, verbose=0)
+
+
+def test_long_rows_are_cut_in_targets_as_in_training(folders, tmp_path):
+    student, teacher = load(folders["student"]), load(folders["teacher"])
+    rows = [*ROWS, "of it " * 60]
+    with pytest.raises(RowError, match=r"row 1 has \d+ tokens, more than 49"):
+        write_targets(tmp_path / "a", teacher, student, rows, top=4, on_too_long="error")
+    write_targets(tmp_path / "a", teacher, student, rows, top=4, verbose=0)
+    distiller = Distiller(student, tmp_path / "a")
+    distiller.compile()
+    distiller.evaluate(rows, verbose=0)
+    distiller.fit(rows, verbose=0, on_too_long="skip")
+
+
+def test_targets_are_replaced_when_it_is_said(folders, tmp_path, capsys):
+    student, teacher = load(folders["student"]), load(folders["teacher"])
+    write_targets(tmp_path / "a", teacher, student, ROWS[:1], top=4, verbose=0)
+    assert not capsys.readouterr().out
+    made = write_targets(tmp_path / "a", teacher, student, ROWS, top=5, overwrite=True)
+    assert "6/6" in capsys.readouterr().out
+    assert made.arrays["likeliest_tokens"].shape[1] == 5
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "mine.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="will not be overwritten"):
+        write_targets(tmp_path / "b", teacher, student, ROWS, top=5, overwrite=True)
 
 
 def test_what_does_not_fit_is_refused(folders, tmp_path):
