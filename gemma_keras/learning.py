@@ -120,6 +120,7 @@ class LearnsTokens(TrainsOn):
             CheckpointError: `checkpoint_dir` cannot be written or read, or is of another training.
             ValueError: an option does not fit what `x` is, or nothing can learn, since LoRA is
                 merged or not in use.
+            MemoryError: a step needs far more memory than is free; says what would take less.
 
         Warns:
             UserWarning: the loss is not finite, or weights that are trained are float16 or

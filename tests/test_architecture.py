@@ -29,9 +29,10 @@ TESTS_OF_THE_DEVICE = sorted((ROOT / "tests" / "edge_demo").glob("*.py"))
 
 # What a package may import of the others: a package, or one module of it.
 MAY_IMPORT = {
-    # what notebook and device do alike, on floor 1 of the light package
+    # what notebook and device do alike, on floor 1 of the light package; how much memory there is
     "gemma_keras": (
         "edge_demo.detokenizer",
+        "edge_demo.device.memory_limits",
         "edge_demo.durable",
         "edge_demo.safetensors_header",
         "edge_demo.turns",

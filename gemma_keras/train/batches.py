@@ -76,6 +76,11 @@ class RowBatches(keras.utils.PyDataset):
         return len(self._rows)
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Rows of a batch, and tokens of a row."""
+        return self._batch_size, self._length
+
+    @property
     def of_a_pass(self) -> int:
         """Batches in which each row is once."""
         return -(-len(self._rows) // self._batch_size)

@@ -17,6 +17,7 @@ from gemma_keras.model.training import fit_prepared
 from gemma_keras.train.batches import RowBatches
 from gemma_keras.train.errors import RowError
 from gemma_keras.train.examples import Example, Examples, Renderer, make_examples
+from gemma_keras.train.memory import check_fits
 from gemma_keras.train.processes import (
     fed,
     leave_printing_to_the_first,
@@ -103,6 +104,9 @@ def fit(
         held = f"; the last {held_out:,} examples are held out" if held_out else ""
         packed = f"; packed into {batches.rows:,} rows" if pack else ""
         print(f"{found}{held}{packed}", flush=True)
+    memory = check_fits(model, *batches.shape)
+    if show and memory:
+        print(memory, flush=True)
     options["steps_per_epoch"] = steps = steps or batches.of_a_pass
     options["validation_data"] = fed(validation_data)
     if checkpoint_dir is None:

@@ -20,6 +20,9 @@ PAGES: tuple[tuple[str, tuple[tuple[str, tuple[str, ...]], ...]], ...] = (
         (
             ("gemma_keras.causal_lm", ("GemmaCausalLM",)),
             ("gemma_keras.text_embedder", ("GemmaTextEmbedder",)),
+            ("gemma_keras.train.distil", ("Distiller",)),
+            ("gemma_keras.train.teacher_targets", ("write_targets",)),
+            ("gemma_keras.train.preferences", ("PreferenceTuner",)),
             ("gemma_keras.model.backbone", ("GemmaBackbone",)),
             ("gemma_keras.tokenizer", ("GemmaTokenizer", "GemmaCausalLMPreprocessor")),
             ("gemma_keras.open", ("open_checkpoint",)),
