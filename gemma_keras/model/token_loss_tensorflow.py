@@ -15,6 +15,7 @@ def chunked(hidden, table, targets, weights, cap, tokens: int, wanted: Wanted):
     hidden, table = tf.convert_to_tensor(hidden), tf.convert_to_tensor(table)
     # Tokens that count first, so that the others cost nothing.
     order = tf.argsort(tf.cast(tf.equal(weights, 0), tf.int32), stable=True)
+    tokens = tf.minimum(tokens, tf.size(order))  # or a small vocabulary is padded to many
     missing = -tf.size(order) % tokens
     hidden = tf.pad(tf.gather(hidden, order), [[0, missing], [0, 0]])
     targets = tf.pad(tf.gather(targets, order), [[0, missing]])
@@ -72,7 +73,8 @@ def _run(cap, tokens, wanted, hidden, table, targets, weights):
 
     more = -(-counted // tokens)
     chunks = tf.shape(hidden)[0] // tokens
-    found = tf.TensorArray(tf.float32, chunks, element_shape=(tokens, width))
+    nothing = tf.zeros((chunks, tokens, width))  # of chunks that are not reached
+    found = tf.TensorArray(tf.float32, chunks, element_shape=(None, width)).unstack(nothing)
     start = (0, tf.zeros(3), found, tf.zeros(tf.shape(table) if wanted.table else ()))
     _, sums, found, of_table = tf.while_loop(
         lambda index, *_: index < more, chunk, start, parallel_iterations=1
