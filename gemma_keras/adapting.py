@@ -45,6 +45,7 @@ class Adapts(LearnsTokens):
     """
 
     _adapters_of_task: Any = None
+    _adapter_changes = 0
 
     def enable_lora(
         self,
@@ -302,6 +303,14 @@ class Adapts(LearnsTokens):
                 f"set_adapter({self._state().name!r}) first"
             )
 
+    def _learns(self) -> dict[str, Any]:
+        return super()._learns() | {"another LoRA": self._lora_settings()}
+
+    def _lora_settings(self) -> dict[str, Any]:
+        """What of LoRA is no variable: alpha and dropout of each matrix that has it."""
+        layers = lora.layers_of(self.backbone)
+        return {n: [one.lora_alpha, one.lora_dropout] for n, one in layers.items() if one.has_lora}
+
     # --- within ---
 
     def _state(self) -> _Adapters:
@@ -343,7 +352,8 @@ class Adapts(LearnsTokens):
         return {s.name: float(weights[s.name].mean()) for s in specs if s.kind == "norm"}
 
     def _forget_functions(self) -> None:
-        """Compiled functions have what LoRA is in them."""
+        """Compiled functions have what LoRA is in them, also those of a tuner around this task."""
+        self._note(adapter_changes=self._adapter_changes + 1)
         for model in (self, self.backbone):
             model.train_function = model.test_function = model.predict_function = None
         if hasattr(self, "generate_function"):

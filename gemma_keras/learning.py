@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -128,7 +128,7 @@ class LearnsTokens(TrainsOn):
         """
         from gemma_keras.train.fit import fit
 
-        self._check_that_it_learns()
+        self._begin(training=True)
         return fit(
             self,
             super().fit,
@@ -173,6 +173,7 @@ class LearnsTokens(TrainsOn):
         """
         if kwargs.get("_use_cached_eval_dataset"):  # what `fit` validates on
             return super().evaluate(x, y, batch_size, sample_weight, **kwargs)
+        self._begin(training=False)
         from gemma_keras.train.fit import evaluate
 
         return evaluate(
@@ -188,8 +189,22 @@ class LearnsTokens(TrainsOn):
             **kwargs,
         )
 
+    def _begin(self, training: bool) -> None:
+        """Get ready for `fit` or `evaluate`, or say why that cannot be."""
+        if training:
+            self._check_that_it_learns()
+
     def _check_that_it_learns(self) -> None:
         """Raise `ValueError` if no weight could change."""
+
+    def _learns(self) -> dict[str, Any]:
+        """What makes an update, by name; a training that goes on must have the same."""
+        optimizer: Any = self.optimizer
+        return {
+            "another optimizer": [type(optimizer).__name__, _settings(optimizer.get_config())],
+            "another dtype": self.backbone.dtype_policy.name,
+            "other steps_per_execution": self.steps_per_execution,
+        }
 
     def _with_targets(self, examples: Sequence[Any]) -> list[Any]:
         """Examples of rows, with what else is to be learnt of their tokens."""
@@ -219,3 +234,13 @@ class LearnsTokens(TrainsOn):
             metric.add(sums)
         # those of regularizers
         return sum((self._aggregate_additional_loss(more) for more in self.losses), mean(sums))
+
+
+def _settings(config: Any) -> Any:
+    """An optimizer's configuration, without its name, and without a rate that callbacks change."""
+    if not isinstance(config, Mapping):
+        return config
+    left_out = {"name"}
+    if not isinstance(config.get("learning_rate"), Mapping):
+        left_out.add("learning_rate")
+    return {key: _settings(value) for key, value in config.items() if key not in left_out}

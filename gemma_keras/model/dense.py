@@ -82,7 +82,8 @@ class GemmaDense(keras.layers.Dense):
             inputs = keras.random.dropout(inputs, self.lora_dropout, seed=self._lora_seed)
         low = ops.matmul(ops.matmul(inputs, self.lora_kernel_a), self.lora_kernel_b)
         assert self.lora_rank and self.lora_alpha is not None
-        return outputs + low * (self.lora_alpha / self.lora_rank)
+        # LoRA's matrices are float32, also beside weights of 16 bits
+        return outputs + ops.cast(low * (self.lora_alpha / self.lora_rank), outputs.dtype)
 
     def save_own_variables(self, store) -> None:
         super().save_own_variables(store)

@@ -52,7 +52,7 @@ class RowBatches(keras.utils.PyDataset):
         self._examples, self._length = examples, length
         sizes = [example.inputs for example in examples]
         self._rows = pack(sizes, length) if packed else [[i] for i in range(len(examples))]
-        self._counts = [sum(int(examples[i].counts[1:].sum()) for i in row) for row in self._rows]
+        self._counts = [sum(_counted(examples[i]) for i in row) for row in self._rows]
         self._batch_size = min(batch_size, len(self._rows))
         self._seed, self._pad = seed, pad
         self._endless, self._filled = endless, filled
@@ -145,5 +145,10 @@ class RowBatches(keras.utils.PyDataset):
         return self._counted(number) * len(counts) / max(sum(counts), 1)
 
     def _counted(self, number: int) -> int:
-        """Tokens that count in a batch."""
+        """Tokens that count in a batch, or pairs."""
         return sum(self._counts[row] for row in self._row_numbers(number))
+
+
+def _counted(example: Example) -> int:
+    """What an example adds to the number that a mean is over: its tokens; a pair is one."""
+    return int(example.counts[1:].sum()) if len(example.begins) == 1 else 1

@@ -21,8 +21,13 @@ from gemma_keras.model.divergence import (
 from gemma_keras.model.losses import Sums, sums_of_logits
 from gemma_keras.model.token_loss import tokens_of_chunk
 from gemma_keras.train.examples import Example
-from gemma_keras.train.teacher_targets import LOG_PROBABILITIES, TOKENS, TeacherTargets
-from gemma_keras.train.tuner import Tuner, token_weights
+from gemma_keras.train.teacher_targets import (
+    LOG_PROBABILITIES,
+    TOKENS,
+    TeacherTargets,
+    check_teacher,
+)
+from gemma_keras.train.tuner import Tuner, is_number, token_weights
 
 
 class Distiller(Tuner):
@@ -59,24 +64,34 @@ class Distiller(Tuner):
         **kwargs,
     ) -> None:
         super().__init__(student, **kwargs)
-        if divergence not in (FORWARD, REVERSE) and not _is_within(divergence, 0, 1):
+        if not (isinstance(divergence, str) and divergence in (FORWARD, REVERSE)) and not is_number(
+            divergence, 0, 1
+        ):
             raise ValueError(
                 f"divergence is {divergence!r}; it must be 'forward', 'reverse' or a number "
                 "between 0 and 1"
             )
-        if text_weight not in (0, 1) and not _is_within(text_weight, 0, 1):
+        if not is_number(text_weight, -1e-9, 1 + 1e-9):
             raise ValueError(f"text_weight is {text_weight!r}; it must be 0 to 1")
-        if temperature is not None and not _is_within(temperature, 0, float("inf")):
+        if temperature is not None and not is_number(temperature, 0, float("inf")):
             raise ValueError(f"temperature is {temperature!r}; it must be more than 0")
-        self._kind, self._text_weight = divergence, float(text_weight)
+        self._kind = divergence if isinstance(divergence, str) else float(divergence)
+        self._text_weight = float(text_weight)
         self._targets = self.teacher = None
         if isinstance(teacher, keras.Model):
-            _check_vocabularies(student, teacher)
+            check_teacher(teacher, student)
+            if teacher.backbone is student.backbone:
+                raise ValueError("the teacher is the student itself; load it a second time")
             self.teacher = teacher
             teacher.trainable = False
         else:
-            if not isinstance(teacher, TeacherTargets):
+            if isinstance(teacher, (str, os.PathLike)):
                 teacher = TeacherTargets.open(teacher)
+            if not isinstance(teacher, TeacherTargets):
+                raise ValueError(
+                    "the teacher must be a GemmaCausalLM or the path of targets, not "
+                    f"{type(teacher).__name__}"
+                )
             teacher.check_tokenizer(student)
             if temperature not in (None, teacher.temperature):
                 raise ValueError(
@@ -133,24 +148,12 @@ class Distiller(Tuner):
         total = ops.stop_gradient(ops.sum(found))
         return (ops.sum(found * weights), total, text.correct, text.count, *text)
 
+    def _learns(self) -> dict[str, Any]:
+        made = [self._kind, self._temperature, self._text_weight]
+        of_targets = self._targets.identity if self._targets else None
+        return super()._learns() | {"another distillation": made, "other targets": of_targets}
+
     def _with_targets(self, examples: Sequence[Example]) -> list[Example]:
         if self._targets is None:
             return list(examples)
         return [self._targets.put_beside(example) for example in examples]
-
-
-def _is_within(value: Any, low: float, high: float) -> bool:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and low < value < high
-
-
-def _check_vocabularies(student: GemmaCausalLM, teacher: GemmaCausalLM) -> None:
-    sizes = [one.backbone.config.vocabulary_size for one in (student, teacher)]
-    if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"the student has a vocabulary of {sizes[0]:,} and the teacher of {sizes[1]:,}; their "
-            "distributions are over different tokens"
-        )
-    protos = [one.preprocessor and one.preprocessor.tokenizer.proto for one in (student, teacher)]
-    if None not in protos and protos[0] != protos[1]:
-        raise ValueError("the student and the teacher have different tokenizers")

@@ -124,7 +124,11 @@ class Renderer:
 
     def _answered(self, row: Mapping[str, Any], asked: str, said: str) -> Example:
         """The example of a prompt and an answer, which are texts or messages."""
-        if not all(isinstance(row[key], (list, tuple)) for key in (asked, said)):
+        messages = [isinstance(row[key], (list, tuple)) for key in (asked, said)]
+        texts = [isinstance(row[key], str) for key in (asked, said)]
+        if any(messages) and any(texts):
+            raise RowError(f"its {asked} and {said} must be two texts, or messages both")
+        if not all(messages):
             return self._text(_text_of(row, asked), _text_of(row, said))
         answer = _messages_of(row, said)
         answers = sum(message.get("role") in ("assistant", "model") for message in answer)

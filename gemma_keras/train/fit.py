@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import numbers
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -88,7 +89,8 @@ def fit(
     accumulated = 1
     if isinstance(model.loss, TokenLoss):  # another loss does not count tokens
         accumulated = getattr(model.optimizer, "gradient_accumulation_steps", None) or 1
-    seed = of_the_first(np.random.randint(1 << 31) if options.pop("shuffle", True) else None)
+    shuffle = bool(options.pop("shuffle", True))
+    seed = of_the_first(np.random.randint(1 << 31) if shuffle else None)
     first = int(model.optimizer._iterations.value) % accumulated if accumulated > 1 else 0
     batches = _batches(
         model,
@@ -113,26 +115,35 @@ def fit(
         return fit_prepared(model, fed(batches), **options)
     if options.get("initial_epoch"):
         raise ValueError("initial_epoch is what checkpoint_dir says; leave it out")
-    if checkpoint_every < 1:
+    if not isinstance(checkpoint_every, numbers.Integral) or checkpoint_every < 1:
         raise ValueError(f"checkpoint_every is {checkpoint_every!r}; it must be at least 1")
+    if not isinstance(checkpoint_dir, (str, os.PathLike)) or not str(checkpoint_dir):
+        raise ValueError(f"checkpoint_dir is {checkpoint_dir!r}; it must be the path of a folder")
+    if steps % model.steps_per_execution:
+        raise ValueError(
+            f"an epoch has {steps:,} batches, which steps_per_execution="
+            f"{model.steps_per_execution} does not divide; with checkpoint_dir it must"
+        )
     say: Any = functools.partial(print, flush=True) if show else lambda line: None
-    of = {"other rows": digest_of_examples(examples), "other options": repr((pack, batch_size))}
+    of = {
+        "other rows": digest_of_examples(examples),
+        "other options": repr((pack, batch_size, shuffle)),
+    }
     folder = Path(checkpoint_dir).expanduser()
     place = Place(0, steps, seed, first, of)
     resumes = resuming(model, folder, checkpoint_every, place, say)
+    resumes.restore(model, options.get("epochs", 1))
     place = resumes.place
     batches.begin(resumes.first_batch, place.seed, place.first)
     callbacks = keras.tree.flatten([options.pop("callbacks", None)])
     with resumes.said_where():
-        history = fit_prepared(
+        return fit_prepared(
             model,
             batches,
             callbacks=[*callbacks, resumes],
             initial_epoch=resumes.initial_epoch,
             **options,
         )
-        resumes.save()
-    return history
 
 
 def evaluate(

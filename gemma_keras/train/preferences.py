@@ -22,7 +22,7 @@ from gemma_keras.model.losses import Sums
 from gemma_keras.model.token_loss import tokens_of_chunk
 from gemma_keras.train.examples import Example
 from gemma_keras.train.logits import logits_of_keras
-from gemma_keras.train.tuner import Tuner, token_weights
+from gemma_keras.train.tuner import Tuner, check_is_task, is_number, token_weights
 
 # Losses of how much more the model prefers the chosen answer than the reference does.
 FORMS: Mapping[str, Callable[[Any, float], Any]] = {
@@ -72,10 +72,14 @@ class PreferenceTuner(Tuner):
         **kwargs,
     ) -> None:
         super().__init__(task, **kwargs)
-        if form not in FORMS:
+        if not isinstance(form, str) or form not in FORMS:
             raise ValueError(f"form is {form!r}; it must be one of {', '.join(FORMS)}")
-        if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not beta > 0:
+        if not is_number(beta, 0, float("inf")):
             raise ValueError(f"beta is {beta!r}; it must be more than 0")
+        if reference is not None:
+            check_is_task(reference, "the reference")
+            if reference.backbone is task.backbone:
+                raise ValueError("the reference is the model itself; leave it out")
         self._form, self._beta = form, float(beta)
         self._note(reference=reference, known={})
 
@@ -94,6 +98,7 @@ class PreferenceTuner(Tuner):
             gains = [g / ops.maximum(n, 1.0) for g, n in zip(gains, sizes, strict=True)]
         delta = gains[0] - gains[1]
         losses = FORMS[self._form](delta, self._beta) * pairs
+        shares = ops.max(weights, axis=-1)  # of a batch among those whose gradients are added up
 
         def sums(values):
             total = ops.stop_gradient(ops.sum(values * pairs))
@@ -107,7 +112,7 @@ class PreferenceTuner(Tuner):
             chosen_reward=sums(chosen),
             rejected_reward=sums(rejected),
         )
-        loss = ops.sum(losses) / ops.maximum(ops.sum(pairs), 1.0)
+        loss = ops.sum(losses * shares) / ops.maximum(ops.sum(pairs), 1.0)
         return sum((self._aggregate_additional_loss(more) for more in self.losses), loss)
 
     def _sums(self, hidden, targets, weights, sign, reference):
@@ -125,26 +130,25 @@ class PreferenceTuner(Tuner):
         )
 
     def _with_targets(self, examples: Sequence[Example]) -> list[Example]:
-        new = [e for e in examples if e.ids.tobytes() not in self._known]
-        if new and self._reference is None and not self.task.adapters and self._has_trained():
+        new = [example for example in examples if _key(example) not in self._known]
+        if new and self._reference is None and not self.task.adapters and self._has_trained:
             raise ValueError(
                 "the reference is the model before training, which has ended; give evaluate these "
                 "rows before fit, or a reference, or train an adapter"
             )
         with self._as_reference() as model:
             for example in new:
-                self._known[example.ids.tobytes()] = _log_probabilities(model, example)
+                self._known[_key(example)] = _log_probabilities(model, example)
         return [self._beside(example) for example in examples]
 
     def _beside(self, example: Example) -> Example:
         sign = np.ones(len(example), np.int32)
         sign[example.texts[1]] = -1
-        values = {"sign": sign, "reference": self._known[example.ids.tobytes()]}
+        values = {"sign": sign, "reference": self._known[_key(example)]}
         return dataclasses.replace(example, beside=functools.partial(dict, values))
 
-    def _has_trained(self) -> bool:
-        optimizer: Any = self.optimizer
-        return bool(optimizer.built) and int(optimizer.iterations.value) > 0
+    def _learns(self) -> dict[str, Any]:
+        return super()._learns() | {"another form or beta": [self._form, self._beta]}
 
     @contextlib.contextmanager
     def _as_reference(self):
@@ -153,6 +157,11 @@ class PreferenceTuner(Tuner):
         else:
             with self.task.without_adapter():
                 yield self.task
+
+
+def _key(example: Example) -> tuple:
+    """What tells a pair from others: the same tokens may be divided otherwise."""
+    return example.ids.tobytes(), example.counts.tobytes(), example.begins
 
 
 def _log_probabilities(model: GemmaCausalLM, example: Example) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,9 @@ class Resumes(keras.callbacks.Callback):
         self._written = None if path is None else place.step
         self._shown: dict[str, np.ndarray] = {}
         self._skip = place.step % place.steps_per_epoch
+        self._own: Any = None  # the train function, while batches are skipped
+        self._rate: float | None = None
+        self._is_finite = True
 
     @property
     def initial_epoch(self) -> int:
@@ -63,16 +67,23 @@ class Resumes(keras.callbacks.Callback):
         """The number of its first batch."""
         return self.place.step - self._skip
 
-    def restore(self, model: keras.Model) -> None:
-        """Give the model the state of the file.
+    def restore(self, model: keras.Model, epochs: int) -> None:
+        """Give the model the state of the file, if there is one.
 
         Raises:
             CheckpointError: it cannot be read, or is of another model.
         """
-        if self._path is not None:
-            self._shown = training_state.restore(self._path, model)
-            at = f"epoch {self.initial_epoch + 1}, batch {self._skip + 1:,}"
-            self._say(f"going on from {self._path}: {at} of {self.place.steps_per_epoch:,}")
+        if self._path is None:
+            return
+        given = _rate_of(model)
+        self._shown = training_state.restore(self._path, model)
+        self._rate = _rate_of(model)
+        at = f"epoch {self.initial_epoch + 1}, batch {self._skip + 1:,}"
+        if self.initial_epoch >= epochs:
+            at = f"all {epochs:,} epochs are done"
+        self._say(f"going on from {self._path}: {at} of {self.place.steps_per_epoch:,}")
+        if given != self._rate:
+            self._say(f"the learning rate is that of the checkpoint, {self._rate:g}")
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         if not self._skip:
@@ -82,6 +93,9 @@ class Resumes(keras.callbacks.Callback):
         for name, array in self._shown.items():
             if name in variables and tuple(variables[name].shape) == array.shape:
                 variables[name].assign(array)
+        if self._rate is not None:  # a schedule by epochs has been applied to it already
+            _optimizer_of(model).learning_rate = self._rate
+        self._own = model.train_function
         model.train_function = _skipping(model, self._skip)
 
     def on_train_batch_end(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
@@ -92,16 +106,22 @@ class Resumes(keras.callbacks.Callback):
         step = self.place.step // per_epoch * per_epoch + batch + 1
         before = self.place.step
         self.place = dataclasses.replace(self.place, step=step)
+        loss = (logs or {}).get("loss")
+        self._is_finite = self._is_finite and (loss is None or math.isfinite(float(loss)))
         if step // self._every > before // self._every:
             self.save()
 
+    def on_epoch_end(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
+        """Save before Keras puts averaged weights, or the best ones, in the place of the last."""
+        self.save()
+
     def save(self) -> None:
-        """Write a file, if there is none of this place.
+        """Write a file, if there is none of this place and no loss was infinite or NaN.
 
         Raises:
             CheckpointError: it cannot be written; those before are whole.
         """
-        if self._written != self.place.step:
+        if self._written != self.place.step and self._is_finite:
             self._path = training_state.write(self._folder, self.model, self.place)
             self._written = self.place.step
 
@@ -119,6 +139,20 @@ class Resumes(keras.callbacks.Callback):
                     "the same call of fit goes on"
                 )
             raise
+        finally:
+            if self._own is not None:
+                self.model.train_function = self._own
+
+
+def _optimizer_of(model: keras.Model) -> Any:
+    """The one that has the learning rate."""
+    return getattr(model.optimizer, "inner_optimizer", model.optimizer)
+
+
+def _rate_of(model: keras.Model) -> float | None:
+    """The learning rate, if it is a number that may be set."""
+    rate = _optimizer_of(model)._learning_rate
+    return float(ops.convert_to_numpy(rate)) if isinstance(rate, keras.Variable) else None
 
 
 def _skipping(model: keras.Model, count: int) -> Callable[..., Any]:
@@ -160,7 +194,8 @@ def resuming(
         CheckpointError: the folder cannot be made or read, has no space, or is of another training.
     """
     training_state.prepare(folder, model)
-    of = {**place.of, "another base model": _digest_of_frozen(model)}
+    learns = {name: _digest(repr(value)) for name, value in model._learns().items()}
+    of = {**place.of, **learns, "another base model": _digest_of_frozen(model)}
     place = dataclasses.replace(place, of=of)
     files = training_state.files_of(folder)
     if not files:
@@ -174,9 +209,7 @@ def resuming(
             f"{files[-1]} is of a training with {' and '.join(other)}; give what it was begun "
             "with, or another folder"
         )
-    callback = Resumes(folder, every, there, files[-1], say)
-    callback.restore(model)
-    return callback
+    return Resumes(folder, every, there, files[-1], say)
 
 
 def digest_of_examples(examples: Sequence[Example]) -> str:
@@ -186,6 +219,10 @@ def digest_of_examples(examples: Sequence[Example]) -> str:
         found.update(len(example).to_bytes(8, "little"))
         found.update(example.ids.tobytes() + example.counts.tobytes())
     return found.hexdigest()
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _digest_of_frozen(model: keras.Model) -> str:

@@ -11,7 +11,9 @@ import functools
 import hashlib
 import json
 import math
+import numbers
 import os
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +27,7 @@ from gemma_keras.train.errors import RowError
 from gemma_keras.train.examples import Example
 from gemma_keras.train.fit import read_examples
 from gemma_keras.train.logits import logits_of_keras
+from gemma_keras.train.tuner import check_is_task, is_number
 
 TOKENS, LOG_PROBABILITIES = "likeliest_tokens", "log_probabilities"
 _ABOUT, _INDEX = "targets.json", "index.npz"
@@ -71,7 +74,10 @@ class TeacherTargets:
         folder = Path(path)
         try:
             about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
-            with np.load(folder / _INDEX, allow_pickle=False) as index:
+            with (
+                (folder / _INDEX).open("rb") as file,
+                np.load(file, allow_pickle=False) as index,
+            ):
                 digests, begins = index["digests"], index["begins"]
             arrays = {
                 name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
@@ -88,8 +94,15 @@ class TeacherTargets:
             ) from error
         except OSError as error:
             raise CheckpointError(f"cannot read {folder}: {error.strerror or error}") from error
-        except (ValueError, KeyError, TypeError, EOFError) as error:
+        except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
             raise CheckpointError(f"the targets in {folder} are damaged: {error}") from error
+
+    @property
+    def identity(self) -> list[Any]:
+        """What tells these targets from others: their number, and a few of them."""
+        array = self.arrays[LOG_PROBABILITIES]
+        few = array[:: -(-len(array) // 256)]
+        return [array.shape, self.temperature, hashlib.sha256(few.tobytes()).hexdigest()]
 
     def check_tokenizer(self, student) -> None:
         """Raise `ValueError` for a student with another tokenizer."""
@@ -154,17 +167,23 @@ def write_targets(
         CheckpointError: the folder exists or cannot be written.
         EdgeError: the bundle cannot be run.
     """
+    check_is_task(student, "the student")
     size = student.backbone.config.vocabulary_size
-    if not isinstance(top, int) or not 1 <= top < size:
+    if not isinstance(top, numbers.Integral) or not is_number(top, 0, size):
         raise ValueError(f"top is {top!r}; it must be 1 to {size - 1:,}")
-    if not 0 < temperature < math.inf:
+    top = int(top)
+    if not is_number(temperature, 0, math.inf):
         raise ValueError(f"temperature is {temperature!r}; it must be more than 0")
     examples = read_examples(student, rows, on_too_long).examples
     digests = list(dict.fromkeys(map(_digest, examples)))
     examples = list({_digest(example): example for example in examples}.values())
     counts = [int(example.counts[1:].sum()) for example in examples]
     begins = np.cumsum([0, *counts])
-    about = {"top": top, "temperature": temperature, "tokenizer": _digest_of_tokenizer(student)}
+    about = {
+        "top": top,
+        "temperature": float(temperature),
+        "tokenizer": _digest_of_tokenizer(student),
+    }
     asked = _logits_of(teacher, student)
     shape = int(begins[-1]), top
     num_bytes = shape[0] * top * sum(np.dtype(kind).itemsize for kind in _ARRAYS.values())
@@ -227,9 +246,15 @@ def _logits_of(teacher: Any, student) -> Callable[[Example], Iterator[np.ndarray
     """A function that makes a teacher's logits wherever a token of an example is to be
     predicted, in chunks."""
     if isinstance(teacher, keras.Model):
+        check_teacher(teacher, student)
         return lambda example: logits_of_keras(teacher, example)
     if isinstance(teacher, (str, os.PathLike)):
         teacher = _open_bundle(teacher, student)
+    if not hasattr(teacher, "all_logits"):
+        raise ValueError(
+            "the teacher must be a GemmaCausalLM, the folder of a bundle, or an engine, not "
+            f"{type(teacher).__name__}"
+        )
 
     def logits(example: Example) -> Iterator[np.ndarray]:
         teacher.rewind(0)
@@ -241,6 +266,20 @@ def _logits_of(teacher: Any, student) -> Callable[[Example], Iterator[np.ndarray
             first += len(chunk)
 
     return logits
+
+
+def check_teacher(teacher: Any, student) -> None:
+    """Raise `ValueError` for a Keras model whose distributions are over other tokens."""
+    check_is_task(teacher, "the teacher")
+    sizes = [one.backbone.config.vocabulary_size for one in (student, teacher)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"the student has a vocabulary of {sizes[0]:,} and the teacher of {sizes[1]:,}; their "
+            "distributions are over different tokens"
+        )
+    protos = [one.preprocessor and one.preprocessor.tokenizer.proto for one in (student, teacher)]
+    if None not in protos and protos[0] != protos[1]:
+        raise ValueError("the student and the teacher have different tokenizers")
 
 
 def _open_bundle(path: str | os.PathLike[str], student) -> Teacher:

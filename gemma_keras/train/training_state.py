@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import zipfile
 import zlib
@@ -26,6 +27,10 @@ from gemma_keras.errors import CheckpointError
 _NAME = re.compile(r"step-(\d{8,12})\.npz")
 _KEPT = 2
 _PLACE = "place"  # the array that holds JSON
+_DAMAGED = (
+    *(ValueError, KeyError, TypeError, EOFError, RuntimeError),  # the last: it says it is encrypted
+    *(NotImplementedError, zipfile.BadZipFile, zlib.error),
+)
 _SHOWN = "metric."  # what is shown of an epoch; it changes no weight
 
 
@@ -77,6 +82,8 @@ def prepare(folder: Path, model: keras.Model) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"cannot make {folder}: {error.strerror or error}") from error
+    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+        raise CheckpointError(f"{folder} cannot be read and written; change its permissions")
     size = sum(_num_bytes(variable) for variable in variables_of(model).values())
     check_space(folder / "step", size * (_KEPT + 1))
 
@@ -161,7 +168,7 @@ def _opened(path: Path) -> Iterator[Any]:
             yield arrays
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except _DAMAGED as error:
         raise CheckpointError(
             f"{path} is damaged, and training cannot go on from it; remove it to go on from the "
             f"one before ({error})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import keras
@@ -29,18 +30,39 @@ class Tuner(LearnsTokens, keras.Model):
 
     def __init__(self, task: GemmaCausalLM, **kwargs) -> None:
         super().__init__(**kwargs)
+        check_is_task(task, "the model to tune")
         if task.preprocessor is None:
             raise ValueError("the model has no preprocessor, and rows cannot be read without one")
         self.task = task
         self.built = True  # the layers are
+        self._note(seen=None, has_trained=False)
 
     def compile(self, optimizer="auto", **kwargs) -> None:
-        """Like Keras; the optimizer is Adam with a learning rate of 2e-5 by default."""
+        """Like Keras; the optimizer is Adam with a learning rate of 2e-5 by default.
+
+        Raises:
+            ValueError: a loss or metrics are given; it has its own.
+        """
+        own = {"loss", "loss_weights", "metrics", "weighted_metrics"} & kwargs.keys()
+        if own:
+            raise ValueError(f"a {type(self).__name__} has its own {own.pop()}; leave that out")
         if isinstance(optimizer, str) and optimizer == "auto":
             optimizer = keras.optimizers.Adam(_LEARNING_RATE)
         super().compile(optimizer=optimizer, weighted_metrics=None, **kwargs)
         made = {name: TokenMetric(name) for name in ("loss", *self.shown)}
         self._note(loss_tracker=made["loss"], token_metrics=tuple(made.values()))
+
+    def save(self, *args, **kwargs) -> None:
+        """Save the task, which is all that has learnt; arguments as of its `save`."""
+        self.task.save(*args, **kwargs)
+
+    def save_weights(self, *args, **kwargs) -> None:
+        """Save the task's weights; arguments as of its `save_weights`."""
+        self.task.save_weights(*args, **kwargs)
+
+    def load_weights(self, *args, **kwargs) -> None:
+        """Load the task's weights; arguments as of its `load_weights`."""
+        self.task.load_weights(*args, **kwargs)
 
     @property
     def metrics(self) -> list[Any]:
@@ -64,6 +86,7 @@ class Tuner(LearnsTokens, keras.Model):
 
     def make_train_function(self, force=False) -> None:
         """Like Keras; on a CPU JAX needs an option for gradient checkpointing."""
+        self._note(has_trained=True)
         options = train_options(self)
         if options is None or (self.train_function is not None and not force):
             return super().make_train_function(force)
@@ -78,15 +101,49 @@ class Tuner(LearnsTokens, keras.Model):
         for variable in self.task.trainable_variables:
             variable.value.grad = None
 
-    def _check_that_it_learns(self) -> None:
+    def _begin(self, training: bool) -> None:
         if not self._token_metrics:
             raise ValueError("call compile first")
+        self._follow()
+        super()._begin(training)
+
+    def _follow(self) -> None:
+        """Compile again what has the task's adapters in it, if these have changed."""
+        trained = [id(variable) for variable in self.task.trainable_variables]
+        all_of_task = [id(variable) for variable in self.task.variables]
+        now = (self.task._adapter_changes, trained, all_of_task)
+        before, optimizer = self._seen, self.optimizer
+        self._note(seen=now)
+        if before is None or before == now:
+            return
+        self.train_function = self.test_function = self.predict_function = None
+        if before[1] != trained:
+            self.optimizer = type(optimizer).from_config(optimizer.get_config())
+
+    def _check_that_it_learns(self) -> None:
         self.task._check_that_it_learns()
+        if not self.task.trainable_variables:
+            raise ValueError("all weights of the model are frozen, so that nothing can learn")
+
+    def _learns(self) -> dict[str, Any]:
+        return super()._learns() | {"another LoRA": self.task._lora_settings()}
 
     def _show(self, **sums: Any) -> None:
         """Add sums of a batch to what is shown."""
         for metric in self._token_metrics:
             metric.add(sums[metric.name])
+
+
+def check_is_task(value: Any, what: str) -> None:
+    """Raise `ValueError` for what is no `GemmaCausalLM`."""
+    if not isinstance(value, GemmaCausalLM):
+        raise ValueError(f"{what} must be a GemmaCausalLM, not {type(value).__name__}")
+
+
+def is_number(value: Any, above: float, below: float) -> bool:
+    """Whether it is a number between two others, of Python or numpy."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return number and above < float(value) < below
 
 
 def token_weights(targets, sample_weight):

@@ -175,6 +175,21 @@ def test_an_adapter_learns_and_training_goes_on(folders, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+def test_the_student_is_what_is_saved(folders, tmp_path):
+    student = load(folders["student"])
+    distiller = Distiller(student, load(folders["teacher"]))
+    distiller.compile(keras.optimizers.Adam(1e-3))
+    kept = keras.callbacks.ModelCheckpoint(tmp_path / "best.keras", monitor="loss", mode="min")
+    distiller.fit(ROWS, batch_size=3, verbose=0, callbacks=[kept])
+    loaded = keras.saving.load_model(tmp_path / "best.keras")
+    ids = [[2, 5, 9, 30]]
+    np.testing.assert_allclose(loaded.logits(ids), student.logits(ids), atol=1e-5)
+    distiller.save_weights(tmp_path / "student.weights.h5")
+    other = load(folders["student"])
+    other.load_weights(tmp_path / "student.weights.h5")
+    np.testing.assert_allclose(other.logits(ids), student.logits(ids), atol=1e-5)
+
+
 def test_equal_distributions_have_no_divergence():
     log_p = np.log(softmax(np.random.default_rng(0).normal(size=(5, 9)), 1.0)).astype("float32")
     log_p = ops.convert_to_tensor(log_p)
@@ -251,8 +266,28 @@ def test_what_does_not_fit_is_refused(folders, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             Distiller(student, teacher, **options)
-    with pytest.raises(ValueError, match="call compile first"):
-        Distiller(student, teacher).fit(ROWS)
+    for call in ("fit", "evaluate"):
+        with pytest.raises(ValueError, match="call compile first"):
+            getattr(Distiller(student, teacher), call)(ROWS)
+    for given, message in (
+        ((student, student), "the teacher is the student itself"),
+        ((student, 5), "the teacher must be a GemmaCausalLM or the path of targets, not int"),
+        ((student, teacher.backbone), "the teacher must be a GemmaCausalLM, not GemmaBackbone"),
+        (("sample", teacher), "the model to tune must be a GemmaCausalLM, not str"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Distiller(*given)
+    Distiller(student, teacher, np.float32(0.5), np.float32(2), np.float32(0.5))
+    with pytest.raises(ValueError, match="a Distiller has its own metrics"):
+        Distiller(student, teacher).compile(metrics=["accuracy"])
+    frozen = load(folders["student"])
+    frozen.trainable = False
+    with pytest.raises(ValueError, match="all weights of the model are frozen"):
+        made = Distiller(frozen, teacher)
+        made.compile()
+        made.fit(ROWS, verbose=0)
+    with pytest.raises(ValueError, match="an engine, not int"):
+        write_targets(tmp_path / "none", 5, student, ROWS, top=4)
     targets = tmp_path / "targets"
     with pytest.raises(CheckpointError, match="holds no targets of a teacher"):
         Distiller(student, targets)
@@ -273,6 +308,12 @@ def test_what_does_not_fit_is_refused(folders, tmp_path):
     (targets / "targets.json").write_text(json.dumps(about | {"tokenizer": "0"}))
     with pytest.raises(ValueError, match="written with another tokenizer"):
         Distiller(student, targets)
+    (targets / "targets.json").write_text(json.dumps(about))
+    index = (targets / "index.npz").read_bytes()
+    (targets / "index.npz").write_bytes(index[:-20])
+    with pytest.raises(CheckpointError, match="are damaged"):
+        Distiller(student, targets)
+    (targets / "index.npz").write_bytes(index)
     whole = (targets / "likeliest_tokens.npy").read_bytes()
     (targets / "likeliest_tokens.npy").write_bytes(whole[:-8])
     with pytest.raises(CheckpointError, match="are damaged"):
@@ -287,7 +328,7 @@ def test_a_teacher_of_another_vocabulary_is_refused(folders, tmp_path):
     student = load(folders["student"])
     with pytest.raises(ValueError, match="the student has a vocabulary of"):
         Distiller(student, teacher)
-    with pytest.raises(ValueError, match="has a vocabulary of 320, and the student of"):
+    with pytest.raises(ValueError, match="of 300 and the teacher of 320; their"):
         write_targets(tmp_path / "targets", teacher, student, ROWS, top=4, verbose=0)
     assert not (tmp_path / "targets").exists()
     with pytest.raises(ValueError, match="has no preprocessor"):

@@ -150,6 +150,19 @@ def test_dropout_is_of_training_alone_and_leaves_the_mean(folder):
     assert np.isfinite(losses).all()
 
 
+def test_lora_beside_weights_of_16_bits_keeps_their_dtype(folder):
+    """Queries and values have LoRA, and keys have not: attention wants one dtype."""
+    keras.utils.set_random_seed(0)
+    model = GemmaCausalLM.from_preset(folder, dtype="bfloat16", sequence_length=LENGTH)
+    model.enable_lora(rank=2)
+    model.compile(keras.optimizers.Adam(1e-2))
+    fill(model)
+    query = model.backbone.transformer_layers[0].attention.query
+    assert keras.backend.standardize_dtype(query(np.ones((1, 3, 96))).dtype) == "bfloat16"
+    history = model.fit(LINES, epochs=3, verbose=0).history["loss"]
+    assert history[-1] < history[0]
+
+
 @pytest.mark.backends("torch")
 def test_dropout_on_quantized_weights(folder):
     model = load(folder)

@@ -145,6 +145,51 @@ def test_without_an_adapter_the_reference_is_the_model_before_training(folder):
     assert given.evaluate(ROWS[:2], verbose=0, return_dict=True)["reward_margin"] > 0
 
 
+def test_another_adapter_is_followed(folder):
+    model = load(folder)
+    tuner = PreferenceTuner(model, beta=BETA)
+    tuner.compile(keras.optimizers.Adam(1e-2))
+    tuner.fit(ROWS, batch_size=3, verbose=0)
+    with_it = tuner.evaluate(ROWS, verbose=0, return_dict=True)
+    with model.without_adapter():
+        without = tuner.evaluate(ROWS, verbose=0, return_dict=True)
+    assert without["loss"] == pytest.approx(np.log(2), rel=1e-5)
+    assert tuner.evaluate(ROWS, verbose=0, return_dict=True) == pytest.approx(with_it)
+    model.enable_lora(rank=3, name="other")
+    tuner.fit(ROWS, batch_size=3, verbose=0)
+    assert int(tuner.optimizer.iterations.value) == 1
+
+
+def test_the_same_tokens_divided_otherwise_are_another_pair(folder):
+    model = load(folder, lora=False)
+    tuner = PreferenceTuner(model, beta=BETA)
+    tuner.compile()
+    rows = [
+        {"prompt": "The boat went", "chosen": " down the river.", "rejected": " under a bridge."},
+        {
+            "prompt": "The boat",
+            "chosen": " went down the river.",
+            "rejected": " went under a bridge.",
+        },
+    ]
+    for row in rows:
+        found = tuner.evaluate([row], verbose=0, return_dict=True)
+        assert found["chosen_reward"] == pytest.approx(0, abs=1e-4)
+
+
+def test_accumulated_batches_are_the_mean_over_pairs(folder):
+    """Two batches of two and one pairs move the weights as one batch of three does."""
+    found = []
+    for size, accumulated in ((3, None), (2, 2)):
+        model = load(folder)
+        tuner = PreferenceTuner(model, beta=BETA)
+        tuner.compile(keras.optimizers.SGD(0.1, gradient_accumulation_steps=accumulated))
+        tuner.fit(ROWS, batch_size=size, shuffle=False, verbose=0)
+        found.append([ops.convert_to_numpy(w.value) for w in model.trainable_variables])
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(a).max())
+
+
 def test_training_goes_on_where_it_was_interrupted(folder, tmp_path):
     def fit(there, epochs):
         model = load(folder)
@@ -165,6 +210,10 @@ def test_what_does_not_fit_is_refused(folder):
     for options, message in (
         ({"form": "kto"}, "form is 'kto'; it must be one of sigmoid, hinge, ipo, sigmoid_norm"),
         ({"beta": 0}, "beta is 0; it must be more than 0"),
+        ({"beta": float("inf")}, "beta is inf"),
+        ({"form": ["sigmoid"]}, "form is"),
+        ({"reference": model}, "the reference is the model itself"),
+        ({"reference": "x"}, "the reference must be a GemmaCausalLM, not str"),
     ):
         with pytest.raises(ValueError, match=message):
             PreferenceTuner(model, **options)
@@ -174,6 +223,7 @@ def test_what_does_not_fit_is_refused(folder):
         (["a text"], "row 1: it needs a prompt, a chosen and a rejected answer"),
         ([ROWS[0], {"prompt": "a", "completion": "b"}], "row 2: it needs a prompt, a chosen"),
         ([ROWS[0] | {"rejected": ""}], "row 1: its text is empty"),
+        ([ROWS[2] | {"chosen": "Yes."}], "prompt and chosen must be two texts, or messages both"),
         ([ROWS[0] | {"chosen": "of it " * 80}], "row 1 has .* tokens, more than 65"),
     ):
         with pytest.raises(RowError, match=message):

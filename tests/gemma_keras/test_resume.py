@@ -109,6 +109,68 @@ def test_it_goes_on_with_more_epochs_and_rests_when_all_are_done(folder, tmp_pat
     assert fit(model, tmp_path / "parts", epochs=3).epoch == []
     names = [path.name for path in (tmp_path / "parts").iterdir()]
     assert sorted(names) == ["step-00000011.npz", "step-00000012.npz"]
+    capsys.readouterr()
+    fit(model, tmp_path / "parts", epochs=2, verbose=2)
+    assert "step-00000012.npz: all 2 epochs are done" in capsys.readouterr().out
+
+
+@of_one_backend
+def test_a_second_interruption_while_batches_are_skipped_loses_nothing(folder, tmp_path):
+    whole = load(folder)
+    fit(whole, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        fit(load(folder), tmp_path / "there", callbacks=[Interrupts(7)])
+    again = load(folder)
+    with pytest.raises(KeyboardInterrupt):
+        fit(again, tmp_path / "there", callbacks=[Interrupts(2)])
+    fit(again, tmp_path / "there")
+    for name, array in state_of(whole).items():
+        np.testing.assert_array_equal(state_of(again)[name], array)
+
+
+@of_one_backend
+def test_a_schedule_by_epochs_is_applied_once(folder, tmp_path):
+    def made():
+        model = load(folder)
+        model.compile(keras.optimizers.Adam(1e-2))
+        return model, keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate / 2)
+
+    (whole, halves), (again, also) = made(), made()
+    fit(whole, tmp_path / "whole", callbacks=[halves])
+    with pytest.raises(KeyboardInterrupt):
+        model, other = made()
+        fit(model, tmp_path / "there", callbacks=[other, Interrupts(6)])
+    fit(again, tmp_path / "there", callbacks=[also])
+    assert float(ops.convert_to_numpy(again.optimizer.learning_rate)) == pytest.approx(2.5e-3)
+    for name, array in state_of(whole).items():
+        np.testing.assert_array_equal(state_of(again)[name], array)
+
+
+@of_one_backend
+def test_averaged_weights_are_not_what_goes_on(folder, tmp_path):
+    def made():
+        model = load(folder)
+        model.compile(keras.optimizers.Adam(1e-2, use_ema=True, ema_momentum=0.5))
+        return model
+
+    whole, parts = made(), made()
+    fit(whole, tmp_path / "whole", epochs=2, checkpoint_every=100)
+    fit(made(), tmp_path / "parts", epochs=1, checkpoint_every=100)
+    fit(parts, tmp_path / "parts", epochs=2, checkpoint_every=100)
+    for name, array in state_of(whole).items():
+        np.testing.assert_array_equal(state_of(parts)[name], array)
+
+
+@of_one_backend
+def test_weights_that_are_not_finite_are_not_kept(folder, tmp_path):
+    model = load(folder, "full")
+    model.compile(keras.optimizers.SGD(1e30))
+    with pytest.warns(UserWarning, match="the loss is"):
+        fit(model, tmp_path, callbacks=[keras.callbacks.TerminateOnNaN()])
+    for path in tmp_path.iterdir():
+        with np.load(path) as arrays:
+            losses = [arrays[name] for name in arrays.files if name.startswith("metric.")]
+        assert np.isfinite(losses).all()
 
 
 @of_one_backend
@@ -171,11 +233,19 @@ def test_what_is_of_another_training_is_refused(folder, tmp_path):
     with pytest.raises(CheckpointError, match="4 batches an epoch"):
         fit(load(folder), tmp_path, steps_per_epoch=3)
     model = load(folder)
-    model.compile(keras.optimizers.SGD())
     before = state_of(model)
-    with pytest.raises(CheckpointError, match="of another model or optimizer: optimizer"):
+    model.compile(keras.optimizers.SGD())
+    for other in (keras.optimizers.SGD(), keras.optimizers.Adam(beta_1=0.8)):
+        model.compile(other)
+        with pytest.raises(CheckpointError, match="a training with another optimizer; give what"):
+            fit(model, tmp_path)
+    model = load(folder)
+    model.enable_lora(rank=2, alpha=8, dropout=0.3, targets="all-linear", name="other")
+    with pytest.raises(CheckpointError, match="with another LoRA"):
         fit(model, tmp_path)
-    for name, array in state_of(model).items():
+    with pytest.raises(CheckpointError, match="with other options"):
+        fit(load(folder), tmp_path, shuffle=False)
+    for name, array in state_of(load(folder)).items():
         np.testing.assert_array_equal(before[name], array)
 
 
@@ -199,5 +269,12 @@ def test_what_cannot_be_used_is_said(folder, tmp_path):
         load(folder).fit({"token_ids": ids, "padding_mask": ids}, ids, checkpoint_dir=tmp_path)
     with pytest.raises(ValueError, match="initial_epoch is what checkpoint_dir says"):
         fit(load(folder), tmp_path / "run", initial_epoch=1)
-    with pytest.raises(ValueError, match="checkpoint_every is 0"):
-        fit(load(folder), tmp_path / "run", checkpoint_every=0)
+    for wrong in (0, "a", 2.5):
+        with pytest.raises(ValueError, match=f"checkpoint_every is {wrong!r}"):
+            fit(load(folder), tmp_path / "run", checkpoint_every=wrong)
+    with pytest.raises(ValueError, match="checkpoint_dir is ''; it must be the path of a folder"):
+        fit(load(folder), "")
+    model = load(folder)
+    model.compile(keras.optimizers.Adam(), steps_per_execution=3)
+    with pytest.raises(ValueError, match="4 batches, which steps_per_execution=3 does not divide"):
+        fit(model, tmp_path / "several")

@@ -261,7 +261,10 @@ def test_a_control_token_in_a_text_is_text():
         ({"text": ""}, "text is empty"),
         ({"text": 3}, "text must be a text, not 3"),
         ({"prompt": "a", "completion": ""}, "text is empty"),
-        ({"prompt": "a", "completion": TALK}, "completion must be a text, not \\[{"),
+        (
+            {"prompt": "a", "completion": TALK},
+            "prompt and completion must be two texts, or messages",
+        ),
         ({"prompt": "a", "completion": None}, "completion must be a text, not None"),
         ({"prompt": None, "completion": "a"}, "prompt must be a text, not None"),
         ({"prompt": TALK, "completion": ["a"]}, "completion must be a list of messages"),
