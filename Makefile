@@ -8,7 +8,7 @@ SAMPLING ?= --max-tokens 64 --temperature 0.7 --top-k 40 --seed 3
 BUNDLE := build/sample-int8
 CODE   := $(shell find export gemma_keras edge_demo/bundle -name '*.py')
 
-.PHONY: demo help test test-all test-arm64 smoke-arm64 count-arm64 check lint format clean
+.PHONY: demo help test test-all test-arm64 smoke-arm64 count-arm64 check lint format notebooks clean
 
 demo: $(BUNDLE)/bundle.json  ## export the real Gemma 3 270M, and continue a text with it
 	@echo "==> Speaking: edge-demo generate $(BUNDLE) --prompt \"$(PROMPT)\""
@@ -90,6 +90,9 @@ lint: $(VENV)/installed-dev  ## check format, lint and types
 format: $(VENV)/installed-dev  ## repair format and lint
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+notebooks: $(VENV)/installed-dev  ## execute the notebooks, and rewrite them with their outputs
+	@$(BIN)/python -m tools.notebooks notebooks
 
 clean:  ## remove what these targets made
 	rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis
