@@ -28,7 +28,9 @@ class LearnsTokens(TrainsOn):
     _needs_logits = False
     _token_metrics: tuple[TokenMetric, ...] = ()
 
-    def compile(self, optimizer="auto", loss="auto", *, weighted_metrics="auto", **kwargs) -> None:
+    def compile(
+        self, optimizer="auto", loss="auto", *, weighted_metrics: Any = "auto", **kwargs
+    ) -> None:
         """Like `keras_hub.models.CausalLM.compile`, but the loss is `TokenLoss`, and its perplexity
         is shown too."""
         if isinstance(loss, str) and loss == "auto":

@@ -66,11 +66,11 @@ def _tuner(
     """What a way to teach has of the class that all of them have in common."""
     options = {"pack": packed, "on_too_long": long}
     return {
-        f"{name}.call": {"inputs": by_hand, "training": learns},
+        f"{name}.call": {"inputs": by_hand, "training": learns, "mask": by_hand},
         f"{name}.compute_loss": dict.fromkeys(
             ("x", "y", "y_pred", "sample_weight", "training"), by_hand
         ),
-        f"{name}.compile": {"optimizer": learns},
+        f"{name}.compile": {"optimizer": learns, "loss": _REFUSED, "weighted_metrics": _REFUSED},
         f"{name}.make_train_function": {"force": _FORCE},
         f"{name}.zero_grad": {"set_to_none": f"{K}distil.py::test_each_step_is_of_its_batch_alone"},
         f"{name}.fit": _FIT | options | _RESUMED,

@@ -28,6 +28,7 @@ def divergences(log_p, log_q, kind: str | float):
         return _kl(log_p, log_q)
     if kind == REVERSE:
         return _kl(log_q, log_p)
+    assert not isinstance(kind, str)
     log_m = ops.logaddexp(log_p + ops.log(kind), log_q + ops.log(1.0 - kind))
     return kind * _kl(log_p, log_m) + (1.0 - kind) * _kl(log_q, log_m)
 

@@ -102,14 +102,16 @@ class Distiller(Tuner):
             self._note(targets=teacher)
         self._temperature = 1.0 if temperature is None else float(temperature)
 
-    def call(self, inputs, training=None):
+    def call(self, inputs, training=None, mask=None):
         """Returns hidden states of the student, and of the teacher if it is live."""
         student = self.task.backbone(inputs, training=training)
         if self.teacher is None:
             return (student,)
         return student, ops.stop_gradient(self.teacher.backbone(inputs, training=False))
 
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+    def compute_loss(
+        self, x=None, y: Any = None, y_pred: Any = None, sample_weight=None, training=True
+    ):
         targets = y["targets"] if isinstance(y, dict) else y
         weights = token_weights(targets, sample_weight)
         arrays = [*y_pred, ops.cast(targets, "int32"), weights]

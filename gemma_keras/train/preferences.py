@@ -83,11 +83,13 @@ class PreferenceTuner(Tuner):
         self._form, self._beta = form, float(beta)
         self._note(reference=reference, known={})
 
-    def call(self, inputs, training=None):
+    def call(self, inputs, training=None, mask=None):
         """Returns hidden states."""
         return self.task.backbone(inputs, training=training)
 
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+    def compute_loss(
+        self, x=None, y: Any = None, y_pred: Any = None, sample_weight=None, training=True
+    ):
         weights = token_weights(y["targets"], sample_weight)
         arrays = [y_pred, y["targets"], weights, y["sign"], y["reference"]]
         tokens = tokens_of_chunk(self.task.backbone.token_embedding)

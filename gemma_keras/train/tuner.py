@@ -37,15 +37,19 @@ class Tuner(LearnsTokens, keras.Model):
         self.built = True  # the layers are
         self._note(seen=None, has_trained=False)
 
-    def compile(self, optimizer="auto", **kwargs) -> None:
+    def compile(
+        self, optimizer="auto", loss="auto", *, weighted_metrics: Any = "auto", **kwargs
+    ) -> None:
         """Like Keras; the optimizer is Adam with a learning rate of 2e-5 by default.
 
         Raises:
             ValueError: a loss or metrics are given; it has its own.
         """
-        own = {"loss", "loss_weights", "metrics", "weighted_metrics"} & kwargs.keys()
-        if own:
-            raise ValueError(f"a {type(self).__name__} has its own {own.pop()}; leave that out")
+        given = {"loss": loss, "weighted_metrics": weighted_metrics, **kwargs}
+        for name in ("loss", "loss_weights", "metrics", "weighted_metrics"):
+            if given.get(name, "auto") not in ("auto", None):
+                raise ValueError(f"a {type(self).__name__} has its own {name}; leave that out")
+            kwargs.pop(name, None)
         if isinstance(optimizer, str) and optimizer == "auto":
             optimizer = keras.optimizers.Adam(_LEARNING_RATE)
         super().compile(optimizer=optimizer, weighted_metrics=None, **kwargs)

@@ -278,8 +278,9 @@ def test_what_does_not_fit_is_refused(folders, tmp_path):
         with pytest.raises(ValueError, match=message):
             Distiller(*given)
     Distiller(student, teacher, np.float32(0.5), np.float32(2), np.float32(0.5))
-    with pytest.raises(ValueError, match="a Distiller has its own metrics"):
-        Distiller(student, teacher).compile(metrics=["accuracy"])
+    for name, value in (("metrics", ["accuracy"]), ("loss", "mse"), ("weighted_metrics", [1])):
+        with pytest.raises(ValueError, match=f"a Distiller has its own {name}; leave that out"):
+            Distiller(student, teacher).compile(**{name: value})
     frozen = load(folders["student"])
     frozen.trainable = False
     with pytest.raises(ValueError, match="all weights of the model are frozen"):
