@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import Any
 
 import keras
@@ -108,7 +109,9 @@ def _num_bytes(variable: Any) -> int:
 def _numbers_of(optimizer: Any) -> float:
     """How many numbers an optimizer keeps for each number of a matrix that is trained."""
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # a loss scale is one number
-    like = type(optimizer).from_config(optimizer.get_config())
+    with warnings.catch_warnings():  # Keras reads its own learning rate in an old way
+        warnings.simplefilter("ignore", DeprecationWarning)
+        like = type(optimizer).from_config(optimizer.get_config())
     matrix = keras.Variable(np.zeros((16, 16), np.float32), name="like")
     before = sum(int(np.prod(v.shape)) for v in like.variables)
     like.build([matrix])
