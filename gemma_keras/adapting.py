@@ -16,6 +16,7 @@ from gemma_keras.learning import LearnsTokens
 from gemma_keras.model import lora
 from gemma_keras.model.dense import GemmaDense
 from gemma_keras.model.lora import Targets
+from gemma_keras.model.training import anew
 
 _DEFAULT = "default"
 
@@ -364,4 +365,4 @@ class Adapts(LearnsTokens):
         self._forget_functions()
         optimizer = getattr(self, "optimizer", None)
         if optimizer is not None:
-            self.optimizer = type(optimizer).from_config(optimizer.get_config())
+            self.optimizer = anew(optimizer)

@@ -18,7 +18,6 @@ from gemma_keras.checkpoints.hub import is_own_preset, load_keras_hub_preset
 from gemma_keras.checkpoints.opening.classify import Classified, Kind
 from gemma_keras.checkpoints.opening.open_model import open_model
 from gemma_keras.checkpoints.source import Checkpoint
-from gemma_keras.generate.compiled import train_options
 from gemma_keras.generate.loop import GenerateFunction
 from gemma_keras.keras_hub.convert import read_keras_hub, write_keras_hub
 from gemma_keras.missing import check_export_is_ours, said_what_is_missing
@@ -99,16 +98,6 @@ class GemmaCausalLM(Adapts, Quantizes, keras_hub.models.CausalLM):
             sampler=sampler,
             **kwargs,
         )
-
-    def make_train_function(self, force=False) -> None:
-        """Like Keras; on a CPU JAX needs an option for gradient checkpointing."""
-        options = train_options(self)
-        if options is None or (self.train_function is not None and not force):
-            return super().make_train_function(force)
-        import jax
-
-        step = jax.jit(self.train_step, donate_argnums=0, compiler_options=options)
-        self.train_function = self._make_function(step)
 
     @classmethod
     def from_preset(

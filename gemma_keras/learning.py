@@ -8,9 +8,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
-from keras import ops
 
-from gemma_keras.model.losses import NAMES, TokenLoss, TokenMetric, mean, sums_of_logits
+from gemma_keras.model.losses import (
+    NAMES,
+    TokenLoss,
+    TokenMetric,
+    mean,
+    sums_of_logits,
+    token_weights,
+)
 from gemma_keras.model.token_loss import token_sums
 from gemma_keras.model.training import TrainsOn
 
@@ -208,8 +214,9 @@ class LearnsTokens(TrainsOn):
             "other steps_per_execution": self.steps_per_execution,
         }
 
-    def _with_targets(self, examples: Sequence[Any]) -> list[Any]:
-        """Examples of rows, with what else is to be learnt of their tokens."""
+    def _with_targets(self, examples: Sequence[Any], show: bool = False) -> list[Any]:
+        """Examples of rows, with what else is to be learnt of their tokens; `show` allows to print
+        how far that is."""
         return list(examples)
 
     @contextlib.contextmanager
@@ -223,10 +230,7 @@ class LearnsTokens(TrainsOn):
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         if not self._token_metrics or y is None:
             return super().compute_loss(x, y, y_pred, sample_weight, training)
-        weights = ops.ones(ops.shape(y)) if sample_weight is None else sample_weight
-        weights = ops.convert_to_tensor(weights, dtype="float32")
-        if len(weights.shape) < len(y.shape):  # one of a row
-            weights = ops.expand_dims(weights, -1) * ops.ones(ops.shape(y))
+        weights = token_weights(y, sample_weight)
         if self._in_step:
             embedding = self.backbone.token_embedding
             sums = token_sums(embedding, y_pred, y, weights, bool(training))
@@ -234,8 +238,11 @@ class LearnsTokens(TrainsOn):
             sums = sums_of_logits(y_pred, y, weights)
         for metric in self._token_metrics:
             metric.add(sums)
-        # those of regularizers
-        return sum((self._aggregate_additional_loss(more) for more in self.losses), mean(sums))
+        return self._with_regularizers(mean(sums))
+
+    def _with_regularizers(self, loss):
+        """A loss, and those that layers add."""
+        return sum((self._aggregate_additional_loss(more) for more in self.losses), loss)
 
 
 def _settings(config: Any) -> Any:

@@ -221,6 +221,19 @@ def chat_tokenizer_model(
     return model.SerializeToString()
 
 
+def write_tiny_chat(
+    folder: Path, generation: str = "gemma3", seed: int = 0, **changes: Any
+) -> Path:
+    """Write a shallow random model whose tokenizer has the tokens of turns; see `write_tiny_hf`.
+
+    Returns:
+        The folder.
+    """
+    write_tiny_hf(folder, generation, seed, **(shallow(generation) | changes))
+    (folder / "tokenizer.model").write_bytes(chat_tokenizer_model())
+    return folder
+
+
 def write_tiny_hf(folder: Path, generation: str, seed: int = 0, tied: bool = True, **changes: Any):
     """Write a small random model as a Hugging Face folder, tokenizer included.
 

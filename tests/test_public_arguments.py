@@ -299,6 +299,7 @@ SHOWN: dict[str, dict[str, str]] = {
         "truncate_dim": f"{K}text_embedder.py::test_a_vector_is_cut_before_it_is_normalized",
         "batch_size": f"{K}text_embedder.py::test_what_a_text_is_batched_with_does_not_change_its_vector",
     },
+    "GemmaTextEmbedder.make_train_function": {"force": _FORCE},
     "GemmaTextEmbedder.fit": _FIT,
     "GemmaTextEmbedder.compile_from_config": _COMPILE_CONFIG,
     "GemmaTextEmbedder.quantize": _QUANTIZE,

@@ -16,7 +16,8 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-_FOR_MEMORY = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+from gemma_keras.model.training import FOR_MEMORY
+
 _IN_THE_LOOP = {
     "xla_disable_hlo_passes": "while-loop-invariant-code-motion,"
     "while-loop-expensive-invariant-code-motion"
@@ -120,19 +121,6 @@ def _tensorflow(model, function):
     return tf.function(function, jit_compile=bool(model.jit_compile))
 
 
-def train_options(model: keras.Model) -> dict[str, Any] | None:
-    """Returns JAX compiler options for training with gradient checkpointing on a CPU, where XLA's
-    default schedule would recompute everything at once; `None` elsewhere."""
-    if keras.config.backend() != "jax" or model.run_eagerly or not model.jit_compile:
-        return None
-    import jax
-
-    spread = keras.distribution.distribution() is not None  # Keras then says where results lie
-    if spread or jax.default_backend() != "cpu" or not model.backbone.gradient_checkpointing:
-        return None
-    return dict(_FOR_MEMORY)
-
-
 def _cpu_options(model: keras.Model) -> dict[str, Any] | None:
     """Returns XLA options for a CPU, which multiplies 16-bit floats as float32; else `None`.
 
@@ -147,7 +135,7 @@ def _cpu_options(model: keras.Model) -> dict[str, Any] | None:
     )
     if not copied:
         return None
-    return _FOR_MEMORY | (_IN_THE_LOOP if copied > _MOST_COPIED else {})
+    return FOR_MEMORY | (_IN_THE_LOOP if copied > _MOST_COPIED else {})
 
 
 def _jax(model, function, seeds, uses_up_first):

@@ -40,8 +40,7 @@ class TokenLoss(keras.losses.Loss):
         super().__init__(name=name, **kwargs)
 
     def __call__(self, y_true, y_pred, sample_weight=None):
-        weights = ops.ones(ops.shape(y_true)) if sample_weight is None else sample_weight
-        return mean(sums_of_logits(y_pred, y_true, weights))
+        return mean(sums_of_logits(y_pred, y_true, token_weights(y_true, sample_weight)))
 
 
 @keras.saving.register_keras_serializable(package="gemma_keras")
@@ -87,9 +86,7 @@ def sums_of_logits(logits, targets, weights) -> Sums:
         weights: float32 `(...)`.
     """
     logits, weights = ops.cast(logits, "float32"), ops.cast(weights, "float32")
-    indices = ops.expand_dims(ops.cast(targets, "int32"), -1)
-    chosen = ops.squeeze(ops.take_along_axis(logits, indices, axis=-1), -1)
-    losses = ops.logsumexp(logits, axis=-1) - chosen
+    losses, chosen = token_losses(logits, targets)
     counts = ops.cast(ops.not_equal(weights, 0), "float32")
     # What does not count may be anything, also not finite.
     losses = ops.where(counts > 0, losses, 0.0)
@@ -100,6 +97,38 @@ def sums_of_logits(logits, targets, weights) -> Sums:
         ops.stop_gradient(ops.sum(correct)),
         ops.sum(counts),
     )
+
+
+def token_losses(logits, targets):
+    """Cross-entropy of each token, in nats, and the logit of the correct one.
+
+    Args:
+        logits: float32 `(..., vocabulary_size)`.
+        targets: int `(...)`.
+
+    Returns:
+        Two float32 `(...)`.
+    """
+    indices = ops.expand_dims(ops.cast(targets, "int32"), -1)
+    chosen = ops.squeeze(ops.take_along_axis(logits, indices, axis=-1), -1)
+    return ops.logsumexp(logits, axis=-1) - chosen, chosen
+
+
+def token_weights(targets, sample_weight):
+    """A weight for each token, as Keras is given them: for each, one of a row, or none, which is 1.
+
+    Args:
+        targets: int `(batch, length)`.
+        sample_weight: `(batch, length)`, `(batch,)` or `None`.
+
+    Returns:
+        float32, as `targets`.
+    """
+    weights = ops.ones(ops.shape(targets)) if sample_weight is None else sample_weight
+    weights = ops.convert_to_tensor(weights, dtype="float32")
+    if len(weights.shape) < len(targets.shape):
+        weights = ops.expand_dims(weights, -1) * ops.ones(ops.shape(targets))
+    return weights
 
 
 class Wanted(NamedTuple):

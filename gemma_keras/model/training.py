@@ -11,6 +11,9 @@ import keras
 
 from gemma_keras.model.lora import note_lora
 
+# JAX's default schedule on a CPU computes all blocks again at once.
+FOR_MEMORY = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+
 if TYPE_CHECKING:
     _Task = keras.Model
 else:
@@ -49,6 +52,16 @@ class TrainsOn(_Task):
             **kwargs,
         )
 
+    def make_train_function(self, force=False) -> None:
+        """Like Keras; on a CPU JAX needs an option for gradient checkpointing."""
+        options = train_options(self)
+        if options is None or (self.train_function is not None and not force):
+            return super().make_train_function(force)
+        import jax
+
+        step = jax.jit(self.train_step, donate_argnums=0, compiler_options=options)
+        self.train_function = self._make_function(step)
+
     def get_compile_config(self) -> dict[str, Any]:
         """Returns the arguments of `compile` including the sampler, and which layers are trainable,
         LoRA included."""
@@ -71,6 +84,26 @@ class TrainsOn(_Task):
         self.compile(**keras.saving.deserialize_keras_object(config))
         if self.optimizer is not None and built:  # one that has never trained holds nothing
             self.optimizer.build(self.trainable_variables)
+
+
+def train_options(model: keras.Model) -> dict[str, Any] | None:
+    """Returns JAX compiler options for training with gradient checkpointing on a CPU, where XLA's
+    default schedule would recompute everything at once; `None` elsewhere."""
+    if keras.config.backend() != "jax" or model.run_eagerly or not model.jit_compile:
+        return None
+    import jax
+
+    spread = keras.distribution.distribution() is not None  # Keras then says where results lie
+    if spread or jax.default_backend() != "cpu" or not model.backbone.gradient_checkpointing:
+        return None
+    return dict(FOR_MEMORY)
+
+
+def anew(optimizer: Any) -> Any:
+    """An optimizer of the same settings that has not learnt yet."""
+    with warnings.catch_warnings():  # Keras reads its own learning rate in an old way
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return type(optimizer).from_config(optimizer.get_config())
 
 
 def fit_prepared(model: keras.Model, batches, callbacks=None, **options):

@@ -18,9 +18,9 @@ class RowBatches(keras.utils.PyDataset):
 
     A batch is `({"token_ids", "padding_mask"}, targets, weights)`, `(batch_size, length)` each:
     int32, int32, int32 and float32. What examples have beside their tokens makes a dictionary of
-    the targets. The mask is as `GemmaBackbone` takes it. A weight is 0 where a
-    token does not count. Else it is 1, or what makes the mean gradient of accumulated batches that
-    of all their tokens.
+    the targets. The mask is as `GemmaBackbone` takes it. A weight is 0 where a token does not
+    count. Else it is 1, or what makes the mean gradient of accumulated batches that of all their
+    tokens, or pairs.
 
     Args:
         examples: at least one.

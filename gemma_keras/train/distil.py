@@ -18,7 +18,7 @@ from gemma_keras.model.divergence import (
     log_probabilities,
     of_likeliest,
 )
-from gemma_keras.model.losses import Sums, sums_of_logits
+from gemma_keras.model.losses import Sums, sums_of_logits, token_weights
 from gemma_keras.model.token_loss import tokens_of_chunk
 from gemma_keras.train.examples import Example
 from gemma_keras.train.teacher_targets import (
@@ -27,7 +27,7 @@ from gemma_keras.train.teacher_targets import (
     TeacherTargets,
     check_teacher,
 )
-from gemma_keras.train.tuner import Tuner, is_number, token_weights
+from gemma_keras.train.tuner import Tuner, is_number
 
 
 class Distiller(Tuner):
@@ -41,9 +41,9 @@ class Distiller(Tuner):
         student: a `GemmaCausalLM`, whose weights or adapter learn.
         teacher: a `GemmaCausalLM` of the same vocabulary, whose weights are frozen; or what
             `write_targets` wrote, a path or opened.
-        divergence: `"forward"`, KL(teacher || student); `"reverse"`, KL(student || teacher); or a
-            number between 0 and 1, the share b of the generalized Jensen-Shannon divergence
-            b KL(teacher || m) + (1 - b) KL(student || m), m = b teacher + (1 - b) student.
+        divergence: `"forward"`, KL(teacher || student); or `"reverse"`, KL(student || teacher). A
+            number b between 0 and 1 is the share of the generalized Jensen-Shannon divergence. That
+            is b KL(teacher || m) + (1 - b) KL(student || m), with m = b teacher + (1 - b) student.
         temperature: of both distributions; targets on disk have one already.
         text_weight: the share of the text's own loss, 0 to 1.
 
@@ -64,16 +64,16 @@ class Distiller(Tuner):
         **kwargs,
     ) -> None:
         super().__init__(student, **kwargs)
-        if not (isinstance(divergence, str) and divergence in (FORWARD, REVERSE)) and not is_number(
-            divergence, 0, 1
-        ):
+        between = is_number(divergence) and 0 < float(divergence) < 1
+        if not between and not (isinstance(divergence, str) and divergence in (FORWARD, REVERSE)):
             raise ValueError(
                 f"divergence is {divergence!r}; it must be 'forward', 'reverse' or a number "
                 "between 0 and 1"
             )
-        if not is_number(text_weight, -1e-9, 1 + 1e-9):
+        if not is_number(text_weight) or not 0 <= text_weight <= 1:
             raise ValueError(f"text_weight is {text_weight!r}; it must be 0 to 1")
-        if temperature is not None and not is_number(temperature, 0, float("inf")):
+        heat = 1.0 if temperature is None else temperature
+        if not is_number(heat) or not 0 < heat < float("inf"):
             raise ValueError(f"temperature is {temperature!r}; it must be more than 0")
         self._kind = divergence if isinstance(divergence, str) else float(divergence)
         self._text_weight = float(text_weight)
@@ -130,7 +130,7 @@ class Distiller(Tuner):
             loss=total, divergence=of_teacher, perplexity=text, sparse_categorical_accuracy=text
         )
         loss = both(of_teacher.weighted, text.weighted) / ops.maximum(text.count, 1.0)
-        return sum((self._aggregate_additional_loss(more) for more in self.losses), loss)
+        return self._with_regularizers(loss)
 
     def _sums(self, hidden, *arrays):
         """The sums of some tokens' divergence, and of their text."""
@@ -155,7 +155,7 @@ class Distiller(Tuner):
         of_targets = self._targets.identity if self._targets else None
         return super()._learns() | {"another distillation": made, "other targets": of_targets}
 
-    def _with_targets(self, examples: Sequence[Example]) -> list[Example]:
+    def _with_targets(self, examples: Sequence[Example], show: bool = False) -> list[Example]:
         if self._targets is None:
             return list(examples)
         return [self._targets.put_beside(example) for example in examples]

@@ -61,13 +61,13 @@ def fit(
     _refuse_beside_rows(x, options)
     _check_options(model, batch_size, validation_split, pack)
     if checkpoint_dir is not None:
-        refuse_if_several("checkpoint_dir")
+        _check_checkpoints(checkpoint_dir, checkpoint_every, options.get("initial_epoch"))
     leave_printing_to_the_first(options)
     show = bool(options.get("verbose", "auto"))
     steps, most = options.get("steps_per_epoch"), None
     if steps is not None and not has_length(x):
         most = steps * options.get("epochs", 1) * (batch_size or _BATCH_SIZE)
-    found = read_examples(model, x, on_too_long, most)
+    found = read_examples(model, x, on_too_long, most, show)
     examples, held_out = found.examples, 0
     if validation_data is not None:
         rows, validation_data = peeked(validation_data)
@@ -113,12 +113,6 @@ def fit(
     options["validation_data"] = fed(validation_data)
     if checkpoint_dir is None:
         return fit_prepared(model, fed(batches), **options)
-    if options.get("initial_epoch"):
-        raise ValueError("initial_epoch is what checkpoint_dir says; leave it out")
-    if not isinstance(checkpoint_every, numbers.Integral) or checkpoint_every < 1:
-        raise ValueError(f"checkpoint_every is {checkpoint_every!r}; it must be at least 1")
-    if not isinstance(checkpoint_dir, (str, os.PathLike)) or not str(checkpoint_dir):
-        raise ValueError(f"checkpoint_dir is {checkpoint_dir!r}; it must be the path of a folder")
     if steps % model.steps_per_execution:
         raise ValueError(
             f"an epoch has {steps:,} batches, which steps_per_execution="
@@ -171,7 +165,11 @@ def evaluate(
 
 
 def read_examples(
-    model, source: Any, on_too_long: str = "truncate", most: int | None = None
+    model,
+    source: Any,
+    on_too_long: str = "truncate",
+    most: int | None = None,
+    show: bool = False,
 ) -> Examples:
     """What a model is to learn from rows.
 
@@ -180,6 +178,7 @@ def read_examples(
         source: as `gemma_keras.train.rows.read_rows` takes it.
         on_too_long: as of `gemma_keras.train.examples.make_examples`.
         most: rows that are read; by default all.
+        show: whether progress may be printed.
 
     Raises:
         RowError, ValueError, OSError: as these.
@@ -197,7 +196,7 @@ def read_examples(
     # The last token of an example is a target, and no input.
     length = preprocessor.sequence_length + 1
     found = make_examples(read_rows(source, most), render, length, on_too_long)
-    return dataclasses.replace(found, examples=model._with_targets(found.examples))
+    return dataclasses.replace(found, examples=model._with_targets(found.examples, show))
 
 
 def _to_measure(
@@ -205,7 +204,7 @@ def _to_measure(
 ) -> RowBatches:
     """Batches of rows to measure the model on; says what was cut or skipped."""
     try:
-        found = read_examples(model, source, on_too_long)
+        found = read_examples(model, source, on_too_long, show=show)
     except RowError as error:
         raise RowError(f"{where}{error}") from None
     if show and (found.truncated or found.skipped):
@@ -253,6 +252,16 @@ def _check_options(model, batch_size: Any, validation_split: Any, pack: bool) ->
     split = validation_split
     if split is not None and not (isinstance(split, (int, float)) and 0 <= split < 1):
         raise ValueError(f"validation_split is {split!r}; it must be at least 0 and less than 1")
+
+
+def _check_checkpoints(folder: Any, every: Any, initial_epoch: int | None) -> None:
+    refuse_if_several("checkpoint_dir")
+    if initial_epoch:
+        raise ValueError("initial_epoch is what checkpoint_dir says; leave it out")
+    if not isinstance(every, numbers.Integral) or every < 1:
+        raise ValueError(f"checkpoint_every is {every!r}; it must be a positive integer")
+    if not isinstance(folder, (str, os.PathLike)) or not str(folder):
+        raise ValueError(f"checkpoint_dir is {folder!r}; it must be the path of a folder")
 
 
 def _refuse_without_rows(

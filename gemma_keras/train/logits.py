@@ -14,6 +14,21 @@ from gemma_keras.train.examples import Example
 _ROUND = 64  # lengths are multiples of it: fewer shapes to compile
 
 
+def log_mass(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    """The logarithm of what all exponentials add up to, by which log-probabilities are less.
+
+    Args:
+        logits: float32 `(positions, vocabulary_size)`.
+        temperature: by which they are divided.
+
+    Returns:
+        float64 `(positions,)`.
+    """
+    greatest = logits.max(axis=-1)
+    exponentials = np.exp((logits - greatest[:, None]) / np.float32(temperature))
+    return np.log(exponentials.sum(axis=-1, dtype=np.float64)) + greatest / float(temperature)
+
+
 def logits_of_keras(model: GemmaCausalLM, example: Example) -> Iterator[np.ndarray]:
     """The logits of a text, in chunks of bounded size.
 

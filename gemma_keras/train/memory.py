@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from typing import Any
 
 import keras
@@ -12,6 +11,7 @@ import numpy as np
 from edge_demo.device.memory_limits import free_memory
 from gemma_keras.config import GemmaConfig, LayerSpec
 from gemma_keras.model.token_loss import tokens_of_chunk
+from gemma_keras.model.training import anew
 
 _WORTH_SAYING = 1 << 30
 _CANNOT_FIT = 1.5  # times what is free: beyond it an estimate cannot be wrong enough
@@ -21,6 +21,7 @@ _CHUNKS = 3  # of logits that are there at once, with what the loss makes of the
 # copies of the largest trained variable while it is updated. Measured: docs/lab-notes.md.
 _STREAM, _HEADS, _SCORES, _FFW = 12, 4, 3, 5
 _BESIDE = {"jax": (1.25, 1), "torch": (1.2, 5), "tensorflow": (1.8, 3)}
+_LIKE_ADAM = 2.0  # numbers an optimizer keeps for each that is trained
 _AGAIN = 3  # times a block's, while its gradients are computed from its input
 
 
@@ -109,9 +110,10 @@ def _num_bytes(variable: Any) -> int:
 def _numbers_of(optimizer: Any) -> float:
     """How many numbers an optimizer keeps for each number of a matrix that is trained."""
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # a loss scale is one number
-    with warnings.catch_warnings():  # Keras reads its own learning rate in an old way
-        warnings.simplefilter("ignore", DeprecationWarning)
-        like = type(optimizer).from_config(optimizer.get_config())
+    try:
+        like = anew(optimizer)
+    except TypeError:  # one of the user's own, whose configuration is not whole
+        return _LIKE_ADAM
     matrix = keras.Variable(np.zeros((16, 16), np.float32), name="like")
     before = sum(int(np.prod(v.shape)) for v in like.variables)
     like.build([matrix])
@@ -138,6 +140,9 @@ def check_fits(model: keras.Model, batch_size: int, length: int, free: int | Non
         return ""
     needed = step_memory(model, batch_size, length)
     free = free_memory() if free is None else free
+    optimizer: Any = model.optimizer
+    if free is not None and optimizer.built:  # its numbers are there already
+        free += needed.optimizer
     if free is None or needed.more < min(_WORTH_SAYING, free / 2):
         return ""
     there = f"{needed}; {free / 1e9:.1f} GB are free beside the weights"

@@ -13,16 +13,17 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import keras
 import numpy as np
 from keras import ops
 
 from gemma_keras.causal_lm import GemmaCausalLM
 from gemma_keras.model.by_chunks import summed
-from gemma_keras.model.losses import Sums
+from gemma_keras.model.losses import Sums, token_losses, token_weights
 from gemma_keras.model.token_loss import tokens_of_chunk
 from gemma_keras.train.examples import Example
-from gemma_keras.train.logits import logits_of_keras
-from gemma_keras.train.tuner import Tuner, check_is_task, is_number, token_weights
+from gemma_keras.train.logits import log_mass, logits_of_keras
+from gemma_keras.train.tuner import Tuner, check_is_task, is_number
 
 # Losses of how much more the model prefers the chosen answer than the reference does.
 FORMS: Mapping[str, Callable[[Any, float], Any]] = {
@@ -74,7 +75,7 @@ class PreferenceTuner(Tuner):
         super().__init__(task, **kwargs)
         if not isinstance(form, str) or form not in FORMS:
             raise ValueError(f"form is {form!r}; it must be one of {', '.join(FORMS)}")
-        if not is_number(beta, 0, float("inf")):
+        if not is_number(beta) or not 0 < beta < float("inf"):
             raise ValueError(f"beta is {beta!r}; it must be more than 0")
         if reference is not None:
             check_is_task(reference, "the reference")
@@ -115,38 +116,40 @@ class PreferenceTuner(Tuner):
             rejected_reward=sums(rejected),
         )
         loss = ops.sum(losses * shares) / ops.maximum(ops.sum(pairs), 1.0)
-        return sum((self._aggregate_additional_loss(more) for more in self.losses), loss)
+        return self._with_regularizers(loss)
 
     def _sums(self, hidden, targets, weights, sign, reference):
         """Of some tokens: what the model gives the two answers more than the reference does, and
         how many tokens they have; float32 `(batch,)` each."""
         logits = ops.cast(self.task.backbone.token_embedding(hidden, reverse=True), "float32")
-        indices = ops.expand_dims(ops.cast(targets, "int32"), -1)
-        chosen = ops.squeeze(ops.take_along_axis(logits, indices, axis=-1), -1)
         counts = ops.not_equal(weights, 0)
-        gain = ops.where(counts, chosen - ops.logsumexp(logits, axis=-1) - reference, 0.0)
+        gain = ops.where(counts, -token_losses(logits, targets)[0] - reference, 0.0)
         shares = [ops.cast(counts & (sign == one), "float32") for one in (1, -1)]
         return (
             *(ops.sum(gain * share, axis=-1) for share in shares),
             *(ops.sum(share, axis=-1) for share in shares),
         )
 
-    def _with_targets(self, examples: Sequence[Example]) -> list[Example]:
-        new = [example for example in examples if _key(example) not in self._known]
+    def _with_targets(self, examples: Sequence[Example], show: bool = False) -> list[Example]:
+        new = [example for example in examples if example.digest not in self._known]
         if new and self._reference is None and not self.task.adapters and self._has_trained:
             raise ValueError(
                 "the reference is the model before training, which has ended; give evaluate these "
                 "rows before fit, or a reference, or train an adapter"
             )
+        if new and show:
+            print(f"asking the reference for {len(new):,} pairs", flush=True)
+        progress = keras.utils.Progbar(len(new), verbose=int(show), unit_name="pair")
         with self._as_reference() as model:
-            for example in new:
-                self._known[_key(example)] = _log_probabilities(model, example)
+            for number, example in enumerate(new):
+                self._known[example.digest] = _log_probabilities(model, example)
+                progress.update(number + 1)
         return [self._beside(example) for example in examples]
 
     def _beside(self, example: Example) -> Example:
         sign = np.ones(len(example), np.int32)
         sign[example.texts[1]] = -1
-        values = {"sign": sign, "reference": self._known[_key(example)]}
+        values = {"sign": sign, "reference": self._known[example.digest]}
         return dataclasses.replace(example, beside=functools.partial(dict, values))
 
     def _learns(self) -> dict[str, Any]:
@@ -161,11 +164,6 @@ class PreferenceTuner(Tuner):
                 yield self.task
 
 
-def _key(example: Example) -> tuple:
-    """What tells a pair from others: the same tokens may be divided otherwise."""
-    return example.ids.tobytes(), example.counts.tobytes(), example.begins
-
-
 def _log_probabilities(model: GemmaCausalLM, example: Example) -> np.ndarray:
     """The model's log-probability of each token of both texts that counts; float32 `(length,)`."""
     found = np.zeros(len(example), np.float32)
@@ -174,10 +172,7 @@ def _log_probabilities(model: GemmaCausalLM, example: Example) -> np.ndarray:
         wanted, first = np.flatnonzero(part.counts[1:]) + 1, 0
         for logits in logits_of_keras(model, part):
             where = wanted[first : first + len(logits)]
-            wide = logits.astype(np.float64)
-            greatest = wide.max(axis=-1)
-            mass = np.log(np.exp(wide - greatest[:, None]).sum(axis=-1)) + greatest
-            right = wide[np.arange(len(where)), part.ids[where]]
-            found[text.start + where] = right - mass
+            right = logits[np.arange(len(where)), part.ids[where]]
+            found[text.start + where] = right - log_mass(logits)
             first += len(where)
     return found

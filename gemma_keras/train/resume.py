@@ -30,7 +30,7 @@ class Resumes(keras.callbacks.Callback):
 
     Args:
         folder: of the files.
-        every: batches from one file to the next; one is written when `fit` ends, too.
+        every: batches from one file to the next; one is written when an epoch ends, too.
         place: where the training is.
         path: of the file that it begins with, if there is one.
         say: prints a line.
@@ -78,10 +78,11 @@ class Resumes(keras.callbacks.Callback):
         given = _rate_of(model)
         self._shown = training_state.restore(self._path, model)
         self._rate = _rate_of(model)
-        at = f"epoch {self.initial_epoch + 1}, batch {self._skip + 1:,}"
         if self.initial_epoch >= epochs:
-            at = f"all {epochs:,} epochs are done"
-        self._say(f"going on from {self._path}: {at} of {self.place.steps_per_epoch:,}")
+            self._say(f"nothing is left to do: {self._path} is of the end of epoch {epochs:,}")
+        else:
+            at = f"epoch {self.initial_epoch + 1}, batch {self._skip + 1:,}"
+            self._say(f"going on from {self._path}: {at} of {self.place.steps_per_epoch:,}")
         if given != self._rate:
             self._say(f"the learning rate is that of the checkpoint, {self._rate:g}")
 
@@ -214,11 +215,8 @@ def resuming(
 
 def digest_of_examples(examples: Sequence[Example]) -> str:
     """What tells examples from others."""
-    found = hashlib.blake2b(digest_size=16)
-    for example in examples:
-        found.update(len(example).to_bytes(8, "little"))
-        found.update(example.ids.tobytes() + example.counts.tobytes())
-    return found.hexdigest()
+    digests = b"".join(example.digest for example in examples)
+    return hashlib.blake2b(digests, digest_size=16).hexdigest()
 
 
 def _digest(text: str) -> str:

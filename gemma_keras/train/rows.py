@@ -153,7 +153,7 @@ def has_length(source: Any) -> bool:
         return True
     try:
         len(source)
-    except (TypeError, NotImplementedError):  # of a tf.data.Dataset without one
+    except TypeError:
         return False
     return True
 

@@ -11,9 +11,7 @@ import functools
 import hashlib
 import json
 import math
-import numbers
 import os
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,10 +21,11 @@ import numpy as np
 
 from gemma_keras.checkpoints.unfinished import unfinished
 from gemma_keras.errors import CheckpointError
+from gemma_keras.train.arrays import DAMAGED, opened_arrays
 from gemma_keras.train.errors import RowError
 from gemma_keras.train.examples import Example
 from gemma_keras.train.fit import read_examples
-from gemma_keras.train.logits import logits_of_keras
+from gemma_keras.train.logits import log_mass, logits_of_keras
 from gemma_keras.train.tuner import check_is_task, is_number
 
 TOKENS, LOG_PROBABILITIES = "likeliest_tokens", "log_probabilities"
@@ -54,6 +53,7 @@ class TeacherTargets:
     Attributes:
         temperature: of the distributions.
         tokenizer: digest of the tokenizer that the examples were made with.
+        vocabulary_size: of the student and of the teacher.
         arrays: `TOKENS` and `LOG_PROBABILITIES`, `(positions, top)` each.
         begins: for each example's digest the first of its positions.
     """
@@ -61,6 +61,7 @@ class TeacherTargets:
     path: Path
     temperature: float
     tokenizer: str
+    vocabulary_size: int
     arrays: dict[str, np.ndarray]
     begins: dict[bytes, int]
 
@@ -74,10 +75,7 @@ class TeacherTargets:
         folder = Path(path)
         try:
             about = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
-            with (
-                (folder / _INDEX).open("rb") as file,
-                np.load(file, allow_pickle=False) as index,
-            ):
+            with opened_arrays(folder / _INDEX) as index:
                 digests, begins = index["digests"], index["begins"]
             arrays = {
                 name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
@@ -86,15 +84,18 @@ class TeacherTargets:
             shapes = {array.shape for array in arrays.values()}
             if shapes != {(int(begins[-1]), about["top"])} or len(digests) + 1 != len(begins):
                 raise ValueError("sizes differ")
+            if begins[0] != 0 or (np.diff(begins) < 0).any():
+                raise ValueError("examples are not in order")
             named = dict(zip(map(bytes, digests), begins.tolist(), strict=False))
-            return cls(folder, float(about["temperature"]), about["tokenizer"], arrays, named)
+            heat, pieces = float(about["temperature"]), int(about["vocabulary_size"])
+            return cls(folder, heat, about["tokenizer"], pieces, arrays, named)
         except FileNotFoundError as error:
             raise CheckpointError(
                 f"{folder} holds no targets of a teacher; write_targets writes them"
             ) from error
         except OSError as error:
             raise CheckpointError(f"cannot read {folder}: {error.strerror or error}") from error
-        except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        except DAMAGED as error:
             raise CheckpointError(f"the targets in {folder} are damaged: {error}") from error
 
     @property
@@ -108,6 +109,8 @@ class TeacherTargets:
         """Raise `ValueError` for a student with another tokenizer."""
         if _digest_of_tokenizer(student) != self.tokenizer:
             raise ValueError(f"the targets in {self.path} were written with another tokenizer")
+        if student.backbone.config.vocabulary_size != self.vocabulary_size:
+            raise ValueError(f"the targets in {self.path} were written for another vocabulary")
 
     def put_beside(self, example: Example) -> Example:
         """The example with the teacher's distribution of each of its tokens.
@@ -115,7 +118,7 @@ class TeacherTargets:
         Raises:
             RowError: it was not among those that the targets were written for.
         """
-        begin = self.begins.get(_digest(example))
+        begin = self.begins.get(example.digest)
         if begin is None:
             raise RowError(
                 f"a row is not among those of {self.path}; write the targets for the same rows, "
@@ -133,6 +136,8 @@ class TeacherTargets:
             wide = np.zeros((len(counts), array.shape[1]), _WIDE[name])
             wide[where] = array[begin : begin + len(where)]
             found[name] = wide
+        if not 0 <= found[TOKENS].min() <= found[TOKENS].max() < self.vocabulary_size:
+            raise CheckpointError(f"the targets in {self.path} are damaged: they name no token")
         return found
 
 
@@ -169,24 +174,27 @@ def write_targets(
     """
     check_is_task(student, "the student")
     size = student.backbone.config.vocabulary_size
-    if not isinstance(top, numbers.Integral) or not is_number(top, 0, size):
+    if not is_number(top) or top != int(top) or not 1 <= top < size:
         raise ValueError(f"top is {top!r}; it must be 1 to {size - 1:,}")
     top = int(top)
-    if not is_number(temperature, 0, math.inf):
+    if not is_number(temperature) or not 0 < temperature < math.inf:
         raise ValueError(f"temperature is {temperature!r}; it must be more than 0")
     examples = read_examples(student, rows, on_too_long).examples
-    digests = list(dict.fromkeys(map(_digest, examples)))
-    examples = list({_digest(example): example for example in examples}.values())
+    examples = list({example.digest: example for example in examples}.values())
+    digests = [example.digest for example in examples]
     counts = [int(example.counts[1:].sum()) for example in examples]
     begins = np.cumsum([0, *counts])
     about = {
         "top": top,
         "temperature": float(temperature),
         "tokenizer": _digest_of_tokenizer(student),
+        "vocabulary_size": size,
     }
     asked = _logits_of(teacher, student)
     shape = int(begins[-1]), top
     num_bytes = shape[0] * top * sum(np.dtype(kind).itemsize for kind in _ARRAYS.values())
+    if verbose:
+        print(f"{len(examples):,} examples; {num_bytes / 1e6:,.0f} MB for {shape[0]:,} tokens")
     with unfinished(
         Path(path), "folder", num_bytes, overwrite=overwrite, is_replaceable=_is_targets
     ) as partial:
@@ -227,10 +235,8 @@ def likeliest(logits: np.ndarray, top: int, temperature: float) -> tuple[np.ndar
         int64 and float64 `(positions, top)`, unordered.
     """
     ids = np.argpartition(logits, -top, axis=-1)[:, -top:]
-    heated = logits.astype(np.float64) / temperature
-    greatest = heated.max(axis=-1, keepdims=True)
-    mass = np.log(np.exp(heated - greatest).sum(axis=-1, keepdims=True)) + greatest
-    return ids, np.take_along_axis(heated, ids, axis=-1) - mass
+    chosen = np.take_along_axis(logits, ids, axis=-1).astype(np.float64) / temperature
+    return ids, chosen - log_mass(logits, temperature)[:, None]
 
 
 def _check(logits: np.ndarray, size: int) -> None:
@@ -291,11 +297,6 @@ def _open_bundle(path: str | os.PathLike[str], student) -> Teacher:
     if (bundle.path / bundle.tokenizer.file).read_bytes() != proto:
         raise ValueError(f"the bundle {path} has another tokenizer than the student")
     return Engine(bundle)
-
-
-def _digest(example: Example) -> bytes:
-    found = hashlib.blake2b(example.ids.tobytes() + example.counts.tobytes(), digest_size=16)
-    return found.digest()
 
 
 def _digest_of_tokenizer(student) -> str:

@@ -11,8 +11,6 @@ import dataclasses
 import json
 import os
 import re
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,14 +21,11 @@ from keras import ops
 
 from gemma_keras.checkpoints.unfinished import check_space, unfinished
 from gemma_keras.errors import CheckpointError
+from gemma_keras.train.arrays import DAMAGED, opened_arrays
 
 _NAME = re.compile(r"step-(\d{8,12})\.npz")
 _KEPT = 2
 _PLACE = "place"  # the array that holds JSON
-_DAMAGED = (
-    *(ValueError, KeyError, TypeError, EOFError, RuntimeError),  # the last: it says it is encrypted
-    *(NotImplementedError, zipfile.BadZipFile, zlib.error),
-)
 _SHOWN = "metric."  # what is shown of an epoch; it changes no weight
 
 
@@ -85,7 +80,8 @@ def prepare(folder: Path, model: keras.Model) -> None:
     if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
         raise CheckpointError(f"{folder} cannot be read and written; change its permissions")
     size = sum(_num_bytes(variable) for variable in variables_of(model).values())
-    check_space(folder / "step", size * (_KEPT + 1))
+    more = _KEPT + 1 - len(files_of(folder))  # one is written before the oldest is removed
+    check_space(folder / "step", size * max(more, 1))
 
 
 def _num_bytes(variable: Any) -> int:
@@ -164,11 +160,11 @@ def restore(path: Path, model: keras.Model) -> dict[str, np.ndarray]:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        with opened_arrays(path) as arrays:
             yield arrays
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-    except _DAMAGED as error:
+    except DAMAGED as error:
         raise CheckpointError(
             f"{path} is damaged, and training cannot go on from it; remove it to go on from the "
             f"one before ({error})"

@@ -6,12 +6,11 @@ import numbers
 from typing import Any
 
 import keras
-from keras import ops
 
 from gemma_keras.causal_lm import GemmaCausalLM
-from gemma_keras.generate.compiled import train_options
 from gemma_keras.learning import LearnsTokens
 from gemma_keras.model.losses import TokenMetric
+from gemma_keras.model.training import anew
 
 _LEARNING_RATE = 2e-5  # KerasHub's
 
@@ -89,15 +88,9 @@ class Tuner(LearnsTokens, keras.Model):
         return self.task.turns
 
     def make_train_function(self, force=False) -> None:
-        """Like Keras; on a CPU JAX needs an option for gradient checkpointing."""
+        """Like Keras; a model that is asked for it is going to change."""
         self._note(has_trained=True)
-        options = train_options(self)
-        if options is None or (self.train_function is not None and not force):
-            return super().make_train_function(force)
-        import jax
-
-        step = jax.jit(self.train_step, donate_argnums=0, compiler_options=options)
-        self.train_function = self._make_function(step)
+        super().make_train_function(force)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As PyTorch has it. Keras knows parameters by their paths, which a task and its teacher
@@ -116,13 +109,14 @@ class Tuner(LearnsTokens, keras.Model):
         trained = [id(variable) for variable in self.task.trainable_variables]
         all_of_task = [id(variable) for variable in self.task.variables]
         now = (self.task._adapter_changes, trained, all_of_task)
-        before, optimizer = self._seen, self.optimizer
+        before: Any = self._seen
+        optimizer = self.optimizer
         self._note(seen=now)
         if before is None or before == now:
             return
         self.train_function = self.test_function = self.predict_function = None
         if before[1] != trained:
-            self.optimizer = type(optimizer).from_config(optimizer.get_config())
+            self.optimizer = anew(optimizer)
 
     def _check_that_it_learns(self) -> None:
         self.task._check_that_it_learns()
@@ -144,13 +138,6 @@ def check_is_task(value: Any, what: str) -> None:
         raise ValueError(f"{what} must be a GemmaCausalLM, not {type(value).__name__}")
 
 
-def is_number(value: Any, above: float, below: float) -> bool:
-    """Whether it is a number between two others, of Python or numpy."""
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    return number and above < float(value) < below
-
-
-def token_weights(targets, sample_weight):
-    """Weights of tokens as float32, all 1 if there are none."""
-    weights = ops.ones(ops.shape(targets)) if sample_weight is None else sample_weight
-    return ops.cast(weights, "float32")
+def is_number(value: Any) -> bool:
+    """Whether it is one number, of Python or numpy."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -9,7 +9,7 @@ import pytest
 from edge_demo.bundle.reader import Bundle
 from edge_demo.engine.runner import Engine
 from gemma_keras import Distiller, GemmaCausalLM, PreferenceTuner
-from tests.models import TEXT, chat_tokenizer_model, shallow, write_tiny_hf
+from tests.models import TEXT, write_tiny_chat
 
 pytestmark = [pytest.mark.keras, pytest.mark.backends("torch")]
 
@@ -20,10 +20,7 @@ TOKENS = 16
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tuned")
-    write_tiny_hf(folder, "gemma3", **shallow("gemma3"))
-    (folder / "tokenizer.model").write_bytes(chat_tokenizer_model())
-    return folder
+    return write_tiny_chat(tmp_path_factory.mktemp("tuned"))
 
 
 def load(folder):

@@ -18,9 +18,9 @@ from gemma_keras.train.fit import read_examples
 from gemma_keras.train.teacher_targets import TeacherTargets, likeliest, write_targets
 from tests.models import (
     TEXT,
-    chat_tokenizer_model,
     shallow,
     tiny_tokenizer_model,
+    write_tiny_chat,
     write_tiny_hf,
 )
 
@@ -40,9 +40,7 @@ def folders(tmp_path_factory):
     for seed, (name, more) in enumerate(
         {"student": {}, "teacher": {"intermediate_size": 160}}.items()
     ):
-        made[name] = folder = tmp_path_factory.mktemp(name)
-        write_tiny_hf(folder, "gemma3", seed, **shallow("gemma3"), **more)
-        (folder / "tokenizer.model").write_bytes(chat_tokenizer_model())
+        made[name] = write_tiny_chat(tmp_path_factory.mktemp(name), seed=seed, **more)
     return made
 
 
@@ -135,6 +133,36 @@ def test_a_student_comes_nearer(folders, tmp_path):
         assert by_hand(distiller.task, teacher, "forward")[0] < 0.8 * before
     for weight, value in zip(teacher.backbone.weights, frozen, strict=True):
         np.testing.assert_array_equal(ops.convert_to_numpy(weight.value), value)
+
+
+@pytest.mark.backends("torch")
+@pytest.mark.parametrize("kind", ["forward", "reverse", 0.3])
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_step_goes_along_the_gradient(folders, tmp_path, kind, stored):
+    """SGD's step is the gradient: along it the divergence, in float64 by hand, has the slope of its
+    square."""
+    student, teacher = load(folders["student"]), load(folders["teacher"])
+    source, rate, far, heat, top = teacher, 1e-2, 1e-2, 2.0, 20 if stored else None
+    if stored:
+        source = write_targets(
+            tmp_path / "a", teacher, student, ROWS, top=top, temperature=heat, verbose=0
+        )
+    before = [ops.convert_to_numpy(w.value).copy() for w in student.trainable_variables]
+    distiller = Distiller(student, source, kind, heat)
+    distiller.compile(keras.optimizers.SGD(rate))
+    distiller.fit(ROWS, batch_size=len(ROWS), verbose=0)
+    after = [ops.convert_to_numpy(w.value).copy() for w in student.trainable_variables]
+    step = [(a - b) / rate for a, b in zip(after, before, strict=True)]
+    square = sum((one.astype("float64") ** 2).sum() for one in step)
+
+    def loss(along):
+        scale = along / np.sqrt(square)
+        for w, b, s in zip(student.trainable_variables, before, step, strict=True):
+            w.assign(b + scale * s)
+        return by_hand(student, teacher, kind, heat, top)[0]
+
+    slope = (loss(far) - loss(-far)) / (2 * far)
+    assert slope == pytest.approx(-np.sqrt(square), rel=0.02)
 
 
 def test_each_step_is_of_its_batch_alone(folders):
@@ -316,6 +344,11 @@ def test_what_does_not_fit_is_refused(folders, tmp_path):
         Distiller(student, targets)
     (targets / "index.npz").write_bytes(index)
     whole = (targets / "likeliest_tokens.npy").read_bytes()
+    (targets / "likeliest_tokens.npy").write_bytes(whole[:-4] + b"\xff\xff\xff\x7f")
+    with pytest.raises(CheckpointError, match="are damaged: they name no token"):
+        made = Distiller(student, targets)
+        made.compile()
+        made.evaluate(ROWS[:3], verbose=0)
     (targets / "likeliest_tokens.npy").write_bytes(whole[:-8])
     with pytest.raises(CheckpointError, match="are damaged"):
         Distiller(student, targets)

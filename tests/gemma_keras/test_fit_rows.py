@@ -14,7 +14,7 @@ from gemma_keras.text.chat import encode_chat
 from gemma_keras.tokenizer import GemmaCausalLMPreprocessor, GemmaTokenizer
 from gemma_keras.train.errors import RowError
 from gemma_keras.train.fit import read_examples
-from tests.models import TEXT, chat_tokenizer_model, shallow, write_tiny_hf
+from tests.models import TEXT, chat_tokenizer_model, write_tiny_chat
 
 pytestmark = pytest.mark.keras
 
@@ -46,10 +46,7 @@ LENGTH = 112
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("rows")
-    write_tiny_hf(folder, "gemma3", **shallow("gemma3"))
-    (folder / "tokenizer.model").write_bytes(chat_tokenizer_model())
-    return folder
+    return write_tiny_chat(tmp_path_factory.mktemp("rows"))
 
 
 def load(folder, optimizer=None, **options):
@@ -433,9 +430,7 @@ def gradients(model, batch, total):
 def test_packed_examples_give_loss_and_gradients_of_each_alone(tmp_path, generation):
     from gemma_keras.train.batches import RowBatches
 
-    write_tiny_hf(tmp_path, generation, **shallow(generation))
-    (tmp_path / "tokenizer.model").write_bytes(chat_tokenizer_model())
-    model = load(tmp_path)
+    model = load(write_tiny_chat(tmp_path, generation))
     examples = read_examples(model, ROWS).examples
     total = sum(int(example.counts[1:].sum()) for example in examples)
     # longer than the window, and more than one example behind another

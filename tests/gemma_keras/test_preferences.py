@@ -11,7 +11,7 @@ from gemma_keras import GemmaCausalLM
 from gemma_keras.train.errors import RowError
 from gemma_keras.train.fit import read_examples
 from gemma_keras.train.preferences import PreferenceTuner
-from tests.models import chat_tokenizer_model, shallow, write_tiny_hf
+from tests.models import write_tiny_chat
 
 pytestmark = pytest.mark.keras
 
@@ -30,10 +30,7 @@ BETA = 0.3
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("preferences")
-    write_tiny_hf(folder, "gemma3", **shallow("gemma3"))
-    (folder / "tokenizer.model").write_bytes(chat_tokenizer_model())
-    return folder
+    return write_tiny_chat(tmp_path_factory.mktemp("preferences"))
 
 
 def load(folder, seed=0, lora=True):
@@ -98,6 +95,36 @@ def test_the_loss_is_what_it_is_by_hand(folder, form):
         assert found["chosen_reward"] == pytest.approx(BETA * gains[:, 0].mean(), rel=1e-4)
         assert found["rejected_reward"] == pytest.approx(BETA * gains[:, 1].mean(), rel=1e-4)
         assert found["preference_accuracy"] == pytest.approx((delta > 0).mean())
+
+
+@pytest.mark.backends("torch")
+@pytest.mark.parametrize("form", LOSSES)
+def test_a_step_goes_along_the_gradient(folder, form):
+    """SGD's step is the gradient: along it the loss, in float64 by hand, has the slope of its
+    square."""
+    model, rate, far = load(folder), 1.0, 1e-3
+    with model.without_adapter():
+        reference = log_probabilities(model)
+    before = [ops.convert_to_numpy(w.value).copy() for w in model.trainable_variables]
+    tuner = PreferenceTuner(model, form, BETA)
+    tuner.compile(keras.optimizers.SGD(rate))
+    tuner.fit(ROWS, batch_size=3, verbose=0)
+    after = [ops.convert_to_numpy(w.value).copy() for w in model.trainable_variables]
+    step = [(a - b) / rate for a, b in zip(after, before, strict=True)]
+    square = sum((one.astype("float64") ** 2).sum() for one in step)
+
+    def loss(along):
+        scale = along / np.sqrt(square)
+        for w, b, s in zip(model.trainable_variables, before, step, strict=True):
+            w.assign(b + scale * s)
+        policy = log_probabilities(model)
+        gains = policy[..., 0] - reference[..., 0]
+        if form in ("ipo", "sigmoid_norm"):
+            gains = gains / policy[..., 1]
+        return LOSSES[form](gains[:, 0] - gains[:, 1]).mean()
+
+    slope = (loss(far) - loss(-far)) / (2 * far)
+    assert slope == pytest.approx(-np.sqrt(square), rel=0.02)
 
 
 @of_each_form

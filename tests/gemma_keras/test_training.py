@@ -10,8 +10,8 @@ import pytest
 from keras import ops
 
 from gemma_keras import GemmaBackbone, GemmaCausalLM, open_checkpoint
-from gemma_keras.generate.compiled import train_options
 from gemma_keras.model.layers import GemmaDecoderBlock
+from gemma_keras.model.training import train_options
 from tests.models import TEXT, shallow, write_tiny_hf
 
 pytestmark = pytest.mark.keras
