@@ -9,7 +9,7 @@ from keras import ops
 
 _PERPLEXITY, _ACCURACY = "perplexity", "sparse_categorical_accuracy"
 NAMES = (_PERPLEXITY, _ACCURACY)  # what is shown beside the loss
-_BETTER_IF_GREATER = (_ACCURACY, "preference_accuracy", "reward_margin")
+_BETTER_IF_GREATER = (_ACCURACY, "preference_accuracy", "reward_margin", "chosen_reward")
 
 
 class Sums(NamedTuple):

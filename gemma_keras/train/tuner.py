@@ -51,9 +51,10 @@ class Tuner(LearnsTokens, keras.Model):
             kwargs.pop(name, None)
         if isinstance(optimizer, str) and optimizer == "auto":
             optimizer = keras.optimizers.Adam(_LEARNING_RATE)
-        super().compile(optimizer=optimizer, weighted_metrics=None, **kwargs)
-        made = {name: TokenMetric(name) for name in ("loss", *self.shown)}
-        self._note(loss_tracker=made["loss"], token_metrics=tuple(made.values()))
+        shown = [TokenMetric(name) for name in self.shown]
+        super().compile(optimizer=optimizer, weighted_metrics=shown, **kwargs)
+        # They are of no output. Keras would look for the one that each is of.
+        self._compile_metrics.build(0, 0)
 
     def save(self, *args, **kwargs) -> None:
         """Save the task, which is all that has learnt; arguments as of its `save`."""
@@ -66,11 +67,6 @@ class Tuner(LearnsTokens, keras.Model):
     def load_weights(self, *args, **kwargs) -> None:
         """Load the task's weights; arguments as of its `load_weights`."""
         self.task.load_weights(*args, **kwargs)
-
-    @property
-    def metrics(self) -> list[Any]:
-        """Those of Keras, and what is shown beside the loss."""
-        return [*super().metrics, *self._token_metrics[1:]]
 
     @property
     def backbone(self):

@@ -16,6 +16,7 @@ from gemma_keras.train.distil import Distiller
 from gemma_keras.train.errors import RowError
 from gemma_keras.train.fit import read_examples
 from gemma_keras.train.teacher_targets import TeacherTargets, likeliest, write_targets
+from tests.gemma_keras.stops import check_stops, stops_on
 from tests.models import (
     TEXT,
     shallow,
@@ -216,6 +217,20 @@ def test_the_student_is_what_is_saved(folders, tmp_path):
     other = load(folders["student"])
     other.load_weights(tmp_path / "student.weights.h5")
     np.testing.assert_allclose(other.logits(ids), student.logits(ids), atol=1e-5)
+
+
+@pytest.mark.backends("torch", "jax")
+def test_callbacks_know_which_way_is_better(folders):
+    distiller = Distiller(load(folders["student"]), load(folders["teacher"]), text_weight=0.5)
+    distiller.compile(keras.optimizers.Adam(5e-3))
+    stops, options = stops_on("loss", *Distiller.shown), {"batch_size": 3, "pack": True}
+    history = distiller.fit(
+        ROWS, validation_data=ROWS, epochs=3, verbose=0, callbacks=stops, **options
+    ).history
+    check_stops(stops, history, greater={"val_sparse_categorical_accuracy"})
+    assert len(set(history["val_divergence"])) == 3
+    found, listed = shown(distiller, **options), distiller.evaluate(ROWS, verbose=0, **options)
+    assert listed == [found[name] for name in ("loss", *Distiller.shown)]
 
 
 def test_equal_distributions_have_no_divergence():

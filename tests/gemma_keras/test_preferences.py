@@ -11,6 +11,7 @@ from gemma_keras import GemmaCausalLM
 from gemma_keras.train.errors import RowError
 from gemma_keras.train.fit import read_examples
 from gemma_keras.train.preferences import PreferenceTuner
+from tests.gemma_keras.stops import check_stops, stops_on
 from tests.models import write_tiny_chat
 
 pytestmark = pytest.mark.keras
@@ -137,6 +138,19 @@ def test_the_margin_grows(folder, form):
     after = tuner.evaluate(ROWS, verbose=0, return_dict=True)
     assert after["loss"] < before["loss"]
     assert after["reward_margin"] > before["reward_margin"]
+
+
+@pytest.mark.backends("torch", "jax")
+def test_callbacks_know_which_way_is_better(folder):
+    tuner = PreferenceTuner(load(folder), beta=BETA)
+    tuner.compile(keras.optimizers.Adam(1e-2))
+    stops = stops_on("loss", *PreferenceTuner.shown)
+    history = tuner.fit(
+        ROWS, validation_data=ROWS, epochs=3, batch_size=3, verbose=0, callbacks=stops
+    ).history
+    up = ("reward_margin", "preference_accuracy", "chosen_reward")
+    check_stops(stops, history, greater={f"val_{name}" for name in up})
+    assert len(set(history["val_reward_margin"])) == 3
 
 
 def test_the_reference_is_asked_once(folder, monkeypatch):
