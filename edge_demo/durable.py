@@ -118,6 +118,23 @@ def _made(target: Path, kind: Literal["file", "folder"], mode: int) -> Iterator[
             return
 
 
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[bool]:
+    """Whether nobody else has this file locked; then it is locked during the block.
+
+    It is made if there is none, and stays. The kernel unlocks what a process that was killed had
+    locked. Where a system or a file system has no locks, nobody has it locked.
+
+    Raises:
+        OSError: it cannot be made or written.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        yield fcntl is None or _try_lock(handle, path) is not _Lock.LOST
+    finally:
+        os.close(handle)
+
+
 class _Lock(enum.Enum):
     """What came of locking a path."""
 

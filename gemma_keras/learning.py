@@ -125,7 +125,8 @@ class LearnsTokens(TrainsOn):
         Raises:
             RowError: a row cannot be used, or none is left; the message names it.
             OSError: the file cannot be read.
-            CheckpointError: `checkpoint_dir` cannot be written or read, or is of another training.
+            CheckpointError: `checkpoint_dir` cannot be written or read, is of another training, or
+                another process trains in it.
             ValueError: an option does not fit what `x` is, or nothing can learn, since LoRA is
                 merged or not in use.
             MemoryError: a step needs far more memory than is free; says what would take less.

@@ -27,7 +27,7 @@ from gemma_keras.train.processes import (
 )
 from gemma_keras.train.resume import digest_of_examples, resuming
 from gemma_keras.train.rows import has_length, peeked, read_rows
-from gemma_keras.train.training_state import Place
+from gemma_keras.train.training_state import Place, only_training_in
 
 _BATCH_SIZE = 32  # Keras's
 _ROUND = 16  # lengths are multiples of it: fewer shapes to compile
@@ -125,19 +125,20 @@ def fit(
     }
     folder = Path(checkpoint_dir).expanduser()
     place = Place(0, steps, seed, first, of)
-    resumes = resuming(model, folder, checkpoint_every, place, say)
-    resumes.restore(model, options.get("epochs", 1))
-    place = resumes.place
-    batches.begin(resumes.first_batch, place.seed, place.first)
     callbacks = keras.tree.flatten([options.pop("callbacks", None)])
-    with resumes.said_where():
-        return fit_prepared(
-            model,
-            batches,
-            callbacks=[*callbacks, resumes],
-            initial_epoch=resumes.initial_epoch,
-            **options,
-        )
+    with only_training_in(folder):
+        resumes = resuming(model, folder, checkpoint_every, place, say)
+        resumes.restore(model, options.get("epochs", 1))
+        place = resumes.place
+        batches.begin(resumes.first_batch, place.seed, place.first)
+        with resumes.said_where():
+            return fit_prepared(
+                model,
+                batches,
+                callbacks=[*callbacks, resumes],
+                initial_epoch=resumes.initial_epoch,
+                **options,
+            )
 
 
 def evaluate(

@@ -185,16 +185,16 @@ def resuming(
 
     Args:
         model: compiled.
-        folder: of the files; it is made.
+        folder: of the files; it is there.
         every: batches from one file to the next.
         place: its beginning; the folder's counts. A digest of the weights that stay as they are is
             added.
         say: prints a line.
 
     Raises:
-        CheckpointError: the folder cannot be made or read, has no space, or is of another training.
+        CheckpointError: the folder cannot be read, has no space, or is of another training.
     """
-    training_state.prepare(folder, model)
+    training_state.check_room(folder, model)
     learns = {name: _digest(repr(value)) for name, value in model._learns().items()}
     of = {**place.of, **learns, "another base model": _digest_of_frozen(model)}
     place = dataclasses.replace(place, of=of)

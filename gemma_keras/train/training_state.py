@@ -1,7 +1,8 @@
 """The state of a training as a file: what is trained, the optimizer, seeds, the place in the data.
 
 A folder holds the last two files, such as `step-00000120.npz`. They are numpy's arrays, without
-pickle, with a checksum each. A file gets its name when it is complete.
+pickle, with a checksum each. A file gets its name when it is complete. The folder has an empty
+file too, which a training keeps locked.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ import keras
 import numpy as np
 from keras import ops
 
+from edge_demo.durable import alone
 from gemma_keras.checkpoints.unfinished import check_space, unfinished
 from gemma_keras.errors import CheckpointError
 from gemma_keras.train.arrays import DAMAGED, opened_arrays
 
 _NAME = re.compile(r"step-(\d{8,12})\.npz")
 _KEPT = 2
+_LOCK = ".lock"
 _PLACE = "place"  # the array that holds JSON
 _SHOWN = "metric."  # what is shown of an epoch; it changes no weight
 
@@ -67,11 +70,12 @@ def variables_of(model: keras.Model) -> dict[str, Any]:
     return {f"{kind}{i}": one for kind, group in groups.items() for i, one in enumerate(group)}
 
 
-def prepare(folder: Path, model: keras.Model) -> None:
-    """Make the folder, and say at once if there is no space for its files.
+@contextlib.contextmanager
+def only_training_in(folder: Path) -> Iterator[None]:
+    """Make a folder, and keep other trainings out of it during the block.
 
     Raises:
-        CheckpointError: it cannot be made, or there is too little space.
+        CheckpointError: it cannot be made or written, or another training has it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -79,6 +83,26 @@ def prepare(folder: Path, model: keras.Model) -> None:
         raise CheckpointError(f"cannot make {folder}: {error.strerror or error}") from error
     if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
         raise CheckpointError(f"{folder} cannot be read and written; change its permissions")
+    lock = folder / _LOCK
+    with contextlib.ExitStack() as until_the_end:
+        try:
+            is_alone = until_the_end.enter_context(alone(lock))
+        except OSError as error:
+            raise CheckpointError(f"cannot write {lock}: {error.strerror or error}") from error
+        if not is_alone:
+            raise CheckpointError(
+                f"another training is writing to {folder}; wait until it ends, stop it, or give "
+                "another folder"
+            )
+        yield
+
+
+def check_room(folder: Path, model: keras.Model) -> None:
+    """Say at once if there is no space for the files.
+
+    Raises:
+        CheckpointError: there is too little.
+    """
     size = sum(_num_bytes(variable) for variable in variables_of(model).values())
     more = _KEPT + 1 - len(files_of(folder))  # one is written before the oldest is removed
     check_space(folder / "step", size * max(more, 1))

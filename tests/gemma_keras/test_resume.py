@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import errno
+import signal
+import subprocess
+import sys
 import zipfile
+from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 from keras import ops
 
+from edge_demo import durable
 from gemma_keras import GemmaCausalLM
 from gemma_keras.errors import CheckpointError
 from gemma_keras.train import training_state
@@ -17,6 +22,7 @@ from tests.models import TEXT, write_tiny_chat
 
 pytestmark = pytest.mark.keras
 
+ROOT = Path(__file__).parents[2]
 ROWS = TEXT.splitlines()[:7]
 PER_EPOCH = 4  # of seven rows by two
 OPTIONS = {"epochs": 2, "batch_size": 2, "checkpoint_every": 1}
@@ -38,6 +44,15 @@ class Interrupts(keras.callbacks.Callback):
         self._left -= 1
         if self._left < 0:
             raise KeyboardInterrupt
+
+
+class Waits(keras.callbacks.Callback):
+    """Says that the third batch is next, and waits to be killed."""
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if batch == 2:
+            print("waiting", flush=True)
+            sys.stdin.readline()
 
 
 def load(folder, kind="lora"):
@@ -104,7 +119,7 @@ def test_it_goes_on_with_more_epochs_and_rests_when_all_are_done(folder, tmp_pat
         np.testing.assert_array_equal(state_of(model)[name], array)
     assert fit(model, tmp_path / "parts", epochs=3).epoch == []
     names = [path.name for path in (tmp_path / "parts").iterdir()]
-    assert sorted(names) == ["step-00000011.npz", "step-00000012.npz"]
+    assert sorted(names) == [".lock", "step-00000011.npz", "step-00000012.npz"]
     capsys.readouterr()
     fit(model, tmp_path / "parts", epochs=2, verbose=2)
     assert "step-00000012.npz is of the end of epoch 2\n" in capsys.readouterr().out
@@ -163,7 +178,7 @@ def test_weights_that_are_not_finite_are_not_kept(folder, tmp_path):
     model.compile(keras.optimizers.SGD(1e30))
     with pytest.warns(UserWarning, match="the loss is"):
         fit(model, tmp_path, callbacks=[keras.callbacks.TerminateOnNaN()])
-    for path in tmp_path.iterdir():
+    for path in tmp_path.glob("*.npz"):
         with np.load(path) as arrays:
             losses = [arrays[name] for name in arrays.files if name.startswith("metric.")]
         assert np.isfinite(losses).all()
@@ -203,12 +218,37 @@ def test_one_that_ends_while_it_is_written_leaves_the_one_before(
         fit(load(folder), tmp_path)
     monkeypatch.undo()
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["step-00000001.npz", "step-00000002.npz"]
+    assert names == [".lock", "step-00000001.npz", "step-00000002.npz"]
     again, whole = load(folder), load(folder)
     fit(again, tmp_path)
     fit(whole, tmp_path / "whole")
     for name, array in state_of(whole).items():
         np.testing.assert_array_equal(state_of(again)[name], array)
+
+
+@of_quick_backends
+def test_two_trainings_do_not_share_a_folder(folder, tmp_path, monkeypatch, capsys):
+    there = tmp_path / "there"
+    code = (
+        "import sys; from tests.gemma_keras.test_resume import Waits, fit, load; "
+        "fit(load(sys.argv[1]), sys.argv[2], callbacks=[Waits()])"
+    )
+    command = [sys.executable, "-c", code, str(folder), str(there)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as other:
+        try:
+            assert other.stdout.readline() == "waiting\n"
+            with pytest.raises(CheckpointError, match=f"another training is writing to {there}; "):
+                fit(load(folder), there)
+            monkeypatch.setattr(durable, "fcntl", None)  # as on Windows
+            with training_state.only_training_in(there):
+                pass
+            monkeypatch.undo()
+        finally:
+            other.kill()
+    assert other.returncode == -signal.SIGKILL
+    fit(load(folder), there, verbose=2)
+    assert f"going on from {there / 'step-00000002.npz'}" in capsys.readouterr().out
 
 
 @of_quick_backends
@@ -271,6 +311,9 @@ def test_what_cannot_be_used_is_said(folder, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot make"):
         fit(load(folder), tmp_path / "file")
+    (tmp_path / "taken" / ".lock").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"cannot write .*\.lock: Is a directory"):
+        fit(load(folder), tmp_path / "taken")
     with pytest.raises(ValueError, match="checkpoint_dir is for rows"):
         ids = np.ones((2, 8), int)
         load(folder).fit({"token_ids": ids, "padding_mask": ids}, ids, checkpoint_dir=tmp_path)
