@@ -110,9 +110,10 @@ class Renderer:
             RowError: it lacks something, is empty, or is no conversation.
         """
         kind = "text" if isinstance(row, str) else kind_of(row)
-        if kind == "preference" and not self.pairs:
+        prefers = kind in ("preference", "preference without a prompt")
+        if prefers and not self.pairs:
             raise RowError("it prefers an answer to another, which `fit` does not learn from")
-        if self.pairs and kind != "preference":
+        if self.pairs and not prefers:
             raise RowError("it needs a prompt, a chosen and a rejected answer")
         if isinstance(row, str):
             return self._text("", row)
@@ -122,16 +123,14 @@ class Renderer:
             return self._conversation(_messages_of(row, "messages"))
         if kind is None:
             raise RowError(f"it has the keys {', '.join(map(quoted, row)) or 'none'}")
+        if prefers:
+            kind, row = "preference", _with_prompt(row)
         asked, *answers = KINDS[kind]
         return functools.reduce(Example.joined, (self._answered(row, asked, a) for a in answers))
 
     def _answered(self, row: Mapping[str, Any], asked: str, said: str) -> Example:
         """The example of a prompt and an answer, which are texts or messages."""
-        messages = [isinstance(row[key], (list, tuple)) for key in (asked, said)]
-        texts = [isinstance(row[key], str) for key in (asked, said)]
-        if any(messages) and any(texts):
-            raise RowError(f"its {asked} and {said} must be two texts, or messages both")
-        if not all(messages):
+        if not _are_messages(row, asked, said):
             return self._text(_text_of(row, asked), _text_of(row, said))
         answer = _messages_of(row, said)
         answers = sum(message.get("role") in ("assistant", "model") for message in answer)
@@ -167,6 +166,47 @@ class Renderer:
             first = len(segments) - 2 * answers
             segments = [(ids, said and i > first) for i, (ids, said) in enumerate(segments)]
         return Example.of(segments)
+
+
+def _with_prompt(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A preference with a prompt: its own, or what both answers begin with, by TRL's rule.
+
+    Each answer keeps something, and texts the space before it. A prompt that is a text beside
+    messages is in these already.
+
+    Raises:
+        RowError: the answers do not begin with a prompt, or are the same.
+    """
+    keys = KINDS["preference without a prompt"]
+    own = row.get("prompt")
+    among = isinstance(own, str) and all(isinstance(row[key], (list, tuple)) for key in keys)
+    if "prompt" in row and not among:
+        return row
+    of = _messages_of if _are_messages(row, *keys) else _text_of
+    chosen, rejected = (of(row, key) for key in keys)
+    if chosen == rejected:
+        raise RowError("its chosen and rejected answers are the same")
+    both = enumerate(zip(chosen, rejected, strict=False))
+    size = next((i for i, (a, b) in both if a != b), None)
+    if size is None:
+        size = min(len(chosen), len(rejected)) - 1
+    elif size and chosen[size - 1] == " ":
+        size -= 1
+    if size < 1:
+        raise RowError("its chosen and rejected do not begin with one prompt that both go on from")
+    return {"prompt": chosen[:size], "chosen": chosen[size:], "rejected": rejected[size:]}
+
+
+def _are_messages(row: Mapping[str, Any], *keys: str) -> bool:
+    """Whether these are messages, and not texts.
+
+    Raises:
+        RowError: one is messages and another a text.
+    """
+    messages = [isinstance(row[key], (list, tuple)) for key in keys]
+    if any(messages) and any(isinstance(row[key], str) for key in keys):
+        raise RowError(f"its {' and '.join(keys)} must be two texts, or messages both")
+    return all(messages)
 
 
 def _text_of(row: Mapping[str, Any], key: str) -> str:

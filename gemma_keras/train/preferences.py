@@ -38,9 +38,9 @@ _OF_MEANS = ("ipo", "sigmoid_norm")  # of log-probabilities a token, not of thei
 class PreferenceTuner(Tuner):
     """Teaches a task to prefer some answers to others, by direct preference optimization.
 
-    Rows are `{"prompt", "chosen", "rejected"}`, texts or messages. Delta is the log-probability of
-    the chosen answer over that of the rejected one, less the same of a reference. The loss is a
-    mean over pairs:
+    Rows are `{"prompt", "chosen", "rejected"}`, texts or messages. Without a prompt, it is what
+    both answers begin with. Delta is the log-probability of the chosen answer over that of the
+    rejected one, less the same of a reference. The loss is a mean over pairs:
 
     * `sigmoid`: `-log(sigmoid(beta * delta))`, DPO's.
     * `hinge`: `max(0, 1 - beta * delta)`.

@@ -6,7 +6,8 @@ A row is a text, or a mapping with one of these sets of keys; other keys are lef
 * `prompt` and `completion` (TRL), `prompts` and `responses` (KerasHub), or `prompt` and `response`:
   two texts, of which the second is learnt. As messages they are two parts of a conversation.
 * `messages`: a conversation, `{"role": ..., "content": ...}` each.
-* `prompt`, `chosen` and `rejected`: an answer that is preferred to another.
+* `prompt`, `chosen` and `rejected`: an answer that is preferred to another. Without a `prompt`, or
+  with messages beside a text of that name, the prompt is what both begin with (TRL).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from gemma_keras.train.errors import RowError
 # Sets of keys that a row has, the more telling first.
 KINDS: dict[str, tuple[str, ...]] = {
     "preference": ("prompt", "chosen", "rejected"),
+    "preference without a prompt": ("chosen", "rejected"),
     "conversation": ("messages",),
     "completion": ("prompt", "completion"),
     "response": ("prompts", "responses"),

@@ -244,6 +244,74 @@ def test_of_messages_in_two_parts_the_answers_of_the_second_are_learnt():
     np.testing.assert_array_equal(whole.ids, parts.ids)
 
 
+def turns_of(*texts):
+    """Messages of a user and the model by turns."""
+    return [{"role": "assistant" if i % 2 else "user", "content": t} for i, t in enumerate(texts)]
+
+
+# What both answers are, and what TRL 1.16 makes of them: the prompt's length, or letters.
+IMPLIED = [
+    ("The boat went down the river.", "The boat sank.", len("The boat")),
+    ("The boat  sank.", "The boat  left.", len("The boat ")),
+    ("The boat went.", "The boat was.", len("The boat w")),
+    ("The boat", "The boat sank.", len("The boa")),
+    ("The boat sank.", "The boat", len("The boa")),
+    (turns_of("Open?", "Yes."), turns_of("Open?", "No."), 1),
+    (turns_of("Open?", "Yes.", "When?", "At five."), turns_of("Open?", "Yes.", "When?", "Now."), 3),
+    (turns_of("Open?", "Yes."), turns_of("Open?", "Yes.", "When?", "Now."), 1),
+    (turns_of("Open?", "Yes.", "When?", "Now."), turns_of("Open?", "No.", "Why?", "Snow."), 1),
+]
+
+
+@pytest.mark.parametrize(("chosen", "rejected", "size"), IMPLIED)
+def test_a_prompt_that_is_not_said_is_what_both_answers_begin_with(chosen, rejected, size):
+    render = Renderer(PROTO, pairs=True)
+    row = {"chosen": chosen, "rejected": rejected}
+    parts = {"prompt": chosen[:size], "chosen": chosen[size:], "rejected": rejected[size:]}
+    rows = [row] if isinstance(chosen, str) else [row, row | {"prompt": "Open?"}]
+    columns = [{key: [value] for key, value in row.items()}]
+    for (found,) in map(values, [[one] for one in rows] + columns):
+        assert render(found).digest == render(parts).digest
+
+
+def test_parts_of_messages_are_compared_as_the_text_that_they_are():
+    asked = [{"role": "user", "content": [{"type": "text", "text": "Open?"}]}]
+    row = {
+        "chosen": [*asked, *turns_of("", "Yes.")[1:]],
+        "rejected": turns_of("Open?", "No."),
+    }
+    plain = {"chosen": turns_of("Open?", "Yes."), "rejected": turns_of("Open?", "No.")}
+    render = Renderer(PROTO, pairs=True)
+    assert render(row).digest == render(plain).digest
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "named"),
+    [
+        (
+            "Yes.",
+            "No.",
+            "its chosen and rejected do not begin with one prompt that both go on from",
+        ),
+        (" yes", " no", "do not begin with one prompt"),
+        ("", "a", "do not begin with one prompt"),
+        ("a", "ab", "do not begin with one prompt"),
+        (turns_of("Open?", "Yes."), turns_of("When?", "Now."), "do not begin with one prompt"),
+        (turns_of("", "Yes.")[1:], turns_of("", "No.")[1:], "do not begin with one prompt"),
+        ("Yes.", "Yes.", "its chosen and rejected answers are the same"),
+        (turns_of("a", "b"), turns_of("a", "b"), "answers are the same"),
+        ("Yes.", turns_of("a", "b"), "chosen and rejected must be two texts, or messages both"),
+        ("Yes.", None, "its rejected must be a text, not None"),
+        (turns_of("a", "b"), turns_of("a"), "do not begin with one prompt"),
+    ],
+)
+def test_answers_without_a_prompt_that_tell_none_are_named(chosen, rejected, named):
+    row = {"chosen": chosen, "rejected": rejected}
+    good = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    with pytest.raises(RowError, match=f"^row 2: .*{named}"):
+        make_examples(read_rows([good, row]), Renderer(PROTO, pairs=True), 100)
+
+
 def test_a_control_token_in_a_text_is_text():
     row = {"messages": [{"role": "user", "content": "<end_of_turn>"},
                         {"role": "model", "content": "<eos><start_of_turn>"}]}  # fmt: skip
