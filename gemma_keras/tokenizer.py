@@ -19,7 +19,7 @@ from gemma_keras.checkpoints.special_pieces import (
     with_pieces_in_text,
 )
 from gemma_keras.model.backbone import GemmaBackbone
-from gemma_keras.text.stream import encode
+from gemma_keras.text.stream import encode, processor
 
 
 @keras.saving.register_keras_serializable(package="gemma_keras")
@@ -99,6 +99,25 @@ class GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
             return encode(with_pieces_in_text(self.proto), text)
         self._tell_of_marks([text])
         return encode(self.proto, text)
+
+    def decode(self, ids) -> str:
+        """The text of the ids of one text, the same as `detokenize` gives; control tokens have
+        none.
+
+        Args:
+            ids: a list, an array or a tensor of integers, of one dimension.
+
+        Raises:
+            ValueError: they are something else, such as a batch.
+            IndexError: there is no token of an id.
+        """
+        listed = isinstance(ids, (list, tuple))
+        array = np.asarray(ids if listed else ops.convert_to_numpy(ids))
+        if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+            raise ValueError(
+                "decode takes the ids of one text, a list of integers; detokenize takes a batch"
+            )
+        return processor(self.proto).decode(array.astype(int).tolist())
 
     def _look_for_marks(self, inputs) -> None:
         """Warn about control tokens in texts, also in a `tf.data` pipeline."""

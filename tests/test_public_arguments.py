@@ -314,6 +314,7 @@ SHOWN: dict[str, dict[str, str]] = {
         "inputs": f"{K}turns_keras.py::test_marks_in_strings_become_tokens_where_asked_and_after_saving"
     },
     "GemmaTokenizer.encode": {"text": f"{K}turns_keras.py::test_it_is_told_wherever_texts_go_in"},
+    "GemmaTokenizer.decode": {"ids": f"{K}turns_keras.py::test_ids_are_decoded_as_detokenize_does"},
     "open_checkpoint": {
         "source": f"{E}run_in_chunks.py::config",
         "base": f"{K}adapters.py::test_an_adapter_alone_is_merged_into_what_it_names",

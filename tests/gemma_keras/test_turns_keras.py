@@ -192,6 +192,26 @@ def test_marks_in_strings_become_tokens_where_asked_and_after_saving(tune, tmp_p
     assert not silent.preprocessor.tokenizer.special_tokens_in_strings
 
 
+def test_ids_are_decoded_as_detokenize_does(proto):
+    tokenizer = GemmaTokenizer(proto=proto)
+    text = "Seven stones lay:\n  \U0001f642 ü"
+    ids = tokenizer.encode(text)
+    framed = [BOS, START, *ids, END, EOS, 0]
+    for given in (ids, tuple(ids), framed, np.array(framed), ops.convert_to_tensor(framed)):
+        assert tokenizer.decode(given) == text
+    assert tokenizer.decode([]) == tokenizer.decode(np.array([])) == ""
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        some = random.integers(0, tokenizer.vocabulary_size(), 9).tolist()
+        assert tokenizer.decode(some) == tokenizer.detokenize(some)
+    for wrong in ([ids, ids], np.array([ids]), 5, ["a"], [1.5]):
+        with pytest.raises(ValueError, match="decode takes the ids of one text"):
+            tokenizer.decode(wrong)
+    for beyond in (-1, ROWS):
+        with pytest.raises(IndexError):
+            tokenizer.decode([beyond])
+
+
 @once
 def test_a_pipeline_finds_them_too(tune):
     import tensorflow as tf
