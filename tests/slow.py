@@ -128,6 +128,7 @@ SLOW = (
             "gemma_keras/test_gguf.py::test_tensors_of_the_sample",
             "gemma_keras/test_gguf_writer.py::test_the_sample_written_runs",
             "gemma_keras/test_hf_tokenizer_reader.py::test_the_real_tokenizer_comes_back",
+            "gemma_keras/test_lora.py::test_llama_cpp_runs",
             "gemma_keras/test_sample.py",
             "gemma_keras/test_writers_keras.py::test_llama_cpp_goes_on",
             "export/test_bad_input.py::test_the_sample_cut_short",
