@@ -80,9 +80,10 @@ def whole_or_nothing(
     check()
     with _made(target, kind, mode) as partial:
         yield partial
-        for path in partial.iterdir() if kind == "folder" else (partial,):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+        for path in partial.rglob("*") if kind == "folder" else (partial,):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
         check()
         _put_in_place(partial, target, kept)
 

@@ -93,6 +93,12 @@ def _parser() -> argparse.ArgumentParser:
         "it names)",
     )
     parser.add_argument(
+        "--adapters",
+        default="merge",
+        help="merge: add an adapter to the weights; beside: export the base model, and write the "
+        "adapter into the bundle's folder adapters, in PEFT's format (default: merge)",
+    )
+    parser.add_argument(
         "--instruction-tuned",
         action=argparse.BooleanOptionalAction,
         help="whether the model follows a turn template (default: as its chat template says)",
@@ -209,6 +215,8 @@ def _print_result(result, as_json: bool) -> None:
         print(json.dumps(entry))
         return
     print(f"{result.path}: {result.recipe}, {result.num_bytes / 1e6:,.0f} MB")
+    for name in result.adapters:
+        print(f"{result.path / 'adapters' / name}: an adapter, which is not merged")
     held_out = result.rounding.get("held_out")
     if held_out:
         raised = result.rounding["raised_to_8_bits"]

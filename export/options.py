@@ -16,6 +16,7 @@ from export.formats.targets import ANY, TARGETS
 BUDGET_NEEDS = "a KL budget chooses between 4 and 8 bits, so it needs --recipe int4 and no plan"
 LOWERINGS = ("fused", "traced")
 KV_CACHE_DTYPES = ("float32", "int8")
+MERGE, BESIDE = ADAPTERS = ("merge", "beside")
 _Path = str | os.PathLike[str]
 
 
@@ -25,6 +26,8 @@ class ExportOptions:
 
     Attributes:
         base: the model that a LoRA adapter is for, where its folder does not say it.
+        adapters: `merge` adds LoRA to the weights. `beside` exports the base model, and writes each
+            adapter into the bundle's folder `adapters/NAME`, in PEFT's format.
         instruction_tuned: whether the model follows a turn template; by default what its chat
             template says.
         kl_budget: for `int4`, the mean KL divergence from the float model that the bundle may
@@ -54,6 +57,7 @@ class ExportOptions:
     """
 
     base: _Path | None = None
+    adapters: str = MERGE
     instruction_tuned: bool | None = None
     kl_budget: float | None = None
     calibration: _Path | CalibrationSource | None = None
@@ -67,6 +71,10 @@ class ExportOptions:
     report: _Path | None = None
 
     def __post_init__(self) -> None:
+        if self.adapters not in ADAPTERS:
+            raise ExportRequestError(
+                f"adapters is {self.adapters!r}; it must be {' or '.join(map(repr, ADAPTERS))}"
+            )
         if self.target not in TARGETS:
             raise ExportRequestError(
                 f"there is no target {self.target!r}; choose one of {', '.join(TARGETS)}"

@@ -27,12 +27,12 @@ from export.formats.recipes import (
     recipe_named,
 )
 from export.formats.targets import check_plan, recipe_for
+from export.open_source import Opened, opened_source
 from export.options import BUDGET_NEEDS, ExportOptions
 from export.start_keras import start_keras
-from gemma_keras.checkpoints.hub import opens_with_keras
+from gemma_keras.checkpoints.adapters.write import PeftFiles
 from gemma_keras.checkpoints.source import Checkpoint
 from gemma_keras.config import GemmaConfig
-from gemma_keras.open import open_checkpoint
 
 if TYPE_CHECKING:
     from export.bundle.verify import Quality
@@ -50,6 +50,7 @@ class ExportResult:
         quality: how near it is to the model, or `None` if that was not asked.
         rounding: how its weights were rounded, for people and programs.
         remarks: what reading the source has passed over or changed, a sentence each.
+        adapters: names of those that were written into the bundle's folder, beside the base.
     """
 
     path: Path
@@ -58,6 +59,7 @@ class ExportResult:
     quality: Quality | None
     rounding: Mapping[str, Any]
     remarks: tuple[str, ...] = ()
+    adapters: tuple[str, ...] = ()
 
 
 def export_onnx(
@@ -92,12 +94,17 @@ def export_onnx(
     out = Path(os.path.realpath(out))  # a link to a bundle stays, what it points at is replaced
     with _disk_errors_as_sentences(out):
         writer.check_out(out, overwrite=options.overwrite)
-    job = _prepare(source, out, recipe, options)
+    with opened_source(source, options.base, options.adapters) as opened:
+        return _export(_prepare(opened, out, recipe, options), out, on_progress)
+
+
+def _export(job: _Job, out: Path, on_progress: Progress) -> ExportResult:
+    """Write the bundle of a job."""
     workspace = workspace_path(out)
     try:
         with (
             _disk_errors_as_sentences(out),
-            writer.unfinished_folder(out, overwrite=options.overwrite) as folder,
+            writer.unfinished_folder(out, overwrite=job.options.overwrite) as folder,
         ):
             num_bytes, quality, rounding = _write(job, folder, workspace, on_progress)
     except BaseException as error:
@@ -109,7 +116,15 @@ def export_onnx(
             )
         raise
     shutil.rmtree(workspace, ignore_errors=True)
-    return ExportResult(out, recipe, num_bytes, quality, rounding, job.checkpoint.remarks)
+    return ExportResult(
+        out,
+        job.recipe,
+        num_bytes,
+        quality,
+        rounding,
+        job.checkpoint.remarks,
+        tuple(job.adapters),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +133,7 @@ class _Job:
 
     Attributes:
         checkpoint: the model.
+        adapters: what is written next to it, by name.
         recipe: its name.
         options: as they were given.
         formats: canonical name to format, before any is chosen by measurement.
@@ -129,6 +145,7 @@ class _Job:
     """
 
     checkpoint: Checkpoint
+    adapters: Mapping[str, PeftFiles]
     recipe: str
     options: ExportOptions
     formats: Plan
@@ -139,9 +156,9 @@ class _Job:
     windows: Windows | None
 
 
-def _prepare(source: Any, out: Path, recipe: str, options: ExportOptions) -> _Job:
-    """Open the source and check what is asked for, before anything slow begins."""
-    checkpoint = _open(source, options.base)
+def _prepare(opened: Opened, out: Path, recipe: str, options: ExportOptions) -> _Job:
+    """Check what is asked for, before anything slow begins."""
+    checkpoint = opened.checkpoint
     if options.instruction_tuned is not None:
         checkpoint = dataclasses.replace(checkpoint, instruction_tuned=options.instruction_tuned)
     config = checkpoint.config
@@ -164,13 +181,24 @@ def _prepare(source: Any, out: Path, recipe: str, options: ExportOptions) -> _Jo
     if options.report is not None:
         tokenizer = writer.open_tokenizer(checkpoint)
         windows = read_windows(Path(options.report), tokenizer, max_context)
-    needed = plan_bytes(formats, config)
+    needed = plan_bytes(formats, config) + sum(a.num_bytes for a in opened.adapters.values())
     if budget is not None:  # it may end with 8 bits everywhere, and keeps both until it is done
         needed += plan_bytes(plan_for_recipe("int8", config), config)
     _check_space(out, needed)
     if windows is not None:
         _check_memory(2 * plan_bytes(formats, config))
-    return _Job(checkpoint, recipe, options, formats, budget, max_context, text, rows, windows)
+    return _Job(
+        checkpoint,
+        opened.adapters,
+        recipe,
+        options,
+        formats,
+        budget,
+        max_context,
+        text,
+        rows,
+        windows,
+    )
 
 
 def _write(
@@ -192,6 +220,7 @@ def _write(
         options.kv_cache_dtype,
         options.target,
         on_progress,
+        job.adapters,
     )
     if options.verify or job.windows is not None or job.text != NoCalibration():
         on_progress("keras", 0)
@@ -246,22 +275,6 @@ def _round(
     else:
         rounding = round_within(job.budget, draft, rounding, formats, kept.formats, on_progress)
     return dict(rounding.summary)
-
-
-def _open(source, base: str | os.PathLike[str] | None) -> Checkpoint:
-    if isinstance(source, (str, os.PathLike)):
-        if opens_with_keras(source) or (base is not None and opens_with_keras(base)):
-            start_keras()
-        return open_checkpoint(source, base=base)
-    if base is not None:
-        raise ExportRequestError(
-            "base is only valid with an adapter's folder or file, not with a model"
-        )
-    if hasattr(source, "as_checkpoint"):
-        return source.as_checkpoint()
-    from gemma_keras.keras_hub.convert import read_keras_hub
-
-    return read_keras_hub(source)
 
 
 def _budget(options: ExportOptions, recipe: str) -> float | None:

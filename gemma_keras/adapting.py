@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gemma_keras.checkpoints.adapters.read import read_adapter
+from gemma_keras.checkpoints.adapters.read import norm_means, read_adapter
 from gemma_keras.checkpoints.low_rank import Adapter
 from gemma_keras.learning import LearnsTokens
 from gemma_keras.model import lora
@@ -220,11 +220,7 @@ class Adapts(LearnsTokens):
             write_peft_adapter,
         )
 
-        if getattr(self.backbone.token_embedding, "lora_enabled", False):
-            raise ValueError(
-                "LoRA of the embedding cannot be saved as an adapter; export the model, which "
-                "merges it"
-            )
+        self._refuse_lora_of_the_embedding()
         adapter = self._adapter(name)
         if format not in ("peft", "gguf"):
             raise ValueError(f"format is {format!r}; it must be 'peft' or 'gguf'")
@@ -233,6 +229,16 @@ class Adapts(LearnsTokens):
             return write_gguf_adapter(path, adapter, config, overwrite)
         base = Base(getattr(self, "provenance", {}), self._norms())
         write_peft_adapter(path, adapter, config, base, dtype, overwrite)
+
+    def adapters_in_memory(self) -> dict[str, Adapter]:
+        """Returns copies of all adapters, by name.
+
+        Raises:
+            ValueError: one is merged, or the embedding has LoRA, which is not part of an adapter.
+        """
+        self._refuse_lora_of_the_embedding()
+        self._refuse_merged("keeping adapters apart")
+        return {name: self._adapter(name) for name in self.adapters}
 
     def load_adapter(
         self, path: str | os.PathLike[str], name: str = _DEFAULT, check_base: bool = True
@@ -253,7 +259,7 @@ class Adapts(LearnsTokens):
             raise ValueError(f"there is an adapter {name!r} already; choose another name")
         found = read_adapter(Path(path), self.backbone.config)
         if check_base:
-            found.check_base(self._norms())
+            found.check_base(self._norms(), "load its base, or pass check_base=False")
         adapter = found.adapter()
         self._park()
         lora.put(self.backbone, adapter)
@@ -343,14 +349,18 @@ class Adapts(LearnsTokens):
         if self._state().merged:
             raise ValueError(f"{what} needs weights without an adapter; call unmerge_lora first")
 
+    def _refuse_lora_of_the_embedding(self) -> None:
+        if getattr(self.backbone.token_embedding, "lora_enabled", False):
+            raise ValueError(
+                "LoRA of the embedding cannot be saved as an adapter; export the model, which "
+                "merges it"
+            )
+
     def _variables(self) -> list[int]:
         return [id(variable) for variable in self.variables]
 
     def _norms(self) -> dict[str, float]:
-        """The mean of each norm's scale, by which a base is known whatever its precision is."""
-        weights = self.backbone.weight_source()
-        specs = weights.specs.values()
-        return {s.name: float(weights[s.name].mean()) for s in specs if s.kind == "norm"}
+        return norm_means(self.backbone.config, self.backbone.weight_source())
 
     def _forget_functions(self) -> None:
         """Compiled functions have what LoRA is in them, also those of a tuner around this task."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from gemma_keras.checkpoints.opening.classify import Classified
-from gemma_keras.checkpoints.opening.open_model import open_model
+from gemma_keras.checkpoints.opening.open_model import Apart, open_apart, open_model
 from gemma_keras.checkpoints.source import Checkpoint
 from gemma_keras.missing import said_what_is_missing
 
@@ -36,6 +36,24 @@ def open_checkpoint(
         ConfigError: it is not a Gemma.
     """
     return open_model(source, base, instruction_tuned, _open_with_keras)
+
+
+@said_what_is_missing("opening this checkpoint", "keras")
+def open_base_and_adapter(
+    source: str | os.PathLike[str], *, base: str | os.PathLike[str] | None = None
+) -> Apart:
+    """Open an adapter and its base model, which is not changed by it.
+
+    Args:
+        source: as for `open_checkpoint`. A source that is not an adapter is a base without one.
+        base: as for `open_checkpoint`.
+
+    Raises:
+        CheckpointError: either cannot be read, the adapter is for another base, or it changes more
+            than matrices of the blocks.
+        ConfigError: the base is not a Gemma.
+    """
+    return open_apart(source, base, _open_with_keras)
 
 
 def _open_with_keras(classified: Classified) -> Checkpoint:

@@ -35,6 +35,7 @@ SLOW = (
         (
             "gemma_keras/test_arguments.py",
             "gemma_keras/test_distribute.py",
+            "gemma_keras/test_adapter_files.py",
             "gemma_keras/test_adapters.py",
             "gemma_keras/test_finite.py",
             "gemma_keras/test_fit_rows.py::test_answers_are_learnt",
@@ -125,6 +126,7 @@ SLOW = (
         "The real weights take minutes, and so does llama.cpp on files that this project wrote. Small "
         "models with the same architecture show the same. Every test with `sample_bundle` is here too.",
         (
+            "gemma_keras/test_adapter_llama_cpp.py",
             "gemma_keras/test_gguf.py::test_tensors_of_the_sample",
             "gemma_keras/test_gguf_writer.py::test_the_sample_written_runs",
             "gemma_keras/test_hf_tokenizer_reader.py::test_the_real_tokenizer_comes_back",

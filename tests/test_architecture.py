@@ -138,7 +138,7 @@ FLOORS = {
         ("export.graph",),
         ("export.calibrate",),
         ("export.bundle",),
-        ("export.choose_formats",),
+        ("export.choose_formats", "export.open_source"),
         ("export.pipeline",),
         ("export.cli",),
         ("export",),

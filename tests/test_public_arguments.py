@@ -331,6 +331,7 @@ SHOWN: dict[str, dict[str, str]] = {
         "on_progress": f"{E}report.py::test_a_text_that_cannot_be_used_is_refused",
     },
     "ExportOptions.__init__": {
+        "adapters": f"{E}beside.py::test_the_bundle_is_the_base_s_and_each_adapter_is_beside_it",
         "base": f"{K}adapters.py::test_from_preset_and_export_onnx_merge_an_adapter",
         "instruction_tuned": (
             f"{K}gguf_parts.py::test_export_onnx_says_what_it_passed_over_and_is_told_what_it_cannot_know"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from export.graph.fused import build_graph
 from export.graph.store_weights import embedding_spec, store_weights
 from export.graph.traced import build_traced_graph
 from export.graph.weights_file import WeightsFile
+from gemma_keras.checkpoints.adapters.write import PeftFiles
 from gemma_keras.checkpoints.names import head_table
 from gemma_keras.checkpoints.source import Checkpoint
 from gemma_keras.config import GemmaConfig
@@ -66,6 +68,7 @@ class BundleDraft:
             layers that keep those of the whole text.
         target: one of `export.formats.targets.TARGETS`.
         on_progress: called with (stage, share of it that is done).
+        adapters: name to the files of an adapter that stays apart from the model.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class BundleDraft:
         kv_cache_dtype: str,
         target: str,
         on_progress: Progress,
+        adapters: Mapping[str, PeftFiles] = MappingProxyType({}),
     ) -> None:
         config = checkpoint.config
         self.folder = folder
@@ -98,6 +102,7 @@ class BundleDraft:
         self._tokenizer = writer.write_tokenizer(folder, checkpoint)
         self._licence = writer.write_notices(folder, checkpoint, recipe)
         write_ecosystem_files(folder, checkpoint, self._tokenizer, max_context)
+        self._adapters = writer.write_adapters(folder, adapters)
         self._plan: Plan = {}
         self._embedding: EmbeddingSpec | None = None
         # Measured once: what else a plan rounds moves them by far less than their margin.
@@ -187,6 +192,7 @@ class BundleDraft:
             self._licence,
             self.max_context,
             report,
+            self._adapters,
         )
         self._bundle = Bundle.open(self.folder)
         return self._bundle

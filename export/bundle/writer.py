@@ -28,10 +28,12 @@ from export.errors import ExportError, ExportRequestError
 from export.formats.formats import Plan, plan_to_json
 from export.formats.targets import ANY
 from export.graph.contract import WEIGHTS_FILE
+from gemma_keras.checkpoints.adapters.write import PeftFiles
 from gemma_keras.checkpoints.names import parameter_count
 from gemma_keras.checkpoints.source import Checkpoint
 from gemma_keras.text.chat import turn_ids
 
+ADAPTERS_FOLDER = "adapters"
 TOKENIZER_FILE = "tokenizer.model"
 NOTICE_FILE = "GEMMA_NOTICE.txt"
 _NOTICE = """\
@@ -99,10 +101,46 @@ def _manifest_of(folder: Path) -> dict[str, Any] | None:
 
 def _not_the_bundles(folder: Path) -> list[str]:
     """Returns the names in a bundle's folder that its manifest does not list, such as the user's
-    notes or `.git`."""
-    files = (_manifest_of(folder) or {}).get("files")
+    notes or `.git`. The folder of adapters is one of them if anything in it is not listed."""
+    manifest = _manifest_of(folder) or {}
+    files = manifest.get("files")
     own = {MANIFEST, *(files if isinstance(files, dict) else ())}
+    if _has_only(folder / ADAPTERS_FOLDER, manifest.get(ADAPTERS_FOLDER)):
+        own.add(ADAPTERS_FOLDER)
     return sorted(path.name for path in folder.iterdir() if path.name not in own)
+
+
+def _has_only(folder: Path, adapters: Any) -> bool:
+    """Whether a folder of adapters has no file beside those that a manifest lists."""
+    if not isinstance(adapters, dict):
+        return False
+    listed = {
+        folder / name / file
+        for name, files in adapters.items()
+        for file in (files if isinstance(files, dict) else ())
+    }
+    return all(
+        path in listed or (path.is_dir() and not path.is_symlink()) for path in folder.rglob("*")
+    )
+
+
+def write_adapters(folder: Path, adapters: Mapping[str, PeftFiles]) -> dict[str, Any]:
+    """Write adapters that stay apart from the model, a folder of PEFT's for each.
+
+    Args:
+        folder: of the bundle.
+        adapters: name to files.
+
+    Returns:
+        The manifest's entry: name to the adapter's files with their sizes and hashes.
+    """
+    entry = {}
+    for name, files in adapters.items():
+        of_one = folder / ADAPTERS_FOLDER / name
+        of_one.mkdir(parents=True)
+        files.write(of_one)
+        entry[name] = _files(of_one)
+    return entry
 
 
 def open_tokenizer(checkpoint: Checkpoint) -> sentencepiece.SentencePieceProcessor:
@@ -180,12 +218,14 @@ def write_manifest(
     licence: Mapping[str, Any],
     max_context: int,
     report: Mapping[str, Any],
+    adapters: Mapping[str, Any],
 ) -> None:
     """Write the model card, and `bundle.json` about the files that are then in the folder.
 
     Args:
         report: `quality` and `rounding` for the manifest, as far as they are known, and more for
             the card; see `export.bundle.card.write_card`.
+        adapters: what `write_adapters` returned.
     """
     config = checkpoint.config
     manifest: dict[str, Any] = {
@@ -217,13 +257,15 @@ def write_manifest(
     }
     write_card(folder, manifest, report)  # first: it is one of the files
     manifest["files"] = _files(folder)
+    if adapters:
+        manifest[ADAPTERS_FOLDER] = dict(adapters)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
 def _files(folder: Path) -> dict[str, Any]:
     files = {}
     for path in sorted(folder.iterdir()):
-        if path.name != MANIFEST:
+        if path.is_file() and path.name != MANIFEST:
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             files[path.name] = {"bytes": path.stat().st_size, "sha256": digest}

@@ -22,7 +22,7 @@ import json, sys
 import numpy as np
 import llama_cpp
 
-path, ids, forced, count, texts = json.loads(sys.stdin.read())
+path, ids, forced, count, texts, lora = json.loads(sys.stdin.read())
 defaults = llama_cpp.llama_cpp.llama_model_default_params
 def without_repacking():
     parameters = defaults()
@@ -31,7 +31,7 @@ def without_repacking():
 llama_cpp.llama_cpp.llama_model_default_params = without_repacking
 model = llama_cpp.Llama(
     path, n_ctx=256, n_threads=2, type_k=0, type_v=0, logits_all=True, verbose=False,
-    vocab_only=not ids,
+    vocab_only=not ids, lora_path=lora,
 )
 encoded = [model.tokenize(text.encode(), special=False) for text in texts]
 answer, logits, best = [], [], []
@@ -49,15 +49,17 @@ print(json.dumps({"answer": answer, "logits": logits, "best": best, "encoded": e
 """
 
 
-def llama(path, ids=(), forced=(), count=0, texts=()):
-    """What llama.cpp makes of a file.
+def llama(path, ids=(), forced=(), count=0, texts=(), lora=None):
+    """What llama.cpp makes of a file, with the adapter in the file `lora` if there is one.
 
     `answer` are the tokens it adds to `ids`; `logits` its first 300 at every position of `ids` and
     `forced`, `best` the greatest of all there; `encoded` the ids of `texts`.
     """
     done = subprocess.run(
         [sys.executable, "-c", LLAMA],
-        input=json.dumps([str(path), list(ids), list(forced), count, list(texts)]),
+        input=json.dumps(
+            [str(path), list(ids), list(forced), count, list(texts), lora and str(lora)]
+        ),
         capture_output=True,
         text=True,
         timeout=600,

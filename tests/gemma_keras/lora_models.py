@@ -24,13 +24,13 @@ def load(folder, **options):
     return model
 
 
-def fill(model, seed=0):
+def fill(model, seed=0, size=0.2):
     """Give the adapter in the layers values that matter."""
     random = np.random.default_rng(seed)
     for layer in lora.layers_of(model.backbone).values():
         if layer.has_lora:
             for matrix in (layer.lora_kernel_a, layer.lora_kernel_b):
-                matrix.assign(0.2 * random.normal(size=matrix.shape))
+                matrix.assign(size * random.normal(size=matrix.shape))
     return model
 
 

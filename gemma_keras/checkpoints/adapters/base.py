@@ -31,6 +31,12 @@ class Adapter(Protocol):
         """
         ...
 
+    def base_alone(
+        self, base: Source | None, open_base: Callable[[Source], Checkpoint]
+    ) -> Checkpoint:
+        """Returns the base model without the adapter; as `merged`."""
+        ...
+
 
 def folder_with_adapter(path: Path) -> bool:
     """Whether a folder holds an adapter, with or without a model."""

@@ -44,10 +44,24 @@ class _PeftFolder:
 
     def merged(self, base: Source | None, open_base: Callable[[Source], Checkpoint]) -> Checkpoint:
         from gemma_keras.checkpoints.adapters.peft import merge, open_adapter
-        from gemma_keras.checkpoints.hf.reader import holds_model, read_safetensors_folder
 
         adapter = open_adapter(self.folder)
-        if base is None and holds_model(self.folder):
-            merged = merge(adapter, read_safetensors_folder(self.folder, adapter_is_read=True))
+        merged = merge(adapter, self.base_alone(base, open_base))
+        if self._holds_base(base):
             return dataclasses.replace(merged, remarks=(*merged.remarks, _BESIDE))
-        return merge(adapter, open_base_of(self.folder, base or adapter.base, open_base))
+        return merged
+
+    def base_alone(
+        self, base: Source | None, open_base: Callable[[Source], Checkpoint]
+    ) -> Checkpoint:
+        from gemma_keras.checkpoints.adapters.peft import open_adapter
+        from gemma_keras.checkpoints.hf.reader import read_safetensors_folder
+
+        if self._holds_base(base):
+            return read_safetensors_folder(self.folder, adapter_is_read=True)
+        return open_base_of(self.folder, base or open_adapter(self.folder).base, open_base)
+
+    def _holds_base(self, base: Source | None) -> bool:
+        from gemma_keras.checkpoints.hf.reader import holds_model
+
+        return base is None and holds_model(self.folder)

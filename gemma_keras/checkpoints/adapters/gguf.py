@@ -33,13 +33,19 @@ class GGUFAdapter:
 
     def merged(self, base: Source | None, open_base: Callable[[Source], Checkpoint]) -> Checkpoint:
         """As `gemma_keras.checkpoints.adapters.base.Adapter.merged`."""
-        checkpoint = open_base_of(self.file.path, base, open_base)
+        checkpoint = self.base_alone(base, open_base)
         merged = adapted(checkpoint, self.changes(weight_specs(checkpoint.config)))
         name = self.file.path.name
         return dataclasses.replace(
             merged,
             provenance=merged_provenance(checkpoint, name, self.file.path.stem),
         )
+
+    def base_alone(
+        self, base: Source | None, open_base: Callable[[Source], Checkpoint]
+    ) -> Checkpoint:
+        """As `gemma_keras.checkpoints.adapters.base.Adapter.base_alone`."""
+        return open_base_of(self.file.path, base, open_base)
 
     def changes(self, specs: Mapping[str, WeightSpec]) -> dict[str, tuple[Change, ...]]:
         """Canonical name to the change of that weight.

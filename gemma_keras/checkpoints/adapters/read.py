@@ -59,8 +59,12 @@ class ReadAdapter:
             pairs[name] = Pair(a, b, one.scale * a.shape[1])
         return Adapter(pairs, self.dropout, self.rslora)
 
-    def check_base(self, norms: Mapping[str, float]) -> None:
+    def check_base(self, norms: Mapping[str, float], how: str) -> None:
         """Refuse a base whose norms are not those of the adapter's.
+
+        Args:
+            norms: as `norm_means` has them.
+            how: what the user can do, for the message.
 
         Raises:
             CheckpointError: they are not.
@@ -73,8 +77,14 @@ class ReadAdapter:
                 raise CheckpointError(
                     f"{self.path} was trained on another base model: the norm {name} has the mean "
                     f"{mean:.4g} here and {'no value' if said is None else f'{said:.4g}'} there; "
-                    "load its base, or pass check_base=False"
+                    f"{how}"
                 )
+
+
+def norm_means(config: GemmaConfig, weights: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """The mean of each norm's scale, by which a base is known whatever its precision is."""
+    norms = (spec.name for spec in weight_specs(config).values() if spec.kind == "norm")
+    return {name: float(weights[name].mean()) for name in norms}
 
 
 def read_adapter(path: Path, config: GemmaConfig) -> ReadAdapter:

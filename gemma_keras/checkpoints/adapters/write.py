@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 import math
 import os
@@ -40,6 +41,73 @@ class Base(NamedTuple):
     norms: Mapping[str, float]
 
 
+@dataclasses.dataclass(frozen=True)
+class PeftFiles:
+    """The files of an adapter's folder, checked and not written yet.
+
+    Attributes:
+        settings: the text of `adapter_config.json`.
+        header: of the safetensors file.
+        arrays: float32, which follow it.
+        dtype: that they are stored in.
+    """
+
+    settings: str
+    header: bytes
+    arrays: tuple[np.ndarray, ...]
+    dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        """About how many bytes they take."""
+        width = DTYPES[self.dtype].num_bytes
+        return len(self.header) + sum(array.size * width for array in self.arrays)
+
+    def write(self, folder: Path) -> None:
+        """Write them into an empty folder.
+
+        Raises:
+            OSError: as the disk says.
+        """
+        (folder / PEFT_CONFIG).write_text(self.settings, encoding="utf-8")
+        kind = DTYPES[self.dtype]
+        with (folder / WEIGHTS_FILE).open("wb") as file:
+            file.write(self.header)
+            for array in self.arrays:
+                file.write(kind.round(np.ascontiguousarray(array)).tobytes())
+
+
+def peft_files(
+    adapter: Adapter, config: GemmaConfig, base: Base, dtype: str = "float32"
+) -> PeftFiles:
+    """The files that `peft.PeftModel.from_pretrained` loads.
+
+    Args:
+        adapter: with the matrices.
+        config: of its base.
+        base: what is said of it.
+        dtype: `float32`, `float16` or `bfloat16`, of the matrices.
+
+    Raises:
+        CheckpointError: a number is not finite or beyond the dtype.
+    """
+    if dtype not in DTYPES:
+        raise CheckpointError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
+    specs = weight_specs(config)
+    kind = DTYPES[dtype]
+    arrays = dict(_arrays(adapter, specs))
+    for name, array in arrays.items():
+        _check(name, array, kind.largest, dtype)
+    tensors = [
+        Tensor(name, kind.name, array.shape, array.size * kind.num_bytes)
+        for name, array in arrays.items()
+    ]
+    metadata = {"format": "pt", BASE_KEY: json.dumps(dict(base.norms), separators=(",", ":"))}
+    settings = json_text(PEFT_CONFIG, _peft_config(adapter, specs, base.provenance))
+    header = encode_header(header_of(tensors, metadata))
+    return PeftFiles(settings, header, tuple(arrays.values()), dtype)
+
+
 def write_peft_adapter(
     folder: str | os.PathLike[str],
     adapter: Adapter,
@@ -55,43 +123,28 @@ def write_peft_adapter(
         adapter: with the matrices.
         config: of its base.
         base: what is said of it.
-        dtype: `float32`, `float16` or `bfloat16`, of the matrices.
+        dtype: as for `peft_files`.
         overwrite: whether a folder that holds an adapter alone may be replaced.
 
     Raises:
-        CheckpointError: the folder exists or cannot be written, or a number is not finite or beyond
-            the dtype.
+        CheckpointError: the folder exists or cannot be written, or as `peft_files` raises.
     """
-    if dtype not in DTYPES:
-        raise CheckpointError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
-    specs = weight_specs(config)
-    kind = DTYPES[dtype]
-    arrays = dict(_arrays(adapter, specs))
-    for name, array in arrays.items():
-        _check(name, array, kind.largest, dtype)
-    tensors = [
-        Tensor(name, kind.name, array.shape, array.size * kind.num_bytes)
-        for name, array in arrays.items()
-    ]
-    metadata = {"format": "pt", BASE_KEY: json.dumps(dict(base.norms), separators=(",", ":"))}
-    settings = _peft_config(adapter, specs, base.provenance)
+    files = peft_files(adapter, config, base, dtype)
     with unfinished(
         Path(folder),
         "folder",
-        sum(tensor.num_bytes for tensor in tensors),
+        files.num_bytes,
         overwrite=overwrite,
         is_replaceable=_is_adapter,
     ) as partial:
-        (partial / PEFT_CONFIG).write_text(json_text(PEFT_CONFIG, settings), encoding="utf-8")
-        with (partial / WEIGHTS_FILE).open("wb") as file:
-            file.write(encode_header(header_of(tensors, metadata)))
-            for array in arrays.values():
-                file.write(kind.round(np.ascontiguousarray(array)).tobytes())
+        files.write(partial)
 
 
 def _arrays(adapter: Adapter, specs: Mapping[str, WeightSpec]) -> Iterator[tuple[str, np.ndarray]]:
-    for name, pair in adapter.pairs.items():
-        module = f"base_model.model.{_module(specs[name])}"
+    for name, spec in specs.items():
+        if (pair := adapter.pairs.get(name)) is None:
+            continue
+        module = f"base_model.model.{_module(spec)}"
         yield f"{module}.lora_A.weight", pair.a.T
         yield f"{module}.lora_B.weight", pair.b.T
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from gemma_keras.checkpoints.adapters.base import Source
+from gemma_keras.checkpoints.adapters.read import norm_means, read_adapter
 from gemma_keras.checkpoints.hub import hf_name, preset_name
+from gemma_keras.checkpoints.low_rank import Adapter
 from gemma_keras.checkpoints.opening.classify import Classified, Kind, classify
 from gemma_keras.checkpoints.source import Checkpoint
 from gemma_keras.errors import CheckpointError
@@ -37,6 +40,54 @@ def open_model(
     if instruction_tuned is None:
         return checkpoint
     return dataclasses.replace(checkpoint, instruction_tuned=instruction_tuned)
+
+
+class Apart(NamedTuple):
+    """A base model, and adapters that are not merged into it.
+
+    Attributes:
+        base: the model without them.
+        adapters: by name; none for a model without one.
+    """
+
+    base: Checkpoint
+    adapters: Mapping[str, Adapter]
+
+
+def open_apart(source: Source, base: Source | None, open_with_keras: OpenWithKeras) -> Apart:
+    """Open an adapter's base and the adapter, which has the name of its folder or file.
+
+    Args:
+        source: what to open.
+        base: the base model of an adapter; by default the one that the adapter names.
+        open_with_keras: opens a preset.
+
+    Raises:
+        CheckpointError: either cannot be read, the adapter is for another base, or it changes more
+            than matrices of the blocks.
+        ConfigError: the base is not a Gemma.
+    """
+    classified = classify(source)
+    if classified.kind is Kind.SAMPLE_CHAT and base is None:
+        from gemma_keras.checkpoints.opening.sample import sample_chat_apart
+
+        checkpoint, path = sample_chat_apart()
+        name = str(source)
+    elif classified.adapter is None:
+        return Apart(_open(classified, base, open_with_keras), {})
+    else:
+        assert classified.path is not None  # of an adapter
+        path = classified.path
+        checkpoint = classified.adapter.base_alone(
+            base, lambda given: _open_base(given, open_with_keras)
+        )
+        name = path.resolve().stem if path.is_file() else path.resolve().name
+        if not Path(source).exists():
+            name = str(hf_name(source)).split("/")[1]  # the folder in the cache has a commit's
+    found = read_adapter(path, checkpoint.config)
+    norms = norm_means(checkpoint.config, checkpoint.weights)
+    found.check_base(norms, "name the base that it was trained on")
+    return Apart(checkpoint, {name: found.adapter()})
 
 
 def _open(

@@ -34,14 +34,25 @@ def open_sample_chat() -> Checkpoint:
         CheckpointError: the package is not installed.
         OSError: the cache folder cannot be written.
     """
-    checkpoint = merge(open_adapter(_CHAT), open_sample())
-    notices = {**checkpoint.notices, "ADAPTER_NOTICE.md": (_CHAT / "NOTICE.md").read_bytes()}
+    base, folder = sample_chat_apart()
+    checkpoint = merge(open_adapter(folder), base)
     return dataclasses.replace(
         checkpoint,
         instruction_tuned=True,
-        notices=notices,
         provenance=checkpoint.provenance | {"name": "sample-chat", "adapter": "sample-chat"},
     )
+
+
+def sample_chat_apart() -> tuple[Checkpoint, Path]:
+    """Returns the sample model with the notice of that adapter, and the adapter's folder.
+
+    Raises:
+        CheckpointError: the package is not installed.
+        OSError: the cache folder cannot be written.
+    """
+    sample = open_sample()
+    notices = {**sample.notices, "ADAPTER_NOTICE.md": (_CHAT / "NOTICE.md").read_bytes()}
+    return dataclasses.replace(sample, notices=notices), _CHAT
 
 
 def sample_path() -> Path:
