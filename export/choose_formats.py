@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,16 @@ from export.formats.packing import Quantized
 from export.formats.recipes import raised_plan
 from export.formats.round_to_nearest import search_scales
 from export.graph.run_in_chunks import logits_in_chunks
+from gemma_keras.checkpoints.names import weight_specs
 from gemma_keras.checkpoints.source import Checkpoint
+from gemma_keras.config import GemmaConfig
 
-_METHOD = 1  # raised when results kept from an interrupted export would be of another kind
-_SELF_SAMPLED_ROWS = 36
+_METHOD = 2  # raised when results kept from an interrupted export would be of another kind
+# Rows that a model writes. A matrix of more inputs needs more tokens; a larger model takes longer
+# for each, and gets as many as take about as long as all of a Gemma 3 270M.
+_FEWEST_ROWS, _MOST_ROWS = 36, 160
+_TOKENS_FOR_AN_INPUT = 20
+_MATRICES_OF_270M = 100e6
 _MEASURED_LENGTH = 128  # tokens whose states are carried for every group at once
 _MOST_TRIES = 5
 _SAFETY = 0.97
@@ -276,22 +283,33 @@ def _calibration_text(
         return page(tokenizer, config.context_length)
     if isinstance(text, TextFile):
         return text_file(text.path, tokenizer, config.context_length)
-    needed, free = memory_needed(config), free_memory()
+    length = min(ROW_LENGTH, config.context_length)
+    needed, free = memory_needed(config, length), free_memory()
     if config.hidden_dim % BLOCK_SIZES[0] or (free is not None and needed > free):
         return page(tokenizer, config.context_length)
-    kept = workspace.load("text")
-    if kept is None:
-        on_progress("self-sampling", 0)
-        shape = (_SELF_SAMPLED_ROWS, min(ROW_LENGTH, config.context_length))
-        ids = self_sample(
-            config,
-            checkpoint.weights,
-            tokenizer.bos_id(),
-            shape,
-            seed=0,
-            folder=folder,
-            on_progress=lambda done, total: on_progress("self-sampling", done / total),
-        )
-        kept = {"ids": ids}
-        workspace.save("text", kept)
-    return split_rows(kept["ids"], "text that the model wrote itself")
+    on_progress("self-sampling", 0)
+    batches: list[np.ndarray] = []
+    while (kept := workspace.load(f"text.{len(batches)}")) is not None:
+        batches.append(kept["ids"])
+    rows = self_written_rows(config)
+    for ids in self_sample(
+        config,
+        checkpoint.weights,
+        tokenizer.bos_id(),
+        (rows, length),
+        seed=0,
+        folder=folder,
+        on_progress=lambda done, total: on_progress("self-sampling", done / total),
+        first=len(batches),
+    ):
+        workspace.save(f"text.{len(batches)}", {"ids": ids})
+        batches.append(ids)
+    return split_rows(np.concatenate(batches), "text that the model wrote itself")
+
+
+def self_written_rows(config: GemmaConfig) -> int:
+    """How many rows a model writes to be calibrated on."""
+    shapes = [spec.shape for spec in weight_specs(config).values() if spec.kind == "matrix"]
+    wanted = _TOKENS_FOR_AN_INPUT * max(shape[0] for shape in shapes) / ROW_LENGTH
+    affordable = _MOST_ROWS * _MATRICES_OF_270M / sum(map(math.prod, shapes))
+    return int(min(max(min(wanted, affordable), _FEWEST_ROWS), _MOST_ROWS))

@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         metavar="X",
         help="for int4: maximum mean KL divergence from the float model, in nats; matrices get "
-        "8 bits until it is met (default: 0.045)",
+        "8 bits until it is met (default: 0.033)",
     )
     parser.add_argument(
         "--calibration",

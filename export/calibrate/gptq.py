@@ -8,6 +8,9 @@ rounded are changed to compensate the error of input j:
 
 Frantar et al., 2022, GPTQ, arXiv:2210.17323. Inputs go in order of their mean square, the largest
 first, over scales that are fixed beforehand.
+
+Then the loss goes down in turns. Scales become those that fit the levels best, in closed form. Then
+each level becomes the best one beside all others. There are two such rounds.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ _DAMPING = 0.01  # of the mean of H's diagonal, added to it
 _SMALL = 128  # triangular matrices up to this size are inverted as any other
 _LAZY = 128  # inputs whose corrections to the rest of the matrix are applied together
 _CHUNK_BYTES = 32 << 20  # of the matrix, rounded at once
+_ROUNDS, _SWEEPS = 2, 2  # of scales and levels, and of levels in each
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +40,13 @@ class Feedback:
         importance: their mean squares, float32 `[in]`.
         order: in which they are rounded.
         factor: the `U` of above in that order, float32 `[in, in]`.
+        square: the `H` of above, damped, float32 `[in, in]`.
     """
 
     importance: np.ndarray
     order: np.ndarray
     factor: np.ndarray
+    square: np.ndarray
 
 
 def feedbacks(
@@ -53,9 +59,18 @@ def feedbacks(
         divisors: by which the inputs have been divided since they were observed, `[in]`, or `None`.
     """
     for square in statistics.divided_by(divisors):
-        importance = np.maximum(np.diag(square), 0).astype(np.float32)
-        order = np.argsort(-importance, kind="stable")
-        yield Feedback(importance, order, _inverse_factor(square, order))
+        yield feedback_of(square)
+
+
+def feedback_of(square: np.ndarray) -> Feedback:
+    """What rounding needs to know about inputs with these second moments, `[in, in]`."""
+    importance = np.maximum(np.diag(square), 0).astype(np.float32)
+    order = np.argsort(-importance, kind="stable")
+    damped = square.astype(np.float64)
+    diagonal = np.arange(len(order))
+    damped[diagonal, diagonal] += _DAMPING * (float(np.trace(damped)) / len(order) or 1.0)
+    factor = _inverse_factor(damped, order)
+    return Feedback(importance, order, factor, damped.astype(np.float32))
 
 
 def gptq(rows: np.ndarray, feedback: Iterable[Feedback], fmt: Format) -> Quantized:
@@ -88,10 +103,8 @@ def _joined(parts: Sequence[Quantized], axis: int) -> Quantized:
 def _round_span(rows: np.ndarray, feedback: Feedback, fmt: Format) -> Quantized:
     # Outputs are independent; processing this many at a time limits the memory.
     step = max(1, _CHUNK_BYTES // (4 * rows.shape[1]))
-    chunks = [
-        _round_rows(rows[first : first + step], feedback, fmt)
-        for first in range(0, len(rows), step)
-    ]
+    parts = (rows[first : first + step] for first in range(0, len(rows), step))
+    chunks = [_refined(part, _round_rows(part, feedback, fmt), feedback, fmt) for part in parts]
     return _joined(chunks, axis=0)
 
 
@@ -139,13 +152,93 @@ def _round_rows(rows: np.ndarray, feedback: Feedback, fmt: Format) -> Quantized:
     return Quantized(np.ascontiguousarray(shaped), scales, zeros)
 
 
-def _inverse_factor(square: np.ndarray, order: np.ndarray) -> np.ndarray:
+def _refined(rows: np.ndarray, start: Quantized, feedback: Feedback, fmt: Format) -> Quantized:
+    """The same matrix with a smaller loss."""
+    num_rows, num_inputs = rows.shape
+    block = np.arange(num_inputs) // fmt.block_size
+    square = feedback.square
+    levels = start.levels.reshape(num_rows, -1).T.astype(np.float32)  # (inputs, outputs)
+    zeros = np.full(start.scales.T.shape, fmt.middle, np.float32)
+    if start.zero_points is not None:
+        zeros = start.zero_points.T.astype(np.float32)
+    signed = levels[:num_inputs] - zeros[block]
+    lowest = (1 if fmt.bits == 8 and fmt.symmetric else 0) - zeros
+    highest = ((1 << fmt.bits) - 1) - zeros
+    target = square @ rows.T
+    scales = start.scales
+    for _ in range(_ROUNDS):
+        fitted = _fitted_scales(signed, target, square, fmt.block_size)
+        scales = np.where(np.isfinite(fitted), fitted, scales)
+        for _ in range(_SWEEPS):
+            _descend(signed, scales.T[block], (lowest[block], highest[block]), target, square)
+    levels[:num_inputs] = signed + zeros[block]
+    shaped = levels.astype(np.uint8).T.reshape(start.levels.shape)
+    return Quantized(np.ascontiguousarray(shaped), scales, start.zero_points)
+
+
+def _fitted_scales(
+    signed: np.ndarray, target: np.ndarray, square: np.ndarray, block_size: int
+) -> np.ndarray:
+    """The scales of least loss for given levels.
+
+    Args:
+        signed: levels less their zero points, float32 `[in, out]`.
+        target: `square` times the matrix, `[in, out]`.
+        square: `[in, in]`.
+        block_size: inputs that share a scale.
+
+    Returns:
+        float32 `[out, blocks]`; 0 of blocks of zeros.
+    """
+    edges = np.arange(0, len(signed), block_size)
+    products = np.empty((signed.shape[1], len(edges), len(edges)))
+    wanted = np.add.reduceat(signed * target, edges).T.astype(np.float64)
+    for number, first in enumerate(edges):
+        part = slice(first, first + block_size)
+        seen = square[:, part] @ signed[part]
+        seen *= signed
+        products[:, number] = np.add.reduceat(seen, edges).T
+    diagonal = np.arange(len(edges))
+    of_zeros = products[:, diagonal, diagonal] <= 0
+    products[:, diagonal, diagonal] *= 1 + 1e-7
+    products[:, diagonal, diagonal] += of_zeros
+    return np.linalg.solve(products, wanted[..., None])[..., 0].astype(np.float32)
+
+
+def _descend(
+    signed: np.ndarray,
+    scales: np.ndarray,
+    limits: tuple[np.ndarray, np.ndarray],
+    target: np.ndarray,
+    square: np.ndarray,
+) -> None:
+    """Set each level in turn, in place, to the best one beside all others.
+
+    Args:
+        signed: levels less their zero points, float32 `[in, out]`.
+        scales: of each, `[in, out]`.
+        limits: of each, `[in, out]`.
+        target: as of `_fitted_scales`.
+        square: as of `_fitted_scales`.
+    """
+    usable = np.abs(scales) > 1e-37
+    inverse = np.divide(1, scales, out=np.zeros_like(scales), where=usable)
+    values = signed * scales
+    for first in range(0, len(signed), _LAZY):
+        last = min(first + _LAZY, len(signed))
+        missing = target[first:last] - square[first:last] @ values  # a gradient of the loss
+        for j in range(first, last):
+            best = values[j] + missing[j - first] / square[j, j]
+            best *= inverse[j]
+            np.clip(np.rint(best), limits[0][j], limits[1][j], out=signed[j])
+            change = signed[j] * scales[j] - values[j]
+            values[j] += change
+            missing -= square[first:last, j, None] * change
+
+
+def _inverse_factor(damped: np.ndarray, order: np.ndarray) -> np.ndarray:
     """The upper triangular `U` with `H⁻¹ = Uᵀ U`, float32, of a damped `H`, inputs in order."""
-    size = len(order)
-    diagonal = np.arange(size)
-    hessian = square[np.ix_(order, order)].astype(np.float64)
-    mean = float(np.trace(hessian)) / size or 1.0
-    hessian[diagonal, diagonal] += _DAMPING * mean
+    hessian = damped[np.ix_(order, order)]
     # H = L Lᵀ read backwards gives H = M Mᵀ with M upper, and U = M⁻¹ up to order
     lower = np.linalg.cholesky(hessian[::-1, ::-1])
     del hessian  # of wide matrices it is a good part of the memory

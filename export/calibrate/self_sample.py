@@ -8,7 +8,7 @@ such text a better guide than a corpus that the model was not trained on.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,8 @@ from export.graph.weights_file import WeightsFile
 from gemma_keras.checkpoints.names import weight_specs
 from gemma_keras.config import GemmaConfig
 
+ROWS_AT_ONCE = 64
+
 
 def self_sample(
     config: GemmaConfig,
@@ -37,7 +39,8 @@ def self_sample(
     seed: int,
     folder: Path,
     on_progress: Callable[[int, int], None],
-) -> np.ndarray:
+    first: int = 0,
+) -> Iterator[np.ndarray]:
     """Sample token ids from a model.
 
     Args:
@@ -47,11 +50,16 @@ def self_sample(
         shape: rows, and tokens in each, `bos` among them.
         seed: of the random numbers.
         folder: where an 8-bit export of the model may stand meanwhile.
-        on_progress: called with (tokens of each row written so far, all of them).
+        on_progress: called with (steps done, all of them).
+        first: the batch to begin with.
 
-    Returns:
-        int32 array of that shape.
+    Yields:
+        Batches of 64 rows: int32; the last may have fewer.
     """
+    rows, length = shape
+    batches = -(-rows // ROWS_AT_ONCE)
+    if first >= batches:
+        return
     plan = {
         spec.name: table_format(config) if spec.kind == "table" else INT8
         for spec in weight_specs(config).values()
@@ -62,19 +70,32 @@ def self_sample(
         own = Path(name)
         with WeightsFile(own / WEIGHTS_FILE) as file:
             store_weights(config, weights, plan, file, lambda done, total: None)
-        graph = build_graph(config, plan, file, contract, shape[1])
+        graph = build_graph(config, plan, file, contract, length)
         ir.save(graph, own / contract.file)
         run = ort.InferenceSession(str(own / contract.file), providers=["CPUExecutionProvider"])
         outputs = [spec for spec in contract.outputs if spec.name.startswith("candidate_")]
         session = Session(run, tuple(outputs))
         table = EmbeddingTable(file.path, embedding_spec(config, plan, file))
-    return _sample(session, table, list(ropes(config).values()), bos, shape, seed, on_progress)
+    for number in range(first, batches):
+        size = min(ROWS_AT_ONCE, rows - number * ROWS_AT_ONCE), length
+        yield _sample(
+            session,
+            table,
+            list(ropes(config).values()),
+            bos,
+            size,
+            np.random.default_rng([seed, number]),
+            lambda done, before=number * length: on_progress(before + done, batches * length),
+        )
 
 
-def memory_needed(config: GemmaConfig) -> int:
-    """What `self_sample` needs at most, in bytes: the 8-bit weights, as stored and as prepacked."""
+def memory_needed(config: GemmaConfig, length: int) -> int:
+    """What `self_sample` needs at most, in bytes: the 8-bit weights, as stored and as prepacked,
+    and the keys and values of a batch of rows of `length` tokens."""
+    keys = sum(layer.num_kv_heads * layer.head_dim for layer in config.layers)
+    cache = 2 * 4 * ROWS_AT_ONCE * length * keys
     plan = {spec.name: INT8 for spec in weight_specs(config).values() if spec.kind != "norm"}
-    return 2 * plan_bytes(plan, config)
+    return 2 * plan_bytes(plan, config) + cache
 
 
 def _sample(
@@ -83,11 +104,10 @@ def _sample(
     tables: list[RopeSpec],
     bos: int,
     shape: tuple[int, int],
-    seed: int,
-    on_progress: Callable[[int, int], None],
+    random: np.random.Generator,
+    on_progress: Callable[[int], None],
 ) -> np.ndarray:
     rows, length = shape
-    random = np.random.default_rng(seed)
     ids = np.full(shape, bos, np.int32)
     rotary: dict[str, np.ndarray] = {}
     for rope in tables:
@@ -107,5 +127,5 @@ def _sample(
         # Gumbel noise on the logits draws from their softmax.
         drawn = (logits + random.gumbel(size=logits.shape)).argmax(axis=-1)
         ids[:, position + 1] = candidates[np.arange(rows), drawn]
-        on_progress(position + 2, length)
+        on_progress(position + 2)
     return ids

@@ -63,7 +63,7 @@ class Recipe:
 # everywhere; a random model as int8 up to 0.02; a wrong graph whole nats.
 _LOSE_MOST = ("attention.key", "attention.value", "mlp.down")  # for their size
 RECIPES = {
-    "int4": Recipe(INT4, TWO_PLANES, most_kl=2.0, kl_budget=0.045, calibration=SelfWritten()),
+    "int4": Recipe(INT4, TWO_PLANES, most_kl=2.0, kl_budget=0.033, calibration=SelfWritten()),
     # Blocks of 16 in three matrices remove a sixth of the total loss.
     "int8": Recipe(
         INT8,

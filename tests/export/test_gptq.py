@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from export.calibrate import gptq as rounding
 from export.calibrate.gptq import feedbacks, gptq
 from export.calibrate.input_statistics import InputStatistics
 from export.formats.formats import Format
@@ -58,7 +59,8 @@ def gptq_slowly(rows, hessian, fmt):
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
-def test_levels_are_those_of_the_slow_algorithm(fmt):
+def test_levels_are_those_of_the_slow_algorithm(fmt, monkeypatch):
+    monkeypatch.setattr(rounding, "_ROUNDS", 0)
     rows, inputs = problem(24, 192, seed=1)
     statistics = moments_of(inputs)
     found = gptq(rows, feedbacks(statistics), fmt)
@@ -75,6 +77,54 @@ def test_outputs_change_less_than_by_rounding_to_nearest(fmt):
     nearest = output_error(round_to_nearest(rows, fmt), fmt, rows, inputs)
     found = output_error(gptq(rows, feedbacks(moments_of(inputs)), fmt), fmt, rows, inputs)
     assert found < 0.6 * nearest
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("seed", range(3))
+def test_scales_and_levels_in_turns_lose_less(fmt, seed, monkeypatch):
+    rows, inputs = problem(40, 200, seed)
+    square = moments_of(inputs).squares[0].astype(np.float64)
+    damping = 0.01 * np.trace(square) / len(square)
+
+    def losses():
+        """Of each row, with the damping that is rounded for."""
+        difference = gptq(rows, feedbacks(moments_of(inputs)), fmt).values(fmt, 200) - rows
+        return ((difference @ square + damping * difference) * difference).sum(axis=1)
+
+    found = losses()
+    monkeypatch.setattr(rounding, "_ROUNDS", 0)
+    before = losses()
+    assert (found < before * (1 + 1e-4)).all()
+    assert found.sum() < 0.95 * before.sum()
+
+
+def test_no_change_of_one_level_or_of_a_row_s_scales_loses_less():
+    fmt, num_inputs = FORMATS[0], 96
+    rows, inputs = problem(4, num_inputs, seed=7)
+    (feedback,) = feedbacks(moments_of(inputs))
+    square = feedback.square.astype(np.float64)
+    start = gptq(rows, [feedback], fmt)
+    for _ in range(8):  # on, until nothing changes
+        start = rounding._refined(rows, start, feedback, fmt)
+    zeros = np.repeat(start.zero_points.astype(float), fmt.block_size, axis=1)
+    levels = start.levels.reshape(4, -1).astype(float)
+    scales = np.repeat(start.scales.astype(float), fmt.block_size, axis=1)
+
+    def loss(levels, scales):
+        difference = (levels - zeros) * scales - rows
+        return ((difference @ square) * difference).sum(axis=1)
+
+    least = loss(levels, scales)
+    for j in range(num_inputs):
+        for step in (-1, 1):
+            moved = levels.copy()
+            moved[:, j] = np.clip(moved[:, j] + step, 0, 15)
+            assert (loss(moved, scales) > least * (1 - 1e-4)).all()
+    for block in range(num_inputs // fmt.block_size):
+        for factor in (0.999, 1.001):
+            moved = scales.copy()
+            moved[:, block * fmt.block_size : (block + 1) * fmt.block_size] *= factor
+            assert (loss(levels, moved) > least * (1 - 1e-4)).all()
 
 
 @settings(max_examples=20, deadline=None)
@@ -101,7 +151,7 @@ def test_a_matrix_rounded_in_pieces_is_the_same(fmt, monkeypatch):
     pieces = gptq(rows, feedbacks(statistics), fmt)
     # A product of fewer rows may add up in another order, which flips a level now and then.
     assert (pieces.levels != whole.levels).mean() < 0.01
-    np.testing.assert_array_equal(pieces.scales, whole.scales)
+    np.testing.assert_allclose(pieces.scales, whole.scales, rtol=0.01)
     if not fmt.symmetric:
         np.testing.assert_array_equal(pieces.zero_points, whole.zero_points)
 

@@ -96,12 +96,12 @@ def test_a_text_that_is_too_short_is_refused(count):
 def test_a_model_writes_its_own_text(tiny, generation, tmp_path):
     model, told = tiny(generation), []
     arguments = (model.config, model.weights, 2, (5, 40), 11, tmp_path)
-    ids = self_sample(*arguments, lambda *args: told.append(args))
+    (ids,) = self_sample(*arguments, lambda *args: told.append(args))
     assert ids.shape == (5, 40)
     assert (ids[:, 0] == 2).all()
     assert told[-1] == (40, 40)
     assert list(tmp_path.iterdir()) == []
-    again = self_sample(*arguments, lambda *args: None)
+    (again,) = self_sample(*arguments, lambda *args: None)
     np.testing.assert_array_equal(ids, again)
     assert len({tuple(row) for row in ids.tolist()}) == 5
     # It is likelier under the model than what another seed's rows would be by chance.
