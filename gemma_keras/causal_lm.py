@@ -471,11 +471,11 @@ class GemmaCausalLM(Adapts, Quantizes, keras_hub.models.CausalLM):
             format: `"onnx"` writes a bundle that `edge-demo` runs, `"safetensors"` a folder that
                 transformers loads, `"gguf"` a file that llama.cpp runs, all with LoRA merged; other
                 formats are Keras's own.
-            **kwargs: for `"onnx"`, those of `export.export_onnx`, such as `recipe="int8"`, or
-                `adapters="beside"` for the base with its LoRA as files next to it; for
-                `"safetensors"`, those of `write_safetensors_folder`, such as `dtype="bfloat16"`, by
-                default the dtype of the model's variables; for `"gguf"`, those of `write_gguf`,
-                such as `tensor_type="q8_0"`.
+            **kwargs: of `"onnx"`: those of `export.export_onnx`, such as `recipe="int8"`.
+                `adapters="beside"` writes LoRA as files beside the base's bundle. Of
+                `"safetensors"`: those of `write_safetensors_folder`, such as `dtype="bfloat16"`. By
+                default it is the dtype of the model's variables. Of `"gguf"`: those of
+                `write_gguf`, such as `tensor_type="q8_0"`.
 
         Raises:
             ValueError: the format is unknown.

@@ -66,11 +66,11 @@ def feedback_of(square: np.ndarray) -> Feedback:
     """What rounding needs to know about inputs with these second moments, `[in, in]`."""
     importance = np.maximum(np.diag(square), 0).astype(np.float32)
     order = np.argsort(-importance, kind="stable")
-    damped = square.astype(np.float64)
+    damped = square.astype(np.float32)
     diagonal = np.arange(len(order))
-    damped[diagonal, diagonal] += _DAMPING * (float(np.trace(damped)) / len(order) or 1.0)
-    factor = _inverse_factor(damped, order)
-    return Feedback(importance, order, factor, damped.astype(np.float32))
+    mean = float(np.trace(square, dtype=np.float64)) / len(order) or 1.0
+    damped[diagonal, diagonal] += np.float32(_DAMPING * mean)
+    return Feedback(importance, order, _inverse_factor(damped, order), damped)
 
 
 def gptq(rows: np.ndarray, feedback: Iterable[Feedback], fmt: Format) -> Quantized:
@@ -128,8 +128,7 @@ def _round_rows(rows: np.ndarray, feedback: Feedback, fmt: Format) -> Quantized:
         zero_of = np.broadcast_to(np.float32(fmt.middle), scale_of.shape)
     else:
         zero_of = np.ascontiguousarray(zeros.T)[order // fmt.block_size].astype(np.float32)
-    lowest = 1 if fmt.bits == 8 and fmt.symmetric else 0
-    highest = (1 << fmt.bits) - 1
+    lowest, highest = _lowest(fmt), _highest(fmt)
 
     for first in range(0, num_inputs, _LAZY):
         last = min(first + _LAZY, num_inputs)
@@ -156,24 +155,32 @@ def _refined(rows: np.ndarray, start: Quantized, feedback: Feedback, fmt: Format
     """The same matrix with a smaller loss."""
     num_rows, num_inputs = rows.shape
     block = np.arange(num_inputs) // fmt.block_size
-    square = feedback.square
-    levels = start.levels.reshape(num_rows, -1).T.astype(np.float32)  # (inputs, outputs)
-    zeros = np.full(start.scales.T.shape, fmt.middle, np.float32)
-    if start.zero_points is not None:
+    levels = np.ascontiguousarray(start.levels.reshape(num_rows, -1).T)  # (inputs, outputs)
+    if start.zero_points is None:
+        zeros = np.full(start.scales.T.shape, fmt.middle, np.float32)
+    else:
         zeros = start.zero_points.T.astype(np.float32)
     signed = levels[:num_inputs] - zeros[block]
-    lowest = (1 if fmt.bits == 8 and fmt.symmetric else 0) - zeros
-    highest = ((1 << fmt.bits) - 1) - zeros
-    target = square @ rows.T
+    lowest = _lowest(fmt) - zeros
+    limits = lowest, lowest + (_highest(fmt) - _lowest(fmt))
+    target = feedback.square @ rows.T
     scales = start.scales
     for _ in range(_ROUNDS):
-        fitted = _fitted_scales(signed, target, square, fmt.block_size)
+        fitted = _fitted_scales(signed, target, feedback.square, fmt.block_size)
         scales = np.where(np.isfinite(fitted), fitted, scales)
         for _ in range(_SWEEPS):
-            _descend(signed, scales.T[block], (lowest[block], highest[block]), target, square)
-    levels[:num_inputs] = signed + zeros[block]
-    shaped = levels.astype(np.uint8).T.reshape(start.levels.shape)
+            _descend(signed, scales.T, limits, block, target, feedback.square)
+    levels[:num_inputs] = signed + zeros[block]  # padding stays
+    shaped = levels.T.reshape(start.levels.shape)
     return Quantized(np.ascontiguousarray(shaped), scales, start.zero_points)
+
+
+def _lowest(fmt: Format) -> int:
+    return 1 if fmt.bits == 8 and fmt.symmetric else 0
+
+
+def _highest(fmt: Format) -> int:
+    return (1 << fmt.bits) - 1
 
 
 def _fitted_scales(
@@ -209,6 +216,7 @@ def _descend(
     signed: np.ndarray,
     scales: np.ndarray,
     limits: tuple[np.ndarray, np.ndarray],
+    block: np.ndarray,
     target: np.ndarray,
     square: np.ndarray,
 ) -> None:
@@ -216,29 +224,30 @@ def _descend(
 
     Args:
         signed: levels less their zero points, float32 `[in, out]`.
-        scales: of each, `[in, out]`.
-        limits: of each, `[in, out]`.
+        scales: float32 `[blocks, out]`.
+        limits: the least and the greatest of `signed`, float32 `[blocks, out]` each.
+        block: of each input, int `[in]`.
         target: as of `_fitted_scales`.
         square: as of `_fitted_scales`.
     """
     usable = np.abs(scales) > 1e-37
     inverse = np.divide(1, scales, out=np.zeros_like(scales), where=usable)
-    values = signed * scales
+    values = signed * scales[block]
     for first in range(0, len(signed), _LAZY):
         last = min(first + _LAZY, len(signed))
         missing = target[first:last] - square[first:last] @ values  # a gradient of the loss
         for j in range(first, last):
-            best = values[j] + missing[j - first] / square[j, j]
-            best *= inverse[j]
-            np.clip(np.rint(best), limits[0][j], limits[1][j], out=signed[j])
-            change = signed[j] * scales[j] - values[j]
+            b = block[j]
+            best = (values[j] + missing[j - first] / square[j, j]) * inverse[b]
+            np.clip(np.rint(best), limits[0][b], limits[1][b], out=signed[j])
+            change = signed[j] * scales[b] - values[j]
             values[j] += change
             missing -= square[first:last, j, None] * change
 
 
 def _inverse_factor(damped: np.ndarray, order: np.ndarray) -> np.ndarray:
     """The upper triangular `U` with `H⁻¹ = Uᵀ U`, float32, of a damped `H`, inputs in order."""
-    hessian = damped[np.ix_(order, order)]
+    hessian = damped[np.ix_(order, order)].astype(np.float64)
     # H = L Lᵀ read backwards gives H = M Mᵀ with M upper, and U = M⁻¹ up to order
     lower = np.linalg.cholesky(hessian[::-1, ::-1])
     del hessian  # of wide matrices it is a good part of the memory

@@ -28,7 +28,7 @@ from export.graph.weights_file import WeightsFile
 from gemma_keras.checkpoints.names import weight_specs
 from gemma_keras.config import GemmaConfig
 
-ROWS_AT_ONCE = 64
+ROWS_AT_ONCE = 64  # of a batch, for whose keys and values there must be memory
 
 
 def self_sample(
@@ -50,11 +50,11 @@ def self_sample(
         shape: rows, and tokens in each, `bos` among them.
         seed: of the random numbers.
         folder: where an 8-bit export of the model may stand meanwhile.
-        on_progress: called with (steps done, all of them).
-        first: the batch to begin with.
+        on_progress: called with (tokens of a row written so far, batch after batch; all of them).
+        first: how many batches are there already; they are not written again.
 
     Yields:
-        Batches of 64 rows: int32; the last may have fewer.
+        The other batches of `ROWS_AT_ONCE` rows, int32; the last may have fewer.
     """
     rows, length = shape
     batches = -(-rows // ROWS_AT_ONCE)

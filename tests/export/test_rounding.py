@@ -21,11 +21,12 @@ from export.calibrate.self_sample import self_sample
 from export.calibrate.sensitivity import group_members, sensitivities
 from export.calibrate.text import cut_text
 from export.calibrate.workspace import Workspace, fingerprint, workspace_path
-from export.choose_formats import _Attempt, _search
+from export.choose_formats import _Attempt, _search, self_written_rows
 from export.errors import ExportRequestError
 from export.formats.formats import plan_bytes
 from export.formats.recipes import INT4, TWO_PLANES, plan_for_recipe, plan_from_json, raised_plan
-from gemma_keras import open_checkpoint
+from gemma_keras import named_config, open_checkpoint
+from gemma_keras.sizes import SIZES
 from tests.models import GENERATIONS, TEXT, write_tiny_hf
 
 pytestmark = pytest.mark.keras
@@ -113,6 +114,28 @@ def test_a_model_writes_its_own_text(tiny, generation, tmp_path):
     entropy = -(np.exp(log_p) * log_p).sum(axis=-1).mean()
     assert own > foreign
     assert 0.6 < -own / entropy < 1.4  # 195 draws
+
+
+def test_text_is_written_in_batches_that_differ_and_go_on(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("export.calibrate.self_sample.ROWS_AT_ONCE", 2)
+    model, told = tiny("gemma3"), []
+    arguments = (model.config, model.weights, 2, (5, 30), 11, tmp_path)
+    batches = list(self_sample(*arguments, lambda *args: told.append(args)))
+    assert [batch.shape for batch in batches] == [(2, 30), (2, 30), (1, 30)]
+    assert len({row.tobytes() for batch in batches for row in batch}) == 5
+    done = [steps for steps, _ in told]
+    assert told[-1] == (90, 90) and done == sorted(set(done))
+    for first in range(4):
+        again = list(self_sample(*arguments, lambda *args: None, first))
+        assert len(again) == 3 - first
+        for found, expected in zip(again, batches[first:], strict=True):
+            np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_larger_model_writes_fewer_rows(name):
+    more = {"gemma3_270m": 159, "functiongemma_270m": 159, "embeddinggemma_300m": 90}
+    assert self_written_rows(named_config(name)) == more.get(name, 36)
 
 
 # --- the workspace -------------------------------------------------------------------------------

@@ -107,7 +107,7 @@ def test_llama_cpp_runs_a_small_adapter_as_keras_does(generation, kind, tmp_path
         model.enable_lora(rank=3, alpha=5, targets="all-linear", rslora=kind == "rsLoRA")
         fill(model)
     said = assert_llama_cpp_agrees(model, PROMPT, before, tmp_path)
-    record_property(f"llama.cpp with an adapter of {generation}, {kind}", said)
+    record_property(f"llama.cpp runs a LoRA beside a small {generation}, {kind}", said)
 
 
 @needs_llama_cpp
@@ -123,6 +123,6 @@ def test_llama_cpp_runs_an_adapter_of_the_sample(tmp_path, record_property):
     model.enable_lora(rank=3, alpha=5, targets="all-linear", rslora=True)
     fill(model, size=0.02)
     record_property(
-        "llama.cpp with an adapter of the sample",
+        "llama.cpp runs a LoRA beside the sample",
         assert_llama_cpp_agrees(model, ids, before, tmp_path),
     )
