@@ -19,6 +19,7 @@ from gemma_keras.config import GemmaConfig
 from gemma_keras.errors import CheckpointError
 from gemma_keras.model.cache import place
 from gemma_keras.model.chunked import fill, variable_chunks
+from gemma_keras.model.embedding import ReversibleEmbedding
 from gemma_keras.model.layers import GemmaDecoderBlock, RMSNorm
 from gemma_keras.model.loading import FromWeights, initialized_from, weight_chunks
 from gemma_keras.model.quantized import QuantizedWeight, quantized_weight
@@ -66,7 +67,7 @@ class GemmaBackbone(keras_hub.models.Backbone):
             config = GemmaConfig.from_dict(config)
 
         # === Layers ===
-        self.token_embedding = keras_hub.layers.ReversibleEmbedding(
+        self.token_embedding = ReversibleEmbedding(
             config.vocabulary_size,
             config.hidden_dim,
             tie_weights=config.tied_head,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import keras
-from keras import ops
+from keras import ops, quantizers
 
 
 @keras.saving.register_keras_serializable(package="gemma_keras")
@@ -67,6 +68,9 @@ class GemmaDense(keras.layers.Dense):
         return self._adapted(ops.matmul(inputs, self._kernel), inputs, training)
 
     def quantized_call(self, inputs, training=None):
+        if training and self.quantization_mode in ("int8", "int4"):
+            outputs = self._multiplied(inputs)
+            return self._adapted(outputs, inputs, training) if self.lora_enabled else outputs
         if not (self.lora_enabled and self.lora_dropout):
             return super().quantized_call(inputs, training=training)
         self.lora_enabled = False
@@ -75,6 +79,44 @@ class GemmaDense(keras.layers.Dense):
         finally:
             self.lora_enabled = True
         return self._adapted(outputs, inputs, training)
+
+    def _multiplied(self, inputs):
+        """The product with a kernel in integers; gradients make it float again.
+
+        Keras keeps the float kernels of int4 for the gradients, in all layers. It multiplies int8
+        as integers, for which a processor has no fast product of matrices.
+        """
+        arrays = [self._kernel, self.kernel_scale]
+        if getattr(self, "kernel_zero", None) is not None:
+            arrays += [self.kernel_zero, self.g_idx]
+
+        def kernel_of(levels, scale, *groups):
+            if self.quantization_mode == "int4":
+                levels = quantizers.unpack_int4(levels, self._orig_output_dim, axis=-1)
+            levels = ops.cast(levels, self.compute_dtype)
+            if not groups:
+                return levels, scale
+            zero, of_input = groups[0], ops.cast(groups[1], "int32")
+            zero, scale = (ops.take(one, of_input, axis=0) for one in (zero, scale))
+            levels = (levels - ops.cast(zero, levels.dtype)) * ops.cast(scale, levels.dtype)
+            return levels, ops.ones((1,), levels.dtype)
+
+        @ops.custom_gradient
+        def multiplied(inputs, levels, *others):
+            def gradients(*args, upstream=None):
+                upstream = args[0] if upstream is None else upstream
+                kernel, scale = kernel_of(_not_before(upstream, levels), *others)
+                found = ops.matmul(upstream / scale, ops.transpose(kernel))
+                return (ops.cast(found, inputs.dtype), *(None,) * (1 + len(others)))
+
+            kernel, scale = kernel_of(_not_before(inputs, levels), *others)
+            x = inputs
+            if self.inputs_quantizer:
+                x, of_input = self.inputs_quantizer(x, axis=-1)
+                x, scale = ops.cast(x, kernel.dtype), scale * of_input
+            return ops.cast(ops.matmul(x, kernel) / scale, self.compute_dtype), gradients
+
+        return multiplied(ops.cast(inputs, self.compute_dtype), *map(ops.convert_to_tensor, arrays))
 
     def _adapted(self, outputs, inputs, training):
         """The outputs, plus what LoRA makes of the inputs."""
@@ -111,3 +153,12 @@ class GemmaDense(keras.layers.Dense):
         """Names of the variables that merging changes."""
         names = self.variable_serialization_spec[self.quantization_mode]
         return [name for name in names if name != "bias" and getattr(self, name, None) is not None]
+
+
+def _not_before(this, array):
+    """An array of integers that a compiler has when it has something else, and not before: it
+    would make the float kernels of all layers at once, or keep them until their gradients."""
+    if keras.config.backend() == "torch":
+        return array
+    first = this[(0,) * len(this.shape)]
+    return array + ops.cast(ops.less(first, -math.inf), array.dtype)  # plus 0

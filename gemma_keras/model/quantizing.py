@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import os
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,6 +17,7 @@ if TYPE_CHECKING:
 else:
     _Task = object
 
+_OF_TABLES = ("int8", "int4")
 Filters = str | Sequence[str] | Callable[[keras.layers.Layer], bool] | None
 
 
@@ -24,8 +28,8 @@ class Quantizes(_Task):
         """Like Keras's `Model.quantize`, also for a model that has not been run.
 
         Keras calls every layer below the model, and then an unused tokenizer raises an error
-        because it is not built. As in Keras, the token embedding, a subclass of Keras's layer, is
-        only quantized with `type_check=False`.
+        because it is not built. The token embedding, a subclass of Keras's layer, is only quantized
+        if filters choose it, or with `type_check=False`.
 
         Args:
             mode: `"int8"`, `"int4"`, `"float8"`, `"gptq"` or `"awq"`.
@@ -43,7 +47,8 @@ class Quantizes(_Task):
         with_embedding = not kwargs.get("type_check", True)
         if filters is None and not with_embedding and mode in ("int8", "int4"):
             warnings.warn(
-                "the token embedding is not quantized; to quantize it too, pass type_check=False",
+                "the token embedding is not quantized; to quantize it too, call "
+                "quantize('int8', filters='token_embedding')",
                 stacklevel=2,
             )
         preprocessor = self.preprocessor
@@ -54,10 +59,20 @@ class Quantizes(_Task):
             if id(layer) in outside or type(layer).quantize is keras.layers.Layer.quantize:
                 return False
             if isinstance(layer, keras.layers.Embedding) and not with_embedding:
-                return False
+                chosen = filters is not None and _matches(filters, layer)
+                return chosen and getattr(config, "mode", mode) in _OF_TABLES
             return _matches(filters, layer)
 
-        super().quantize(mode, config=config, filters=asked, **kwargs)
+        super().quantize(mode, config=config, filters=asked, **kwargs | {"type_check": False})
+        gc.collect()
+        give_back()
+
+
+def give_back() -> None:
+    """Give memory that is free to the system, where its C library would keep it (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def _matches(filters: Filters, layer: keras.layers.Layer) -> bool:

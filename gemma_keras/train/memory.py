@@ -10,7 +10,7 @@ import numpy as np
 
 from edge_demo.device.memory_limits import free_memory
 from gemma_keras.config import GemmaConfig, LayerSpec
-from gemma_keras.model.token_loss import tokens_of_chunk
+from gemma_keras.model.token_loss import bytes_at_once
 from gemma_keras.model.training import anew
 
 _WORTH_SAYING = 1 << 30
@@ -83,13 +83,12 @@ def step_memory(
     kept = stream * len(blocks) + _AGAIN * max(blocks) if gradient_checkpointing else sum(blocks)
     factor, copies = _BESIDE[keras.config.backend()]
     largest = max((4 * int(np.prod(v.shape)) for v in model.trainable_variables), default=0)
-    chunk = min(tokens, tokens_of_chunk(backbone.token_embedding))
     return StepMemory(
         weights=sum(_num_bytes(v) for v in model.variables),
         gradients=trained + copies * largest,
         optimizer=int(trained * _numbers_of(model.optimizer)),
         activations=int(factor * kept),
-        logits=4 * chunk * config.vocabulary_size * _CHUNKS,
+        logits=_CHUNKS * bytes_at_once(backbone.token_embedding, tokens),
     )
 
 

@@ -12,6 +12,9 @@ from keras.quantizers import AWQConfig, GPTQConfig, Int4QuantizationConfig
 from export.formats.formats import Format
 from export.formats.keep_source import best_format, keep, keep_or_round, kept_weights
 from gemma_keras import GemmaBackbone, GemmaCausalLM, GemmaConfig, LayerSpec
+from gemma_keras.model import embedding as embedding_module
+from gemma_keras.model.dense import GemmaDense
+from gemma_keras.model.embedding import ReversibleEmbedding
 from gemma_keras.model.quantized import quantized_weight
 
 TWO_PLANES = Format(8, 32, symmetric=False, planes=2)
@@ -178,6 +181,80 @@ def test_what_awq_stores_is_kept_unless_inputs_have_factors():
     weight = quantized_weight(layer)
     close(weight.values(), multiplied_by(layer, 40).T)
     assert weight.grid() is None
+
+
+# --- what QLoRA runs -----------------------------------------------------------------------------
+
+
+@each_mode
+def test_a_table_is_quantized_in_chunks_to_the_same_integers(mode, monkeypatch):
+    monkeypatch.setattr(embedding_module, "_CHUNK_BYTES", 4 * 48 * 7)
+    keras.utils.set_random_seed(0)
+    expected = keras_hub.layers.ReversibleEmbedding(50, 48)
+    found = ReversibleEmbedding(50, 48)
+    for layer in (expected, found):
+        layer.build()
+    found.embeddings.assign(expected.embeddings)
+    for layer in (expected, found):
+        layer.quantize(**MODES[mode], type_check=False)
+    assert found.dtype_policy.name == expected.dtype_policy.name
+    assert len(found.variables) == len(expected.variables)
+    for a, b in zip(found.variables, expected.variables, strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(ops.convert_to_numpy(a), ops.convert_to_numpy(b))
+    ids = np.array([[0, 49, 7], [7, 3, 3]], "int32")
+    close(ops.convert_to_numpy(found(ids)), ops.convert_to_numpy(expected(ids)))
+
+
+@each_mode
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+def test_training_multiplies_as_keras_does(mode, lora, dtype):
+    """And gives the gradient that it gives, without float kernels that wait for it."""
+    keras.utils.set_random_seed(0)
+    # of Keras's layer in float32: on TensorFlow it has no gradient in mixed precision with LoRA
+    layers = GemmaDense(13, use_bias=False, dtype=dtype), keras.layers.Dense(13, use_bias=False)
+    for layer in layers:
+        layer.build((None, 40))
+    layers[0].kernel.assign(layers[1].kernel)
+    b = np.random.default_rng(1).normal(size=(2, 13))
+    for layer in layers:
+        layer.quantize(**MODES[mode])
+        if lora:
+            layer.enable_lora(2, lora_alpha=3)
+            layer.lora_kernel_b.assign(b)
+    if lora:
+        layers[0].lora_kernel_a.assign(layers[1].lora_kernel_a)
+    x = np.random.default_rng(0).normal(size=(5, 40)).astype("float32")
+    (found, slope), (expected, of_keras) = (
+        value_and_slope(lambda x, layer=layer: layer(x, training=True), x) for layer in layers
+    )
+    limit = 1e-5 if dtype == "float32" else 3e-2
+    np.testing.assert_allclose(found, expected, atol=limit * np.abs(expected).max())
+    np.testing.assert_allclose(slope, of_keras, atol=limit * np.abs(of_keras).max())
+
+
+def value_and_slope(function, x):
+    """Of the sum of squares of what a layer makes of inputs: the outputs, and its gradient."""
+    backend = keras.config.backend()
+    if backend == "jax":
+        import jax
+
+        slope = jax.jit(jax.grad(lambda x: ops.sum(ops.cast(function(x), "float32") ** 2)))(x)
+    elif backend == "tensorflow":
+        import tensorflow as tf
+
+        x = tf.constant(x)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            total = ops.sum(ops.cast(function(x), "float32") ** 2)
+        slope = tape.gradient(total, x)
+    else:
+        x = ops.convert_to_tensor(x).requires_grad_()
+        ops.sum(ops.cast(function(x), "float32") ** 2).backward()
+        slope = x.grad
+    outputs = ops.cast(function(ops.convert_to_tensor(x)), "float32")
+    return ops.convert_to_numpy(outputs), ops.convert_to_numpy(slope)
 
 
 # --- a model -------------------------------------------------------------------------------------

@@ -7,8 +7,9 @@ import keras
 import numpy as np
 import pytest
 
-from gemma_keras import GemmaCausalLM
+from gemma_keras import GemmaBackbone, GemmaCausalLM, GemmaConfig, LayerSpec
 from gemma_keras.model.token_loss import tokens_of_chunk
+from gemma_keras.model.training import FOR_MEMORY
 from gemma_keras.train import memory
 from gemma_keras.train.memory import check_fits, step_memory
 from tests.models import TEXT, chat_tokenizer_model, write_tiny_hf
@@ -97,3 +98,40 @@ def test_what_cannot_fit_is_refused_with_figures(folder, monkeypatch, capsys):
     monkeypatch.setattr(memory, "free_memory", lambda: needed.more)
     model.fit(TEXT.splitlines()[:4], batch_size=4, verbose=2)
     assert "GB are free beside the weights" in capsys.readouterr().out
+
+
+@pytest.mark.backends("jax")  # the others do not say what a step will take
+def test_qlora_takes_half_of_what_lora_takes(record_property):
+    """Where weights are most of it, as with one row and checkpointing."""
+    import jax
+
+    def bytes_of(mode):
+        layer = LayerSpec(num_heads=2, num_kv_heads=1, head_dim=128, ffw_dim=1024, query_scale=0.1)
+        config = GemmaConfig(
+            vocabulary_size=65_536, hidden_dim=320, layers=(layer,) * 3, embedding_scale=18.0
+        )
+        backbone = GemmaBackbone(config, dtype="float32", gradient_checkpointing=True)
+        model = GemmaCausalLM(backbone)
+        if mode:
+            model.quantize(mode, filters=lambda layer: layer.name != "token_embedding")
+            model.quantize("int8", filters="token_embedding")
+        model.enable_lora(4, targets="all-linear")
+        model.compile(keras.optimizers.Adam())
+        ids = np.ones((1, 512), "int32")
+        data = ({"token_ids": ids, "padding_mask": ids}, ids, np.ones((1, 512), "float32"))
+        model._symbolic_build(data_batch=data)
+        state = model._get_jax_state(
+            trainable_variables=True,
+            non_trainable_variables=True,
+            optimizer_variables=True,
+            metrics_variables=True,
+        )
+        step = jax.jit(model.train_step, donate_argnums=0, compiler_options=FOR_MEMORY)
+        found = step.lower(state, data).compile().memory_analysis()
+        return found.argument_size_in_bytes + found.temp_size_in_bytes
+
+    lora = bytes_of(None)
+    for mode in ("int8", "int4"):
+        found = bytes_of(mode)
+        record_property(f"bytes of a step, {mode}", f"{found:,}, {found / lora:.2f} of LoRA's")
+        assert found < lora / 2

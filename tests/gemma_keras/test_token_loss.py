@@ -7,9 +7,11 @@ import keras_hub
 import numpy as np
 import pytest
 from keras import ops
+from keras.quantizers import Int4QuantizationConfig
 
 from gemma_keras.model import token_loss
 from gemma_keras.model.losses import NAMES, TokenLoss, TokenMetric, mean, sums_of_logits
+from gemma_keras.model.quantized import quantized_weight
 from gemma_keras.model.token_loss import token_sums
 
 pytestmark = pytest.mark.keras
@@ -182,13 +184,56 @@ def test_a_batch_in_which_nothing_counts_teaches_nothing(way):
     assert float(ops.convert_to_numpy(mean(nothing(embedding, HIDDEN)))) == 0
 
 
-def test_a_quantized_table_is_left_to_its_layer():
-    embedding = embedding_of()
-    embedding.quantize("int8", type_check=False)
-    expected, sums = gradients(plain, embedding)
-    found, chunks = gradients(chunked, embedding)
-    np.testing.assert_allclose(chunks, sums, rtol=1e-5)
-    assert worst(found, expected) < 1e-5
+# --- a table in integers -------------------------------------------------------------------------
+
+QUANTIZED = {
+    "int8": {"mode": "int8"},
+    "int4 by row, rounded inputs": {"mode": "int4"},
+    "int4 by row": {"mode": "int4", "config": Int4QuantizationConfig(block_size=None)},
+    "int4 in blocks": {"mode": "int4", "config": Int4QuantizationConfig(block_size=8)},
+}
+
+
+@pytest.mark.filterwarnings("ignore:[\\s\\S]*The use of `x.T` on tensors:UserWarning")
+@pytest.mark.parametrize("tokens", [8, 300, 1])  # parts of 38, 300 and 4 rows; the last overlaps
+@pytest.mark.parametrize("cap", [None, 3.0])
+@pytest.mark.parametrize("mode", QUANTIZED)
+def test_a_quantized_table_is_read_in_parts(mode, cap, tokens):
+    """The sums are those of Keras's head; gradients, by hand, pass through its rounding."""
+    embedding = embedding_of(cap=cap)
+    embedding.quantize(**QUANTIZED[mode], type_check=False)
+
+    def parts(embedding, hidden):
+        return token_sums(embedding, hidden, TARGETS, WEIGHTS, chunk_bytes=tokens * 4 * VOCABULARY)
+
+    (found,), sums = gradients(parts, embedding)
+    np.testing.assert_allclose(sums, numbers(plain(embedding, HIDDEN)), rtol=1e-5)
+    alone = token_sums(embedding, ops.convert_to_tensor(HIDDEN), TARGETS, WEIGHTS, False)
+    np.testing.assert_allclose(numbers(alone), sums, rtol=1e-5)
+
+    table = quantized_weight(embedding).values().astype("float64")
+    x = HIDDEN.astype("float64")
+    if embedding.inputs_quantizer:
+        steps = 127 / np.abs(x).max(-1, keepdims=True)
+        x = np.round(x * steps) / steps
+    logits = x @ table.T
+    capped = logits if cap is None else cap * np.tanh(logits / cap)
+    shares = np.exp(capped)
+    slopes = shares / shares.sum(-1, keepdims=True) - np.eye(VOCABULARY)[TARGETS]
+    slopes *= 1 if cap is None else 1 - (capped / cap) ** 2
+    assert worst([found], [WEIGHTS[..., None] * slopes @ table]) < 1e-5
+
+
+def test_an_untied_or_adapted_table_is_left_to_its_layer():
+    for tied, lora in ((False, False), (True, True)):
+        embedding = embedding_of(tied)
+        embedding.quantize("int8", type_check=False)
+        if lora:
+            embedding.enable_lora(2)
+            embedding.lora_embeddings_b.assign(RNG.normal(size=(2, WIDTH)))
+        _, expected = gradients(plain, embedding)
+        _, found = gradients(chunked, embedding)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 # --- what is kept of a batch ---------------------------------------------------------------------
