@@ -23,7 +23,8 @@ class ReversibleEmbedding(keras_hub.layers.ReversibleEmbedding):
 
     Keras has four float copies of a table in memory while it is quantized, and unpacks all of an
     int4 table for each lookup. Here it is quantized a chunk at a time, and rows are looked up
-    packed.
+    packed. A quantized head rounds its inputs to 8 bits. With Keras the gradient is that of the
+    largest input alone; here it passes through the rounding.
     """
 
     def quantize(self, mode=None, type_check=True, config=None) -> None:
@@ -50,13 +51,54 @@ class ReversibleEmbedding(keras_hub.layers.ReversibleEmbedding):
             getattr(self, name).assign(np.concatenate(arrays))
         self.dtype_policy = quantized
 
+    def _int8_call(self, inputs, reverse=False):
+        if not reverse:
+            return super()._int8_call(inputs)
+        return self._logits(inputs, super()._int8_call)
+
     def _int4_call(self, inputs, reverse=False):
-        if reverse or self.lora_enabled:
-            return super()._int4_call(inputs, reverse=reverse)
+        if reverse:
+            return self._logits(inputs, super()._int4_call)
+        if self.lora_enabled:
+            return super()._int4_call(inputs)
         ids = ops.cast(inputs, "int32")
         rows = float_rows(self, ops.reshape(ids, (-1,)))
         rows = ops.cast(rows, self.compute_dtype)
         return ops.reshape(rows, (*ops.shape(ids), self.output_dim))
+
+    def _logits(self, inputs, call):
+        """What Keras makes of inputs, and the gradient of a product with the table."""
+
+        @ops.custom_gradient
+        def logits(inputs):
+            found = call(inputs, reverse=True)
+
+            def gradients(*args, upstream=None):
+                slope = ops.cast(args[0] if upstream is None else upstream, "float32")
+                if self.logit_soft_cap is not None:
+                    slope *= 1.0 - ops.square(ops.cast(found, "float32") / self.logit_soft_cap)
+                return ops.cast(ops.matmul(slope, _float_head(self)), inputs.dtype)
+
+            return found, gradients
+
+        return logits(ops.cast(inputs, self.compute_dtype))
+
+
+def _float_head(embedding):
+    """The whole table that makes logits, float32 `(vocabulary_size, hidden_dim)`."""
+    if embedding.tie_weights:
+        return float_rows(embedding, ops.arange(embedding.input_dim, dtype="int32"), True)
+    levels = ops.convert_to_tensor(embedding.reverse_embeddings)  # (hidden_dim, vocabulary_size)
+    if embedding.quantization_mode == "int4":
+        levels = quantizers.unpack_int4(levels, embedding.output_dim, axis=0)
+    levels = ops.cast(levels, "float32")
+    scale = ops.cast(embedding.reverse_embeddings_scale, "float32")
+    if getattr(embedding, "reverse_embeddings_zero", None) is None:
+        return ops.transpose(levels / scale)
+    groups = ops.cast(embedding.g_idx, "int32")
+    zero = ops.cast(embedding.reverse_embeddings_zero, "float32")
+    levels = (levels - ops.take(zero, groups, axis=0)) * ops.take(scale, groups, axis=0)
+    return ops.transpose(levels)
 
 
 def float_rows(embedding, ids, neighbours: bool = False):

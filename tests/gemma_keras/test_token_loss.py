@@ -10,6 +10,7 @@ from keras import ops
 from keras.quantizers import Int4QuantizationConfig
 
 from gemma_keras.model import token_loss
+from gemma_keras.model.embedding import ReversibleEmbedding
 from gemma_keras.model.losses import NAMES, TokenLoss, TokenMetric, mean, sums_of_logits
 from gemma_keras.model.quantized import quantized_weight
 from gemma_keras.model.token_loss import token_sums
@@ -26,7 +27,7 @@ WEIGHTS = RNG.choice([0, 0, 0.5, 1, 2], (ROWS, LENGTH)).astype("float32")
 
 def embedding_of(tied=True, cap=None, dtype="float32", lora=False):
     keras.utils.set_random_seed(1)
-    embedding = keras_hub.layers.ReversibleEmbedding(
+    embedding = ReversibleEmbedding(
         VOCABULARY,
         WIDTH,
         tie_weights=tied,
@@ -194,12 +195,34 @@ QUANTIZED = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:[\\s\\S]*The use of `x.T` on tensors:UserWarning")
-@pytest.mark.parametrize("tokens", [8, 300, 1])  # parts of 38, 300 and 4 rows; the last overlaps
-@pytest.mark.parametrize("cap", [None, 3.0])
-@pytest.mark.parametrize("mode", QUANTIZED)
+each_quantized = pytest.mark.parametrize("mode", QUANTIZED)
+pytestmark = [
+    pytestmark,
+    # Keras transposes a vector of scales.
+    pytest.mark.filterwarnings("ignore:[\\s\\S]*The use of `x.T` on tensors:UserWarning"),
+]
+
+
+def slope_by_hand(embedding, cap):
+    """The gradient of hidden states, in float64; it passes through the rounding of inputs."""
+    table = quantized_weight(embedding, not embedding.tie_weights).values().astype("float64")
+    x = HIDDEN.astype("float64")
+    if embedding.inputs_quantizer:
+        steps = 127 / np.abs(x).max(-1, keepdims=True)
+        x = np.round(x * steps) / steps
+    logits = x @ table.T
+    capped = logits if cap is None else cap * np.tanh(logits / cap)
+    shares = np.exp(capped)
+    slopes = shares / shares.sum(-1, keepdims=True) - np.eye(VOCABULARY)[TARGETS]
+    slopes *= 1 if cap is None else 1 - (capped / cap) ** 2
+    return WEIGHTS[..., None] * slopes @ table
+
+
+# parts of 38, 4 and 300 rows; the last one of 38 overlaps
+@pytest.mark.parametrize(("cap", "tokens"), [(None, 8), (3.0, 1), (3.0, 300)])
+@each_quantized
 def test_a_quantized_table_is_read_in_parts(mode, cap, tokens):
-    """The sums are those of Keras's head; gradients, by hand, pass through its rounding."""
+    """The sums are those of Keras's head."""
     embedding = embedding_of(cap=cap)
     embedding.quantize(**QUANTIZED[mode], type_check=False)
 
@@ -210,18 +233,17 @@ def test_a_quantized_table_is_read_in_parts(mode, cap, tokens):
     np.testing.assert_allclose(sums, numbers(plain(embedding, HIDDEN)), rtol=1e-5)
     alone = token_sums(embedding, ops.convert_to_tensor(HIDDEN), TARGETS, WEIGHTS, False)
     np.testing.assert_allclose(numbers(alone), sums, rtol=1e-5)
+    assert worst([found], [slope_by_hand(embedding, cap)]) < 1e-5
 
-    table = quantized_weight(embedding).values().astype("float64")
-    x = HIDDEN.astype("float64")
-    if embedding.inputs_quantizer:
-        steps = 127 / np.abs(x).max(-1, keepdims=True)
-        x = np.round(x * steps) / steps
-    logits = x @ table.T
-    capped = logits if cap is None else cap * np.tanh(logits / cap)
-    shares = np.exp(capped)
-    slopes = shares / shares.sum(-1, keepdims=True) - np.eye(VOCABULARY)[TARGETS]
-    slopes *= 1 if cap is None else 1 - (capped / cap) ** 2
-    assert worst([found], [WEIGHTS[..., None] * slopes @ table]) < 1e-5
+
+@pytest.mark.parametrize(("cap", "tied"), [(3.0, True), (None, False)])
+@each_quantized
+def test_logits_of_a_quantized_head_have_gradients(mode, cap, tied):
+    """As distillation and preferences make them, and the loss of an untied head."""
+    embedding = embedding_of(tied, cap)
+    embedding.quantize(**QUANTIZED[mode], type_check=False)
+    (found,), _ = gradients(by_layer, embedding)
+    assert worst([found], [slope_by_hand(embedding, cap)]) < 1e-5
 
 
 def test_an_untied_or_adapted_table_is_left_to_its_layer():
