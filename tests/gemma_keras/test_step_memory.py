@@ -108,7 +108,7 @@ def test_qlora_takes_half_of_what_lora_takes(record_property):
     def bytes_of(mode):
         layer = LayerSpec(num_heads=2, num_kv_heads=1, head_dim=128, ffw_dim=1024, query_scale=0.1)
         config = GemmaConfig(
-            vocabulary_size=65_536, hidden_dim=320, layers=(layer,) * 3, embedding_scale=18.0
+            vocabulary_size=131_072, hidden_dim=512, layers=(layer,) * 3, embedding_scale=23.0
         )
         backbone = GemmaBackbone(config, dtype="float32", gradient_checkpointing=True)
         model = GemmaCausalLM(backbone)
