@@ -37,11 +37,16 @@ def main() -> None:
     if arguments.worker:
         print(json.dumps(curve(arguments)))
         return
+    if not arguments.rows.is_file():
+        parser.error(f"{arguments.rows} is not a file")
+    if arguments.steps % arguments.parts:
+        parser.error(f"{arguments.steps} steps are not {arguments.parts} equal parts")
     curves: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for seed in arguments.seeds:
             for backend in arguments.backends:
                 name = f"{backend}, seed {seed}" if len(arguments.seeds) > 1 else backend
+                print(f"{name}: takes some minutes", file=sys.stderr, flush=True)
                 worker = ["--worker", str(Path(folder, str(seed))), "--seeds", str(seed)]
                 run = subprocess.run(
                     [sys.executable, __file__, *sys.argv[1:], *worker],
@@ -71,6 +76,8 @@ def curve(arguments: argparse.Namespace) -> list[float]:
     rows = [{"prompts": line["prompt"], "responses": line["response"]} for line in lines]
     held_out = rows[::20]
     learnt = [row for number, row in enumerate(rows) if number % 20][: arguments.steps]
+    if len(learnt) < arguments.steps:
+        sys.exit(f"{arguments.rows} has {len(learnt)} rows to learn, fewer than steps")
     model = GemmaCausalLM.from_preset(
         arguments.model, dtype="float32", sequence_length=LENGTH, instruction_tuned=True
     )

@@ -8,6 +8,8 @@ import random
 import keras
 from keras import ops, quantizers
 
+from gemma_keras.model import grouped
+
 
 @keras.saving.register_keras_serializable(package="gemma_keras")
 class GemmaDense(keras.layers.Dense):
@@ -96,9 +98,7 @@ class GemmaDense(keras.layers.Dense):
             levels = ops.cast(levels, self.compute_dtype)
             if not groups:
                 return levels, scale
-            zero, of_input = groups[0], ops.cast(groups[1], "int32")
-            zero, scale = (ops.take(one, of_input, axis=0) for one in (zero, scale))
-            levels = (levels - ops.cast(zero, levels.dtype)) * ops.cast(scale, levels.dtype)
+            levels = grouped.values(levels, scale, *groups, axis=0)
             return levels, ops.ones((1,), levels.dtype)
 
         @ops.custom_gradient

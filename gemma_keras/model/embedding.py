@@ -11,6 +11,7 @@ import keras_hub
 import numpy as np
 from keras import ops, quantizers
 
+from gemma_keras.model import grouped
 from gemma_keras.model.chunked import variable_chunks
 
 _CHUNK_BYTES = 32 << 20  # of a table in float32
@@ -93,12 +94,10 @@ def _float_head(embedding):
         levels = quantizers.unpack_int4(levels, embedding.output_dim, axis=0)
     levels = ops.cast(levels, "float32")
     scale = ops.cast(embedding.reverse_embeddings_scale, "float32")
-    if getattr(embedding, "reverse_embeddings_zero", None) is None:
+    zero = getattr(embedding, "reverse_embeddings_zero", None)
+    if zero is None:
         return ops.transpose(levels / scale)
-    groups = ops.cast(embedding.g_idx, "int32")
-    zero = ops.cast(embedding.reverse_embeddings_zero, "float32")
-    levels = (levels - ops.take(zero, groups, axis=0)) * ops.take(scale, groups, axis=0)
-    return ops.transpose(levels)
+    return ops.transpose(grouped.values(levels, scale, zero, embedding.g_idx, axis=0))
 
 
 def float_rows(embedding, ids, neighbours: bool = False):
@@ -126,6 +125,4 @@ def float_rows(embedding, ids, neighbours: bool = False):
     levels, scale = ops.cast(levels, "float32"), ops.cast(rows("embeddings_scale"), "float32")
     if getattr(embedding, "embeddings_zero", None) is None:
         return levels / scale[:, None]
-    groups = ops.cast(embedding.g_idx, "int32")
-    zero = ops.cast(rows("embeddings_zero"), "float32")
-    return (levels - ops.take(zero, groups, axis=1)) * ops.take(scale, groups, axis=1)
+    return grouped.values(levels, scale, rows("embeddings_zero"), embedding.g_idx, axis=1)

@@ -42,10 +42,12 @@ class Quantizes(_Task):
                 support.
 
         Warns:
-            UserWarning: the token embedding is not quantized, and no filters say so.
+            UserWarning: the token embedding is not quantized, and no filters say so; or the filters
+                choose no layer.
         """
         with_embedding = not kwargs.get("type_check", True)
-        if filters is None and not with_embedding and mode in ("int8", "int4"):
+        of_tables = getattr(config, "mode", mode) in _OF_TABLES
+        if filters is None and not with_embedding and of_tables:
             warnings.warn(
                 "the token embedding is not quantized; to quantize it too, call "
                 "quantize('int8', filters='token_embedding')",
@@ -55,20 +57,26 @@ class Quantizes(_Task):
         others = getattr(preprocessor, "_flatten_layers", list)()
         outside = {id(layer) for layer in others}
 
+        found = []
+
         def asked(layer: keras.layers.Layer) -> bool:
             if id(layer) in outside or type(layer).quantize is keras.layers.Layer.quantize:
                 return False
             if isinstance(layer, keras.layers.Embedding) and not with_embedding:
-                chosen = filters is not None and _matches(filters, layer)
-                return chosen and getattr(config, "mode", mode) in _OF_TABLES
-            return _matches(filters, layer)
+                chosen = filters is not None and of_tables and _matches(filters, layer)
+            else:
+                chosen = _matches(filters, layer)
+            found.extend([layer.name] * chosen)
+            return chosen
 
         super().quantize(mode, config=config, filters=asked, **kwargs | {"type_check": False})
+        if not found:
+            warnings.warn("the filters choose no layer; nothing is quantized", stacklevel=2)
         gc.collect()
-        give_back()
+        _give_back()
 
 
-def give_back() -> None:
+def _give_back() -> None:
     """Give memory that is free to the system, where its C library would keep it (glibc)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:

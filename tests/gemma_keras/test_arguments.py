@@ -257,6 +257,14 @@ def test_filters_choose_the_layers_that_are_quantized(folder):
     names = ("attention.query", "attention.key", "attention.value", "mlp.up", "mlp.down")
     found = [block.sublayer(name).quantization_mode for name in names]
     assert found == ["int8", "int8", None, "int4", None]
+    table = fresh.backbone.token_embedding
+    fresh.quantize("float8", filters=["down", "token_embedding"])  # Keras has none of tables
+    assert block.sublayer("mlp.down").quantization_mode == "float8"
+    assert table.quantization_mode is None
+    fresh.quantize("int8", filters="token_embedding")
+    assert table.quantization_mode == "int8"
+    with pytest.warns(UserWarning, match="the filters choose no layer"):
+        fresh.quantize("int8", filters="qeury")
 
 
 @once
