@@ -53,7 +53,6 @@ _PROMPTS = {
     "padding_mask": np.pad(np.ones((8, 6), "int32"), ((0, 0), (0, 6))),
 }
 _LINES = TEXT.splitlines()
-token_loss._CHUNK_BYTES = 48 * 4 * CONFIG.vocabulary_size  # several chunks of each batch
 
 
 # --- what is observed ----------------------------------------------------------------------------
@@ -255,6 +254,8 @@ def multi_process(folder: Path) -> dict:
 
 
 def main(what: str, folder: Path) -> None:
+    # Several chunks of each batch. Here, because a test imports this module for its configuration.
+    token_loss._CHUNK_BYTES = 48 * 4 * CONFIG.vocabulary_size
     if what == "process":
         print(json.dumps(multi_process(folder)))
         return
