@@ -8,7 +8,7 @@ SAMPLING ?= --max-tokens 64 --temperature 0.7 --top-k 40 --seed 3
 BUNDLE := build/sample-int8
 CODE   := $(shell find export gemma_keras edge_demo/bundle -name '*.py')
 
-.PHONY: demo help test test-all test-arm64 smoke-arm64 count-arm64 check lint format notebooks clean
+.PHONY: demo help browser test test-all test-arm64 smoke-arm64 count-arm64 check lint format notebooks clean
 
 demo: $(BUNDLE)/bundle.json  ## export the real Gemma 3 270M, and continue a text with it
 	@echo "==> Speaking: edge-demo generate $(BUNDLE) --prompt \"$(PROMPT)\""
@@ -43,6 +43,10 @@ test: $(VENV)/installed-dev  ## run the quick tests on JAX, TensorFlow and PyTor
 
 test-all: $(VENV)/installed-dev  ## run all tests, the slow ones too (tests/slow.py)
 	@$(BIN)/pytest $(PARTS) $(PYTEST_ARGS)
+
+# The page is tested in a real browser, where there is one: Debian's.
+browser:  ## install Chromium for the tests of the page (Debian, as root)
+	@command -v chromium > /dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
 
 # The device's side on a Raspberry Pi 5 and 4, emulated by qemu: see tools/arm64.
 # The bundles are those of tools/arm64/bundles.py.

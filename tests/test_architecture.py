@@ -37,7 +37,7 @@ MAY_IMPORT = {
         "edge_demo.safetensors_header",
         "edge_demo.turns",
     ),
-    "edge_demo": (),
+    "edge_demo": ("serve", "grammar"),
     # the schema of a bundle; what both commands do alike; how much memory there is
     "export": (
         "gemma_keras",
@@ -108,6 +108,9 @@ FLOORS = {
         ("edge_demo.engine",),
         ("edge_demo.text",),
         ("edge_demo.evaluate",),
+        ("edge_demo.server.protocol", "edge_demo.server.worker", "edge_demo.server.page"),
+        ("edge_demo.server.http",),
+        ("edge_demo.server",),
         ("edge_demo.cli",),
         ("edge_demo",),
     ),
@@ -146,10 +149,12 @@ FLOORS = {
 }
 # Which dependencies each package stands on: of the distribution itself, and extras.
 EXTRAS = {
-    "edge_demo": (),
+    "edge_demo": ("serve", "grammar"),
     "gemma_keras": ("keras", "jax", "torch", "sample"),
     "export": ("export", "sample"),
 }
+# The wings of the device that stand on an extra.
+OF_EXTRAS = {"edge_demo.server.http": "serve", "edge_demo.text.grammar": "grammar"}
 # Distributions that bring a top-level module under another name; keras-nlp is a name of keras-hub.
 BROUGHT_BY = {"keras_hub": "keras-nlp", "google": "protobuf", "ml_dtypes": "ml-dtypes"}
 ON_THE_DEVICE = {"onnxruntime", "numpy", "sentencepiece"}
@@ -332,17 +337,24 @@ def declared(extra: str) -> set[str]:
     return names
 
 
-def third_party(package: str) -> set[str]:
+def third_party(package: str, *without: str) -> set[str]:
     return {
         top(i.module)
         for i in IMPORTS
-        if top(i.by) == package and top(i.module) not in {*PACKAGES, *sys.stdlib_module_names}
+        if is_within(i.by, (package,))
+        and not is_within(i.by, without)
+        and top(i.module) not in {*PACKAGES, *sys.stdlib_module_names}
     }
 
 
 def test_the_device_needs_three_packages_and_edge_demo_imports_no_others():
     assert {distribution_name(r) for r in PROJECT["project"]["dependencies"]} == ON_THE_DEVICE
-    assert third_party("edge_demo") <= ON_THE_DEVICE
+    assert third_party("edge_demo", *OF_EXTRAS) <= ON_THE_DEVICE
+
+
+@pytest.mark.parametrize("wing", OF_EXTRAS)
+def test_what_an_extra_brings_is_imported_in_one_wing(wing):
+    assert third_party(wing) <= ON_THE_DEVICE | declared(OF_EXTRAS[wing])
 
 
 def test_the_tests_of_the_device_import_what_its_emulation_installs():

@@ -12,6 +12,7 @@ from edge_demo.bundle.reader import Bundle
 from edge_demo.cli.prompt_cache_option import PromptCacheOption
 from edge_demo.cli.terminal import note
 from edge_demo.device.memory_limits import peak_rss_bytes
+from edge_demo.engine.runner import Engine
 from edge_demo.errors import BundleError
 from edge_demo.text.generator import Generator, engine_for
 from edge_demo.text.sampling import Sampler
@@ -67,13 +68,20 @@ class Answering:
         self.cache = PromptCacheOption(arguments.prompt_cache, arguments.prompt_cache_ro)
         self.load_s = 0.0
 
-    def load(self) -> tuple[Bundle, Generator, Drafter | None]:
-        """Open the bundle, and the draft's; errors as `Engine`, `Tokenizer` and `check_draft`."""
+    def load(self, all_logits: bool = False) -> tuple[Bundle, Generator, Drafter | None]:
+        """Open the bundle, and the draft's; errors as `Engine`, `Tokenizer` and `check_draft`.
+
+        Args:
+            all_logits: whether those of all tokens are needed, whatever the sampler.
+        """
         start = time.perf_counter()
         threads, force = self._arguments.threads, self._arguments.force
         bundle = Bundle.open(self._arguments.bundle)
         tokenizer = open_tokenizer(bundle)
-        engine = engine_for(bundle, self.sampler, threads, tokenizer, force)
+        if all_logits:
+            engine = Engine(bundle, threads, force=force)
+        else:
+            engine = engine_for(bundle, self.sampler, threads, tokenizer, force)
         generator = Generator(engine, tokenizer)
         self.load_s = time.perf_counter() - start
         drafter: Drafter | None = PromptLookup() if self._arguments.lookup else None

@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from typing import TYPE_CHECKING
 
 from edge_demo.cli import options
-from edge_demo.errors import INTERRUPTED, EdgeError, RequestError
+from edge_demo.errors import INTERRUPTED, EdgeError, RequestError, sentence
+
+if TYPE_CHECKING:
+    from edge_demo.text.grammar import GrammarSource
 
 TEXT = "Continue a prompt."
 
@@ -18,6 +22,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-p", "--prompt", metavar="TEXT", help="the prompt to continue (default: read stdin)"
     )
+    parser.add_argument(
+        "--json-schema",
+        metavar="FILE",
+        help="answer in JSON that a schema allows; needs gemma-keras[grammar]",
+    )
     options.add_engine(parser)
     options.add_sampling(parser, options.Sampling(128, 0.0, 0, 1.0))
     options.add_prompt_cache(parser, "the prompt")
@@ -27,7 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Continue a prompt, or those of a file."""
     if arguments.batch is not None:
-        others = ("prompt", "prompt_cache", "prompt_cache_ro", "lookup", "draft")
+        others = ("prompt", "prompt_cache", "prompt_cache_ro", "lookup", "draft", "json_schema")
         _refuse_with(arguments, others, "is not valid with --batch; remove it")
 
         from edge_demo.cli.batch import run_batch
@@ -50,8 +59,13 @@ def _continue_prompt(arguments: argparse.Namespace) -> int:
 
     answering = Answering(arguments)
     prompt = _prompt_on_stdin() if arguments.prompt is None else arguments.prompt
-    _, generator, drafter = answering.load()
-    cache = answering.cache
+    schema = _schema(arguments)
+    bundle, generator, drafter = answering.load(all_logits=schema is not None)
+    cache, grammar = answering.cache, None
+    if schema is not None:
+        from edge_demo.text.grammar import Grammars
+
+        grammar = Grammars(generator.tokenizer, bundle.vocabulary_size).compile(schema)
     if mark := generator.tokenizer.mark_in(prompt):
         note(
             f"The prompt holds {mark}, which is tokenized as plain text, not as the token; use "
@@ -65,6 +79,7 @@ def _continue_prompt(arguments: argparse.Namespace) -> int:
         Progress("prompt token", vanishes=True),
         answering.stop,
         on_held=lambda held: cache.save_prompt(generator.engine, held),
+        grammar=grammar,
     )
     completion = stream.completion
     status = 0
@@ -86,6 +101,20 @@ def _continue_prompt(arguments: argparse.Namespace) -> int:
         note(answering.summary(completion))
     cache.tell()
     return status
+
+
+def _schema(arguments: argparse.Namespace) -> GrammarSource | None:
+    if arguments.json_schema is None:
+        return None
+    _refuse_with(arguments, ("lookup", "draft"), "is not valid with --json-schema; remove it")
+    from edge_demo.text.grammar import LONGEST, GrammarSource
+
+    try:
+        with open(arguments.json_schema, encoding="utf-8") as file:
+            text = file.read(LONGEST + 1)
+    except (OSError, ValueError) as error:
+        raise RequestError(f"the JSON schema cannot be read: {sentence(error)}") from None
+    return GrammarSource("json_schema", text)
 
 
 def _prompt_on_stdin() -> str:

@@ -1,4 +1,4 @@
-"""`edge-demo`: generate, chat, bench, score, compare and inspect a bundle, or look at the device.
+"""`edge-demo`: generate, chat, serve, bench, score, compare or inspect a bundle, check the device.
 
 Nothing heavy is imported before it is known that it will be used, so `--help` is quick.
 """
@@ -15,13 +15,27 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from edge_demo.argument_parser import ArgumentParser
-from edge_demo.cli import bench, chat, compare, doctor, generate, inspect, options, score
+from edge_demo.cli import (
+    bench,
+    chat,
+    compare,
+    doctor,
+    generate,
+    inspect,
+    install_service,
+    options,
+    score,
+    serve,
+)
 from edge_demo.cli.terminal import complain
 from edge_demo.device import huge_pages
 from edge_demo.errors import INTERRUPTED, EdgeError, RequestError, sentence
 
 # A file each: `TEXT` says what it does, `add_options` what it takes, `run` returns the exit status.
-_COMMANDS = (generate, chat, bench, score, compare, inspect, doctor)
+_COMMANDS = (generate, chat, serve, bench, score, compare, inspect, doctor, install_service)
+
+# Packages that single commands need, and the extras that bring them.
+_OF_EXTRAS = {"starlette": "serve", "uvicorn": "serve", "llguidance": "grammar"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,12 +74,15 @@ def _sentence(error: Exception) -> str:
 
     if isinstance(error, ModuleNotFoundError) and error.name in PACKAGES:
         return f"{error.name} is not installed; run: pip install gemma-keras"
+    if isinstance(error, ModuleNotFoundError) and error.name in _OF_EXTRAS:
+        extra = _OF_EXTRAS[error.name]
+        return f"{error.name} is not installed; run: pip install 'gemma-keras[{extra}]'"
     return unexpected(error)
 
 
 def _runs_well_in_huge_pages(arguments: argparse.Namespace) -> bool:
     """Whether the command reads much memory, and there is enough of it for whole huge pages."""
-    if arguments.command == "inspect":
+    if arguments.command in ("inspect", "install-service"):
         return False
     if arguments.command == "doctor":  # measures what the others have
         return True
@@ -122,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     for command in _COMMANDS:
-        name = command.__name__.rpartition(".")[2]
+        name = command.__name__.rpartition(".")[2].replace("_", "-")
         sub = subparsers.add_parser(name, help=command.TEXT, description=command.TEXT)
         command.add_options(sub)
         sub.set_defaults(run=command.run)

@@ -111,6 +111,11 @@ def _resource_limit(name: str) -> int | None:
     return None if limit == resource.RLIM_INFINITY else limit
 
 
+def rss_bytes() -> int:
+    """The memory this process has resident now, in bytes; 0 if unknown."""
+    return read_sizes(read_text(Path("/proc/self/status"))).get("VmRSS", 0)
+
+
 def peak_rss_bytes() -> int:
     """The most memory this process has had resident, in bytes."""
     # Not `ru_maxrss` on Linux: that begins with what the parent had when it started this process.

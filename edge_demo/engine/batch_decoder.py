@@ -37,7 +37,7 @@ class BatchDecoder:
         self._cache = KVCache(
             engine.graph, bundle.ropes, bundle.windows, bundle.context_length, count
         )
-        self._binding: Binding | None = None
+        self._bindings: dict[int, Binding] = {}
         self.lengths = [0] * count
 
     def put(self, row: int, snapshot: Snapshot) -> None:
@@ -46,11 +46,23 @@ class BatchDecoder:
         self._cache.fill(snapshot.filled, row)
         self.lengths[row] = len(snapshot.tokens)
 
-    def decode(self, tokens: Mapping[int, int]) -> dict[int, np.ndarray | Candidates]:
+    def move(self, source: int, target: int) -> None:
+        """Replace a row's keys and values by those of another row, which is cleared."""
+        self._cache.fill(self._cache.row(source, self.lengths[source]), target)
+        self.lengths[target], self.lengths[source] = self.lengths[source], 0
+
+    def filled(self, row: int) -> dict[str, np.ndarray]:
+        """Returns views of a row's keys and values, as `Snapshot` has them."""
+        return self._cache.row(row, self.lengths[row])
+
+    def decode(
+        self, tokens: Mapping[int, int], rows: int | None = None
+    ) -> dict[int, np.ndarray | Candidates]:
         """Add one token to some rows; the other rows are cleared.
 
         Args:
             tokens: row to token id.
+            rows: how many of the first rows are run, which are fewer instructions than all.
 
         Returns:
             For each of these rows the result of the engine's `decode`; the next call reuses the
@@ -59,19 +71,21 @@ class BatchDecoder:
         Raises:
             RequestError: a row is full, or an id is outside the vocabulary.
         """
+        rows = len(self.lengths) if rows is None else rows
         self.lengths = [n if row in tokens else 0 for row, n in enumerate(self.lengths)]
-        totals = [n + 1 for n in self.lengths]
+        totals = [n + 1 for n in self.lengths[:rows]]
         if max(totals) > self._engine.context_length:
             raise RequestError(
                 f"a text already fills the context of {self._engine.context_length:,}"
             )
         self._reserve(max(totals))
-        if self._binding is None:
-            self._binding = self._engine.bind_rows(self._cache)
+        if rows not in self._bindings:
+            self._bindings[rows] = self._engine.bind_rows(self._cache, rows)
+        binding = self._bindings[rows]
         # An unused row runs a token at position 0, whose result is ignored.
-        ids = [tokens.get(row, 0) for row in range(len(totals))]
-        self._binding.fill(ids, totals, [0])
-        outputs = [array[:, 0] for array in self._binding.run()]
+        ids = [tokens.get(row, 0) for row in range(rows)]
+        binding.fill(ids, totals, [0])
+        outputs = [array[:, 0] for array in binding.run()]
         for row in tokens:
             self.lengths[row] += 1
         if isinstance(self._engine, CandidateEngine):
@@ -79,5 +93,6 @@ class BatchDecoder:
         return {row: outputs[0][row] for row in tokens}
 
     def _reserve(self, tokens: int) -> None:
-        if self._cache.reserve(tokens):
-            self._binding = None  # it is bound to buffers that are now replaced
+        used = max((row + 1 for row, length in enumerate(self.lengths) if length), default=0)
+        if self._cache.reserve(tokens, used):
+            self._bindings.clear()  # they are bound to buffers that are now replaced

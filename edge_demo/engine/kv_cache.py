@@ -86,8 +86,14 @@ class KVCache:
     def _shape(self, spec: TensorSpec) -> tuple[int, ...]:
         return tuple(d if isinstance(d, int) else self._sizes[d] for d in spec.shape)
 
-    def reserve(self, tokens: int) -> bool:
-        """Make room for `tokens` in all; true if the buffers were replaced by larger ones."""
+    def reserve(self, tokens: int, rows: int | None = None) -> bool:
+        """Make room for `tokens` in all; true if the buffers were replaced by larger ones.
+
+        Args:
+            tokens: of the longest text.
+            rows: how many of the first rows hold a text; `None` for all. Others are not copied, so
+                that they take no memory.
+        """
         if tokens <= self.capacity:
             return False
         # Half more than now, in whole steps, so that growing takes little time in total.
@@ -96,7 +102,7 @@ class KVCache:
         self._sizes["capacity"] = capacity
         grown = {spec.name: np.zeros(self._shape(spec), spec.dtype) for spec in self._growing}
         for name, buffer in grown.items():
-            buffer[:, :, :old] = self.buffers[name]
+            buffer[:rows, :, :old] = self.buffers[name][:rows]
         for rope in self._ropes:
             cos, sin = rope_table(rope, capacity)
             self.tables |= {f"{rope.name}.cos": cos, f"{rope.name}.sin": sin}
@@ -128,6 +134,13 @@ class KVCache:
         return {
             name: self.buffers[name][:, :, : shape[2]]
             for name, (_, shape) in self.layout(self.reached).items()
+        }
+
+    def row(self, row: int, length: int) -> dict[str, np.ndarray]:
+        """Returns views of one row's keys and values after `length` tokens, as `filled` does."""
+        return {
+            name: self.buffers[name][row : row + 1, :, : shape[2]]
+            for name, (_, shape) in self.layout(length).items()
         }
 
     def fill(self, filled: dict[str, np.ndarray], row: int = 0) -> None:

@@ -114,13 +114,51 @@ class TokenRunner:
             RequestError: they do not fit the context, or an id is outside the vocabulary; what
                 was held is held still.
         """
+        steps = self.hold_in_steps(ids)
+        held = next(steps)
+        for done in steps:
+            if on_progress is not None:
+                on_progress(done - held, len(ids) - held)
+        return held
+
+    def hold_in_steps(
+        self, ids: Sequence[int], most: Callable[[], int] | None = None, stop: int = 0
+    ) -> Iterator[int]:
+        """As `hold`, one piece after another; another runner may run between two of them.
+
+        Whoever does not finish it leaves an engine that holds the pieces run so far.
+
+        Args:
+            ids: as of `hold`.
+            most: called before each piece; the most tokens to run in it.
+            stop: a number of tokens at which a piece ends, so that a snapshot can be taken.
+
+        Yields:
+            How many of the tokens are held: at first those that need not be run again, then after
+            each piece.
+
+        Raises:
+            RequestError: as `hold`, before the first number.
+        """
         self._refuse(ids, 0)
         wanted = self._course_of(len(ids))
-        held = self._prompt_run.shared(wanted, common_prefix(self.tokens, ids))
-        self.rewind(self.reusable(held))
-        held = len(self.tokens)
-        self._run_pieces(ids[held:], wanted, on_progress)
-        return held
+        same = common_prefix(self.tokens, ids)
+        self.rewind(self.reusable(self._prompt_run.shared(wanted, same)))
+        yield len(self.tokens)
+        while len(self.tokens) < len(ids):
+            self._run_piece(ids, 0, wanted, most() if most else None, stop)
+            yield len(self.tokens)
+
+    def saved_by(self, snapshot: Snapshot, ids: Sequence[int]) -> int:
+        """How many tokens `hold` need not run if a snapshot is restored before it.
+
+        Args:
+            snapshot: of an engine of the same bundle.
+            ids: as of `hold`.
+        """
+        same = common_prefix(snapshot.tokens, ids)
+        held = snapshot.prompt_run.shared(self._course_of(len(ids)), same)
+        return held if self._cache.holds(held, len(snapshot.tokens)) else 0
 
     def add(self, ids: Sequence[int], on_progress: OnProgress | None = None) -> None:
         """Add tokens after those it holds, in pieces: Ctrl-C stops between two of them.
@@ -139,19 +177,35 @@ class TokenRunner:
     ) -> None:
         """Run the last of some tokens the way `prompt_run` says; no outputs are wanted."""
         first, end = len(self.tokens), len(self.tokens) + len(ids)
-        while (held := len(self.tokens)) < end:
-            piece = ids[
-                held - first : prompt_chunks.end_of_piece(held, end, self._prefill_chunk) - first
-            ]
-            if prompt_run.in_float and len(piece) > 1:  # one alone is decoded, which is much faster
-                self._reserve(len(piece))
-                self._run_bound(self._bind(len(piece), 0, self._prompts), piece, range(0))
-            else:  # the graph of candidates takes no piece of which no row is wanted
-                self._run(piece, range(len(piece) - 1, len(piece)))
-            if end == prompt_run.length:
-                self._prompt_run = dataclasses.replace(prompt_run, left=len(self.tokens))
+        while len(self.tokens) < end:
+            self._run_piece(ids, first, prompt_run)
             if on_progress is not None:
                 on_progress(len(self.tokens) - first, len(ids))
+
+    def _run_piece(
+        self,
+        ids: Sequence[int],
+        first: int,
+        prompt_run: PromptRun,
+        most: int | None = None,
+        stop: int = 0,
+    ) -> None:
+        """Run the next of some tokens, the first of which has the position `first`."""
+        held, end = len(self.tokens), first + len(ids)
+        most = min(most or self._prefill_chunk, self._prefill_chunk)
+        if prompt_run.in_float:  # the weights are made float for each piece
+            most = self._prefill_chunk
+        border = prompt_chunks.end_of_piece(held, end, most)
+        if held < stop < border and stop % prompt_chunks.UNIT == 0:
+            border = stop
+        piece = ids[held - first : border - first]
+        if prompt_run.in_float and len(piece) > 1:  # one alone is decoded, which is much faster
+            self._reserve(len(piece))
+            self._run_bound(self._bind(len(piece), 0, self._prompts), piece, range(0))
+        else:  # the graph of candidates takes no piece of which no row is wanted
+            self._run(piece, range(len(piece) - 1, len(piece)))
+        if end == prompt_run.length:
+            self._prompt_run = dataclasses.replace(prompt_run, left=len(self.tokens))
 
     def _prefill(
         self, ids: Sequence[int], on_progress: OnProgress | None = None
@@ -300,11 +354,10 @@ class TokenRunner:
         self.tokens.extend(ids)
         return [array[0] for array in outputs]
 
-    def bind_rows(self, cache: KVCache) -> Binding:
-        """The same graph over another cache: one token for each of its texts."""
-        return Binding(
-            self._session, self._embedding, cache.buffers, cache.tables, 1, 1, cache.batch
-        )
+    def bind_rows(self, cache: KVCache, rows: int) -> Binding:
+        """The same graph over another cache: one token for each of its first texts."""
+        first = {name: buffer[:rows] for name, buffer in cache.buffers.items()}
+        return Binding(self._session, self._embedding, first, cache.tables, 1, 1, rows)
 
 
 class Engine(TokenRunner):

@@ -9,6 +9,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from edge_demo.engine.candidates import Candidates, below
+from edge_demo.text.grammar import Grammar
+from edge_demo.text.logit_bias import LogitBias
 from edge_demo.text.sampling import Sampler
 from edge_demo.text.stop_texts import StopTexts
 from edge_demo.text.tokenizer import Tokenizer
@@ -75,6 +77,8 @@ class Writer:
         max_tokens: the most there may be.
         context: how many tokens the engine can hold, which need not hold the last one.
         stop: texts that end it, as `edge_demo.text.stop_texts`.
+        bias: added to the logits of some tokens.
+        grammar: at its beginning, which the answer keeps to.
     """
 
     def __init__(
@@ -85,8 +89,12 @@ class Writer:
         max_tokens: int,
         context: int,
         stop: Sequence[str] = (),
+        bias: LogitBias | None = None,
+        grammar: Grammar | None = None,
     ) -> None:
         self._completion = completion
+        self._bias = bias
+        self._grammar = grammar
         self._sampler = sampler
         self._num_pieces = tokenizer.num_pieces
         self._max_tokens = max_tokens
@@ -105,17 +113,47 @@ class Writer:
 
         Raises:
             NotFiniteError: as `Sampler.pick`.
+            NoCandidateError: as `Grammar.filter`; the same call with the logits of all tokens goes
+                on.
         """
-        out = self._completion
-        token = self._sampler.pick(below(logits, self._num_pieces), self._penalized)
+        known = below(logits, self._num_pieces)
+        if self._bias is not None:
+            known = self._bias.add(known)
+        if self._grammar is not None:
+            known = self._grammar.filter(known)
+        token = self._sampler.pick(known, self._penalized)
+        if self._grammar is not None:
+            self._grammar.take(token)
         if token in self._ends:
-            out.finish_reason = "stop"
+            self._completion.finish_reason = "stop"
             return None
+        return self._append(token)
+
+    def add_forced(self) -> str:
+        """Add the tokens of which the grammar leaves no choice; their logits need not be computed.
+
+        Returns:
+            The text that has become certain, which may be empty.
+        """
+        piece = ""
+        if self._grammar is None or self._completion.finish_reason != "interrupted":
+            return piece
+        for token in self._grammar.forced():
+            if token in self._ends:
+                break
+            self._grammar.take(token)
+            piece += self._append(token)
+            if self._completion.finish_reason != "interrupted":
+                break
+        return piece
+
+    def _append(self, token: int) -> str:
+        out = self._completion
         out.ids.append(token)
         self._penalized.append(token)
         piece = self._stop.push(self._stream.push(token))
         out.text += piece
-        if self._stop.found:
+        if self._stop.found or (self._grammar is not None and self._grammar.ended):
             out.finish_reason = "stop"
         elif len(out.ids) >= self._max_tokens:
             out.finish_reason = "length"

@@ -12,6 +12,7 @@ from edge_demo.engine import memory
 from edge_demo.engine.runner import CandidateEngine, Engine, OnProgress, common_prefix
 from edge_demo.errors import RequestError, TooLittleMemoryError
 from edge_demo.text.answer import Completion, TextPiece, Writer
+from edge_demo.text.grammar import Grammar
 from edge_demo.text.sampling import Sampler
 from edge_demo.text.speculate import Drafter, Speculator
 from edge_demo.text.stop_texts import check_stop_texts
@@ -49,12 +50,20 @@ def engine_for(
 
 
 def candidates_suffice(
-    bundle: Bundle, sampler: Sampler, tokenizer: Tokenizer | None = None
+    bundle: Bundle, sampler: Sampler, tokenizer: Tokenizer | None = None, lowered: int = 0
 ) -> bool:
-    """Whether what a sampler chooses among is always among the bundle's candidates."""
+    """Whether what a sampler chooses among is always among the bundle's candidates.
+
+    Args:
+        bundle: opened.
+        sampler: that will choose.
+        tokenizer: of the same bundle, where ids without a piece are not to be chosen.
+        lowered: how many tokens have their logits lowered before it chooses.
+    """
     pieces = bundle.vocabulary_size if tokenizer is None else tokenizer.num_pieces
     without = bundle.vocabulary_size - pieces  # all of which may be likelier
-    return 0 < sampler.effective_top_k <= bundle.num_candidates - without
+    reach = sampler.effective_top_k
+    return 0 < reach <= bundle.num_candidates - without - lowered
 
 
 class CompletionStream(Iterator[TextPiece]):
@@ -133,6 +142,7 @@ class Generator:
         stop: Sequence[str] = (),
         on_held: Callable[[Completion], None] | None = None,
         goes_on: bool = False,
+        grammar: Grammar | None = None,
     ) -> CompletionStream:
         """Begin an answer; its text comes as the stream is iterated.
 
@@ -149,10 +159,12 @@ class Generator:
                 prompt, or with what `prepare` was given, what that and its answer left is used as
                 it is: only what is new is run, and the text depends on how the turns were cut.
                 After an answer that was given up it is a prompt as any other.
+            grammar: at its beginning, which the answer keeps to. It needs an `Engine`, which has
+                the logits of all tokens, and no drafter.
 
         Raises:
-            RequestError: the prompt is empty or does not fit the context, or `stop` is as
-                `check_stop_texts` refuses it.
+            RequestError: the prompt is empty or does not fit the context, `stop` is as
+                `check_stop_texts` refuses it, or a grammar comes with a drafter.
             NotFiniteError: the model's logits are NaN or infinite, while the stream is iterated.
         """
         if max_tokens < 1:
@@ -163,7 +175,11 @@ class Generator:
         self.engine.check(prompt_ids)
         completion = Completion(list(prompt_ids))
         context = self.engine.context_length
-        writer = Writer(completion, self.tokenizer, sampler, max_tokens, context, stop)
+        if grammar is not None and drafter is not None:
+            raise RequestError("an answer in a promised form cannot be drafted; give one of both")
+        writer = Writer(
+            completion, self.tokenizer, sampler, max_tokens, context, stop, grammar=grammar
+        )
         pieces = self._pieces(completion, writer, drafter, on_prefill, on_held, goes_on)
         return CompletionStream(completion, pieces)
 
@@ -197,10 +213,14 @@ class Generator:
                     break
                 if len(out.ids) > 1:
                     out.decode_s += now - since
+                chosen = len(out.ids) - 1
+                piece += writer.add_forced()
                 yield TextPiece(piece, out.ids[-1])
                 since = time.perf_counter()  # what a reader does with a piece is its own time
                 if out.finish_reason != "interrupted":
                     break
+                if len(out.ids) - 1 > chosen:
+                    self.engine.add(out.ids[chosen:-1])
                 logits = ahead.decode(out.ids[-1])
             # the last token may not have been run
             self._turn = len(prompt_ids), len(prompt_ids) + max(0, len(out.ids) - 1)

@@ -10,7 +10,7 @@ import sentencepiece
 
 from edge_demo.bundle.manifest import ChatTemplate
 from edge_demo.bundle.reader import Bundle
-from edge_demo.detokenizer import Detokenizer
+from edge_demo.detokenizer import Detokenizer, piece_of
 from edge_demo.errors import BundleError
 from edge_demo.turns import BLANK_LINE, beginning, stretches
 
@@ -154,6 +154,19 @@ class Tokenizer:
         """The text of some ids; control tokens are empty."""
         stream = self.stream()
         return "".join(stream.push(i) for i in ids) + stream.flush()
+
+    def show(self, ids: Sequence[int]) -> str:
+        """The text of some ids with control tokens as their names, for people."""
+        stream, marks = self.stream(), {i: mark for mark, i in self._marks().items()}
+        parts = []
+        for token in ids:
+            parts.append(stream.flush() + marks[token] if token in marks else stream.push(token))
+        return "".join(parts) + stream.flush()
+
+    def piece_bytes(self, token: int) -> bytes:
+        """The bytes of one token, which may be a part of a character; empty for control tokens."""
+        piece = piece_of(self._model, token)
+        return piece if isinstance(piece, bytes) else piece.encode()
 
     def stream(self) -> Detokenizer:
         """Turns ids into text as they come."""

@@ -1,0 +1,1 @@
+"""Routes, access and streams, with Starlette."""

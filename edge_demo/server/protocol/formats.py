@@ -1,0 +1,53 @@
+"""The form that an answer is to have: `response_format`, or `text.format` of a response."""
+
+from __future__ import annotations
+
+import json
+
+from edge_demo.server.protocol.errors import Refusal
+from edge_demo.server.protocol.fields import Fields
+from edge_demo.text.grammar import LONGEST, GrammarSource
+
+_ANY_OBJECT = GrammarSource("json_schema", '{"type": "object"}')
+_KINDS = ("text", "json_object", "json_schema", "regex", "lark")
+
+
+def read_format(fields: Fields, name: str = "response_format") -> GrammarSource | None:
+    """The form that is asked for; `None` for any text.
+
+    Beside OpenAI's forms there are `{"type": "regex", "regex": TEXT}` and `{"type": "lark",
+    "lark": TEXT}`.
+
+    Args:
+        fields: of the request, or of what holds the form.
+        name: of the field.
+
+    Raises:
+        Refusal: it is none of them, or too large.
+    """
+    form = fields.inner(name)
+    if form is None:
+        return None
+    kind = form.choice("type", _KINDS)
+    if kind is None:
+        raise form.wrong("type", " or ".join(map(repr, _KINDS)))
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return _ANY_OBJECT
+    if kind == "json_schema":
+        inner = form.inner("json_schema") or form  # a response has it without the object between
+        schema = inner.any("schema")
+        if not isinstance(schema, dict):
+            raise inner.wrong("schema", "a JSON schema")
+        text = json.dumps(schema, ensure_ascii=False)
+        if len(text) > LONGEST:
+            where = inner.where("schema")
+            raise Refusal(
+                f"{where} has {len(text):,} characters; the limit is {LONGEST:,}", param=where
+            )
+        return GrammarSource("json_schema", text)
+    text = form.text(kind, LONGEST)
+    if not text:
+        raise form.wrong(kind, "text")
+    return GrammarSource("regex" if kind == "regex" else "lark", text)

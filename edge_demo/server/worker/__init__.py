@@ -1,0 +1,1 @@
+"""One thread that owns the engine and answers several requests at once."""
