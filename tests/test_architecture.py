@@ -146,13 +146,15 @@ FLOORS = {
 }
 # Which dependencies each package stands on: of the distribution itself, and extras.
 EXTRAS = {
-    "edge_demo": (),
+    "edge_demo": ("chat",),
     "gemma_keras": ("keras", "jax", "torch", "sample"),
     "export": ("export", "sample"),
 }
 # Distributions that bring a top-level module under another name; keras-nlp is a name of keras-hub.
 BROUGHT_BY = {"keras_hub": "keras-nlp", "google": "protobuf", "ml_dtypes": "ml-dtypes"}
 ON_THE_DEVICE = {"onnxruntime", "numpy", "sentencepiece"}
+# What `edge_demo` uses where it is installed, and the one module that imports it, in a function.
+OPTIONAL_ON_THE_DEVICE = {"prompt_toolkit": "edge_demo.cli.editor"}
 
 KERAS = ("keras", "keras_hub", "tensorflow", "jax", "torch")
 NOT_ON_THE_DEVICE = (*KERAS, "onnx", "onnx_ir", "gguf", "safetensors", "gemma_keras", "export")
@@ -342,7 +344,15 @@ def third_party(package: str) -> set[str]:
 
 def test_the_device_needs_three_packages_and_edge_demo_imports_no_others():
     assert {distribution_name(r) for r in PROJECT["project"]["dependencies"]} == ON_THE_DEVICE
-    assert third_party("edge_demo") <= ON_THE_DEVICE
+    assert third_party("edge_demo") <= {*ON_THE_DEVICE, *OPTIONAL_ON_THE_DEVICE}
+
+
+def test_what_is_optional_on_the_device_is_imported_in_a_function_of_one_module():
+    found = [
+        i for i in IMPORTS if top(i.by) == "edge_demo" and top(i.module) in OPTIONAL_ON_THE_DEVICE
+    ]
+    assert {(top(i.module), i.by) for i in found} == set(OPTIONAL_ON_THE_DEVICE.items())
+    assert all(i.function for i in found)
 
 
 def test_the_tests_of_the_device_import_what_its_emulation_installs():
@@ -409,7 +419,7 @@ for module in pkgutil.walk_packages(edge_demo.__path__, "edge_demo."):
     loaded = loaded_after(code)
     assert {name for name in MODULES if top(name) == "edge_demo"} <= loaded
     assert loaded >= ON_THE_DEVICE
-    assert not loaded & set(NOT_ON_THE_DEVICE)
+    assert not loaded & {*NOT_ON_THE_DEVICE, *OPTIONAL_ON_THE_DEVICE}
 
 
 @pytest.mark.parametrize("name", ["gemma_keras", "gemma_keras.config", "gemma_keras.checkpoints"])
@@ -488,4 +498,5 @@ else:
 """
     loaded = loaded_after(code)
     assert module in loaded
-    assert not loaded & {*KERAS, *ON_THE_DEVICE, "onnx", "onnx_ir", "gguf", "rich"}
+    device = {*ON_THE_DEVICE, *OPTIONAL_ON_THE_DEVICE}
+    assert not loaded & {*KERAS, *device, "onnx", "onnx_ir", "gguf", "rich"}
