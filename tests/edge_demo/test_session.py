@@ -97,6 +97,10 @@ def test_an_answer_can_be_given_again_and_runs_its_message_only(chat):
     assert session.keep(stream.completion) and len(session) == 4
     assert stream.completion.ids == second.ids
     assert stream.completion.reused_tokens >= second.reused_tokens > 0
+    turns = session.turns
+    session.send("Why?")
+    session.take_back()
+    assert session.turns == turns
 
 
 def test_an_answer_that_is_not_given_again_is_the_former_one(chat):
@@ -114,6 +118,7 @@ def test_an_answer_that_is_not_given_again_is_the_former_one(chat):
     third = said(session, "Why?")
     assert third.prompt_ids == chat.tokenizer.encode_chat((*turns, ("user", "Why?")))
     assert session.undo() == "Why?" and session.turns == turns
+    assert [session.undo(), session.undo()] == ["And tomorrow?", "Is it open?"]
 
 
 def test_after_an_answer_that_was_given_up_only_what_is_new_is_run(chat):

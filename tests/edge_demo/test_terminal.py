@@ -218,7 +218,7 @@ def test_ctrl_d_while_an_answer_is_written_ends_the_chat_after_it(sample_bundle,
     with Terminal("chat", sample_bundle, *options, environment=environment) as terminal:
         terminal.wait_for(PROMPT)
         terminal.keys(b"Once upon a time\n")
-        terminal.wait_for(r"time\s+\S.{20}")
+        terminal.wait_for(r"\r\x1b\[K.{20}")  # the prompt's progress has vanished
         terminal.keys(CTRL_D)
         assert terminal.finish() == 0
         assert "60 tokens" in terminal.screen
