@@ -149,15 +149,21 @@ FLOORS = {
 }
 # Which dependencies each package stands on: of the distribution itself, and extras.
 EXTRAS = {
-    "edge_demo": ("serve", "grammar"),
+    "edge_demo": ("chat", "serve", "grammar"),
     "gemma_keras": ("keras", "jax", "torch", "sample"),
     "export": ("export", "sample"),
 }
 # The wings of the device that stand on an extra.
-OF_EXTRAS = {"edge_demo.server.http": "serve", "edge_demo.text.grammar": "grammar"}
+OF_EXTRAS = {
+    "edge_demo.cli.editor": "chat",
+    "edge_demo.server.http": "serve",
+    "edge_demo.text.grammar": "grammar",
+}
 # Distributions that bring a top-level module under another name; keras-nlp is a name of keras-hub.
 BROUGHT_BY = {"keras_hub": "keras-nlp", "google": "protobuf", "ml_dtypes": "ml-dtypes"}
 ON_THE_DEVICE = {"onnxruntime", "numpy", "sentencepiece"}
+# What `edge_demo` uses where it is installed, and the one module that imports it, in a function.
+OPTIONAL_ON_THE_DEVICE = {"prompt_toolkit": "edge_demo.cli.editor"}
 
 KERAS = ("keras", "keras_hub", "tensorflow", "jax", "torch")
 NOT_ON_THE_DEVICE = (*KERAS, "onnx", "onnx_ir", "gguf", "safetensors", "gemma_keras", "export")
@@ -354,7 +360,16 @@ def test_the_device_needs_three_packages_and_edge_demo_imports_no_others():
 
 @pytest.mark.parametrize("wing", OF_EXTRAS)
 def test_what_an_extra_brings_is_imported_in_one_wing(wing):
-    assert third_party(wing) <= ON_THE_DEVICE | declared(OF_EXTRAS[wing])
+    brought = {name.replace("-", "_") for name in declared(OF_EXTRAS[wing])}
+    assert third_party(wing) <= ON_THE_DEVICE | brought
+
+
+def test_what_is_optional_on_the_device_is_imported_in_a_function_of_one_module():
+    found = [
+        i for i in IMPORTS if top(i.by) == "edge_demo" and top(i.module) in OPTIONAL_ON_THE_DEVICE
+    ]
+    assert {(top(i.module), i.by) for i in found} == set(OPTIONAL_ON_THE_DEVICE.items())
+    assert all(i.function for i in found)
 
 
 def test_the_tests_of_the_device_import_what_its_emulation_installs():
@@ -421,7 +436,7 @@ for module in pkgutil.walk_packages(edge_demo.__path__, "edge_demo."):
     loaded = loaded_after(code)
     assert {name for name in MODULES if top(name) == "edge_demo"} <= loaded
     assert loaded >= ON_THE_DEVICE
-    assert not loaded & set(NOT_ON_THE_DEVICE)
+    assert not loaded & {*NOT_ON_THE_DEVICE, *OPTIONAL_ON_THE_DEVICE}
 
 
 @pytest.mark.parametrize("name", ["gemma_keras", "gemma_keras.config", "gemma_keras.checkpoints"])
@@ -500,4 +515,5 @@ else:
 """
     loaded = loaded_after(code)
     assert module in loaded
-    assert not loaded & {*KERAS, *ON_THE_DEVICE, "onnx", "onnx_ir", "gguf", "rich"}
+    device = {*ON_THE_DEVICE, *OPTIONAL_ON_THE_DEVICE}
+    assert not loaded & {*KERAS, *device, "onnx", "onnx_ir", "gguf", "rich"}

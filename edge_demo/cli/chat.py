@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
-import re
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from edge_demo.cli import options
-from edge_demo.errors import INTERRUPTED, EdgeError, RequestError, brief
+from edge_demo.errors import INTERRUPTED, RequestError
 
 if TYPE_CHECKING:
     from edge_demo.bundle.reader import Bundle
     from edge_demo.cli.answering import Answering
-    from edge_demo.text.answer import Completion
-    from edge_demo.text.generator import CompletionStream, Generator
-    from edge_demo.text.session import ChatSession
+    from edge_demo.text.generator import Generator
 
 TEXT = "Chat with a model, or continue text in turns with a base model."
-_HELP = """\
-/clear, /reset   begin a new conversation
-/bye, /exit      end; exit, quit and Ctrl-D too
-/help            show this
-Ctrl-C           stop an answer, or throw away what is typed
-A text that begins with / is sent where a space stands before it."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +35,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default="",
         help="system text for an instruction-tuned model, before the first message",
     )
+    parser.add_argument(
+        "--no-history",
+        action="store_true",
+        help="neither read nor write the file of what was typed in earlier chats",
+    )
     options.add_engine(parser)
     options.add_sampling(parser, options.Sampling(512, 1.0, 64, 0.95))
     options.add_prompt_cache(parser, "the --system text, or of the first message without one,")
@@ -53,13 +48,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Talk in turns."""
     from edge_demo.cli.answering import Answering
+    from edge_demo.cli.chat_commands import ENDS, ChatCommands
+    from edge_demo.cli.talk import Talk
     from edge_demo.cli.terminal import note
+    from edge_demo.cli.typed_text import Command, meaning
     from edge_demo.text.session import ChatSession
 
     if arguments.prompt is not None and not arguments.prompt.strip():
         raise RequestError("--prompt is empty; give a message, or remove --prompt")
     answering = Answering(arguments)
-    messages = _messages(arguments.prompt)
+    messages = _messages(arguments.prompt, not arguments.no_history)
     only_keeps = arguments.system and arguments.prompt_cache  # which needs no message
     if not sys.stdin.isatty() and not only_keeps:
         messages = _ahead(messages)  # before anything is loaded
@@ -79,16 +77,20 @@ def run(arguments: argparse.Namespace) -> int:
     )
     _run_system(answering, generator, session.system_ids)
     note(_greeting(bundle))
-    talk = _Talk(arguments, answering, generator, session)
+    keeps_first = not arguments.system  # in the prompt cache
+    talk = Talk(answering, generator, session, arguments.json, keeps_first)
+    commands = ChatCommands(bundle, generator, session, talk)
     for number, message in enumerate(messages):
         typed = sys.stdin.isatty() and (number > 0 or arguments.prompt is None)
-        if typed and (command := _command(message)):
-            if command in ("bye", "exit", "quit"):
-                break
-            talk.obey(command)
-            continue
+        said = meaning(message) if typed else message
+        goes_on = True
         try:
-            goes_on = talk.answer(message)
+            if not isinstance(said, Command):
+                goes_on = not said.strip() or talk.answer(said)
+            elif said.name in ENDS:
+                break
+            else:
+                commands.obey(said)
         except KeyboardInterrupt:  # another one, while the first was told
             goes_on = sys.stdin.isatty()
             print(file=sys.stderr)
@@ -107,14 +109,16 @@ def _greeting(bundle: Bundle) -> str:
     return f"{bundle.name} ({bundle.recipe}), {kind}{keys}"
 
 
-def _messages(first: str | None) -> Iterator[str]:
+def _messages(first: str | None, keeps_history: bool) -> Iterator[str]:
     """The user's messages, as they come; none is empty."""
-    from edge_demo.cli.typed import piped_messages, typed_message
+    from edge_demo.cli.history import TypedHistory
+    from edge_demo.cli.typed import Keyboard, piped_messages
 
     if first is not None:
         yield first
     if sys.stdin.isatty():
-        while (message := typed_message()) is not None:
+        keyboard = Keyboard(TypedHistory(keeps_history))
+        while (message := keyboard.read()) is not None:
             if message.strip():
                 yield message
     elif first is None:
@@ -138,17 +142,6 @@ def _ahead(messages: Iterator[str]) -> Iterator[str]:
     return all_of_them()
 
 
-def _command(message: str) -> str | None:
-    """The name of a command that was typed in place of a message; `None` if it is a message.
-
-    A path, such as `/home/pi`, is one.
-    """
-    if message.rstrip() in ("exit", "quit"):
-        return message.rstrip()
-    match = re.match(r"/([A-Za-z?]+)(\s|$)", message)
-    return match[1].lower() if match and "\n" not in message.strip() else None
-
-
 def _run_system(answering: Answering, generator: Generator, ids: list[int]) -> None:
     """Have the engine hold the tokens that every conversation begins with."""
     cache, engine = answering.cache, generator.engine
@@ -158,100 +151,3 @@ def _run_system(answering: Answering, generator: Generator, ids: list[int]) -> N
     if ids and generator.prepare(ids) < len(ids):
         cache.save(engine)
         cache.tell()
-
-
-class _Talk:
-    """A chat at a terminal or in a pipe: each turn is run and shown."""
-
-    def __init__(
-        self,
-        arguments: argparse.Namespace,
-        answering: Answering,
-        generator: Generator,
-        session: ChatSession,
-    ) -> None:
-        self._json = arguments.json
-        self._answering = answering
-        self._engine = generator.engine
-        self._session = session
-        self._keeps_first = not arguments.system  # in the prompt cache
-
-    def obey(self, command: str) -> None:
-        """Do what a command says; an unknown one gets a note."""
-        from edge_demo.cli.terminal import note
-
-        if command in ("clear", "reset"):
-            self._session.clear()
-            note("started a new conversation")
-        elif command in ("help", "?"):
-            note(_HELP)
-        else:
-            note(
-                f"there is no command /{brief(command, 40)}; /help lists the commands. To "
-                "send it as a message, begin with a space"
-            )
-
-    def answer(self, message: str) -> bool:
-        """Answer a message; `False` where it was stopped and nobody is there to go on.
-
-        Raises:
-            EdgeError: there can be no answer; at a terminal a message too long gets a note.
-        """
-        from edge_demo.cli.terminal import note, show
-
-        stream, stopped = None, False
-        try:
-            stream = self._begin(message)
-            for piece in stream:
-                if not self._json:
-                    show(piece.text)
-        except KeyboardInterrupt:
-            stopped = True
-        except RequestError as error:
-            if stream is not None:
-                self._session.take_back()
-            if not sys.stdin.isatty():
-                raise
-            note(f"{error}. The message was dropped")
-            return True
-        except EdgeError:
-            if stream is not None and stream.completion.ids and not self._json:
-                show("\n")  # what is said next begins a line
-            raise
-        if stream is not None:
-            self._keep(stream.completion)
-        return sys.stdin.isatty() or not stopped
-
-    def _begin(self, message: str) -> CompletionStream:
-        from edge_demo.cli.terminal import Progress, note
-
-        stream = self._session.send(
-            message,
-            Progress("prompt token", vanishes=True),
-            on_held=self._save_first if self._keeps_first else None,
-        )
-        if self._session.dropped:
-            note(_dropped(self._session.dropped, self._engine.context_length))
-        return stream
-
-    def _save_first(self, held: Completion) -> None:
-        self._keeps_first = False
-        self._answering.cache.save_prompt(self._engine, held)
-
-    def _keep(self, completion: Completion) -> None:
-        """Make the answer a turn, and say how it ended."""
-        from edge_demo.cli.terminal import note, show
-
-        kept = self._session.keep(completion)
-        if self._json:
-            print(json.dumps(self._answering.report(completion)), flush=True)
-        else:
-            show("\n")
-            length = f"{len(completion.ids):,} tokens" if kept else "the message was dropped"
-            note(f"[{completion.finish_reason}] {length}")
-        self._answering.cache.tell()
-
-
-def _dropped(count: int, context: int) -> str:
-    what = "message and its answer were" if count == 1 else f"{count:,} messages and answers were"
-    return f"the conversation fills the context of {context:,} tokens: the oldest {what} dropped"

@@ -37,9 +37,11 @@ def sample_generator(sample_bundle) -> Generator:
 
 @pytest.fixture(scope="package", autouse=True)
 def users_environment(tmp_path_factory):
-    """What is remembered of checked files is remembered for these tests only; output is buffered."""
+    """What is remembered of checked files and typed texts is for these tests only; output is
+    buffered."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         patch.delenv("PYTHONUNBUFFERED", raising=False)
         yield
 

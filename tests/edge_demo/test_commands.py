@@ -356,7 +356,7 @@ OPTIONS = {
     "--repeat-last-n",
     "chat": "--prompt --system --threads --max-tokens --temperature --top-k --top-p --seed --json "
     "--prompt-cache --prompt-cache-ro --lookup --draft --force --stop --min-p --repeat-penalty "
-    "--presence-penalty --frequency-penalty --repeat-last-n",
+    "--presence-penalty --frequency-penalty --repeat-last-n --no-history",
     "bench": "-p --prompt-tokens -n --decode-tokens -d --depth -r --repeats -t --threads -o "
     "--output --force --json",
     "score": "--text --length --stride --windows --hellaswag --tasks --threads --json",

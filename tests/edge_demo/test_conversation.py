@@ -72,6 +72,48 @@ def test_a_conversation_can_begin_anew_and_a_message_be_taken_back(tokenizers):
     assert conversation.ask("Hi") == first
 
 
+@pytest.mark.parametrize("name, system", [("chat", ""), ("chat", "Be kind."), ("gemma3-fp32", "")])
+def test_with_stop_nothing_is_dropped_and_all_of_the_context_is_used(tokenizers, name, system):
+    tokenizer = tokenizers[name]
+    conversation = Conversation(tokenizer, CONTEXT, ANSWER, system, "stop")
+    turns, longest = [], 0
+    while True:
+        tokens = conversation.num_tokens
+        turns.append(("user", "x" * 10))
+        prompt = encode(tokenizer, turns, system)
+        if len(prompt) > CONTEXT:
+            break
+        assert conversation.ask("x" * 10) == prompt and conversation.dropped == 0
+        longest = len(prompt)
+        conversation.answer("y")
+        turns.append(("model", "y"))
+    assert longest > CONTEXT - ANSWER
+    says = f"has {tokens} tokens and this message {len(prompt) - tokens}, but the context holds"
+    with pytest.raises(RequestError, match=says):
+        conversation.ask("x" * 10)
+    assert conversation.turns == tuple(turns[:-1])
+    conversation.overflow = "drop-oldest"
+    left = conversation.ask("x" * 10)
+    assert conversation.dropped and conversation.dropped_tokens == len(prompt) - len(left)
+
+
+def test_a_conversation_counts_its_tokens(tokenizers):
+    tokenizer = tokenizers["chat"]
+    conversation = Conversation(tokenizer, CONTEXT, ANSWER)
+    assert conversation.num_tokens == 0
+    conversation.ask("Hi")
+    conversation.answer("Yes")
+    both = [("user", "Hi"), ("model", "Yes")]
+    more = tokenizer.encode_chat([*both, ("user", "And")])
+    assert conversation.num_tokens < len(more)
+    turn = more[conversation.num_tokens :]  # begins where the others end
+    assert turn[0] == tokenizer.spec.chat.start_of_turn
+    assert turn.count(tokenizer.spec.chat.start_of_turn) == 2
+    base = Conversation(tokenizers["gemma3-fp32"], CONTEXT, ANSWER)
+    assert base.num_tokens == 0
+    assert base.num_tokens == 0 < len(base.ask("Hi")) == base.num_tokens
+
+
 # --- messages ------------------------------------------------------------------------------------
 
 

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import pty
 import re
-import select
 import signal
 import subprocess
 import sys
-import termios
 import time
 
 import pytest
@@ -20,85 +16,15 @@ from edge_demo.cli.terminal import Progress
 from tests.conftest import ROOT
 from tests.edge_demo.bundle_files import copy_bundle, edit_manifest
 from tests.edge_demo.conftest import generator
-
-CTRL_C, CTRL_D = b"\x03", b"\x04"
-PROMPT = r"> $"
-# Makes the pseudo-terminal the controlling one, so that Ctrl-C becomes SIGINT, and sees to it that
-# SIGINT is heard, which a shell's background jobs ignore; then runs the command.
-LAUNCH = """
-import fcntl, os, signal, sys, termios
-signal.signal(signal.SIGINT, signal.SIG_DFL)
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-os.execv(sys.executable, [sys.executable, "-m", "edge_demo.cli.main", *sys.argv[1:]])
-"""
-
-
-class Terminal:
-    """A command that sits at a pseudo-terminal, but for the streams given.
-
-    Args:
-        arguments: of the command.
-        environment: in addition to this process's; the terminal is a dumb one unless it says
-            another.
-        streams: as `Popen` takes them.
-    """
-
-    def __init__(self, *arguments, environment=None, **streams):
-        self._master, self._slave = pty.openpty()
-        self._before = termios.tcgetattr(self._slave)
-        ends = dict.fromkeys(("stdin", "stdout", "stderr"), self._slave)
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", LAUNCH, *map(str, arguments)],
-            cwd=ROOT,
-            env={**os.environ, "TERM": "dumb", **(environment or {})},
-            start_new_session=True,
-            **ends | streams,
-        )
-        self.screen, self._seen = "", 0
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.process.kill()
-        self.process.wait()
-        for stream in (self.process.stdout, self.process.stderr):
-            if stream:
-                stream.close()
-        os.close(self._master)
-        os.close(self._slave)
-
-    def keys(self, keys):
-        os.write(self._master, keys)
-
-    def wait_for(self, pattern, seconds=60):
-        """Read on until the screen holds a pattern after the last one; what came up to its end."""
-        end = time.monotonic() + seconds
-        while not (match := re.search(pattern, self.screen[self._seen :], re.DOTALL)):
-            if not self._read(end - time.monotonic()):
-                raise AssertionError(f"no {pattern!r} in {self.screen[self._seen :]!r}")
-        found = self.screen[self._seen : self._seen + match.end()]
-        self._seen += match.end()
-        return found
-
-    def _read(self, seconds):
-        ready, _, _ = select.select([self._master], [], [], max(0, seconds))
-        if ready:
-            self.screen += os.read(self._master, 1 << 16).decode(errors="replace")
-        return ready
-
-    def finish(self):
-        """Wait for the end, see that the terminal is as it was; the exit status."""
-        end = time.monotonic() + 60
-        while self.process.poll() is None:
-            assert time.monotonic() < end, f"it goes on: {self.screen!r}"
-            self._read(0.05)
-        while self._read(0):
-            pass
-        assert termios.tcgetattr(self._slave) == self._before
-        assert "Traceback" not in self.screen
-        return self.process.returncode
-
+from tests.edge_demo.pseudo_terminal import (
+    CTRL_C,
+    CTRL_D,
+    EDITORS,
+    PROMPT,
+    XTERM,
+    Terminal,
+    environment_with,
+)
 
 # --- Ctrl-C and Ctrl-D ---------------------------------------------------------------------------
 
@@ -179,8 +105,7 @@ def test_a_line_can_be_edited(tiny_bundles):
 
 # --- messages and commands -----------------------------------------------------------------------
 
-XTERM = {"TERM": "xterm"}
-DONE = r"\}\s.*?> $"  # a report, and the next message is asked for
+DONE = rf"\}}\s.*?{PROMPT}"  # a report, and the next message is asked for
 
 
 def report(screen):
@@ -194,10 +119,12 @@ def asked(bundle, *messages):
     return generator(bundle).tokenizer.encode_chat(turns)
 
 
-def test_a_pasted_text_is_one_message_and_commands_are_none(tiny_bundles):
+@pytest.mark.parametrize("editor", EDITORS)
+def test_a_pasted_text_is_one_message_and_commands_are_none(tiny_bundles, tmp_path, editor):
     bundle, text = tiny_bundles / "chat", "Hi!\n/bye\n\n\tBoat?"
     options = ("--json", "--max-tokens", 2, "--temperature", 0)
-    with Terminal("chat", bundle, *options, environment=XTERM) as terminal:
+    environment = environment_with(editor, tmp_path)
+    with Terminal("chat", bundle, *options, environment=environment) as terminal:
         assert "\x1b[?2004h" in terminal.wait_for(PROMPT)  # it wants to know what is pasted
         terminal.keys(b"\x1b[200~" + text.encode() + b"\x1b[201~")
         terminal.wait_for("Boat")
@@ -263,9 +190,13 @@ def test_after_the_message_of_the_command_line_it_goes_on_at_a_terminal(tiny_bun
         assert terminal.finish() == 0
 
 
-def test_a_message_that_does_not_fit_is_left_out_and_the_chat_goes_on(tiny_bundles):
-    bundle = tiny_bundles / "short"
-    with Terminal("chat", bundle, "--json", "--max-tokens", 2, environment=XTERM) as terminal:
+@pytest.mark.parametrize("editor", EDITORS)
+def test_a_message_that_does_not_fit_is_left_out_and_the_chat_goes_on(
+    tiny_bundles, tmp_path, editor
+):
+    bundle, environment = tiny_bundles / "short", environment_with(editor, tmp_path)
+    options = ("--json", "--max-tokens", 2)
+    with Terminal("chat", bundle, *options, environment=environment) as terminal:
         terminal.wait_for(PROMPT)
         terminal.keys(b"The\n")
         first = report(terminal.wait_for(DONE))
@@ -280,12 +211,14 @@ def test_a_message_that_does_not_fit_is_left_out_and_the_chat_goes_on(tiny_bundl
 
 
 @pytest.mark.sample
-def test_ctrl_d_while_an_answer_is_written_ends_the_chat_after_it(sample_bundle):
+@pytest.mark.parametrize("editor", EDITORS)
+def test_ctrl_d_while_an_answer_is_written_ends_the_chat_after_it(sample_bundle, tmp_path, editor):
     options = ("--max-tokens", 60, "--temperature", 0)
-    with Terminal("chat", sample_bundle, *options, environment=XTERM) as terminal:
+    environment = environment_with(editor, tmp_path)
+    with Terminal("chat", sample_bundle, *options, environment=environment) as terminal:
         terminal.wait_for(PROMPT)
         terminal.keys(b"Once upon a time\n")
-        terminal.wait_for(r"time\s+\S.{20}")
+        terminal.wait_for(r"\r\x1b\[K.{20}")  # the prompt's progress has vanished
         terminal.keys(CTRL_D)
         assert terminal.finish() == 0
         assert "60 tokens" in terminal.screen
@@ -299,7 +232,7 @@ def test_ctrl_c_before_the_first_word_takes_the_message_back(sample_bundle):
         terminal.keys(CTRL_C)
         assert "message was dropped" in terminal.wait_for(PROMPT)
         terminal.keys(b"Hi\n")
-        assert "6,00" not in terminal.wait_for(r"2 tokens.*> $")
+        assert "6,00" not in terminal.wait_for(rf"2 tokens.*{PROMPT}")
         terminal.keys(CTRL_D)
         assert terminal.finish() == 0
 
