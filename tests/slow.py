@@ -29,6 +29,7 @@ class Slow(NamedTuple):
 
 
 SLOW = (
+    Slow("A browser and the real model.", ("edge_demo/server/test_page.py",)),
     Slow(
         "The Keras code is the same on every backend. PyTorch shows what it does; what models compute, "
         "generate and learn is shown on all three.",

@@ -18,6 +18,8 @@ from edge_demo.text.speculate import Drafter, Speculator
 from edge_demo.text.stop_texts import check_stop_texts
 from edge_demo.text.tokenizer import Tokenizer
 
+# Tokens of a conversation's last prompt, and those with its answer; of none, 0 and 0.
+Place = tuple[int, int]
 _FEW = 40  # tokens to sample from, as an example
 
 
@@ -96,12 +98,16 @@ class Generator:
     Args:
         engine: whose tokens are kept between calls.
         tokenizer: of the same bundle.
+
+    Attributes:
+        place: what the next turn of a conversation goes on from; it may be set to one of before,
+            of the same conversation.
     """
 
     def __init__(self, engine: Engine | CandidateEngine, tokenizer: Tokenizer) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
-        self._turn = (0, 0)  # tokens of a conversation's last prompt, and those with its answer
+        self.place: Place = (0, 0)
 
     def prepare(self, ids: Sequence[int]) -> int:
         """Hold the beginning of a conversation and nothing else; how much of it was held already.
@@ -109,9 +115,9 @@ class Generator:
         Raises:
             RequestError: it does not fit the context.
         """
-        self._turn = (0, 0)
+        self.place = (0, 0)
         held = self.engine.hold(ids)
-        self._turn = (len(ids), len(ids))
+        self.place = (len(ids), len(ids))
         return held
 
     def _run_before_last(
@@ -124,7 +130,7 @@ class Generator:
                 on_prefill(done, total + 1)
 
         before = prompt_ids[:-1]
-        (last_prompt, said), self._turn = self._turn, (0, 0)
+        (last_prompt, said), self.place = self.place, (0, 0)
         same = min(said, common_prefix(self.engine.tokens, before))
         if goes_on and 0 < last_prompt <= same and self.engine.reusable(same):
             self.engine.rewind(same)
@@ -223,7 +229,7 @@ class Generator:
                     self.engine.add(out.ids[chosen:-1])
                 logits = ahead.decode(out.ids[-1])
             # the last token may not have been run
-            self._turn = len(prompt_ids), len(prompt_ids) + max(0, len(out.ids) - 1)
+            self.place = len(prompt_ids), len(prompt_ids) + max(0, len(out.ids) - 1)
         finally:
             ahead.settle()
         yield TextPiece(writer.finish(), None)

@@ -9,12 +9,11 @@ from edge_demo.engine.runner import OnProgress
 from edge_demo.errors import RequestError
 from edge_demo.text.answer import Completion
 from edge_demo.text.conversation import Conversation, Overflow
-from edge_demo.text.generator import CompletionStream, Generator
+from edge_demo.text.generator import CompletionStream, Generator, Place
 from edge_demo.text.sampling import Sampler
 from edge_demo.text.speculate import Drafter
 
-_Place = tuple[int, int]  # what a generator goes on from: as its `_turn`
-_ANYWHERE: _Place = (0, 0)
+_ANYWHERE: Place = (0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +22,7 @@ class _Exchange:
 
     message: str
     answer: str
-    place: _Place
+    place: Place
 
 
 class ChatSession:
@@ -69,7 +68,7 @@ class ChatSession:
         self._turns = Conversation(
             generator.tokenizer, generator.engine.context_length, max_tokens, system, overflow
         )
-        self._places: list[_Place] = []  # of each message, what the generator went on from
+        self._places: list[Place] = []  # of each message, what the generator went on from
         self._place = _ANYWHERE  # of the last message
         self._former: _Exchange | None = None  # while its message is answered again
 
@@ -135,13 +134,13 @@ class ChatSession:
                 `stop`. The conversation is as it was.
             NotFiniteError: as `Generator.stream`.
         """
-        self._place = self._generator._turn
+        self._place = self._generator.place
         try:
             ids = self._turns.ask(message)
             if self.dropped:
                 self._places = [_ANYWHERE] * (len(self) // 2)
                 self._generator.prepare(self.system_ids)
-                self._place = self._generator._turn
+                self._place = self._generator.place
             return self._generator.stream(
                 ids,
                 self.sampler,
@@ -184,7 +183,7 @@ class ChatSession:
                 return False
             # The prompt was run, and all of the answer but its last token.
             prompt = len(completion.prompt_ids)
-            self._generator._turn = prompt, prompt + len(completion.ids) - 1
+            self._generator.place = prompt, prompt + len(completion.ids) - 1
         self._turns.answer(completion.text)
         self._places.append(self._place)
         self._former = None
@@ -193,7 +192,7 @@ class ChatSession:
     def take_back(self) -> None:
         """Forget the last message, which has no answer, as if it had not been sent."""
         self._turns.take_back()
-        self._generator._turn = self._place
+        self._generator.place = self._place
         former, self._former = self._former, None
         if former is not None:
             self._turns.put_back(former.message, former.answer)
@@ -212,8 +211,8 @@ class ChatSession:
         last = self._turns.undo()
         if last is None:
             return None
-        self._generator._turn = self._places.pop()
-        return _Exchange(*last, self._generator._turn)
+        self._generator.place = self._places.pop()
+        return _Exchange(*last, self._generator.place)
 
     def replace(self, system: str, turns: Sequence[tuple[str, str]]) -> None:
         """Go on from another conversation.
@@ -231,7 +230,7 @@ class ChatSession:
         self._turns.replace(system, turns)
         self.system_ids = system_ids
         self._places = [_ANYWHERE] * (len(self) // 2)
-        self._generator._turn = _ANYWHERE
+        self._generator.place = _ANYWHERE
 
     def clear(self) -> None:
         """Begin anew, as if nothing had been said."""

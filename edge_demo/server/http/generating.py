@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from edge_demo.bundle.reader import Bundle
+from edge_demo.engine.runner import common_prefix
 from edge_demo.errors import EdgeError, RequestError, sentence
 from edge_demo.server.http.body import until_gone
 from edge_demo.server.http.events import DONE, EventStream, event
@@ -88,6 +89,23 @@ class Generating:
         shared = self._tokenizer.encode_system(prompt.system) if prompt.system else []
         return ids, len(shared)
 
+    def _next_beginning(self, prompt: Prompt) -> Callable[[str], list[int]] | None:
+        """What a conversation's next prompt begins with, given the answer: all before its text."""
+        if not prompt.turns:
+            return None
+
+        def beginning(answer: str) -> list[int]:
+            two = (
+                self._tokenizer.encode_chat(
+                    [*prompt.turns, ("model", answer), ("user", text)], prompt.system
+                )
+                for text in ("a", "b")
+            )
+            one, other = two
+            return one[: common_prefix(one, other)]
+
+        return beginning
+
     def _compile(self, source: GrammarSource | None, count: int) -> list[Grammar]:
         """One for each choice, none where there is no source."""
         if source is None:
@@ -147,7 +165,9 @@ class Generating:
         self.check_model(wanted.model)
         self.unknown_fields += wanted.unknown
         namespace = request.scope["state"]["namespace"]
-        encoded = await asyncio.to_thread(lambda: [self.encode(p) for p in wanted.prompts])
+        encoded = await asyncio.to_thread(
+            lambda: [(*self.encode(p), self._next_beginning(p)) for p in wanted.prompts]
+        )
         answer = Answer(
             id=secrets.token_hex(12),
             created=int(time.time()),
@@ -158,7 +178,7 @@ class Generating:
         settings, context = wanted.settings, self._bundle.context_length
         count = len(encoded) * settings.choices
         grammars = await asyncio.to_thread(self._compile, settings.grammar, count)
-        for ids, shared in encoded:
+        for ids, shared, next_beginning in encoded:
             room = context - len(ids) + 1  # the last token need not be held
             length = min(settings.max_tokens or room, max(room, 1), self._most_tokens)
             for choice in range(settings.choices):
@@ -173,6 +193,7 @@ class Generating:
                     top=settings.top,
                     namespace=namespace,
                     shared=shared,
+                    next_beginning=next_beginning,
                 )
                 answer.choices.append(Choice(len(answer.choices)))
                 run.jobs.append(job)

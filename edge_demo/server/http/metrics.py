@@ -19,6 +19,7 @@ _COUNTERS = {
 _GAUGES = {
     "waiting": "Prompts that wait.",
     "reading": "Prompts that are being run.",
+    "reading_ahead": "Conversations whose next prompts are begun while there is time.",
     "answering": "Answers that grow.",
     "cache_bytes": "Bytes of keys and values kept of earlier prompts.",
     "cache_entries": "Prompts whose keys and values are kept.",

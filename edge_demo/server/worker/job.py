@@ -71,6 +71,8 @@ class Job:
         top: how many of the likeliest tokens are told with each; `None` for none, nor the token's.
         namespace: keys and values are shared only within one.
         shared: how many of the first tokens other prompts may begin with too.
+        next_beginning: makes of the answer's text the tokens that the next prompt will begin with,
+            to be run while there is nothing else to do.
         cancelled: whether nobody waits for it any more; anyone may set it.
         completion: what has come so far.
     """
@@ -85,6 +87,7 @@ class Job:
     top: int | None = None
     namespace: str = ""
     shared: int = 0
+    next_beginning: Callable[[str], list[int]] | None = None
     cancelled: bool = False
     number: int = dataclasses.field(default_factory=lambda: next(_numbers))
 

@@ -24,7 +24,7 @@ class PrefixStore:
     """
 
     def __init__(self, most_bytes: int) -> None:
-        self._most_bytes = most_bytes
+        self.most_bytes = most_bytes
         self._entries: list[_Entry] = []  # the one used last comes last
 
     @property
@@ -62,14 +62,14 @@ class PrefixStore:
         """Keep what an engine holds now; the least recently used go to make room."""
         snapshot = engine.snapshot()
         size = sum(array.nbytes for array in snapshot.filled.values())
-        if not snapshot.tokens or size > self._most_bytes:
+        if not snapshot.tokens or size > self.most_bytes:
             return
         self._entries = [
             entry
             for entry in self._entries
             if entry.namespace != namespace or not _stands_for(snapshot, entry.snapshot, engine)
         ]
-        while self._entries and self.num_bytes + size > self._most_bytes:
+        while self._entries and self.num_bytes + size > self.most_bytes:
             del self._entries[0]
         self._entries.append(_Entry(namespace, snapshot.copy(), size))
 

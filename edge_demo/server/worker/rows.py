@@ -27,8 +27,16 @@ _FEWEST_AT_ONCE = 3  # forced tokens that are worth to be moved to the engine an
 class _Row:
     """An answer as it grows."""
 
-    def __init__(self, job: Job, tokenizer: Tokenizer, context: int, begin: float) -> None:
+    def __init__(
+        self,
+        job: Job,
+        tokenizer: Tokenizer,
+        context: int,
+        begin: float,
+        on_end: Callable[[Job], None],
+    ) -> None:
         self.job = job
+        self._on_end = on_end
         self.pending = [job.ids[-1]]  # tokens that were chosen, but not run
         self._begin = begin
         self._first = 0.0
@@ -72,6 +80,7 @@ class _Row:
         if rest := self._writer.finish():
             self.job.tell(Piece(rest))
         self.job.tell(Ended())
+        self._on_end(self.job)
         return False
 
     def _logprob(self, logits: np.ndarray | Candidates) -> TokenLogProb | None:
@@ -90,6 +99,7 @@ class Rows:
         most: how many there may be at once, one of `SIZES`.
         all_logits: returns those after the last token of a text; it may refuse with a
             `RequestError`.
+        on_end: called with each job whose answer is whole.
     """
 
     def __init__(
@@ -98,8 +108,10 @@ class Rows:
         tokenizer: Tokenizer,
         most: int,
         all_logits: Callable[[Snapshot], np.ndarray],
+        on_end: Callable[[Job], None],
     ) -> None:
         self._all_logits = all_logits
+        self._on_end = on_end
         self._context = engine.context_length
         self._tokenizer = tokenizer
         self._decoder = BatchDecoder(engine, most)
@@ -117,7 +129,7 @@ class Rows:
             snapshot: of an engine that holds the prompt but its last token.
             begin: when the prompt was begun, by `time.perf_counter`.
         """
-        row = _Row(job, self._tokenizer, self._context, begin)
+        row = _Row(job, self._tokenizer, self._context, begin, self._on_end)
         self._decoder.put(len(self._rows), snapshot)
         self._rows.append(row)
 

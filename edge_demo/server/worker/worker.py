@@ -7,9 +7,11 @@ prompts join and answers leave.
 from __future__ import annotations
 
 import collections
+import functools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -42,6 +44,13 @@ class _Reading:
         self.begin = begin
         self.steps = steps
         self.kept_at = kept_at
+
+
+class _Beginning(NamedTuple):
+    """What a conversation's next prompt will begin with."""
+
+    namespace: str
+    make: Callable[[], list[int]]
 
 
 class Worker:
@@ -78,10 +87,12 @@ class Worker:
         self._other: Engine | None = None
         self._prefixes = PrefixStore(cache_bytes)
         self._namespace = ""  # of what the engine holds
-        self._of_candidates = Rows(engine, tokenizer, rows, self._all_logits)
+        self._of_candidates = Rows(engine, tokenizer, rows, self._all_logits, self._ended)
         self._of_all = self._of_candidates if isinstance(engine, Engine) else None
         self._waiting: collections.deque[Job] = collections.deque()
         self._reading: _Reading | None = None
+        self._beginnings: collections.deque[_Beginning] = collections.deque(maxlen=rows)
+        self._ahead: Iterator[int] | None = None  # a beginning that is being run
         self._changed = threading.Condition()
         self._closing = False
         self._since = 0.0  # when the present step began
@@ -146,6 +157,7 @@ class Worker:
         return {
             "waiting": len(self._waiting),
             "reading": int(self._reading is not None),
+            "reading_ahead": len(self._beginnings) + int(self._ahead is not None),
             "answering": self._answering,
             "cache_bytes": self._prefixes.num_bytes,
             "cache_entries": len(self._prefixes),
@@ -160,6 +172,10 @@ class Worker:
         while self._wait():
             self._since = time.monotonic()
             try:
+                if not self._busy:
+                    self._read_ahead()
+                    continue
+                self._ahead = None  # the engine is needed
                 self._read()
                 self._answer()
             except Exception as error:  # such as onnxruntime's, out of memory: the next may fit
@@ -168,12 +184,18 @@ class Worker:
     def _wait(self) -> bool:
         """Sleep while there is nothing to do; `False` at the end."""
         with self._changed:
-            while not (self._waiting or self._reading or self._answering):
+            while not self._busy:
                 self._since = 0.0
                 if self._closing:
                     return False
+                if self._ahead or self._beginnings:
+                    return True
                 self._changed.wait()
         return True
+
+    @property
+    def _busy(self) -> bool:
+        return bool(self._waiting or self._reading or self._answering)
 
     # --- prompts ---------------------------------------------------------------------------------
 
@@ -217,12 +239,7 @@ class Worker:
     def _begin(self, job: Job) -> _Reading:
         begin, before = time.perf_counter(), job.ids[:-1]
         self._rows_for(job)  # which may not fit into memory
-        if self._namespace != job.namespace:
-            self._engine.rewind(0)
-            self._namespace = job.namespace
-        saved, snapshot = self._prefixes.best(job.namespace, self._engine, before)
-        if saved > self._engine.saved_by(self._engine.snapshot(), before):
-            self._engine.restore(snapshot)
+        self._restore_best(job.namespace, before)
         kept_at = job.shared // UNIT * UNIT
         steps = self._engine.hold_in_steps(before, self._piece, kept_at)
         job.completion.reused_tokens = next(steps)
@@ -231,9 +248,38 @@ class Worker:
         self.counts["cached_tokens"] += job.completion.reused_tokens
         return _Reading(job, begin, steps, kept_at)
 
+    def _restore_best(self, namespace: str, ids: list[int]) -> None:
+        """Have the engine hold what saves most of running a prompt, of one namespace alone."""
+        if self._namespace != namespace:
+            self._engine.rewind(0)
+            self._namespace = namespace
+        saved, snapshot = self._prefixes.best(namespace, self._engine, ids)
+        if saved > self._engine.saved_by(self._engine.snapshot(), ids):
+            self._engine.restore(snapshot)
+
     def _piece(self) -> int:
         """The most tokens of a piece: few where answers wait for it."""
         return UNIT if self._answering else 8 * UNIT
+
+    def _ended(self, job: Job) -> None:
+        """Note what a conversation may go on with."""
+        if job.next_beginning is not None and self._prefixes.most_bytes:
+            make = functools.partial(job.next_beginning, job.completion.text)
+            self._beginnings.append(_Beginning(job.namespace, make))
+
+    def _read_ahead(self) -> None:
+        """Run one piece of what a next prompt will begin with."""
+        if self._ahead is None:
+            beginning = self._beginnings.popleft()
+            ids = beginning.make()
+            ids = ids[: len(ids) // UNIT * UNIT]
+            if not ids or len(ids) > self._engine.context_length:
+                return
+            self._restore_best(beginning.namespace, ids)
+            self._ahead = self._engine.hold_in_steps(ids, lambda: UNIT)
+        if next(self._ahead, None) is None:
+            self._ahead = None
+            self._prefixes.keep(self._namespace, self._engine)
 
     # --- answers ---------------------------------------------------------------------------------
 
@@ -247,7 +293,7 @@ class Worker:
             return self._of_candidates
         if self._of_all is None:
             engine = self._engine_of_all()
-            self._of_all = Rows(engine, self._tokenizer, self._most, self._all_logits)
+            self._of_all = Rows(engine, self._tokenizer, self._most, self._all_logits, self._ended)
         return self._of_all
 
     def _engine_of_all(self) -> Engine:
@@ -296,5 +342,7 @@ class Worker:
         if self._reading is not None:
             self._reading.job.tell(Failed(error))
             self._reading = None
+        self._ahead = None
+        self._beginnings.clear()
         self._prefixes.clear()
         self._engine.rewind(0)

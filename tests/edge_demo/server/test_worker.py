@@ -6,6 +6,7 @@ import itertools
 import json
 import queue
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -55,6 +56,13 @@ def job(ids, seed=0, tokens=12, **more):
 def finish(*jobs):
     for one in jobs:
         assert one.tell.end.wait(60)
+
+
+def wait_for(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def text(length, seed=0):
@@ -132,6 +140,48 @@ def test_the_next_turn_runs_only_what_is_new(tiny_bundles, started):
         assert one.completion.ids == alone(tiny_bundles / "wide-int8", one).ids
         before = len(turn) - 1
         turn = [*turn, *one.completion.ids, *text(40, 9 + number)]
+
+
+def test_what_comes_next_is_run_while_nothing_else_is_to_do(tiny_bundles, started):
+    path = tiny_bundles / "wide-int8"
+    worker = started(path)
+    said = []
+
+    def beginning(answer):
+        said.append(answer)
+        return [*first.ids, *first.completion.ids, *text(60, 7)]
+
+    first = job(text(150), tokens=40, next_beginning=beginning)
+    worker.submit(first)
+    finish(first)
+    long = len(beginning("")) // UNIT * UNIT
+    wait_for(lambda: worker.counts["requests"] == 1 and worker.state["cache_entries"] == 1)
+    wait_for(lambda: worker.stalled_s == 0 and len(said) == 2)
+    assert said[-1] == first.completion.text or said[0] == first.completion.text
+    again = job([*beginning(""), *text(5, 8)])
+    other = job([*beginning(""), *text(5, 8)], namespace="another key")
+    worker.submit(again, other)
+    finish(again, other)
+    assert again.completion.reused_tokens == long and other.completion.reused_tokens == 0
+    assert again.completion.ids == alone(path, again).ids
+
+
+def test_a_request_does_not_wait_for_what_may_come_next(tiny_bundles, started):
+    worker = started(tiny_bundles / "wide-int8")
+    first = job(text(20), tokens=4, next_beginning=lambda _: text(600, 3))
+    second = job(text(9, 5))
+    worker.submit(first)
+    finish(first)
+    worker.submit(second)
+    finish(second)
+    assert second.completion.ids == alone(tiny_bundles / "wide-int8", second).ids
+    failing = job(text(20), tokens=4, next_beginning=lambda _: 1 / 0)
+    worker.submit(failing)
+    finish(failing)
+    third = job(text(9, 5))
+    worker.submit(third)
+    finish(third)
+    assert third.completion.ids == second.completion.ids
 
 
 def test_what_is_kept_is_bounded_and_the_oldest_goes(tiny_bundles):
