@@ -11,6 +11,7 @@ from starlette.requests import ClientDisconnect, Request
 from edge_demo.server.protocol.errors import Refusal
 
 MOST_BYTES = 4 << 20
+_DISCARDED = 64 << 20  # bytes that are read of what is too large, and thrown away
 _PATIENCE_S = 30.0
 
 
@@ -43,14 +44,20 @@ async def _bytes(request: Request, most_bytes: int) -> bytes:
         f"the request is larger than {most_bytes:,} bytes", 413, "request_too_large"
     )
     told = request.headers.get("content-length", "")
-    if told.isdecimal() and int(told[:20]) > most_bytes:
+    if told.isdecimal() and int(told[:20]) > most_bytes + _DISCARDED:
         raise too_large
-    parts, size = [], 0
+    parts: list[bytes] = []
+    size = 0
     async for part in request.stream():
         size += len(part)
-        if size > most_bytes:
-            raise too_large
-        parts.append(part)
+        if size > most_bytes:  # a client that still sends would not read why it is refused
+            parts.clear()
+            if size > most_bytes + _DISCARDED:
+                break
+        else:
+            parts.append(part)
+    if size > most_bytes:
+        raise too_large
     return b"".join(parts)
 
 
