@@ -46,10 +46,10 @@ def page(context, real_server):
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
     page.on("request", lambda request: asked.append(request.url))
-    page.set_default_timeout(30_000)
+    page.set_default_timeout(120_000)  # other tests run beside it
     page.goto(f"{real_server.url}/")
     page.get_by_role("heading", name=real_server.model).wait_for()
-    set_up(page, temperature="0")
+    set_up(page, temperature="0", max_tokens="64")
     yield page
     assert not errors
     own = (real_server.url, "data:", "blob:")
@@ -85,6 +85,7 @@ def test_ask_and_see_the_answer_with_its_figures(page):
 
 
 def test_tokens_come_one_by_one_and_stop_stops_them(page, real_server):
+    set_up(page, max_tokens="4000")
     page.evaluate(
         """() => {
             window.lengths = new Set();
@@ -106,6 +107,7 @@ def test_tokens_come_one_by_one_and_stop_stops_them(page, real_server):
 
 
 def test_escape_stops_too_and_regenerate_answers_again(page):
+    set_up(page, max_tokens="4000")
     ask(page, "Write a long story about a river.", wait=False)
     page.locator("article.assistant .body p").first.wait_for()
     page.keyboard.press("Escape")
