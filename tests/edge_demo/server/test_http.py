@@ -200,7 +200,7 @@ def test_a_client_that_leaves_frees_its_row(tiny_server, stream):
     with socket.create_connection(address) as client:
         client.sendall(head.encode() + body)
         wait_for(lambda: tiny_server.metric("answering") == 1)
-    wait_for(lambda: tiny_server.metric("answering") == 0, seconds=5)
+    wait_for(lambda: tiny_server.metric("answering") == 0)
 
 
 def test_sigterm_lets_a_stream_end(tiny_bundles, tmp_path):
