@@ -99,6 +99,8 @@ def _continue_prompt(arguments: argparse.Namespace) -> int:
     else:
         show("\n")
         note(answering.summary(completion))
+        if grammar is not None and completion.finish_reason != "stop":
+            note("The JSON was cut before its end; allow more with --max-tokens.")
     cache.tell()
     return status
 

@@ -45,7 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise RequestError(f"{bundle} is not a bundle: it has no bundle.json")
     _check_options(arguments.serve_options, bundle)
     system = os.geteuid() == 0
-    unit = unit_text(bundle, arguments.serve_options, arguments.memory_mb, system)
+    account = _owner(bundle) if system else None
+    unit = unit_text(bundle, arguments.serve_options, arguments.memory_mb, account)
     if arguments.print:
         sys.stdout.write(unit)
         return 0
@@ -83,14 +84,26 @@ def _folder(system: bool) -> Path:
     return Path(config) / "systemd" / "user"
 
 
-def unit_text(bundle: Path, given: list[str], memory_mb: int | None, system: bool) -> str:
+def _owner(bundle: Path) -> str:
+    """Who can read a bundle for certain: a home folder may be closed to others."""
+    import pwd
+
+    number = bundle.stat().st_uid
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:  # a user that this system does not know
+        return str(number)
+
+
+def unit_text(bundle: Path, given: list[str], memory_mb: int | None, account: str | None) -> str:
     """The unit's file.
 
     Args:
         bundle: to serve, an absolute path.
         given: options of `edge-demo serve`.
         memory_mb: the most memory; `None` for no limit.
-        system: whether it is a unit of the system, which gets a user of its own.
+        account: the user that runs a unit of the system; for `root`, systemd makes one. `None`
+            for a unit of one's own.
 
     Raises:
         RequestError: an argument has a line break, which a unit cannot hold.
@@ -108,6 +121,7 @@ def unit_text(bundle: Path, given: list[str], memory_mb: int | None, system: boo
         "[Service]",
         "Type=notify",
         f"ExecStart={' '.join(map(_quoted, command))}",
+        f"WorkingDirectory={str(Path.cwd()).replace('%', '%%')}",
         "Restart=on-failure",
         "RestartSec=5",
         f"WatchdogSec={_WATCHDOG_S}",
@@ -118,8 +132,9 @@ def unit_text(bundle: Path, given: list[str], memory_mb: int | None, system: boo
     ]
     if memory_mb is not None:
         lines += [f"MemoryMax={memory_mb}M"]
-    if system:
-        lines += ["DynamicUser=yes", "CacheDirectory=edge-demo", "ProtectHome=read-only"]
+    if account is not None:
+        lines += ["DynamicUser=yes" if account == "root" else f"User={account}"]
+        lines += ["CacheDirectory=edge-demo", "ProtectHome=read-only"]
         lines += ["Environment=XDG_CACHE_HOME=/var/cache/edge-demo", "ProtectSystem=strict"]
         lines += ["PrivateTmp=yes"]  # a user's units cannot have these everywhere
     lines += [
@@ -127,9 +142,9 @@ def unit_text(bundle: Path, given: list[str], memory_mb: int | None, system: boo
         "RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX",
         "",
         "[Install]",
-        f"WantedBy={'multi-user.target' if system else 'default.target'}",
+        f"WantedBy={'default.target' if account is None else 'multi-user.target'}",
     ]
-    if any("\n" in argument or "\r" in argument for argument in command):
+    if any("\n" in text or "\r" in text for text in (*command, str(Path.cwd()))):
         raise RequestError("an argument has a line break, which a unit cannot hold")
     return "\n".join([*lines, ""])
 

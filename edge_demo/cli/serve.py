@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 TEXT = "Serve a bundle to programs that speak OpenAI's protocol."
 _KEY_VARIABLE = "EDGE_DEMO_API_KEY"
 _LONGEST_KEYS = 1 << 16  # bytes of the file
-_SIZES = (1, 2, 4, 8, 16, 32)
 _MOST_CACHE_MB = 256
 
 
@@ -66,11 +65,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("how much")
     group.add_argument(
         "--parallel",
-        type=int,
-        choices=_SIZES,
+        type=options.positive,
         default=4,
         metavar="N",
-        help="number of answers decoded at once: 1, 2, 4, 8, 16 or 32 (default: %(default)s)",
+        help="number of answers decoded at once: 1, 2, 4, 8, 16, 32 or 64 (default: %(default)s)",
     )
     group.add_argument(
         "--queue",
@@ -124,6 +122,7 @@ def run(arguments: argparse.Namespace) -> int:
     from edge_demo.bundle.reader import Bundle
     from edge_demo.cli.answering import open_tokenizer
     from edge_demo.cli.terminal import note
+    from edge_demo.engine.batch_decoder import check_rows
     from edge_demo.engine.runner import CandidateEngine, Engine
     from edge_demo.server.http.access import Access, host_names
     from edge_demo.server.http.app import make_app
@@ -132,6 +131,7 @@ def run(arguments: argparse.Namespace) -> int:
     from edge_demo.server.http.watchdog import notify
     from edge_demo.server.worker.worker import Worker
 
+    check_rows(arguments.parallel, "--parallel")
     sock = listen(host, port)
     try:
         bundle = Bundle.open(arguments.bundle)

@@ -19,6 +19,24 @@ from edge_demo.engine.kv_cache import KVCache, Snapshot
 from edge_demo.engine.runner import CandidateEngine, Engine
 from edge_demo.errors import RequestError
 
+# Products of 4-bit weights process rows in groups of four, two and one, which round differently.
+# With other numbers of rows, the last rows would get other texts than the first.
+SIZES = (1, 2, 4, 8, 16, 32, 64)
+
+
+def check_rows(rows: int, name: str) -> None:
+    """Refuse a number of rows that would not give each row the same text.
+
+    Args:
+        rows: how many texts are decoded at once.
+        name: of the option, for the message.
+
+    Raises:
+        RequestError: it is none of `SIZES`.
+    """
+    if rows not in SIZES:
+        raise RequestError(f"{name} must be one of {', '.join(map(str, SIZES))}; found {rows:,}")
+
 
 class BatchDecoder:
     """Buffers for some texts, over the session of an engine.

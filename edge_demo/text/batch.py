@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from edge_demo.bundle.reader import Bundle
-from edge_demo.engine.batch_decoder import BatchDecoder
+from edge_demo.engine.batch_decoder import SIZES, BatchDecoder, check_rows
 from edge_demo.engine.candidates import Candidates
 from edge_demo.engine.kv_cache import Snapshot
 from edge_demo.engine.runner import CandidateEngine, Engine, common_prefix
@@ -24,11 +24,6 @@ from edge_demo.text.answer import Completion, Writer
 from edge_demo.text.batch_items import Item
 from edge_demo.text.generator import candidates_suffice
 from edge_demo.text.tokenizer import Tokenizer
-
-# Products of 4-bit weights process rows in groups of four, two and one, which round differently.
-# With other numbers of rows, the last rows would get other texts than the first.
-SIZES = (1, 2, 4, 8, 16, 32, 64)
-
 
 # the result of a prompt: a text, or an error
 Answer = Completion | RequestError | NotFiniteError
@@ -73,9 +68,7 @@ class BatchRunner:
         threads: int | None = None,
         force: bool = False,
     ) -> None:
-        if rows not in SIZES:
-            sizes = ", ".join(map(str, SIZES))
-            raise RequestError(f"the batch size must be one of {sizes}; found {rows:,}")
+        check_rows(rows, "the batch size")
         self._tokenizer = tokenizer
         rows = min(rows, next((size for size in SIZES if size >= len(items)), rows))
         few = all(candidates_suffice(bundle, item.sampler(), tokenizer) for item in items)

@@ -23,12 +23,12 @@ class TokenLogProb:
 
 
 def log_probability(logits: np.ndarray, token: int, count: int) -> TokenLogProb:
-    """What is told of one token.
+    """The log-probability of one token, and those of its likeliest alternatives.
 
     Args:
         logits: float32 `(vocabulary_size,)`.
         token: that was chosen.
-        count: of the likeliest tokens to tell, which may be 0.
+        count: of the alternatives, which may be 0.
     """
     highest = logits.max()
     total = float(highest) + float(np.log(np.exp((logits - highest).astype(np.float64)).sum()))

@@ -112,6 +112,8 @@ def test_generate_by_a_schema(run_json, run, refused, tiny_bundles, tmp_path):
     asked = ("generate", tiny_bundles / "chat", "--prompt", "Tell me.", "--json-schema", file)
     found = run_json(*asked, "--max-tokens", 400, "--temperature", 1, "--seed", 3)
     assert set(json.loads(found["text"])) == {"name", "age", "likes"}
+    status, out, err = run(*asked, "--max-tokens", 3)
+    assert status == 0 and "cut before its end" in err and out.startswith("Tell me.{")
     file.write_text("{")
     refused(*asked, names=["json_schema"])
     refused(*asked[:-1], tmp_path / "none", names=["none"])

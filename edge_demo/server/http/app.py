@@ -221,7 +221,7 @@ class _Routes:
     async def tokenize(self, request: Request) -> Response:
         """The tokens of a text."""
         text, special, pieces = read_tokenize(await read_json(request))
-        ids = self._tokenizer.encode(text, bos=special)
+        ids = await asyncio.to_thread(self._tokenizer.encode, text, bos=special)
         if not pieces:
             return JSONResponse({"tokens": ids})
         tokens = []
@@ -237,10 +237,11 @@ class _Routes:
     async def detokenize(self, request: Request) -> Response:
         """The text of tokens."""
         ids = read_detokenize(await read_json(request), self._bundle.vocabulary_size)
-        return JSONResponse({"content": self._tokenizer.decode(ids)})
+        return JSONResponse({"content": await asyncio.to_thread(self._tokenizer.decode, ids)})
 
     async def apply_template(self, request: Request) -> Response:
         """The prompt that a conversation becomes, as text and as tokens."""
         system, turns = read_apply_template(await read_json(request))
-        ids, _ = self._generating.encode(Prompt(turns=turns, system=system))
+        prompt = Prompt(turns=turns, system=system)
+        ids, _ = await asyncio.to_thread(self._generating.encode, prompt)
         return JSONResponse({"prompt": self._tokenizer.show(ids), "tokens": ids})

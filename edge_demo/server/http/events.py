@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
 from starlette.responses import Response
@@ -35,7 +35,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, parts: AsyncIterator[bytes]) -> None:
+    def __init__(self, parts: AsyncGenerator[bytes, None]) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._parts = parts
@@ -77,7 +77,7 @@ class EventStream(Response):
             if coming is not None:
                 coming.cancel()
                 await asyncio.wait({coming})
-            await self._parts.aclose()  # type: ignore[attr-defined]
+            await self._parts.aclose()
 
 
 async def _within(send: Callable[[], Awaitable[None]]) -> None:
@@ -85,6 +85,6 @@ async def _within(send: Callable[[], Awaitable[None]]) -> None:
         await send()
 
 
-async def _next(parts: AsyncIterator[bytes]) -> bytes:
+async def _next(parts: AsyncGenerator[bytes, None]) -> bytes:
     """The next part, and nothing at the end."""
     return await anext(parts, b"")

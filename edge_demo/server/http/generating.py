@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -30,6 +31,7 @@ from edge_demo.server.worker.worker import BusyError, ClosedError, Worker
 from edge_demo.text.grammar import Grammar, Grammars, GrammarSource
 from edge_demo.text.log_probabilities import TokenLogProb
 from edge_demo.text.tokenizer import Tokenizer
+from edge_demo.unexpected import unexpected
 
 _MOST_PENDING = 4096  # events that a client has not read
 _RETRY_S = 2
@@ -235,9 +237,11 @@ class _Run:
         return tell
 
     def _put(self, index: int, event: Event) -> None:
-        if self._events.qsize() >= _MOST_PENDING:
-            self.cancel()  # the client does not read
-        self._events.put_nowait((index, event))
+        if self._events.qsize() == _MOST_PENDING:
+            self.cancel()
+            event = Failed(Refusal("the answer was read too slowly", 408, "slow_reader"))
+        if self._events.qsize() <= _MOST_PENDING:
+            self._events.put_nowait((index, event))
 
     def cancel(self) -> None:
         """Give all jobs up that have not ended."""
@@ -267,7 +271,7 @@ class _Run:
                 choice.logprobs = []
         return self.answer
 
-    async def stream(self, form: Form, usage: bool) -> AsyncIterator[bytes]:
+    async def stream(self, form: Form, usage: bool) -> AsyncGenerator[bytes, None]:
         """The answer as events, those that wait together in one part."""
         begun: set[int] = set()
         waiting = len(self.jobs)
@@ -332,7 +336,7 @@ def _events(shown: list[dict[str, Any]], named: bool) -> bytes:
 
 
 def refusal_of(error: Exception) -> Refusal:
-    """How an error is told to a client."""
+    """The refusal that a client gets for an error; an unexpected one is logged."""
     if isinstance(error, Refusal):
         return error
     if isinstance(error, RequestError):
@@ -341,6 +345,7 @@ def refusal_of(error: Exception) -> Refusal:
         return Refusal(sentence(error), 500, "server_error")
     if isinstance(error, MemoryError):
         return Refusal("this request needs more memory than is free", 400, "out_of_memory")
+    logging.getLogger(__name__).error("edge-demo: %s", unexpected(error))
     return Refusal("something unexpected went wrong; the server's log says more", 500)
 
 

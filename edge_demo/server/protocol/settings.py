@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from edge_demo.errors import RequestError
 from edge_demo.server.protocol.errors import Refusal
@@ -42,11 +43,11 @@ class Settings:
         stop: texts that end it.
         choices: how many answers there are to be.
         bias: of logits.
-        top: how many of the likeliest tokens are told with each; `None` for no log-probabilities.
+        top: number of likely alternatives given for each token; `None` for no log-probabilities.
         grammar: that the answers keep to.
     """
 
-    sampling: dict[str, float]
+    sampling: dict[str, Any]
     seed: int | None = None
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
@@ -58,7 +59,7 @@ class Settings:
     def sampler(self, choice: int = 0) -> Sampler:
         """Of one choice."""
         seed = None if self.seed is None else self.seed + choice
-        return Sampler(**self.sampling, seed=seed)  # type: ignore[arg-type]
+        return Sampler(**self.sampling, seed=seed)
 
 
 def read_settings(

@@ -68,7 +68,7 @@ class Job:
         stop: texts that end the answer.
         bias: of logits.
         grammar: at its beginning, which the answer keeps to.
-        top: how many of the likeliest tokens are told with each; `None` for none, nor the token's.
+        top: number of likely alternatives given for each token; `None` for no log-probabilities.
         namespace: keys and values are shared only within one.
         shared: how many of the first tokens other prompts may begin with too.
         next_beginning: makes of the answer's text the tokens that the next prompt will begin with,

@@ -35,7 +35,9 @@ class PrefixStore:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def best(self, namespace: str, engine: TokenRunner, ids: list[int]) -> tuple[int, Snapshot]:
+    def best(
+        self, namespace: str, engine: TokenRunner, ids: list[int]
+    ) -> tuple[int, Snapshot | None]:
         """The snapshot that saves most of running a prompt.
 
         Args:
@@ -44,7 +46,7 @@ class PrefixStore:
             ids: of the prompt without its last token.
 
         Returns:
-            How many tokens need not be run, and the snapshot; 0 and an empty one if none helps.
+            How many tokens need not be run, and the snapshot; 0 and `None` if none helps.
         """
         found, best = 0, None
         for entry in self._entries:
@@ -53,7 +55,7 @@ class PrefixStore:
                 if saved > found:
                     found, best = saved, entry
         if best is None:
-            return 0, Snapshot([], {}, engine.snapshot().prompt_run)
+            return 0, None
         self._entries.remove(best)
         self._entries.append(best)
         return found, best.snapshot

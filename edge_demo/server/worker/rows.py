@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from edge_demo.engine.batch_decoder import BatchDecoder
+from edge_demo.engine.batch_decoder import SIZES, BatchDecoder
 from edge_demo.engine.candidates import Candidates
 from edge_demo.engine.kv_cache import Snapshot
 from edge_demo.engine.prompt_chunks import PromptRun
@@ -19,8 +19,6 @@ from edge_demo.text.grammar import NoCandidateError
 from edge_demo.text.log_probabilities import TokenLogProb, log_probability
 from edge_demo.text.tokenizer import Tokenizer
 
-# Rows that are run at once: other numbers would round the last rows in another way than the first.
-SIZES = (1, 2, 4, 8, 16, 32)
 _FEWEST_AT_ONCE = 3  # forced tokens that are worth to be moved to the engine and back
 
 

@@ -115,8 +115,12 @@ class Worker:
         Raises:
             BusyError: too many wait already.
             ClosedError: it is being closed.
-            RequestError: a prompt does not fit the context.
+            RequestError: a prompt does not fit the context, or they could never wait at once.
         """
+        if len(jobs) > self._queue:
+            raise RequestError(
+                f"this request needs {len(jobs):,} answers, but at most {self._queue:,} can wait"
+            )
         for job in jobs:
             self._engine.check(job.ids)
         with self._changed:
@@ -130,8 +134,11 @@ class Worker:
 
     def cancel(self, *jobs: Job) -> None:
         """Give jobs up; what they take is free before the next token."""
-        for job in jobs:
-            job.cancelled = True
+        with self._changed:
+            for job in jobs:
+                job.cancelled = True
+                if job in self._waiting:  # its place in the queue is another's
+                    self._waiting.remove(job)
 
     def close(self) -> None:
         """End when all jobs have ended."""
@@ -254,7 +261,7 @@ class Worker:
             self._engine.rewind(0)
             self._namespace = namespace
         saved, snapshot = self._prefixes.best(namespace, self._engine, ids)
-        if saved > self._engine.saved_by(self._engine.snapshot(), ids):
+        if snapshot and saved > self._engine.saved_by(self._engine.snapshot(), ids):
             self._engine.restore(snapshot)
 
     def _piece(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import socket
@@ -248,7 +249,19 @@ def test_killed_under_load_it_starts_again(tiny_bundles, tmp_path):
 
 def test_busy_is_told_to_come_back(tiny_bundles, tmp_path):
     with serving(tmp_path, tiny_bundles / "chat", "--parallel", "1", "--queue", "1") as server:
-        refused = server.ask("Hello", n=3, max_tokens=5)
+        never = server.ask("Hello", n=3, max_tokens=5)
+        assert never.status_code == 400 and "3 answers" in never.json()["error"]["message"]
+        messages = [{"role": "user", "content": "Hello"}]
+        endless = {"messages": messages, "stream": True, "logit_bias": {"1": -100, "107": -100}}
+        with contextlib.ExitStack() as streams:
+            for waiting in (0, 1):
+                asked = server.http.stream("POST", "/v1/chat/completions", json=endless)
+                streams.enter_context(asked)
+                wait_for(lambda: server.metric("answering") == 1)
+                wait_for(lambda waiting=waiting: server.metric("waiting") == waiting)
+            refused = server.ask("Hello", max_tokens=5)
+        # whoever leaves while waiting leaves the queue too
+        wait_for(lambda: server.metric("waiting") == server.metric("answering") == 0)
         assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
         assert refused.json()["error"]["code"] == "server_busy"
         assert server.ask("Hello", max_tokens=5).status_code == 200

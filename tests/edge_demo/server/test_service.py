@@ -38,14 +38,18 @@ def test_a_users_unit_starts_the_server_that_was_asked_for(
     assert command[0] == sys.executable
     assert command[1:] == ["-m", "edge_demo", "serve", str(bundle.resolve()), "--port", "8123"]
     assert service["MemoryMax"] == "900M" and service["Restart"] == "on-failure"
-    assert "DynamicUser" not in service
+    assert "DynamicUser" not in service and "User" not in service
+    assert service["WorkingDirectory"] == os.getcwd()  # which names of files are relative to
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_the_systems_unit_has_a_user_of_its_own(tiny_bundles):
-    text = install_service.unit_text(tiny_bundles / "chat", [], None, system=True)
-    unit = parsed(text)
-    assert unit["Service"]["DynamicUser"] == "yes" and unit["Service"]["ProtectSystem"] == "strict"
+def test_the_systems_unit_runs_as_who_owns_the_bundle(tiny_bundles):
+    text = install_service.unit_text(tiny_bundles / "chat", [], None, "pi")
+    service = parsed(text)["Service"]
+    assert service["User"] == "pi" and "DynamicUser" not in service
+    unit = parsed(install_service.unit_text(tiny_bundles / "chat", [], None, "root"))
+    assert unit["Service"]["DynamicUser"] == "yes" and "User" not in unit["Service"]
+    assert unit["Service"]["ProtectSystem"] == "strict"
     assert unit["Install"]["WantedBy"] == "multi-user.target"
     assert int(unit["Unit"]["StartLimitBurst"]) == 5
 
@@ -54,7 +58,7 @@ def test_the_systems_unit_has_a_user_of_its_own(tiny_bundles):
 def test_systemd_reads_it(tiny_bundles, tmp_path):
     bundle = tiny_bundles / "chat"
     path = tmp_path / "gemma.service"
-    path.write_text(install_service.unit_text(bundle, ["--allow-host", "a b%c"], 500, True))
+    path.write_text(install_service.unit_text(bundle, ["--allow-host", "a b%c"], 500, "root"))
     done = subprocess.run(
         ["systemd-analyze", "verify", path], capture_output=True, text=True, timeout=60
     )
@@ -63,7 +67,7 @@ def test_systemd_reads_it(tiny_bundles, tmp_path):
 
 def test_strange_arguments_stay_what_they_are(tiny_bundles):
     strange = ["--allow-host", 'a "b" $c %d\\']
-    text = install_service.unit_text(tiny_bundles / "chat", strange, None, system=False)
+    text = install_service.unit_text(tiny_bundles / "chat", strange, None, None)
     line = parsed(text)["Service"]["ExecStart"].replace("%%", "%").replace("$$", "$")
     assert shlex.split(line)[-2:] == strange
 

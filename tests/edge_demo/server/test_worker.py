@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import queue
@@ -16,6 +17,9 @@ from edge_demo.engine.binding import Binding
 from edge_demo.engine.prompt_chunks import UNIT
 from edge_demo.engine.runner import CandidateEngine, Engine
 from edge_demo.errors import EdgeError, RequestError
+from edge_demo.server.http import generating
+from edge_demo.server.protocol.answer import Answer, Choice
+from edge_demo.server.protocol.chat import ChatForm
 from edge_demo.server.worker.job import Ended, Failed, Job, Piece, Reading
 from edge_demo.server.worker.prefixes import PrefixStore
 from edge_demo.server.worker.worker import BusyError, ClosedError, Worker
@@ -344,8 +348,7 @@ def test_all_logits_are_read_where_no_candidate_is_allowed(tiny_bundles, started
     likely = {tokenizer.piece_bytes(int(i)) for i in engine.prefill(ids).ids}
     letters = [bytes([c]) for c in b"abcdefghijklmnopqrstuvwxyz"]
     unlikely = [c for c in letters if c not in likely][:2]
-    if not unlikely:
-        pytest.skip("all letters are among the candidates")
+    assert unlikely
     grammar = Grammars(tokenizer, bundle.vocabulary_size).compile(
         GrammarSource("regex", f"[{b''.join(unlikely).decode()}]")
     )
@@ -355,6 +358,32 @@ def test_all_logits_are_read_where_no_candidate_is_allowed(tiny_bundles, started
     logits = Engine(bundle, threads=1).prefill(ids)
     pieces = {tokenizer.encode(c.decode(), bos=False)[-1] for c in unlikely}
     assert one.completion.ids == [max(pieces, key=lambda i: logits[i])]
+
+
+def test_a_reader_who_is_too_slow_gets_an_error_and_the_row_is_free(
+    tiny_bundles, started, monkeypatch
+):
+    monkeypatch.setattr(generating, "_MOST_PENDING", 5)
+    worker = started(tiny_bundles / "chat")
+
+    async def stream():
+        answer = Answer("1", 0, "chat", "fp", [Choice(0)])
+        run = generating._Run(answer, False, worker, Tokenizer(worker._engine.bundle))
+        run.jobs.append(Job(text(9), Sampler(), 200, run.teller(0)))
+        worker.submit(*run.jobs)
+        while not run.jobs[0].cancelled:  # nobody reads
+            await asyncio.sleep(0.01)
+        return [part async for part in run.stream(ChatForm(), False)]
+
+    parts = asyncio.run(stream())
+    assert b"slow_reader" in parts[-1] and b"[DONE]" not in parts[-1]
+    wait_for(lambda: worker.state["answering"] == 0)
+
+
+def test_what_nobody_expected_is_logged_and_its_words_are_not_sent(caplog):
+    refusal = generating.refusal_of(ZeroDivisionError("of the secret"))
+    assert refusal.status == 500 and "secret" not in str(refusal)
+    assert "ZeroDivisionError" in caplog.text
 
 
 def test_an_engine_that_fails_fails_its_requests_and_no_others(tiny_bundles, started, monkeypatch):
