@@ -63,6 +63,11 @@ def set_up(page, system=None, **numbers):
     if system is not None:
         page.get_by_label("System prompt").fill(system)
     page.get_by_role("button", name="Done").click()
+    # A dialog tells that it is closed later than the click ends.
+    taken = "asked => Object.keys(asked).every(name => chat.numbers[name] === Number(asked[name]))"
+    page.wait_for_function(taken, arg=numbers)
+    if system is not None:
+        page.wait_for_function("system => chat.system === system", arg=system)
 
 
 def ask(page, text, wait=True):
@@ -159,6 +164,25 @@ def test_conversations_stay_in_the_browser_and_can_be_taken_along(page, tmp_path
     page.reload()
     page.get_by_role("heading").wait_for()
     assert page.get_by_role("button", name=QUESTION, exact=True).count() == 0
+
+
+def test_two_tabs_lose_nothing_of_each_other(context, page, real_server):
+    other = context.new_page()
+    other.set_default_timeout(120_000)
+    other.goto(f"{real_server.url}/")
+    other.get_by_role("heading", name=real_server.model).wait_for()
+    set_up(other, temperature="0", max_tokens="4")
+    set_up(page, max_tokens="4")
+    ask(other, "Name a river.")
+    ask(page, "Name a hill.")
+    page.get_by_role("button", name="Name a river.", exact=True).wait_for()
+    page.reload()
+    for title in ("Name a river.", "Name a hill."):
+        page.get_by_role("button", name=title, exact=True).wait_for()
+    page.get_by_role("button", name="Delete Name a river.").click()
+    other.get_by_role("button", name="Name a hill.", exact=True).wait_for()
+    ask(other, "And one more.")  # who still reads a deleted chat may go on with it
+    assert len(answers(other)) == 2
 
 
 def test_text_never_becomes_html(page):
