@@ -15,6 +15,7 @@ import numpy as np
 
 from edge_demo.engine.candidates import Candidates
 from edge_demo.errors import EdgeError, RequestError, brief
+from edge_demo.text.json_numbers import NumberWatch
 from edge_demo.text.tokenizer import Tokenizer
 
 LONGEST = 1 << 16  # characters of a schema or grammar
@@ -44,10 +45,17 @@ class GrammarSource:
     Attributes:
         kind: of the text.
         text: JSON of a schema, a regular expression, or a grammar.
+        json: whether a grammar's answers can be JSON.
     """
 
     kind: Kind
     text: str
+    json: bool = False
+
+    @property
+    def is_json(self) -> bool:
+        """Whether it can be JSON, whose numbers are kept short."""
+        return self.json or self.kind == "json_schema"
 
 
 class Grammar:
@@ -56,11 +64,17 @@ class Grammar:
     Args:
         matcher: llguidance's, at its beginning.
         words: of 32 bits in a mask of all tokens.
+        tokenizer: of the bundle.
+        numbers: watches the lengths of numbers; `None` lets them be as long as the grammar does.
     """
 
-    def __init__(self, matcher: Any, words: int) -> None:
+    def __init__(
+        self, matcher: Any, words: int, tokenizer: Tokenizer, numbers: NumberWatch | None
+    ) -> None:
         self._matcher = matcher
         self._mask = np.zeros(words, np.int32)
+        self._tokenizer = tokenizer
+        self._numbers = numbers
 
     @property
     def ended(self) -> bool:
@@ -82,6 +96,8 @@ class Grammar:
         """
         self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
         self._check()
+        if self._numbers is not None and (ids := self._numbers.forbidden) is not None:
+            np.bitwise_and.at(self._mask, ids >> 5, ~(np.int32(1) << (ids & 31)))
         if isinstance(logits, np.ndarray):
             bits = np.unpackbits(self._mask.view(np.uint8), bitorder="little")[: logits.size]
             return np.where(bits, logits, np.float32(-np.inf))
@@ -99,6 +115,8 @@ class Grammar:
         """
         self._matcher.consume_token(token)
         self._check()
+        if self._numbers is not None:
+            self._numbers.take(self._tokenizer.piece_bytes(token))
 
     def forced(self) -> list[int]:
         """The tokens that must come next, if there is no choice; they are not taken yet."""
@@ -122,6 +140,7 @@ class Grammars:
         self._size = vocabulary_size
         self._lock = threading.Lock()
         self._made: Any = None
+        self._digits = np.zeros(0, np.int32)
 
     def prepare(self) -> None:
         """Make the table of tokens, if it is not there.
@@ -133,8 +152,12 @@ class Grammars:
 
         with self._lock:
             if self._made is None:
+                pieces = _Pieces(self._tokenizer)
+                self._digits = np.array(
+                    [i for i, piece in enumerate(pieces.tokens) if piece[:1].isdigit()], np.int32
+                )
                 self._made = llguidance.LLTokenizer(
-                    llguidance.TokenizerWrapper(_Pieces(self._tokenizer)),
+                    llguidance.TokenizerWrapper(pieces),
                     n_vocab=self._size,
                     eos_token=list(self._tokenizer.spec.stop),
                     slices=[],
@@ -168,7 +191,8 @@ class Grammars:
         matcher = matcher_of(self._made, text, log_level=0, limits=limits)
         if matcher.is_error():
             raise RequestError(f"the {source.kind} is not valid: {brief(matcher.get_error())}")
-        return Grammar(matcher, (self._made.vocab_size + 31) // 32)
+        numbers = NumberWatch(self._digits) if source.is_json else None
+        return Grammar(matcher, (self._made.vocab_size + 31) // 32, self._tokenizer, numbers)
 
 
 class _Pieces:

@@ -24,6 +24,7 @@ from edge_demo.server.protocol.answer import (
     TokenLogProbs,
     TokenText,
 )
+from edge_demo.server.protocol.calls import SaidSoFar
 from edge_demo.server.protocol.errors import Refusal
 from edge_demo.server.protocol.request import GenerateRequest, Prompt
 from edge_demo.server.worker.job import Ended, Event, Failed, Job, Piece, Reading
@@ -108,20 +109,20 @@ class Generating:
 
         return beginning
 
-    def _compile(self, source: GrammarSource | None, count: int) -> list[Grammar]:
-        """One for each choice, none where there is no source."""
+    def _compile(self, source: GrammarSource | None, count: int, field: str) -> list[Grammar]:
+        """One for each choice, none where there is no source; `field` has asked for it."""
         if source is None:
             return []
         try:
             return [self.grammars.compile(source) for _ in range(count)]
         except ModuleNotFoundError:
             raise Refusal(
-                "this server promises no form but text: install gemma-keras[grammar] there",
+                f"{field} needs gemma-keras[grammar], which is not installed on this server",
                 code="unsupported",
-                param="response_format",
+                param=field,
             ) from None
         except RequestError as error:
-            raise Refusal(str(error), code="invalid_grammar", param="response_format") from None
+            raise Refusal(f"{field}: {error}", code="invalid_grammar", param=field) from None
 
     async def answer(self, request: Request, wanted: GenerateRequest, form: Form) -> Response:
         """Answer a request, whole or as a stream.
@@ -176,10 +177,12 @@ class Generating:
             model=self._bundle.name,
             fingerprint=f"fp_{self._bundle.fingerprint[:12]}",
         )
-        run = _Run(answer, wanted.settings.top is not None, self._worker, self._tokenizer)
+        names = [tool.name for tool in wanted.offer.allowed] if wanted.offer else []
+        run = _Run(answer, wanted.settings.top is not None, self._worker, self._tokenizer, names)
         settings, context = wanted.settings, self._bundle.context_length
         count = len(encoded) * settings.choices
-        grammars = await asyncio.to_thread(self._compile, settings.grammar, count)
+        field = "tools" if wanted.offer else "response_format"
+        grammars = await asyncio.to_thread(self._compile, settings.grammar, count, field)
         for ids, shared, next_beginning in encoded:
             room = context - len(ids) + 1  # the last token need not be held
             length = min(settings.max_tokens or room, max(room, 1), self._most_tokens)
@@ -216,10 +219,19 @@ class Generating:
 class _Run:
     """Jobs of one request, whose events the event loop gets."""
 
-    def __init__(self, answer: Answer, logprobs: bool, worker: Worker, tokenizer: Tokenizer):
+    def __init__(
+        self,
+        answer: Answer,
+        logprobs: bool,
+        worker: Worker,
+        tokenizer: Tokenizer,
+        tool_names: Sequence[str],
+    ) -> None:
         self.answer = answer
         self.jobs: list[Job] = []
         self._logprobs = logprobs
+        self._tool_names = tool_names
+        self._said: dict[int, SaidSoFar] = {}
         self._worker = worker
         self._tokenizer = tokenizer
         self._loop = asyncio.get_running_loop()
@@ -253,20 +265,19 @@ class _Run:
         Raises:
             Refusal: one of the choices failed.
         """
-        parts: dict[int, list[str]] = {choice.index: [] for choice in self.answer.choices}
         waiting = len(self.jobs)
         while waiting:
             index, event = await self._events.get()
             if isinstance(event, Failed):
                 raise refusal_of(event.error)
             if isinstance(event, Piece):
-                parts[index].append(event.text)
+                self._of(index).add(event.text)
                 self._add_logprob(self.answer.choices[index], event.logprob)
             elif isinstance(event, Ended):
                 waiting -= 1
                 self._end(index)
         for choice in self.answer.choices:
-            choice.text = "".join(parts[choice.index])
+            self._of(choice.index).fill(choice)
             if self._logprobs and choice.logprobs is None:
                 choice.logprobs = []
         return self.answer
@@ -292,11 +303,12 @@ class _Run:
                         begun.add(index)
                         shown += form.begin(self.answer, index)
                     if isinstance(happened, Piece):
-                        choice = Choice(index, happened.text)
+                        choice = self._of(index).add(happened.text)
                         self._add_logprob(choice, happened.logprob)
                         shown += form.piece(self.answer, choice)
                     else:
                         waiting -= 1
+                        shown += form.piece(self.answer, self._of(index).finish())
                         self._end(index)
                         shown += form.end(self.answer, index)
                 if waiting:
@@ -308,11 +320,16 @@ class _Run:
         finally:
             self.cancel()
 
+    def _of(self, index: int) -> SaidSoFar:
+        """What a choice has said."""
+        return self._said.setdefault(index, SaidSoFar(index, self._tool_names))
+
     def _end(self, index: int) -> None:
         """Count what a job that has ended took."""
         job, answer = self.jobs[index], self.answer
         done = job.completion
-        answer.choices[index].finish_reason = "stop" if done.finish_reason == "stop" else "length"
+        whole = "tool_calls" if self._of(index).calls else "stop"
+        answer.choices[index].finish_reason = whole if done.finish_reason == "stop" else "length"
         answer.completion_tokens += len(done.ids)
         prompts = {id(j.ids): j for j in reversed(self.jobs)}.values()  # the first of each
         answer.prompt_tokens = sum(len(j.ids) for j in prompts)

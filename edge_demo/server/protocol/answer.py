@@ -28,20 +28,39 @@ class TokenLogProbs(NamedTuple):
 
 
 @dataclasses.dataclass
+class CallPiece:
+    """A call of a tool, or a piece of it.
+
+    Attributes:
+        number: of the call in its answer, from 0.
+        id: of the call.
+        name: of the tool; `None` where the piece only goes on.
+        arguments: text of their JSON.
+    """
+
+    number: int
+    id: str
+    name: str | None = None
+    arguments: str = ""
+
+
+@dataclasses.dataclass
 class Choice:
     """One of the answers to a prompt, or a piece of it.
 
     Attributes:
         index: of the choice.
         text: of it.
-        finish_reason: `stop` or `length`; `None` while it goes on.
+        finish_reason: `stop`, `length` or `tool_calls`; `None` while it goes on.
         logprobs: of its tokens, where they were asked for.
+        calls: of tools.
     """
 
     index: int
     text: str = ""
     finish_reason: str | None = None
     logprobs: list[TokenLogProbs] | None = None
+    calls: list[CallPiece] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from edge_demo.server.protocol.answer import Answer, Choice, logprobs_of
+from edge_demo.server.protocol.answer import Answer, CallPiece, Choice, logprobs_of
 from edge_demo.server.protocol.errors import Refusal
 from edge_demo.server.protocol.fields import Fields
 from edge_demo.server.protocol.formats import read_format
 from edge_demo.server.protocol.messages import read_conversation
 from edge_demo.server.protocol.request import GenerateRequest, Prompt, read_stream
 from edge_demo.server.protocol.settings import IGNORED, MOST_TOP, read_settings
+from edge_demo.server.protocol.tools import read_offer
 
 _TEXT_ONLY = "this server answers with text only"
-_NO_TOOLS = "this server does not offer tools yet"
+_OLD = "functions are given as tools"
 
 
 def read_chat(value: Any, vocabulary_size: int) -> GenerateRequest:
@@ -34,19 +35,17 @@ def read_chat(value: Any, vocabulary_size: int) -> GenerateRequest:
     fields.refuse("audio", _TEXT_ONLY)
     fields.refuse("modalities", _TEXT_ONLY, harmless=(["text"], []))
     fields.refuse("web_search_options", "this server does not search the web")
-    fields.refuse("tools", _NO_TOOLS, harmless=([],))
-    fields.refuse("functions", _NO_TOOLS, harmless=([],))
-    fields.refuse("tool_choice", _NO_TOOLS, harmless=("none", "auto"))
-    fields.refuse("function_call", _NO_TOOLS, harmless=("none", "auto"))
-    fields.flag("parallel_tool_calls")
+    fields.refuse("functions", _OLD, harmless=([],))
+    fields.refuse("function_call", _OLD, harmless=("none", "auto"))
+    offer = read_offer(fields)
     settings = read_settings(
         fields,
         ("max_completion_tokens", "max_tokens"),
         _top(fields),
         vocabulary_size,
-        read_format(fields),
+        read_format(fields, offer),
     )
-    system, turns = read_conversation(fields)
+    system, turns = read_conversation(fields, offer)
     stream, usage = read_stream(fields)
     return GenerateRequest(
         model=fields.text("model"),
@@ -55,6 +54,7 @@ def read_chat(value: Any, vocabulary_size: int) -> GenerateRequest:
         stream=stream,
         usage=usage,
         unknown=fields.unknown,
+        offer=offer,
     )
 
 
@@ -89,10 +89,12 @@ class ChatForm:
         return [_chunk(answer, [_delta(index, {"role": "assistant", "content": ""})])]
 
     def piece(self, answer: Answer, choice: Choice) -> list[dict[str, Any]]:
-        """A piece of the text."""
-        if not (choice.text or choice.logprobs):
+        """A piece of the text, or of calls."""
+        if not (choice.text or choice.logprobs or choice.calls):
             return []
-        delta = _delta(choice.index, {"content": choice.text})
+        said = {"tool_calls": [_call_delta(call) for call in choice.calls]} if choice.calls else {}
+        text = {} if choice.calls and not choice.text else {"content": choice.text}
+        delta = _delta(choice.index, text | said)
         return [_chunk(answer, [delta | {"logprobs": _logprobs(choice)}])]
 
     def end(self, answer: Answer, index: int) -> list[dict[str, Any]]:
@@ -112,13 +114,27 @@ class ChatForm:
 
 
 def _whole(choice: Choice) -> dict[str, Any]:
-    message = {"role": "assistant", "content": choice.text, "refusal": None}
+    message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+    if choice.calls:
+        message["content"] = choice.text or None
+        message["tool_calls"] = [_call(call) for call in choice.calls]
     return {
         "index": choice.index,
         "message": message,
         "logprobs": _logprobs(choice),
         "finish_reason": choice.finish_reason,
     }
+
+
+def _call(call: CallPiece) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def _call_delta(piece: CallPiece) -> dict[str, Any]:
+    if piece.name is None:
+        return {"index": piece.number, "function": {"arguments": piece.arguments}}
+    return {"index": piece.number, **_call(piece)}
 
 
 def _logprobs(choice: Choice) -> dict[str, Any] | None:

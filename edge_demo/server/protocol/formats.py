@@ -7,24 +7,43 @@ import json
 from edge_demo.server.protocol.errors import Refusal
 from edge_demo.server.protocol.fields import Fields
 from edge_demo.text.grammar import LONGEST, GrammarSource
+from edge_demo.tool_calls import json_style
+from edge_demo.tool_calls.tool import Offer
 
 _ANY_OBJECT = GrammarSource("json_schema", '{"type": "object"}')
 _KINDS = ("text", "json_object", "json_schema", "regex", "lark")
 
 
-def read_format(fields: Fields, name: str = "response_format") -> GrammarSource | None:
-    """The form that is asked for; `None` for any text.
+def read_format(
+    fields: Fields, offer: Offer | None = None, name: str = "response_format"
+) -> GrammarSource | None:
+    """The form that is asked for, with calls of tools; `None` for any text.
 
     Beside OpenAI's forms there are `{"type": "regex", "regex": TEXT}` and `{"type": "lark",
     "lark": TEXT}`.
 
     Args:
         fields: of the request, or of what holds the form.
+        offer: of tools that the answer may call.
         name: of the field.
 
     Raises:
         Refusal: it is none of them, or too large.
     """
+    form = _read(fields, name)
+    if offer is None:
+        return form
+    if form is not None and form.kind != "json_schema":
+        where = fields.where(name)
+        raise Refusal(
+            f"{where} can be text or JSON beside tools, not {form.kind}",
+            code="unsupported",
+            param=where,
+        )
+    return json_style.grammar(offer, form)
+
+
+def _read(fields: Fields, name: str) -> GrammarSource | None:
     form = fields.inner(name)
     if form is None:
         return None

@@ -2,31 +2,86 @@
 
 Gemma's template knows a user and a model who take turns. Messages of one role that follow each
 other are one turn, with a blank line between them. System and developer messages come first.
+What tools return is told in a user's turn.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from edge_demo.server.protocol.errors import Refusal
 from edge_demo.server.protocol.fields import Fields
+from edge_demo.server.protocol.tools import read_call
+from edge_demo.tool_calls.json_style import call_text, instructions, result_text
+from edge_demo.tool_calls.tool import Call, Offer, Result
 from edge_demo.turns import BLANK_LINE
 
 MOST_MESSAGES = 2048
 _MOST_PARTS = 256
 _SYSTEM = ("system", "developer")
-_TURNS = {"user": "user", "assistant": "model"}
-_ROLES = (*_SYSTEM, *_TURNS, "tool", "function")
-_NO_TOOLS = "this server does not take tool calls yet"
+_TURNS = {"user": "user", "assistant": "model", "tool": "user"}
+_ROLES = (*_SYSTEM, *_TURNS)
+_MOST_CALLS = 128
 
 Turns = tuple[tuple[str, str], ...]
 
 
-def read_conversation(fields: Fields, name: str = "messages") -> tuple[str, Turns]:
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """What somebody said.
+
+    Attributes:
+        role: of OpenAI's.
+        text: of the message.
+        calls: of tools, by an assistant.
+    """
+
+    role: str
+    text: str
+    calls: tuple[Call, ...] = ()
+
+
+@dataclasses.dataclass
+class KnownCalls:
+    """The calls of earlier messages, which results are of."""
+
+    names: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def add(self, fields: Fields, id_name: str, call: Call) -> Call:
+        """Note a call by its id.
+
+        Raises:
+            Refusal: it has no id.
+        """
+        call_id = fields.text(id_name)
+        if not call_id:
+            raise fields.wrong(id_name, "the id of a call")
+        self.names[call_id] = call.name
+        return call
+
+    def result(self, fields: Fields, id_name: str, content: str) -> Message:
+        """What a call returned.
+
+        Raises:
+            Refusal: there is no such call before.
+        """
+        call_id = fields.text(id_name)
+        name = self.names.get(call_id or "")
+        if name is None:
+            raise fields.wrong(id_name, "the id of a call in an earlier message")
+        return Message("tool", result_text(Result(name, content)))
+
+
+def read_conversation(
+    fields: Fields, offer: Offer | None = None, name: str = "messages"
+) -> tuple[str, Turns]:
     """The conversation of a request, which waits for an answer.
 
     Args:
         fields: of the request.
+        offer: of tools.
         name: of the field with the messages.
 
     Returns:
@@ -38,34 +93,39 @@ def read_conversation(fields: Fields, name: str = "messages") -> tuple[str, Turn
     messages = fields.items(name, MOST_MESSAGES)
     if not messages:
         raise Refusal(f"{name} must be a list of messages, at least one", param=name)
-    return as_turns([_read(Fields(m, f"{name}[{i}]")) for i, m in enumerate(messages)], name)
+    known = KnownCalls()
+    read = [_read(Fields(m, f"{name}[{i}]"), known) for i, m in enumerate(messages)]
+    return as_turns(read, name, offer)
 
 
-def as_turns(messages: list[tuple[str, str]], name: str) -> tuple[str, Turns]:
+def as_turns(messages: list[Message], name: str, offer: Offer | None = None) -> tuple[str, Turns]:
     """System text and turns of messages.
 
     Args:
-        messages: role and text of each.
+        messages: oldest first.
         name: of the field that they come from.
+        offer: of tools, which the system text ends with.
 
     Raises:
         Refusal: they are no conversation that waits for an answer.
     """
-    count = next((i for i, (role, _) in enumerate(messages) if role not in _SYSTEM), len(messages))
-    system = BLANK_LINE.join(text for _, text in messages[:count])
-    turns: list[tuple[str, str]] = []
-    for number, (role, text) in enumerate(messages[count:], start=count):
-        if role not in _TURNS:
+    count = next((i for i, m in enumerate(messages) if m.role not in _SYSTEM), len(messages))
+    system = [message.text for message in messages[:count]]
+    if offer is not None:
+        system.append(instructions(offer))
+    turns: list[tuple[str, list[Message]]] = []
+    for number, message in enumerate(messages[count:], start=count):
+        if message.role not in _TURNS:
             raise Refusal(
-                f"{name}[{number}] has the role {role!r}; system messages must come before all "
-                "others",
+                f"{name}[{number}] has the role {message.role!r}; system messages must come "
+                "before all others",
                 param=name,
             )
-        speaker = _TURNS[role]
+        speaker = _TURNS[message.role]
         if turns and turns[-1][0] == speaker:
-            turns[-1] = speaker, f"{turns[-1][1]}{BLANK_LINE}{text}"
+            turns[-1][1].append(message)
         else:
-            turns.append((speaker, text))
+            turns.append((speaker, [message]))
     if not turns or turns[0][0] != "user":
         raise Refusal(f"the first of {name} after system messages must be a user's", param=name)
     if turns[-1][0] != "user":
@@ -73,19 +133,35 @@ def as_turns(messages: list[tuple[str, str]], name: str) -> tuple[str, Turns]:
             f"the last of {name} must be a user's; this server does not continue an answer",
             param=name,
         )
-    return system, tuple(turns)
+    return BLANK_LINE.join(system), tuple((speaker, _text(said)) for speaker, said in turns)
 
 
-def _read(message: Fields) -> tuple[str, str]:
+def _text(messages: Iterable[Message]) -> str:
+    """The text of one turn."""
+    texts = [m.text for m in messages if m.text or not m.calls]
+    calls = [call for m in messages for call in m.calls]
+    return BLANK_LINE.join([*texts, call_text(calls)] if calls else texts)
+
+
+def _read(message: Fields, known: KnownCalls) -> Message:
     role = message.choice("role", _ROLES)
     if role is None:
         raise message.wrong("role", " or ".join(map(repr, _ROLES)))
-    if role in ("tool", "function"):
-        raise Refusal(_NO_TOOLS, code="unsupported", param=message.where("role"))
-    message.refuse("tool_calls", _NO_TOOLS, harmless=([],))
-    message.refuse("function_call", _NO_TOOLS)
+    message.refuse("function_call", "functions are called by tool_calls")
     message.refuse("audio", "this server takes texts only")
-    return role, content_text(message, "content", ("text",))
+    if role == "tool":
+        return known.result(message, "tool_call_id", content_text(message, "content", ("text",)))
+    calls = []
+    if role == "assistant":
+        for number, value in enumerate(message.items("tool_calls", _MOST_CALLS) or []):
+            fields = Fields(value, f"{message.where('tool_calls')}[{number}]")
+            function = fields.inner("function")
+            if function is None:
+                raise fields.wrong("function", "an object with name and arguments")
+            calls.append(known.add(fields, "id", read_call(function)))
+    silent = calls and message.any("content") is None
+    text = "" if silent else content_text(message, "content", ("text",))
+    return Message(role, text, tuple(calls))
 
 
 def content_text(message: Fields, name: str, kinds: tuple[str, ...]) -> str:

@@ -7,6 +7,7 @@ import dataclasses
 from edge_demo.server.protocol.fields import Fields
 from edge_demo.server.protocol.messages import Turns
 from edge_demo.server.protocol.settings import Settings
+from edge_demo.tool_calls.tool import Offer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,7 @@ class GenerateRequest:
         stream: whether it is sent as it comes.
         usage: whether a stream ends with the numbers of tokens.
         unknown: how many of its fields nobody knows.
+        offer: of tools that the answers may call.
     """
 
     model: str | None
@@ -45,6 +47,7 @@ class GenerateRequest:
     stream: bool
     usage: bool
     unknown: int
+    offer: Offer | None = None
 
 
 def read_stream(fields: Fields) -> tuple[bool, bool]:

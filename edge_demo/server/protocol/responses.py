@@ -5,18 +5,25 @@ After OpenAI's API reference, "Responses". A stream has named events with number
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
-from edge_demo.server.protocol.answer import Answer, Choice, logprobs_of
+from edge_demo.server.protocol.answer import Answer, CallPiece, Choice, logprobs_of
 from edge_demo.server.protocol.errors import Refusal
 from edge_demo.server.protocol.fields import Fields
 from edge_demo.server.protocol.formats import read_format
-from edge_demo.server.protocol.messages import MOST_MESSAGES, as_turns, content_text
+from edge_demo.server.protocol.messages import (
+    MOST_MESSAGES,
+    KnownCalls,
+    Message,
+    as_turns,
+    content_text,
+)
 from edge_demo.server.protocol.request import GenerateRequest, Prompt
 from edge_demo.server.protocol.settings import IGNORED, MOST_TOP, read_settings
+from edge_demo.server.protocol.tools import read_call, read_offer
 
 _STATELESS = "this server keeps no conversations; send all messages in input"
-_NO_TOOLS = "this server does not offer tools yet"
 _ROLES = ("user", "assistant", "system", "developer")
 _PARTS = ("input_text", "output_text", "text")
 _LOGPROBS = "message.output_text.logprobs"
@@ -38,15 +45,12 @@ def read_response_request(value: Any, vocabulary_size: int) -> GenerateRequest:
     fields.refuse("conversation", _STATELESS)
     fields.refuse("background", _STATELESS, harmless=(False,))
     fields.refuse("prompt", "this server keeps no prompts; send the text in input")
-    fields.refuse("tools", _NO_TOOLS, harmless=([],))
-    fields.refuse("tool_choice", _NO_TOOLS, harmless=("none", "auto"))
-    fields.flag("parallel_tool_calls")
-    text = fields.inner("text")
-    form = None if text is None else read_format(text, "format")
+    offer = read_offer(fields, flat=True)
+    form = read_format(fields.inner("text") or Fields({}, "text"), offer, "format")
     settings = read_settings(fields, ("max_output_tokens",), _top(fields), vocabulary_size, form)
     if settings.choices != 1:
         raise Refusal("a response is one answer; n must be 1", param="n")
-    system, turns = as_turns(_messages(fields), "input")
+    system, turns = as_turns(_messages(fields), "input", offer)
     return GenerateRequest(
         model=fields.text("model"),
         prompts=(Prompt(turns=turns, system=system),),
@@ -54,6 +58,7 @@ def read_response_request(value: Any, vocabulary_size: int) -> GenerateRequest:
         stream=bool(fields.flag("stream")),
         usage=True,
         unknown=fields.unknown,
+        offer=offer,
     )
 
 
@@ -63,31 +68,41 @@ def _top(fields: Fields) -> int | None:
     return top or 0 if _LOGPROBS in include or top else None
 
 
-def _messages(fields: Fields) -> list[tuple[str, str]]:
+def _messages(fields: Fields) -> list[Message]:
     instructions = fields.text("instructions")
-    messages = [("system", instructions)] if instructions else []
+    messages = [Message("system", instructions)] if instructions else []
     value = fields.any("input")
     if isinstance(value, str):
-        return [*messages, ("user", value)]
+        return [*messages, Message("user", value)]
     items = fields.items("input", MOST_MESSAGES)
     if not items:
         raise fields.wrong("input", "text, or a list of messages")
+    known = KnownCalls()
     for number, item in enumerate(items):
-        message = Fields(item, f"input[{number}]")
-        kind = message.text("type") or "message"
-        if kind == "reasoning":
-            continue
-        if kind != "message":
-            raise Refusal(
-                f"{message.where('type')}: {kind[:40]!r} is not supported yet",
-                code="unsupported",
-                param=message.where("type"),
-            )
-        role = message.choice("role", _ROLES)
-        if role is None:
-            raise message.wrong("role", " or ".join(map(repr, _ROLES)))
-        messages.append((role, content_text(message, "content", _PARTS)))
+        message = _message(Fields(item, f"input[{number}]"), known)
+        if message is not None:
+            messages.append(message)
     return messages
+
+
+def _message(item: Fields, known: KnownCalls) -> Message | None:
+    kind = item.text("type") or "message"
+    if kind == "reasoning":
+        return None
+    if kind == "function_call":
+        return Message("assistant", "", (known.add(item, "call_id", read_call(item)),))
+    if kind == "function_call_output":
+        return known.result(item, "call_id", content_text(item, "output", _PARTS))
+    if kind != "message":
+        raise Refusal(
+            f"{item.where('type')}: {kind[:40]!r} is not supported yet",
+            code="unsupported",
+            param=item.where("type"),
+        )
+    role = item.choice("role", _ROLES)
+    if role is None:
+        raise item.wrong("role", " or ".join(map(repr, _ROLES)))
+    return Message(role, content_text(item, "content", _PARTS))
 
 
 def _response(answer: Answer, status: str, output: list[dict[str, Any]]) -> dict[str, Any]:
@@ -130,59 +145,87 @@ def _item(answer: Answer, status: str, content: list[dict[str, Any]]) -> dict[st
     }
 
 
+def _call_item(call: CallPiece, status: str) -> dict[str, Any]:
+    return {
+        "id": f"fc_{call.id}",
+        "type": "function_call",
+        "status": status,
+        "call_id": call.id,
+        "name": call.name,
+        "arguments": call.arguments,
+    }
+
+
 def _part(choice: Choice) -> dict[str, Any]:
     logprobs = [logprobs_of(token) for token in choice.logprobs or []]
     return {"type": "output_text", "text": choice.text, "annotations": [], "logprobs": logprobs}
 
 
 class ResponseForm:
-    """One answer as a response."""
+    """One answer as a response: a message, or calls of tools."""
 
     named = True
 
     def __init__(self) -> None:
         self._number = -1
         self._said = Choice(0)
+        self._open = False  # whether the message was begun
 
     def whole(self, answer: Answer) -> dict[str, Any]:
         """The whole response."""
         choice = answer.choices[0]
         status = "incomplete" if choice.finish_reason == "length" else "completed"
-        return _response(answer, status, [_item(answer, status, [_part(choice)])])
+        return _response(answer, status, _output(answer, choice, status))
 
     def begin(self, answer: Answer, index: int) -> list[dict[str, Any]]:
-        """The response, its one message and the message's one part, all empty."""
+        """The response, without items."""
         response = _response(answer, "in_progress", [])
-        item = _item(answer, "in_progress", [])
         return [
             self._event("response.created", response=response),
             self._event("response.in_progress", response=response),
-            self._event("response.output_item.added", output_index=0, item=item),
-            self._of_part(answer, "response.content_part.added", part=_part(Choice(0))),
         ]
 
     def piece(self, answer: Answer, choice: Choice) -> list[dict[str, Any]]:
-        """A piece of the text."""
-        if not (choice.text or choice.logprobs):
-            return []
-        self._said.text += choice.text
+        """A piece of the text, or of calls; whatever is new begins with an empty item."""
+        shown: list[dict[str, Any]] = []
         self._said.logprobs = (self._said.logprobs or []) + (choice.logprobs or [])
-        more = {"delta": choice.text, "logprobs": _part(choice)["logprobs"]}
-        return [self._of_part(answer, "response.output_text.delta", **more)]
+        if choice.text or (choice.logprobs and self._open):
+            shown += self._begin_message(answer)
+            self._said.text += choice.text
+            more = {"delta": choice.text, "logprobs": _part(choice)["logprobs"]}
+            shown.append(self._of_part(answer, "response.output_text.delta", **more))
+        for piece in choice.calls:
+            if piece.name is not None:
+                shown += self._end_call()
+                self._said.calls.append(dataclasses.replace(piece))
+                item = _call_item(piece, "in_progress")
+                place = piece.number
+                shown.append(
+                    self._event("response.output_item.added", output_index=place, item=item)
+                )
+            if piece.arguments:
+                self._said.calls[-1].arguments += piece.arguments
+                shown.append(self._of_call("delta", delta=piece.arguments))
+        return shown
 
     def end(self, answer: Answer, index: int) -> list[dict[str, Any]]:
-        """All of them again, whole."""
+        """All of it again, whole."""
         choice = answer.choices[0]
         choice.text, choice.logprobs = self._said.text, self._said.logprobs
-        response, part = self.whole(answer), _part(choice)
-        more = {"text": part["text"], "logprobs": part["logprobs"]}
-        item = response["output"][0]
-        return [
-            self._of_part(answer, "response.output_text.done", **more),
-            self._of_part(answer, "response.content_part.done", part=part),
-            self._event("response.output_item.done", output_index=0, item=item),
-            self._event(f"response.{response['status']}", response=response),
-        ]
+        choice.calls = self._said.calls
+        response = self.whole(answer)
+        shown = self._end_call(response["output"][-1]["status"])
+        if not choice.calls:
+            shown += self._begin_message(answer)
+            part = _part(choice)
+            more = {"text": part["text"], "logprobs": part["logprobs"]}
+            item = response["output"][0]
+            shown += [
+                self._of_part(answer, "response.output_text.done", **more),
+                self._of_part(answer, "response.content_part.done", part=part),
+                self._event("response.output_item.done", output_index=0, item=item),
+            ]
+        return [*shown, self._event(f"response.{response['status']}", response=response)]
 
     def close(self, answer: Answer, usage: bool) -> list[dict[str, Any]]:
         """Nothing more."""
@@ -194,6 +237,33 @@ class ResponseForm:
         response["error"] = {"code": refusal.code or "server_error", "message": str(refusal)}
         return [self._event("response.failed", response=response)]
 
+    def _begin_message(self, answer: Answer) -> list[dict[str, Any]]:
+        """The message and its one part, both empty, unless they were begun."""
+        if self._open:
+            return []
+        self._open = True
+        item = _item(answer, "in_progress", [])
+        return [
+            self._event("response.output_item.added", output_index=0, item=item),
+            self._of_part(answer, "response.content_part.added", part=_part(Choice(0))),
+        ]
+
+    def _end_call(self, status: str = "completed") -> list[dict[str, Any]]:
+        """The call that was begun last, whole."""
+        if not self._said.calls:
+            return []
+        call = self._said.calls[-1]
+        item = _call_item(call, status)
+        return [
+            self._of_call("done", arguments=call.arguments, name=call.name),
+            self._event("response.output_item.done", output_index=call.number, item=item),
+        ]
+
+    def _of_call(self, kind: str, **more: Any) -> dict[str, Any]:
+        call = self._said.calls[-1]
+        kind = f"response.function_call_arguments.{kind}"
+        return self._event(kind, item_id=f"fc_{call.id}", output_index=call.number, **more)
+
     def _of_part(self, answer: Answer, kind: str, **more: Any) -> dict[str, Any]:
         item = f"msg_{answer.id}"
         return self._event(kind, item_id=item, output_index=0, content_index=0, **more)
@@ -201,3 +271,11 @@ class ResponseForm:
     def _event(self, kind: str, **more: Any) -> dict[str, Any]:
         self._number += 1
         return {"type": kind, "sequence_number": self._number, **more}
+
+
+def _output(answer: Answer, choice: Choice, status: str) -> list[dict[str, Any]]:
+    """The items of an answer; only the last may be incomplete."""
+    if not choice.calls:
+        return [_item(answer, status, [_part(choice)])]
+    *before, last = choice.calls
+    return [*(_call_item(call, "completed") for call in before), _call_item(last, status)]

@@ -6,6 +6,7 @@ from typing import Any
 
 from edge_demo.server.protocol.fields import Fields
 from edge_demo.server.protocol.messages import Turns, read_conversation
+from edge_demo.server.protocol.tools import read_offer
 
 _MOST_IDS = 10**6
 
@@ -37,9 +38,10 @@ def read_detokenize(value: Any, vocabulary_size: int) -> list[int]:
 
 
 def read_apply_template(value: Any) -> tuple[str, Turns]:
-    """A conversation whose prompt is wanted: system text and turns.
+    """A conversation whose prompt is wanted: system text, with that of tools, and turns.
 
     Raises:
         Refusal: a field is wrong.
     """
-    return read_conversation(Fields(value))
+    fields = Fields(value)
+    return read_conversation(fields, read_offer(fields))
