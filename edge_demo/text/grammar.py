@@ -96,8 +96,7 @@ class Grammar:
         """
         self._matcher.unsafe_compute_mask_ptr(self._mask.ctypes.data, self._mask.nbytes)
         self._check()
-        if self._numbers is not None and (ids := self._numbers.forbidden) is not None:
-            np.bitwise_and.at(self._mask, ids >> 5, ~(np.int32(1) << (ids & 31)))
+        self._forbid_digits()
         if isinstance(logits, np.ndarray):
             bits = np.unpackbits(self._mask.view(np.uint8), bitorder="little")[: logits.size]
             return np.where(bits, logits, np.float32(-np.inf))
@@ -121,6 +120,15 @@ class Grammar:
     def forced(self) -> list[int]:
         """The tokens that must come next, if there is no choice; they are not taken yet."""
         return self._matcher.compute_ff_tokens()
+
+    def _forbid_digits(self) -> None:
+        """Let a long number end, unless a digit must come."""
+        if self._numbers is None or (ids := self._numbers.forbidden) is None:
+            return
+        before = self._mask.copy()
+        np.bitwise_and.at(self._mask, ids >> 5, ~(np.int32(1) << (ids & 31)))
+        if not self._mask.any():
+            self._mask[:] = before
 
     def _check(self) -> None:
         if self._matcher.is_error():

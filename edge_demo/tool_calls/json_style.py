@@ -81,6 +81,8 @@ def grammar(offer: Offer, answer: GrammarSource | None = None) -> GrammarSource:
         offer: of the answer.
         answer: the form of a text, a JSON schema; `None` for any text that is no call.
     """
+    if answer is not None and not offer.required:
+        return _calls_or_json(offer, answer)
     calls = []
     rules = []
     fences = "|".join(fence[3:-1] for fence in FENCES)
@@ -108,11 +110,44 @@ def grammar(offer: Offer, answer: GrammarSource | None = None) -> GrammarSource:
     rules.append(f"calls: {' | '.join(calls)}")
     if offer.required:
         start = "start: calls"
-    elif answer is None:
+    else:
         start = "start: calls | TEXT"
         rules.append(f"TEXT: {_NO_CALL}")
-    else:
-        start = "start: calls | answer"
-        schema = {**json.loads(answer.text), "x-guidance": _GUIDANCE}
-        rules.append(f"answer: %json {json.dumps(schema, ensure_ascii=False)}")
     return GrammarSource("lark", "\n".join([start, *rules]) + "\n", json=True)
+
+
+def _calls_or_json(offer: Offer, answer: GrammarSource) -> GrammarSource:
+    """One schema of calls and of the answer's form, each among its definitions."""
+    schemas = {f"tool_{n}": tool.parameters for n, tool in enumerate(offer.allowed)}
+    schemas["answer"] = json.loads(answer.text)
+    calls = {
+        "anyOf": [
+            {
+                "type": "object",
+                "properties": {
+                    "name": {"const": tool.name},
+                    "parameters": {"$ref": f"#/$defs/tool_{number}"},
+                },
+                "required": ["name", "parameters"],
+                "additionalProperties": False,
+            }
+            for number, tool in enumerate(offer.allowed)
+        ]
+    }
+    several = {"type": "array", "items": calls, "minItems": 1, "maxItems": MOST_CALLS}
+    one_of = [calls, *([several] if offer.several else []), {"$ref": "#/$defs/answer"}]
+    moved = {name: _moved(schema, f"#/$defs/{name}") for name, schema in schemas.items()}
+    return GrammarSource("json_schema", json.dumps({"$defs": moved, "anyOf": one_of}))
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """A schema whose references to itself find it at another place."""
+    if isinstance(schema, list):
+        return [_moved(one, place) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved = {key: _moved(value, place) for key, value in schema.items()}
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#"):
+        moved["$ref"] = place + reference[1:]
+    return moved

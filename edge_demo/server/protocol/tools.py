@@ -45,6 +45,8 @@ def read_offer(fields: Fields, flat: bool = False) -> Offer | None:
     mode, allowed = _choice(fields, tools, flat)
     if mode == "none" or not allowed:
         return None
+    if mode == "named":  # as OpenAI: then there is one call
+        return Offer(tools, allowed, required=True, several=False)
     return Offer(tools, allowed, mode == "required", several)
 
 
@@ -89,7 +91,7 @@ def _choice(fields: Fields, tools: tuple[Tool, ...], flat: bool) -> tuple[str, t
     if kind is None:
         raise choice.wrong("type", "'function' or 'allowed_tools'")
     if kind == "function":
-        return "required", _named([_chosen(choice, flat)], tools)
+        return "named", _named([_chosen(choice, flat)], tools)
     inner = choice if flat else choice.inner("allowed_tools") or choice
     mode = inner.choice("mode", _MODES[1:]) or "auto"
     listed = inner.items("tools", MOST_TOOLS)

@@ -138,7 +138,7 @@ def test_errors_have_openais_form(tiny_server):
         (tiny_server.ask("Hi", model="other"), 404, "model_not_found"),
         (tiny_server.ask("Hi " * 9000), 400, "context_length_exceeded"),
         (tiny_server.ask("x" * (5 << 20)), 413, "request_too_large"),
-        (tiny_server.ask("Hi", tools=[{"type": "function"}]), 400, "unsupported"),
+        (tiny_server.ask("Hi", tools=[{"type": "retrieval"}]), 400, "unsupported"),
         (post("/v1/embeddings", json={"input": "a", "model": "m"}), 400, "unsupported"),
         (tiny_server.http.get("/v1/chat/completions"), 405, "method_not_allowed"),
         (tiny_server.http.get("/nothing/../here"), 404, "not_found"),

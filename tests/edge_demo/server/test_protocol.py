@@ -22,6 +22,10 @@ VOCABULARY = 1000
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
+ADD = [{"type": "function", "function": {"name": "add", "description": "Adds."}}]
+MUL = {"type": "function", "function": {"name": "mul", "parameters": {"type": "object"}}}
+
+
 def chat(**fields):
     return read_chat({"messages": HELLO, **fields}, VOCABULARY)
 
@@ -77,6 +81,24 @@ def test_null_is_as_good_as_absent(name):
         {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
         {"messages": HELLO * 3000},
         {"tools": [{}]}, {"tool_choice": "required"}, {"functions": [{}]},
+        {"tools": [{"type": "retrieval"}]}, {"tools": [{"type": "function"}]},
+        {"tools": [{"type": "function", "function": {"name": "a b"}}]},
+        {"tools": [{"type": "function", "function": {"name": "a", "parameters": []}}]},
+        {"tools": [{"type": "function", "function": {"name": "a", "strict": 1}}]},
+        {"tools": [{"type": "function", "function": {"name": "a"}}] * 2},
+        {"tools": [{"type": "function", "function": {"name": "a"}}] * 129},
+        {"tools": [{"type": "function", "function": {"name": "a", "parameters": {"x": "y" * 70000}}}]},
+        {"tools": ADD, "tool_choice": "perhaps"}, {"tools": ADD, "tool_choice": {"type": "x"}},
+        {"tools": ADD, "tool_choice": {"type": "function", "function": {"name": "sub"}}},
+        {"tools": ADD, "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto"}}},
+        {"tools": ADD, "parallel_tool_calls": "no"},
+        {"tools": ADD, "response_format": {"type": "regex", "regex": "a"}},
+        {"messages": [*HELLO, {"role": "tool", "tool_call_id": "c", "content": "3"}]},
+        {"messages": [*HELLO, {"role": "assistant", "tool_calls": [{"id": "c"}]}]},
+        {"messages": [*HELLO, {"role": "assistant", "tool_calls": [
+            {"id": "c", "function": {"name": "add", "arguments": "[1]"}}]}]},
+        {"messages": [*HELLO, {"role": "assistant", "tool_calls": [
+            {"function": {"name": "add", "arguments": "{}"}}]}]},
         {"response_format": {"type": "xml"}}, {"response_format": "json"},
         {"response_format": {"type": "json_schema"}}, {"response_format": {}},
         {"response_format": {"type": "json_schema", "json_schema": {"schema": []}}},
@@ -91,6 +113,92 @@ def test_what_is_wrong_or_cannot_be_honoured_is_refused_by_name(fields):
     assert found.value.status == 400
     assert found.value.param.partition(".")[0].partition("[")[0] in fields
     assert len(str(found.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("choice", "allowed", "required", "several"),
+    [
+        (None, "add mul", False, True),
+        ("auto", "add mul", False, True),
+        ("required", "add mul", True, True),
+        ({"type": "function", "function": {"name": "mul"}}, "mul", True, False),
+        (
+            {
+                "type": "allowed_tools",
+                "allowed_tools": {
+                    "mode": "required",
+                    "tools": [{"type": "function", "function": {"name": "add"}}],
+                },
+            },
+            "add",
+            True,
+            True,
+        ),
+    ],
+)
+def test_a_choice_of_tools(choice, allowed, required, several):
+    found = chat(tools=[*ADD, MUL], tool_choice=choice)
+    assert [tool.name for tool in found.offer.tools] == ["add", "mul"]
+    assert " ".join(tool.name for tool in found.offer.allowed) == allowed
+    assert (found.offer.required, found.offer.several) == (required, several)
+    assert '"description": "Adds."' in found.prompts[0].system and found.unknown == 0
+    assert found.settings.grammar.is_json
+    one = chat(tools=[*ADD, MUL], tool_choice=choice, parallel_tool_calls=False)
+    assert not one.offer.several
+
+
+def test_no_tools_may_be_called():
+    found = chat(tools=ADD, tool_choice="none")
+    assert found.offer is None and found.settings.grammar is None
+    assert found.prompts[0].system == ""
+
+
+CALL_MESSAGES = [
+    *HELLO,
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [
+            {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a":1}'}},
+            {"id": "c2", "type": "function", "function": {"name": "mul", "arguments": ""}},
+        ],
+    },
+    {"role": "tool", "tool_call_id": "c2", "content": [{"type": "text", "text": "two"}]},
+    {"role": "tool", "tool_call_id": "c1", "content": "3"},
+]
+CALL_ITEMS = [
+    {"role": "user", "content": "Hello"},
+    {"type": "function_call", "call_id": "c1", "name": "add", "arguments": '{"a":1}'},
+    {"type": "function_call", "call_id": "c2", "name": "mul", "arguments": "{}"},
+    {"type": "function_call_output", "call_id": "c2", "output": "two"},
+    {
+        "type": "function_call_output",
+        "call_id": "c1",
+        "output": [{"type": "input_text", "text": "3"}],
+    },
+]
+
+
+def test_calls_and_their_results_are_turns_as_the_model_wrote_and_reads_them():
+    expected = (
+        ("user", "Hello"),
+        (
+            "model",
+            '[{"name": "add", "parameters": {"a":1}}, {"name": "mul", "parameters": {}}]',
+        ),
+        (
+            "user",
+            '```tool_output\n{"name": "mul", "result": "two"}\n```\n\n'
+            '```tool_output\n{"name": "add", "result": 3}\n```',
+        ),
+    )
+    assert chat(messages=CALL_MESSAGES).prompts[0].turns == expected
+    found = read_response_request({"input": CALL_ITEMS}, VOCABULARY)
+    assert found.prompts[0].turns == expected
+    flat = [{"type": "function", "name": "add", "description": "Adds."}]
+    named = {"type": "function", "name": "add"}
+    found = read_response_request({"input": "Hi", "tools": flat, "tool_choice": named}, VOCABULARY)
+    assert found.offer == chat(tools=ADD, tool_choice=MUL | {"function": {"name": "add"}}).offer
 
 
 def test_messages_of_one_role_are_one_turn_and_parts_are_one_text():
@@ -184,7 +292,7 @@ def test_a_response_brings_its_conversation():
         {"input": [{"type": "function_call"}]}, {"input": [{"role": "tool", "content": "x"}]},
     ],
 )  # fmt: skip
-def test_a_response_refuses_what_needs_memory_or_tools(fields):
+def test_a_response_refuses_what_needs_memory_or_is_wrong(fields):
     with pytest.raises(Refusal) as found:
         read_response_request({"input": "Hello", **fields}, VOCABULARY)
     assert found.value.status == 400
