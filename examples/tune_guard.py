@@ -31,7 +31,7 @@ def rows_of(lines: list[dict], seed: int) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model", help="a .gguf file, a Hugging Face folder or name, or 'sample'")
     parser.add_argument("prompts", type=Path, help="CSV with prompt, response, label and policy")
     parser.add_argument("out", type=Path, help="the bundle's folder, which must not exist")

@@ -1,9 +1,9 @@
 """Asks a guard about texts: the probability of Yes for each policy.
 
 The text stands before the policy. So the engine holds the beginning with the text once, and each
-policy takes only its own tokens and the epilogue's. A text that goes on, as an answer that is being
-written does, is run from its last whole unit of tokens: see `edge_demo.engine.prompt_chunks`. What a
-text gets does not depend on what was judged before it.
+policy takes only its own tokens and the epilogue's. An answer that is being written goes on from
+its last whole unit of tokens: see `edge_demo.engine.prompt_chunks`. What a text gets does not depend
+on what was judged before it.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from edge_demo.engine.prefixes import PrefixStore
 from edge_demo.engine.runner import Engine, common_prefix
 from edge_demo.errors import BundleError, NotFiniteError, RequestError
 from edge_demo.guard.template import END, NO, POLICIES, START, YES, Policy, template_for
-from edge_demo.engine.prefixes import PrefixStore
 from edge_demo.text.tokenizer import Tokenizer
 
 

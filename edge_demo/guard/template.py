@@ -1,12 +1,12 @@
 """What a guard is asked, in ShieldGemma's words: two templates and four policies, as data.
 
-The words are Google's, of ShieldGemma's model card (ai.google.dev/gemma/docs/shieldgemma/model_card,
-CC BY 4.0). Their line breaks are those of its example for Keras (google-gemini/gemma-cookbook,
-`responsible/shieldgemma_on_keras.ipynb`, Apache 2.0), two spaces in one place included. The model was
-tuned with these words and depends on them (Zeng et al., 2024, arXiv:2407.21772), so nothing is
-mended.
+The words are Google's, of ShieldGemma's model card (CC BY 4.0,
+ai.google.dev/gemma/docs/shieldgemma/model_card). Their line breaks are those of its example for
+Keras (Apache 2.0, google-gemini/gemma-cookbook, `responsible/shieldgemma_on_keras.ipynb`), two spaces
+in one place included. The model depends on the words it was tuned with (Zeng et al., 2024,
+arXiv:2407.21772), so nothing is mended.
 
-The policy comes after the text that is judged. So the tokens before it are the same for all policies.
+The policy comes after the text that is judged, so all policies share the tokens before it.
 """
 
 from __future__ import annotations
@@ -120,8 +120,8 @@ def template_for(response: str | None) -> Template:
 def question(policy: Policy, prompt: str, response: str | None = None) -> str:
     """What the guard is asked, as one text with the names of the tokens of turns.
 
-    A guard is tuned on such texts. What users write is judged with `edge_demo.guard.judge`, where it
-    cannot become a control token.
+    A guard is tuned on such texts. What users write is judged with `edge_demo.guard.judge`, where
+    it cannot become a control token.
 
     Args:
         policy: to judge by.
