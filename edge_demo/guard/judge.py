@@ -2,8 +2,8 @@
 
 The text stands before the policy. So the engine holds the beginning with the text once, and each
 policy takes only its own tokens and the epilogue's. An answer that is being written goes on from
-its last whole unit of tokens: see `edge_demo.engine.prompt_chunks`. What a text gets does not depend
-on what was judged before it.
+its last whole unit of tokens: see `edge_demo.engine.prompt_chunks`. What a text gets does not
+depend on what was judged before it.
 """
 
 from __future__ import annotations

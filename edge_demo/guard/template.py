@@ -2,8 +2,8 @@
 
 The words are Google's, of ShieldGemma's model card (CC BY 4.0,
 ai.google.dev/gemma/docs/shieldgemma/model_card). Their line breaks are those of its example for
-Keras (Apache 2.0, google-gemini/gemma-cookbook, `responsible/shieldgemma_on_keras.ipynb`), two spaces
-in one place included. The model depends on the words it was tuned with (Zeng et al., 2024,
+Keras (Apache 2.0, google-gemini/gemma-cookbook, `responsible/shieldgemma_on_keras.ipynb`), two
+spaces in one place included. The model depends on the words it was tuned with (Zeng et al., 2024,
 arXiv:2407.21772), so nothing is mended.
 
 The policy comes after the text that is judged, so all policies share the tokens before it.

@@ -60,13 +60,17 @@ def main(folder: Path) -> None:
     transformers.set_seed(0)
     with tempfile.TemporaryDirectory() as made:
         source = Path(made) / "tiny-guard"
-        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(source)
+        untaught = transformers.AutoModelForCausalLM.from_config(config)
+        for name, weight in untaught.named_parameters():
+            if weight.ndim == 2:  # transformers' are too small for so narrow a model
+                weight.data.normal_(0, 0.1 if "embed" in name else weight.shape[1] ** -0.5)
+        untaught.save_pretrained(source)
         (source / "tokenizer.model").write_bytes(_tokenizer(learnt, rows))
         model = GemmaCausalLM.from_preset(
             str(source), dtype="float32", sequence_length=512, special_tokens_in_strings=True
         )
-        model.compile(optimizer=keras.optimizers.Adam(2e-3))
-        model.fit(rows, epochs=EPOCHS, batch_size=16, verbose=2)
+        model.compile(optimizer=keras.optimizers.Adam(float(os.environ.get("LR", "2e-3"))))
+        model.fit(rows, epochs=EPOCHS, batch_size=int(os.environ.get("BS", "16")), verbose=2)
         tuned = Path(made) / "tuned"
         model.export(tuned, format="safetensors")
         export_onnx(tuned, folder, "fp32", verify=False)
