@@ -19,6 +19,7 @@ SOURCES = sorted(
     for path in (ROOT / package).rglob("*.py")
 )
 LONGEST = 25  # words in a sentence
+OF_OTHERS = ("edge_demo/guard/template.py",)  # words that others wrote, and that must stay
 
 # Each is followed by what says it plainly.
 FORBIDDEN = {
@@ -123,7 +124,8 @@ def _complaints(found: Iterator[tuple[int, str]], path: Path) -> list[str]:
 
 
 def test_messages_and_help_texts_are_short_and_plain():
-    complaints = [line for path in SOURCES for line in _complaints(texts(path), path)]
+    ours = [path for path in SOURCES if str(path.relative_to(ROOT)) not in OF_OTHERS]
+    complaints = [line for path in ours for line in _complaints(texts(path), path)]
     assert not complaints, "\n".join(complaints)
 
 
