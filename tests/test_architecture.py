@@ -107,7 +107,7 @@ FLOORS = {
         ("edge_demo.bundle",),
         ("edge_demo.engine",),
         ("edge_demo.text",),
-        ("edge_demo.evaluate",),
+        ("edge_demo.evaluate", "edge_demo.tool_calls"),
         ("edge_demo.server.protocol", "edge_demo.server.worker", "edge_demo.server.page"),
         ("edge_demo.server.http",),
         ("edge_demo.server",),
