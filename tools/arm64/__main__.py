@@ -94,7 +94,7 @@ def check_command(space: UserSpace, processor: Processor, bundles: Path, check: 
 
 def check_server(space: UserSpace, processor: Processor, bundles: Path, check: Checks) -> None:
     """`edge-demo serve` answers as it does here."""
-    bundle = bundles / "tiny-bundles" / "chat"
+    bundle = bundles / "tiny-bundles" / "long-chat"
     try:
         here = serve.answers(Path(sys.executable), {}, bundle)
         there = serve.answers(space.python(processor), space.environment(server=True), bundle)

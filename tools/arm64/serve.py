@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import urllib.error
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,6 +64,8 @@ def answers(python: Path, environment: Mapping[str, str], bundle: Path) -> dict[
                 raise ServerError(process.stderr.read().strip() or "it ended without a word")
             url = json.loads(line)["url"]
             return {name: _ask(url, more) for name, more in _ASKED.items()}
+        except urllib.error.HTTPError as error:
+            raise ServerError(error.read().decode(errors="replace")) from error
         except OSError as error:
             raise ServerError(f"it did not answer: {error}") from error
         finally:

@@ -36,7 +36,13 @@ SERVER_EXTRAS = ("serve", "grammar")
 _EXTRAS = "optional-dependencies"
 # Their version here is their version there, so that the processor is the only difference.
 _SAME_VERSION = ("onnxruntime", "sentencepiece")
-_PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux2014", "manylinux_2_17")
+_PLATFORMS = (
+    "manylinux_2_31",
+    "manylinux_2_28",
+    "manylinux_2_27",
+    "manylinux2014",
+    "manylinux_2_17",
+)
 _CORES = os.cpu_count() or 1  # as many as here: onnxruntime binds its threads to them
 
 
