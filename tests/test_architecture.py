@@ -107,6 +107,7 @@ FLOORS = {
         ("edge_demo.bundle",),
         ("edge_demo.engine",),
         ("edge_demo.text",),
+        ("edge_demo.guard",),
         ("edge_demo.evaluate", "edge_demo.tool_calls"),
         ("edge_demo.server.protocol", "edge_demo.server.worker", "edge_demo.server.page"),
         ("edge_demo.server.http",),

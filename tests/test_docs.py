@@ -272,6 +272,8 @@ MADE = {
     "small-bundle": lambda path, bundles: path.symlink_to(bundles / "chat"),
     "my-adapter": lambda path, bundles: write_adapter(path),
     "my-embedder": lambda path, bundles: write_embedder(path),
+    "my-guard": lambda path, bundles: path.symlink_to(bundles.parent / "tiny-guard"),
+    "texts.csv": lambda path, bundles: shutil.copy(ROOT / "examples" / "guard_prompts.csv", path),
     "text.txt": lambda path, bundles: path.write_text(TEXT * 3),
 }
 
@@ -286,7 +288,7 @@ def prepare(guide: Path, folder: Path, bundles: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def errors_of_guides(tiny_bundles, tmp_path_factory):
+def errors_of_guides(tiny_bundles, tiny_guard, tmp_path_factory):
     """What ended each guide; run once, in as few processes as there can be."""
     base = tmp_path_factory.mktemp("guides")
     environment = {

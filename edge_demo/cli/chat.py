@@ -7,12 +7,13 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from edge_demo.cli import options
+from edge_demo.cli import guard_options, options
 from edge_demo.errors import INTERRUPTED, RequestError
 
 if TYPE_CHECKING:
     from edge_demo.bundle.reader import Bundle
     from edge_demo.cli.answering import Answering
+    from edge_demo.cli.watched import ChatGuard
     from edge_demo.text.generator import Generator
 
 TEXT = "Chat with a model, or continue text in turns with a base model."
@@ -42,6 +43,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     options.add_engine(parser)
     options.add_sampling(parser, options.Sampling(512, 1.0, 64, 0.95))
+    guard_options.add_guard(parser)
     options.add_prompt_cache(parser, "the --system text, or of the first message without one,")
 
 
@@ -56,6 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.prompt is not None and not arguments.prompt.strip():
         raise RequestError("--prompt is empty; give a message, or remove --prompt")
+    guard_options.check_guard(arguments)
     answering = Answering(arguments)
     messages = _messages(arguments.prompt, not arguments.no_history)
     only_keeps = arguments.system and arguments.prompt_cache  # which needs no message
@@ -78,7 +81,8 @@ def run(arguments: argparse.Namespace) -> int:
     _run_system(answering, generator, session.system_ids)
     note(_greeting(bundle))
     keeps_first = not arguments.system  # in the prompt cache
-    talk = Talk(answering, generator, session, arguments.json, keeps_first)
+    guard = _guard(arguments)
+    talk = Talk(answering, generator, session, arguments.json, keeps_first, guard)
     commands = ChatCommands(bundle, generator, session, talk)
     for number, message in enumerate(messages):
         typed = sys.stdin.isatty() and (number > 0 or arguments.prompt is None)
@@ -97,6 +101,16 @@ def run(arguments: argparse.Namespace) -> int:
         if not goes_on:
             return INTERRUPTED
     return 0
+
+
+def _guard(arguments: argparse.Namespace) -> ChatGuard | None:
+    if arguments.guard is None:
+        return None
+    from edge_demo.bundle.reader import Bundle
+    from edge_demo.cli.watched import ChatGuard
+
+    guard = guard_options.open_guard(arguments, Bundle.open(arguments.guard))
+    return ChatGuard(guard, arguments.guard_on, arguments.guard_every)
 
 
 def _greeting(bundle: Bundle) -> str:

@@ -21,6 +21,7 @@ from edge_demo.cli import (
     compare,
     doctor,
     generate,
+    guard_eval,
     inspect,
     install_service,
     options,
@@ -32,7 +33,10 @@ from edge_demo.device import huge_pages
 from edge_demo.errors import INTERRUPTED, EdgeError, RequestError, sentence
 
 # A file each: `TEXT` says what it does, `add_options` what it takes, `run` returns the exit status.
-_COMMANDS = (generate, chat, serve, bench, score, compare, inspect, doctor, install_service)
+_COMMANDS = (
+    *(generate, chat, serve, bench, score, compare, guard_eval),
+    *(inspect, doctor, install_service),
+)
 
 # Packages that single commands need, and the extras that bring them.
 _OF_EXTRAS = {"starlette": "serve", "uvicorn": "serve", "llguidance": "grammar"}

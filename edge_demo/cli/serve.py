@@ -9,11 +9,14 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_demo.cli import options
+from edge_demo.cli import guard_options, options
 from edge_demo.errors import RequestError, sentence
 
 if TYPE_CHECKING:
+    from edge_demo.bundle.reader import Bundle
+    from edge_demo.server.http.guarding import Guarding
     from edge_demo.server.protocol.vertex import Vertex
+    from edge_demo.text.tokenizer import Tokenizer
 
 TEXT = "Serve a bundle to programs that speak OpenAI's protocol."
 _KEY_VARIABLE = "EDGE_DEMO_API_KEY"
@@ -97,6 +100,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="seconds that begun answers have after SIGTERM (default: %(default)s)",
     )
+    guard_options.add_guard(parser)
 
 
 def _port(text: str) -> int:
@@ -132,10 +136,12 @@ def run(arguments: argparse.Namespace) -> int:
     from edge_demo.server.worker.worker import Worker
 
     check_rows(arguments.parallel, "--parallel")
+    guard_options.check_guard(arguments)
     sock = listen(host, port)
     try:
         bundle = Bundle.open(arguments.bundle)
         tokenizer = open_tokenizer(bundle)
+        guarding = _guarding(arguments, bundle, tokenizer)
         kind = Engine if bundle.candidates is None else CandidateEngine
         engine = kind(bundle, arguments.threads, 1 + arguments.parallel, arguments.force)
         worker = Worker(
@@ -154,7 +160,7 @@ def run(arguments: argparse.Namespace) -> int:
             behind_gateway=vertex is not None,
         )
         most = min(arguments.max_tokens or bundle.context_length, bundle.context_length)
-        app = make_app(bundle, tokenizer, worker, access, most, vertex)
+        app = make_app(bundle, tokenizer, worker, access, most, vertex, guarding)
 
         def started() -> None:
             url = url_of(sock)
@@ -167,6 +173,24 @@ def run(arguments: argparse.Namespace) -> int:
     finally:
         sock.close()
     return 0
+
+
+def _guarding(
+    arguments: argparse.Namespace, bundle: Bundle, tokenizer: Tokenizer
+) -> Guarding | None:
+    """The guard of the options; errors as `open_guard`, or both models do not fit into memory."""
+    if arguments.guard is None:
+        return None
+    from edge_demo.bundle.reader import Bundle
+    from edge_demo.engine.two_models import check_both_fit
+    from edge_demo.server.http.guarding import Guarding
+
+    of_guard = Bundle.open(arguments.guard)
+    graph = bundle.candidates or bundle.engine
+    check_both_fit(bundle, graph, 1 + arguments.parallel, of_guard, arguments.force)
+    guard = guard_options.open_guard(arguments, of_guard, several=True)
+    on, every = arguments.guard_on, arguments.guard_every
+    return Guarding(guard, tokenizer, on, every, arguments.queue)
 
 
 def _cache_bytes(megabytes: int | None) -> int:

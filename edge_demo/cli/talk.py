@@ -7,6 +7,7 @@ import sys
 
 from edge_demo.cli.answering import Answering
 from edge_demo.cli.terminal import Progress, note, show
+from edge_demo.cli.watched import ChatGuard, Unwatched, Watched
 from edge_demo.device.hardware import celsius
 from edge_demo.device.memory_limits import peak_rss_bytes
 from edge_demo.errors import EdgeError, RequestError
@@ -25,6 +26,7 @@ class Talk:
         session: of the chat.
         as_json: whether programs read the answers.
         keeps_first: whether the first message is stored in the prompt cache.
+        guard: judges messages and answers.
     """
 
     def __init__(
@@ -34,7 +36,9 @@ class Talk:
         session: ChatSession,
         as_json: bool,
         keeps_first: bool,
+        guard: ChatGuard | None = None,
     ) -> None:
+        self._guard = guard
         self._answering = answering
         self._engine = generator.engine
         self._session = session
@@ -55,14 +59,19 @@ class Talk:
         """
         stream, stopped = None, False
         try:
+            watched = self._watch(message)
             stream = self._begin(message)
-            for piece in stream:
-                if not self._json:
-                    show(piece.text)
+            try:
+                for piece in stream:
+                    self._show(watched.push(piece.text))
+            except KeyboardInterrupt:
+                stopped = True
+            self._show(watched.finish())
         except KeyboardInterrupt:
             stopped = True
         except RequestError as error:
             if stream is not None:
+                stream.close()
                 self._session.take_back()
             if not sys.stdin.isatty():
                 raise
@@ -75,6 +84,24 @@ class Talk:
         if stream is not None:
             self._keep(stream.completion, again=message is None)
         return sys.stdin.isatty() or not stopped
+
+    def _show(self, text: str) -> None:
+        if text and not self._json:
+            show(text)
+
+    def _watch(self, message: str | None) -> Watched:
+        """Have the guard judge a message; then what judges the answer.
+
+        Raises:
+            RequestError: the guard refuses the message.
+        """
+        if self._guard is None:
+            return Unwatched()
+        if message is not None:
+            self._guard.admit(message)
+            return self._guard.watch(message)
+        asked = [text for who, text in self._session.turns if who == "user"]
+        return self._guard.watch(asked[-1] if asked else "")
 
     def _begin(self, message: str | None) -> CompletionStream:
         progress = Progress("prompt token", vanishes=True)

@@ -150,6 +150,11 @@ class Tokenizer:
             )
         return self.spec.chat
 
+    def control_id(self, name: str) -> int | None:
+        """The id of a control token, which no text becomes; `None` where there is no such token."""
+        token = self._model.piece_to_id(name)
+        return token if self._model.is_control(token) else None
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids; control tokens are empty."""
         stream = self.stream()

@@ -16,10 +16,12 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from edge_demo.bundle.reader import Bundle
+from edge_demo.guard.decisions import Guard
 from edge_demo.server.http import watchdog
 from edge_demo.server.http.access import Access, AccessMiddleware
 from edge_demo.server.http.body import read_json
 from edge_demo.server.http.generating import GONE, Generating, refusal_of, refused
+from edge_demo.server.http.guarding import Guarding
 from edge_demo.server.http.metrics import metrics
 from edge_demo.server.page import page
 from edge_demo.server.protocol.chat import ChatForm, read_chat
@@ -45,6 +47,7 @@ def make_app(
     access: Access,
     most_tokens: int,
     vertex: Vertex | None = None,
+    guarding: Guarding | None = None,
 ) -> Starlette:
     """An application that answers with a worker, which it starts and ends.
 
@@ -55,9 +58,11 @@ def make_app(
         access: who may ask.
         most_tokens: that an answer may have.
         vertex: routes that a container of Vertex AI has beside the others.
+        guarding: judges prompts and answers; ended at the end.
     """
-    generating = Generating(bundle, tokenizer, worker, most_tokens)
-    routes = _Routes(bundle, tokenizer, worker, generating)
+    generating = Generating(bundle, tokenizer, worker, most_tokens, guarding)
+    guard = guarding.guard if guarding else None
+    routes = _Routes(bundle, tokenizer, worker, generating, guard)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -69,6 +74,8 @@ def make_app(
         watchdog.notify("STOPPING=1")
         alive.cancel()
         await asyncio.to_thread(worker.close)
+        if guarding is not None:
+            await asyncio.to_thread(guarding.close)
 
     of_vertex = []
     if vertex is not None:
@@ -133,8 +140,14 @@ class _Routes:
     """The endpoints."""
 
     def __init__(
-        self, bundle: Bundle, tokenizer: Tokenizer, worker: Worker, generating: Generating
+        self,
+        bundle: Bundle,
+        tokenizer: Tokenizer,
+        worker: Worker,
+        generating: Generating,
+        guard: Guard | None,
     ) -> None:
+        self._guard = guard
         self._bundle = bundle
         self._tokenizer = tokenizer
         self._worker = worker
@@ -158,7 +171,7 @@ class _Routes:
 
     async def metrics(self, request: Request) -> Response:
         """Numbers for Prometheus."""
-        text = metrics(self._worker, self._generating.unknown_fields)
+        text = metrics(self._worker, self._generating.unknown_fields, self._guard)
         return PlainTextResponse(text, media_type=_TEXT_FORMAT)
 
     async def models(self, request: Request) -> Response:

@@ -17,6 +17,7 @@ from edge_demo.engine.runner import common_prefix
 from edge_demo.errors import EdgeError, RequestError, sentence
 from edge_demo.server.http.body import until_gone
 from edge_demo.server.http.events import DONE, EventStream, event
+from edge_demo.server.http.guarding import Guarding, Watch
 from edge_demo.server.protocol.answer import (
     Answer,
     Choice,
@@ -47,16 +48,23 @@ class Generating:
         tokenizer: of it.
         worker: started.
         most_tokens: that an answer may have, whatever a request asks for.
+        guarding: judges prompts and answers.
     """
 
     def __init__(
-        self, bundle: Bundle, tokenizer: Tokenizer, worker: Worker, most_tokens: int
+        self,
+        bundle: Bundle,
+        tokenizer: Tokenizer,
+        worker: Worker,
+        most_tokens: int,
+        guarding: Guarding | None = None,
     ) -> None:
         self.grammars = Grammars(tokenizer, bundle.vocabulary_size)
         self._bundle = bundle
         self._tokenizer = tokenizer
         self._worker = worker
         self._most_tokens = most_tokens
+        self._guarding = guarding
         self.unknown_fields = 0
 
     def check_model(self, name: str | None) -> None:
@@ -177,6 +185,8 @@ class Generating:
             model=self._bundle.name,
             fingerprint=f"fp_{self._bundle.fingerprint[:12]}",
         )
+        if self._guarding is not None:
+            await self._guarding.admit(answer.id, wanted.prompts, namespace)
         names = [tool.name for tool in wanted.offer.allowed] if wanted.offer else []
         run = _Run(answer, wanted.settings.top is not None, self._worker, self._tokenizer, names)
         settings, context = wanted.settings, self._bundle.context_length
@@ -202,6 +212,9 @@ class Generating:
                 )
                 answer.choices.append(Choice(len(answer.choices)))
                 run.jobs.append(job)
+        if self._guarding is not None:
+            of_each = [p for p in wanted.prompts for _ in range(settings.choices)]
+            run.watch = self._guarding.watch(answer.id, of_each, namespace, wanted.stream)
         try:
             self._worker.submit(*run.jobs)
         except BusyError:
@@ -229,6 +242,7 @@ class _Run:
     ) -> None:
         self.answer = answer
         self.jobs: list[Job] = []
+        self.watch: Watch | None = None
         self._logprobs = logprobs
         self._tool_names = tool_names
         self._said: dict[int, SaidSoFar] = {}
@@ -259,6 +273,18 @@ class _Run:
         """Give all jobs up that have not ended."""
         self._worker.cancel(*self.jobs)
 
+    async def _next(self) -> list[tuple[int, Event]]:
+        """The events that wait, as far as they may be shown; there may be none yet."""
+        found = [await self._events.get()]
+        while not self._events.empty():
+            found.append(self._events.get_nowait())
+        if self.watch is None:
+            return found
+        try:
+            return await self.watch.passed(found)
+        except EdgeError as error:
+            return [(found[0][0], Failed(error))]
+
     async def collect(self) -> Answer:
         """The whole answer.
 
@@ -267,15 +293,15 @@ class _Run:
         """
         waiting = len(self.jobs)
         while waiting:
-            index, event = await self._events.get()
-            if isinstance(event, Failed):
-                raise refusal_of(event.error)
-            if isinstance(event, Piece):
-                self._of(index).add(event.text)
-                self._add_logprob(self.answer.choices[index], event.logprob)
-            elif isinstance(event, Ended):
-                waiting -= 1
-                self._end(index)
+            for index, happened in await self._next():
+                if isinstance(happened, Failed):
+                    raise refusal_of(happened.error)
+                if isinstance(happened, Piece):
+                    self._of(index).add(happened.text)
+                    self._add_logprob(self.answer.choices[index], happened.logprob)
+                elif isinstance(happened, Ended):
+                    waiting -= 1
+                    self._end(index, happened.cut)
         for choice in self.answer.choices:
             self._of(choice.index).fill(choice)
             if self._logprobs and choice.logprobs is None:
@@ -288,11 +314,8 @@ class _Run:
         waiting = len(self.jobs)
         try:
             while waiting:
-                found = [await self._events.get()]
-                while not self._events.empty():
-                    found.append(self._events.get_nowait())
                 shown: list[dict[str, Any]] = []
-                for index, happened in found:
+                for index, happened in await self._next():
                     if isinstance(happened, Reading):
                         continue
                     if isinstance(happened, Failed):
@@ -309,7 +332,7 @@ class _Run:
                     else:
                         waiting -= 1
                         shown += form.piece(self.answer, self._of(index).finish())
-                        self._end(index)
+                        self._end(index, happened.cut)
                         shown += form.end(self.answer, index)
                 if waiting:
                     if shown:
@@ -324,12 +347,15 @@ class _Run:
         """What a choice has said."""
         return self._said.setdefault(index, SaidSoFar(index, self._tool_names))
 
-    def _end(self, index: int) -> None:
-        """Count what a job that has ended took."""
+    def _end(self, index: int, cut: str | None) -> None:
+        """Count what a job that has ended took, or that is given up where it was cut."""
         job, answer = self.jobs[index], self.answer
         done = job.completion
         whole = "tool_calls" if self._of(index).calls else "stop"
-        answer.choices[index].finish_reason = whole if done.finish_reason == "stop" else "length"
+        reason = whole if done.finish_reason == "stop" else "length"
+        answer.choices[index].finish_reason = cut or reason
+        if cut:
+            self._worker.cancel(job)
         answer.completion_tokens += len(done.ids)
         prompts = {id(j.ids): j for j in reversed(self.jobs)}.values()  # the first of each
         answer.prompt_tokens = sum(len(j.ids) for j in prompts)

@@ -5,7 +5,11 @@ prometheus.io, "Exposition formats".
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
+
 from edge_demo.device.memory_limits import rss_bytes
+from edge_demo.guard.decisions import Guard
 from edge_demo.server.worker.worker import Worker
 
 _COUNTERS = {
@@ -26,12 +30,13 @@ _GAUGES = {
 }
 
 
-def metrics(worker: Worker, unknown_fields: int) -> str:
+def metrics(worker: Worker, unknown_fields: int, guard: Guard | None = None) -> str:
     """All numbers as Prometheus reads them.
 
     Args:
         worker: whose numbers they are.
         unknown_fields: of all requests so far.
+        guard: whose decisions are counted.
     """
     lines = []
     for name, text in _COUNTERS.items():
@@ -41,9 +46,35 @@ def metrics(worker: Worker, unknown_fields: int) -> str:
     for name, text in _GAUGES.items():
         lines += _metric(name, "gauge", text, worker.state[name])
     lines += _metric("resident_bytes", "gauge", "Resident memory.", rss_bytes())
+    if guard is not None:
+        lines += _of_guard(guard)
     return "\n".join([*lines, ""])
 
 
+def _of_guard(guard: Guard) -> list[str]:
+    tokens = guard.judge.counts
+    decisions = {f'on="{on}",decision="{d}"': n for (on, d), n in guard.decisions.items()}
+    refusals = {f'policy="{name}"': count for name, count in guard.refusals.items()}
+    of_tokens = {f'of="{of}"': n for of, n in dataclasses.asdict(tokens).items()}
+    failures = guard.log.failures if guard.log else 0
+    lines = []
+    for name, text, values in (
+        ("decisions", "Texts that the guard judged.", decisions),
+        ("refusals", "Violations of a policy that the guard found.", refusals),
+        ("tokens", "Tokens of the guard: of texts, of texts held already, of policies.", of_tokens),
+        ("seconds", "Seconds that the guard took.", {"": round(guard.seconds, 3)}),
+        ("log_failures", "Decisions that could not be logged.", {"": failures}),
+    ):
+        lines += _metrics(f"guard_{name}_total", "counter", text, values)
+    return lines
+
+
 def _metric(name: str, kind: str, text: str, value: int) -> list[str]:
+    return _metrics(name, kind, text, {"": value})
+
+
+def _metrics(name: str, kind: str, text: str, values: Mapping[str, float]) -> list[str]:
+    """One number for each set of labels, which may be empty."""
     name = f"edge_demo_{name}"
-    return [f"# HELP {name} {text}", f"# TYPE {name} {kind}", f"{name} {value}"]
+    lines = [f"# HELP {name} {text}", f"# TYPE {name} {kind}"]
+    return lines + [f"{name}{{{of}}} {n}" if of else f"{name} {n}" for of, n in values.items()]

@@ -51,7 +51,7 @@ class Choice:
     Attributes:
         index: of the choice.
         text: of it.
-        finish_reason: `stop`, `length` or `tool_calls`; `None` while it goes on.
+        finish_reason: `stop`, `length`, `tool_calls` or `content_filter`; `None` while it goes on.
         logprobs: of its tokens, where they were asked for.
         calls: of tools.
     """

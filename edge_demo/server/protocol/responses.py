@@ -26,6 +26,7 @@ from edge_demo.server.protocol.tools import read_call, read_offer
 _STATELESS = "this server keeps no conversations; send all messages in input"
 _ROLES = ("user", "assistant", "system", "developer")
 _PARTS = ("input_text", "output_text", "text")
+_INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
 _LOGPROBS = "message.output_text.logprobs"
 
 
@@ -113,6 +114,7 @@ def _response(answer: Answer, status: str, output: list[dict[str, Any]]) -> dict
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": answer.prompt_tokens + answer.completion_tokens,
     }
+    reason = _INCOMPLETE.get(answer.choices[0].finish_reason or "")
     return {
         "id": f"resp_{answer.id}",
         "object": "response",
@@ -121,7 +123,7 @@ def _response(answer: Answer, status: str, output: list[dict[str, Any]]) -> dict
         "model": answer.model,
         "output": output,
         "error": None,
-        "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+        "incomplete_details": {"reason": reason} if status == "incomplete" else None,
         "instructions": None,
         "metadata": {},
         "parallel_tool_calls": False,
@@ -174,7 +176,7 @@ class ResponseForm:
     def whole(self, answer: Answer) -> dict[str, Any]:
         """The whole response."""
         choice = answer.choices[0]
-        status = "incomplete" if choice.finish_reason == "length" else "completed"
+        status = "incomplete" if choice.finish_reason in _INCOMPLETE else "completed"
         return _response(answer, status, _output(answer, choice, status))
 
     def begin(self, answer: Answer, index: int) -> list[dict[str, Any]]:

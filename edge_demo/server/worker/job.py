@@ -39,7 +39,13 @@ class Reading(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """The answer is whole; there comes no more."""
+    """There comes no more of the answer.
+
+    Attributes:
+        cut: why it ends before its end, as the finish reason of a choice; `None` if it is whole.
+    """
+
+    cut: str | None = None
 
 
 class Failed(NamedTuple):

@@ -16,11 +16,11 @@ from typing import NamedTuple
 import numpy as np
 
 from edge_demo.engine.kv_cache import Snapshot
+from edge_demo.engine.prefixes import PrefixStore
 from edge_demo.engine.prompt_chunks import UNIT
 from edge_demo.engine.runner import CandidateEngine, Engine
 from edge_demo.errors import EdgeError, RequestError
 from edge_demo.server.worker.job import Failed, Job, Reading
-from edge_demo.server.worker.prefixes import PrefixStore
 from edge_demo.server.worker.rows import Rows
 from edge_demo.text.generator import candidates_suffice
 from edge_demo.text.tokenizer import Tokenizer

@@ -14,6 +14,7 @@ import pytest
 
 from edge_demo.bundle.reader import Bundle
 from edge_demo.engine.binding import Binding
+from edge_demo.engine.prefixes import PrefixStore
 from edge_demo.engine.prompt_chunks import UNIT
 from edge_demo.engine.runner import CandidateEngine, Engine
 from edge_demo.errors import EdgeError, RequestError
@@ -21,7 +22,6 @@ from edge_demo.server.http import generating
 from edge_demo.server.protocol.answer import Answer, Choice
 from edge_demo.server.protocol.chat import ChatForm
 from edge_demo.server.worker.job import Ended, Failed, Job, Piece, Reading
-from edge_demo.server.worker.prefixes import PrefixStore
 from edge_demo.server.worker.worker import BusyError, ClosedError, Worker
 from edge_demo.text.generator import Generator
 from edge_demo.text.grammar import Grammars, GrammarSource

@@ -1,0 +1,1 @@
+"""A guard: a model in ShieldGemma's form that judges texts."""
