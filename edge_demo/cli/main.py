@@ -1,4 +1,4 @@
-"""`edge-demo`: generate, chat, serve, bench, score, compare or inspect a bundle, check the device.
+"""`edge-demo`: generate, chat, embed, serve, measure or inspect a bundle, check the device.
 
 Nothing heavy is imported before it is known that it will be used, so `--help` is quick.
 """
@@ -20,6 +20,7 @@ from edge_demo.cli import (
     chat,
     compare,
     doctor,
+    embed,
     generate,
     inspect,
     install_service,
@@ -32,7 +33,9 @@ from edge_demo.device import huge_pages
 from edge_demo.errors import INTERRUPTED, EdgeError, RequestError, sentence
 
 # A file each: `TEXT` says what it does, `add_options` what it takes, `run` returns the exit status.
-_COMMANDS = (generate, chat, serve, bench, score, compare, inspect, doctor, install_service)
+_COMMANDS = (
+    *(generate, chat, embed, serve, bench, score, compare, inspect, doctor, install_service),
+)
 
 # Packages that single commands need, and the extras that bring them.
 _OF_EXTRAS = {"starlette": "serve", "uvicorn": "serve", "llguidance": "grammar"}

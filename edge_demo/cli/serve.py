@@ -13,7 +13,12 @@ from edge_demo.cli import options
 from edge_demo.errors import RequestError, sentence
 
 if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
+    from edge_demo.bundle.reader import Bundle
+    from edge_demo.server.http.access import Access
     from edge_demo.server.protocol.vertex import Vertex
+    from edge_demo.text.tokenizer import Tokenizer
 
 TEXT = "Serve a bundle to programs that speak OpenAI's protocol."
 _KEY_VARIABLE = "EDGE_DEMO_API_KEY"
@@ -123,38 +128,26 @@ def run(arguments: argparse.Namespace) -> int:
     from edge_demo.cli.answering import open_tokenizer
     from edge_demo.cli.terminal import note
     from edge_demo.engine.batch_decoder import check_rows
-    from edge_demo.engine.runner import CandidateEngine, Engine
     from edge_demo.server.http.access import Access, host_names
-    from edge_demo.server.http.app import make_app
     from edge_demo.server.http.serving import listen, url_of
     from edge_demo.server.http.serving import run as serve
     from edge_demo.server.http.watchdog import notify
-    from edge_demo.server.worker.worker import Worker
 
     check_rows(arguments.parallel, "--parallel")
     sock = listen(host, port)
     try:
         bundle = Bundle.open(arguments.bundle)
         tokenizer = open_tokenizer(bundle)
-        kind = Engine if bundle.candidates is None else CandidateEngine
-        engine = kind(bundle, arguments.threads, 1 + arguments.parallel, arguments.force)
-        worker = Worker(
-            engine,
-            tokenizer,
-            arguments.parallel,
-            arguments.queue,
-            _cache_bytes(arguments.cache_mb),
-            arguments.threads,
-            arguments.force,
-        )
         access = Access(
             keys,
             host_names(host, arguments.allow_host),
             tuple(arguments.cors_origin),
             behind_gateway=vertex is not None,
         )
-        most = min(arguments.max_tokens or bundle.context_length, bundle.context_length)
-        app = make_app(bundle, tokenizer, worker, access, most, vertex)
+        if bundle.embedder is not None:
+            app = _embedder_app(arguments, bundle, tokenizer, access)
+        else:
+            app = _generator_app(arguments, bundle, tokenizer, access, vertex)
 
         def started() -> None:
             url = url_of(sock)
@@ -167,6 +160,54 @@ def run(arguments: argparse.Namespace) -> int:
     finally:
         sock.close()
     return 0
+
+
+def _generator_app(
+    arguments: argparse.Namespace,
+    bundle: Bundle,
+    tokenizer: Tokenizer,
+    access: Access,
+    vertex: Vertex | None,
+) -> Starlette:
+    from edge_demo.engine.runner import CandidateEngine, Engine
+    from edge_demo.server.http.app import make_app
+    from edge_demo.server.worker.worker import Worker
+
+    kind = Engine if bundle.candidates is None else CandidateEngine
+    engine = kind(bundle, arguments.threads, 1 + arguments.parallel, arguments.force)
+    worker = Worker(
+        engine,
+        tokenizer,
+        arguments.parallel,
+        arguments.queue,
+        _cache_bytes(arguments.cache_mb),
+        arguments.threads,
+        arguments.force,
+    )
+    most = min(arguments.max_tokens or bundle.context_length, bundle.context_length)
+    return make_app(bundle, tokenizer, worker, access, most, vertex)
+
+
+def _embedder_app(
+    arguments: argparse.Namespace, bundle: Bundle, tokenizer: Tokenizer, access: Access
+) -> Starlette:
+    from edge_demo.engine.embedder import Embedder
+    from edge_demo.server.http.embedding import make_embedder_app
+    from edge_demo.server.worker.embedding_worker import EmbeddingWorker
+
+    for name, given in (
+        ("--max-tokens", arguments.max_tokens is not None),
+        ("--cache-mb", arguments.cache_mb is not None),
+        ("--vertex", arguments.vertex),
+    ):
+        if given:
+            raise RequestError(
+                f"{name} is for bundles that generate text, and {bundle.name} embeds texts; "
+                "leave it out"
+            )
+    embedder = Embedder(bundle, arguments.threads, arguments.force)
+    worker = EmbeddingWorker(embedder, arguments.queue)
+    return make_embedder_app(embedder, tokenizer, worker, access)
 
 
 def _cache_bytes(megabytes: int | None) -> int:
