@@ -50,12 +50,16 @@ def fitting(bundle: Bundle) -> tuple[MemoryEstimate, MemoryLimit | None]:
 
 
 def check_text(bundle: Bundle, tokens: int) -> None:
-    """Refuse a text for which there is not enough memory.
+    """Refuse a text for which there is not enough memory beside an embedder that is loaded.
+
+    Args:
+        bundle: of the embedder.
+        tokens: of the text.
 
     Raises:
         TooLittleMemoryError: there is not.
     """
-    needed = estimate(bundle, tokens)
+    needed = dataclasses.replace(estimate(bundle, tokens), weights=0, copied_from=0)
     short = memory.shortage(needed)
     if short is not None:
         raise TooLittleMemoryError(

@@ -70,7 +70,7 @@ RECIPES = {
         INT4,
         TWO_PLANES,
         most_kl=2.0,
-        most_cosine_distance=0.2,
+        most_cosine_distance=0.3,
         kl_budget=0.033,
         calibration=SelfWritten(),
     ),
