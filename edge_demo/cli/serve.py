@@ -7,14 +7,12 @@ import ipaddress
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edge_demo.cli import options
 from edge_demo.errors import RequestError, sentence
 
 if TYPE_CHECKING:
-    from starlette.applications import Starlette
-
     from edge_demo.bundle.reader import Bundle
     from edge_demo.server.http.access import Access
     from edge_demo.server.protocol.vertex import Vertex
@@ -168,7 +166,7 @@ def _generator_app(
     tokenizer: Tokenizer,
     access: Access,
     vertex: Vertex | None,
-) -> Starlette:
+) -> Any:
     from edge_demo.engine.runner import CandidateEngine, Engine
     from edge_demo.server.http.app import make_app
     from edge_demo.server.worker.worker import Worker
@@ -190,7 +188,7 @@ def _generator_app(
 
 def _embedder_app(
     arguments: argparse.Namespace, bundle: Bundle, tokenizer: Tokenizer, access: Access
-) -> Starlette:
+) -> Any:
     from edge_demo.engine.embedder import Embedder
     from edge_demo.server.http.embedding import make_embedder_app
     from edge_demo.server.worker.embedding_worker import EmbeddingWorker

@@ -122,7 +122,7 @@ class Embedding:
             check_dimensions(self._spec, wanted.dimensions)
         except RequestError as error:
             raise Refusal(str(error), param="dimensions") from None
-        rows = await asyncio.to_thread(self._rows, wanted)
+        rows = await asyncio.to_thread(self.rows, wanted)
         vectors = await self._vectors(request, rows)
         if vectors is None:
             return GONE
@@ -134,7 +134,7 @@ class Embedding:
 
         return await asyncio.to_thread(response)
 
-    def _rows(self, wanted: EmbeddingsRequest) -> list[list[int]]:
+    def rows(self, wanted: EmbeddingsRequest) -> list[list[int]]:
         """The tokens of each text.
 
         Raises:
