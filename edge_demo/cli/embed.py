@@ -43,7 +43,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--truncate",
         action="store_true",
-        help="leave out the end of a text that is too long, in place of an error",
+        help="cut a text that is too long; without this it is an error",
     )
     parser.add_argument(
         "-o",
@@ -140,8 +140,9 @@ def _print(arguments: argparse.Namespace, vectors: np.ndarray, report: dict[str,
         for vector in vectors:
             print(*vector)  # numpy writes as few digits as give the same number again
     timings = report["timings"]
+    noun = "vector" if len(vectors) == 1 else "vectors"
     note(
-        f"{len(vectors):,} vectors of {report['dimensions']:,} numbers · load "
+        f"{len(vectors):,} {noun} of {report['dimensions']:,} numbers · load "
         f"{timings['load_s']:.1f} s · {sum(report['tokens']):,} tokens in "
         f"{timings['embed_s']:.2f} s, {timings['tokens_per_s']:,.0f} tokens/s · "
         f"{megabytes(report['peak_rss_bytes'])}"
