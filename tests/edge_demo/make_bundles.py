@@ -38,9 +38,10 @@ def main(folder: Path) -> None:
 
     For each generation these are `GENERATION-RECIPE`, `GENERATION-int8-cache` (fp32) and
     `GENERATION-board` (fp32); then `short` (fp32), `chat` (int8), `chatml` and `long-chat` (fp32),
-    `wide-RECIPE`.
+    `wide-RECIPE`, `embedder-RECIPE` (fp32 and int8).
     """
     from export import export_onnx
+    from tests.gemma_keras.embedder_files import write_tiny_embedder
 
     folder.mkdir(parents=True)
     for generation in GENERATIONS:
@@ -70,6 +71,10 @@ def main(folder: Path) -> None:
     for name, options in WIDE_RECIPES.items():
         out = folder / f"wide-{name}"
         export_onnx(folder / "tiny-wide", out, calibration="none", verify=False, **options)
+    write_tiny_embedder(folder / "tiny-embedder")
+    for recipe in ("fp32", "int8"):
+        out = folder / f"embedder-{recipe}"
+        export_onnx(folder / "tiny-embedder", out, recipe, calibration="none", verify=False)
 
 
 if __name__ == "__main__":
