@@ -51,7 +51,7 @@ browser:  ## install Chromium for the tests of the page (Debian, as root)
 # The device's side on a Raspberry Pi 5 and 4, emulated by qemu: see tools/arm64.
 # The bundles are those of tools/arm64/bundles.py.
 COUNTED := $(foreach name,sample-int8 sample-int4 armv8.0-int8 armv8.2-int8 armv8.2-int4,build/$(name)/bundle.json)
-test-arm64: build/arm64 build/sample-fp32/bundle.json $(COUNTED) build/tiny-bundles/made  ## run the device's side on two emulated boards (needs qemu)
+test-arm64: build/arm64 build/sample-fp32/bundle.json $(COUNTED) build/tiny-bundles/made build/tiny-guard/bundle.json  ## run the device's side on two emulated boards (needs qemu)
 	@$(BIN)/python -m tools.arm64 build $(ARM64_ARGS)
 
 # Its short part: the command, on a small bundle, on both processors.
@@ -83,6 +83,11 @@ build/tiny-bundles/made: $(CODE) tests/models.py tests/edge_demo/make_bundles.py
 	@$(BIN)/python -m tests.edge_demo.make_bundles build/tiny-bundles.partial
 	@mv build/tiny-bundles.partial build/tiny-bundles
 	@touch $@
+
+build/tiny-guard/bundle.json: $(CODE) tests/edge_demo/make_guard.py examples/tune_guard.py examples/guard_prompts.csv | $(VENV)/installed-dev
+	@echo "==> Tuning the small guard of the tests"
+	@rm -rf build/tiny-guard
+	@$(BIN)/python -m tests.edge_demo.make_guard build/tiny-guard
 
 check: lint test-all  ## format, lint and types, then all tests: what CI runs
 

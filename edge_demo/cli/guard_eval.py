@@ -35,8 +35,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--refusals",
         action="store_true",
-        help="the bundle is no guard but a model that answers; count the answers that begin as "
-        "refusals do",
+        help="the bundle answers instead of judging; count the answers that begin as refusals do",
     )
     guard_options.add_thresholds(parser.add_argument_group("guard"))
     parser.add_argument(

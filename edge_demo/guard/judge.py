@@ -125,10 +125,16 @@ class Judge:
             )
         shared = _shared(asked)
         self._hold(asked[0][:shared], namespace)
+        own = longest - shared
+        moves_on = self._engine.retractable(own) < own  # a sliding window does
+        kept = self._engine.snapshot().copy() if moves_on else None
         found = {}
         for policy, ids in zip(self.policies, asked, strict=True):
-            self._engine.rewind(shared)
             found[policy.name] = self._yes_after(ids[shared:])
+            if kept is None:
+                self._engine.rewind(shared)
+            else:
+                self._engine.restore(kept)
         return found
 
     def _hold(self, ids: list[int], namespace: str) -> None:

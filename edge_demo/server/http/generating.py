@@ -277,7 +277,7 @@ class _Run:
             return found
         try:
             return await self.watch.passed(found)
-        except EdgeError as error:
+        except Exception as error:  # such as onnxruntime's: nothing unjudged is shown
             return [(found[0][0], Failed(error))]
 
     async def collect(self) -> Answer:

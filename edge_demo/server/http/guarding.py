@@ -145,7 +145,7 @@ class Watch:
             found: events that came, with the number of the answer.
 
         Raises:
-            EdgeError: the guard failed.
+            Exception: the guard failed; such as `EdgeError`, or onnxruntime's.
         """
         if self._prompts is None:
             return list(found)

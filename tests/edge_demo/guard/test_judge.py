@@ -8,6 +8,7 @@ import re
 import pytest
 
 from edge_demo.bundle.reader import Bundle
+from edge_demo.engine.binding import Binding
 from edge_demo.engine.runner import Engine, common_prefix
 from edge_demo.errors import BundleError
 from edge_demo.evaluate.misses import area_under_roc
@@ -69,6 +70,25 @@ def test_a_text_that_grows_goes_on_and_gets_what_it_would_get_alone(fresh):
         text = ". ".join(pieces[:count])
         assert judge.probabilities(PROMPT, text) == fresh().probabilities(PROMPT, text)
     assert judge.counts.reused > judge.counts.texts
+
+
+@pytest.mark.parametrize("sentences", [2, 6, 11, 16])
+def test_no_token_is_run_twice_where_a_window_slides(fresh, monkeypatch, sentences):
+    """The small guard's window is 256 tokens; its buffers move on at 512 and at 768."""
+    run, fill = [], Binding.fill
+
+    def counted(binding, ids, *arguments):
+        run.append(len(ids))
+        fill(binding, ids, *arguments)
+
+    monkeypatch.setattr(Binding, "fill", counted)
+    judge, text = fresh(), "A fox met a crow that had found a cheese. " * sentences
+    found = judge.probabilities(PROMPT, text)
+    assert sum(run) == judge.counts.texts + judge.counts.policies
+    judge.probabilities(PROMPT, f"{text} A crow flew.")
+    assert sum(run) == judge.counts.texts + judge.counts.policies
+    assert judge.counts.reused >= judge.counts.texts // 3
+    assert found == fresh().probabilities(PROMPT, text)
 
 
 def test_texts_in_turns_are_kept_and_never_shared_between_namespaces(fresh):
