@@ -227,11 +227,7 @@ def _print_result(result, as_json: bool) -> None:
             "of matrices got 8 bits"
         )
     if quality:
-        print(
-            f"mean KL {quality.mean_kl:.2g} nats, same top token {quality.same_top_token:.1%}, "
-            f"greatest logit difference {quality.max_logit_difference:.2g} (logits spread "
-            f"{quality.logit_spread:.2g}), {quality.tokens} tokens, {quality.against}"
-        )
+        print(quality.line)
 
 
 if __name__ == "__main__":

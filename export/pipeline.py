@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from export.bundle.draft import BundleDraft, Progress
 from export.calibrate.text import CalibrationText, Windows, read_windows, text_file
 from export.calibrate.workspace import kept_work, workspace_path
 from export.calibration_source import CalibrationSource, NoCalibration, TextFile
+from export.embedder import opened_embedder, prepare_embedder, write_embedder
 from export.errors import ExportError, ExportRequestError
 from export.formats.formats import Plan, plan_bytes
 from export.formats.keep_source import MOST_BITS_KEPT, KeptWeights, kept_weights
@@ -36,7 +38,11 @@ from gemma_keras.config import GemmaConfig
 
 if TYPE_CHECKING:
     from export.bundle.verify import Quality
+    from export.bundle.verify_embedder import EmbedderQuality
     from gemma_keras.causal_lm import GemmaCausalLM
+    from gemma_keras.text_embedder import GemmaTextEmbedder
+
+Write = Callable[[Path, Path, Progress], tuple[int, Any, dict[str, Any]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,14 +62,14 @@ class ExportResult:
     path: Path
     recipe: str
     num_bytes: int
-    quality: Quality | None
+    quality: Quality | EmbedderQuality | None
     rounding: Mapping[str, Any]
     remarks: tuple[str, ...] = ()
     adapters: tuple[str, ...] = ()
 
 
 def export_onnx(
-    source: str | os.PathLike[str] | GemmaCausalLM,
+    source: str | os.PathLike[str] | GemmaCausalLM | GemmaTextEmbedder,
     out: str | os.PathLike[str],
     recipe: str = "int8",
     *,
@@ -75,7 +81,7 @@ def export_onnx(
 
     Args:
         source: what `gemma_keras.open_checkpoint` takes, a `GemmaCausalLM`, or a live KerasHub
-            Gemma.
+            Gemma; or an embedder: what `GemmaTextEmbedder.from_preset` takes, or one that is live.
         out: the folder to write; it gets this name only when it is complete.
         recipe: `int4`, `int8`, `int8-rows`, `int8-wide`, `fp16` or `fp32`.
         options: all that else can be chosen.
@@ -94,19 +100,40 @@ def export_onnx(
     out = Path(os.path.realpath(out))  # a link to a bundle stays, what it points at is replaced
     with _disk_errors_as_sentences(out):
         writer.check_out(out, overwrite=options.overwrite)
+    embedder = opened_embedder(source)
+    if embedder is not None:
+        job = prepare_embedder(embedder, recipe, options)
+        _check_space(out, job.num_bytes)
+        write = functools.partial(write_embedder, job)
+        result = ExportResult(out, recipe, 0, None, {}, embedder.transformer.remarks)
+        return _export(write, result, options, on_progress)
     with opened_source(source, options.base, options.adapters) as opened:
-        return _export(_prepare(opened, out, recipe, options), out, on_progress)
+        job = _prepare(opened, out, recipe, options)
+        write = functools.partial(_write, job)
+        remarks = job.checkpoint.remarks
+        result = ExportResult(out, recipe, 0, None, {}, remarks, tuple(job.adapters))
+        return _export(write, result, options, on_progress)
 
 
-def _export(job: _Job, out: Path, on_progress: Progress) -> ExportResult:
-    """Write the bundle of a job."""
+def _export(
+    write: Write, result: ExportResult, options: ExportOptions, on_progress: Progress
+) -> ExportResult:
+    """Write a bundle into an unfinished folder, which then gets its name.
+
+    Args:
+        write: the contents, given the folder, the workspace and `on_progress`.
+        result: what is known before.
+        options: as they were given.
+        on_progress: called with (stage, share of it that is done).
+    """
+    out = result.path
     workspace = workspace_path(out)
     try:
         with (
             _disk_errors_as_sentences(out),
-            writer.unfinished_folder(out, overwrite=job.options.overwrite) as folder,
+            writer.unfinished_folder(out, overwrite=options.overwrite) as folder,
         ):
-            num_bytes, quality, rounding = _write(job, folder, workspace, on_progress)
+            num_bytes, quality, rounding = write(folder, workspace, on_progress)
     except BaseException as error:
         # Whatever went wrong, what was worked out until then is of use to the next run.
         if kept_work(out):
@@ -116,15 +143,7 @@ def _export(job: _Job, out: Path, on_progress: Progress) -> ExportResult:
             )
         raise
     shutil.rmtree(workspace, ignore_errors=True)
-    return ExportResult(
-        out,
-        job.recipe,
-        num_bytes,
-        quality,
-        rounding,
-        job.checkpoint.remarks,
-        tuple(job.adapters),
-    )
+    return dataclasses.replace(result, num_bytes=num_bytes, quality=quality, rounding=rounding)
 
 
 @dataclasses.dataclass(frozen=True)

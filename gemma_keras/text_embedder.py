@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -12,15 +13,19 @@ from keras import ops
 
 from gemma_keras.checkpoints.hub import is_own_preset
 from gemma_keras.checkpoints.opening.sentence_transformers import EmbedderCheckpoint, open_embedder
+from gemma_keras.checkpoints.source import Checkpoint, finite
 from gemma_keras.errors import CheckpointError
 from gemma_keras.generate.compiled import compiled
 from gemma_keras.generate.loop import bucket
+from gemma_keras.missing import check_export_is_ours, said_what_is_missing
 from gemma_keras.model.backbone import GemmaBackbone
 from gemma_keras.model.loading import FromWeights
 from gemma_keras.model.quantizing import Quantizes
 from gemma_keras.model.training import TrainsOn
 from gemma_keras.text.stream import encode
 from gemma_keras.tokenizer import GemmaTokenizer
+
+_NEEDS_PREPROCESSOR = "{} needs a preprocessor, and this model has none; set model.preprocessor"
 
 
 @keras.saving.register_keras_serializable(package="gemma_keras")
@@ -187,6 +192,50 @@ class GemmaTextEmbedder(TrainsOn, Quantizes, keras_hub.models.TextEmbedder):
             "default_prompt_name": self.default_prompt_name,
         }
 
+    def as_checkpoint(self) -> EmbedderCheckpoint:
+        """Returns this model as a checkpoint that reads its weights from it, with LoRA merged.
+
+        Raises:
+            ValueError: the model has no preprocessor.
+        """
+        if self.preprocessor is None:
+            raise ValueError(_NEEDS_PREPROCESSOR.format("as_checkpoint"))
+        name = self.backbone.name
+        transformer = Checkpoint(
+            config=self.backbone.config,
+            weights=self.backbone.weight_source(),
+            tokenizer_model=self.preprocessor.tokenizer.proto,
+            instruction_tuned=False,
+            provenance={"format": "keras", "name": name, "license": "gemma", "through": "keras"},
+        )
+        return EmbedderCheckpoint(
+            transformer=transformer,
+            projections=tuple(_matrix(layer) for layer in self.projections),
+            normalize=self.normalize,
+            max_tokens=self.preprocessor.sequence_length,
+            prompts=dict(self.prompts),
+            default_prompt_name=self.default_prompt_name,
+        )
+
+    def export(self, filepath: str | os.PathLike[str], format: str = "tf_saved_model", **kwargs):
+        """Write the model for another runtime.
+
+        Args:
+            filepath: the folder to write.
+            format: `"onnx"` writes a bundle that `edge-demo embed` and `edge-demo serve` run, with
+                LoRA merged; other formats are Keras's own.
+            **kwargs: of `"onnx"`: those of `export.export_onnx`, such as `recipe="int8"`.
+
+        Raises:
+            ValueError: the format is unknown.
+        """
+        if format != "onnx":
+            return super().export(filepath, format=format, **kwargs)
+        check_export_is_ours()
+        with said_what_is_missing("exporting to ONNX", "export"):
+            from export import export_onnx
+        return export_onnx(self, filepath, **kwargs)
+
     @property
     def dim(self) -> int:
         """Returns the length of a vector that is not truncated."""
@@ -274,9 +323,7 @@ class GemmaTextEmbedder(TrainsOn, Quantizes, keras_hub.models.TextEmbedder):
     def _token_rows(self, prompt: str, texts: Sequence[str]) -> list[list[int]]:
         """The token ids of each text."""
         if self.preprocessor is None:
-            raise ValueError(
-                "encode needs a preprocessor, and this model has none; set model.preprocessor"
-            )
+            raise ValueError(_NEEDS_PREPROCESSOR.format("encode"))
         tokenizer = self.preprocessor.tokenizer
         room = self.preprocessor.sequence_length - 2
         rows, too_long = [], 0
@@ -291,6 +338,15 @@ class GemmaTextEmbedder(TrainsOn, Quantizes, keras_hub.models.TextEmbedder):
                 stacklevel=3,
             )
         return rows
+
+
+def _matrix(layer: keras.layers.Dense) -> np.ndarray:
+    """The matrix of a projection, float32 `(in, out)`, whether or not it is quantized."""
+    if layer.quantization_mode is None:
+        kernel = layer.kernel  # with LoRA
+    else:
+        kernel = layer(ops.eye(layer.input_spec.axes[-1], dtype=layer.compute_dtype))
+    return finite(layer.name, ops.convert_to_numpy(ops.cast(kernel, "float32")))
 
 
 def _batches(

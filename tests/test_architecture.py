@@ -59,6 +59,13 @@ EXCEPTIONS = {
         "edge_demo.errors",
         "edge_demo.evaluate.perplexity",
     ),
+    "export.bundle.verify_embedder": (
+        "edge_demo.bundle.reader",
+        "edge_demo.engine.embedder",
+        "edge_demo.text.embedding",
+        "edge_demo.text.tokenizer",
+        "edge_demo.errors",
+    ),
     # measures it as `edge-demo compare` does
     "export.bundle.report": (
         "edge_demo.bundle.reader",
@@ -74,10 +81,12 @@ EXCEPTIONS = {
     ),
     # opens what it has written, as the device will
     "export.bundle.draft": ("edge_demo.bundle.reader",),
+    "export.bundle.write_embedder": ("edge_demo.bundle.reader",),
     # the one definition of the divergence, of exports and on the device
     "export.calibrate.sensitivity": ("edge_demo.evaluate.perplexity",),
     # the method that Keras users know; imports only when it is called
     "gemma_keras.causal_lm:GemmaCausalLM.export": ("export",),
+    "gemma_keras.text_embedder:GemmaTextEmbedder.export": ("export",),
     # a bundle as the teacher; imports only when one is given
     "gemma_keras.train.teacher_targets:_open_bundle": (
         "edge_demo.bundle.reader",
@@ -108,7 +117,7 @@ FLOORS = {
         ("edge_demo.engine",),
         ("edge_demo.text",),
         ("edge_demo.guard",),
-        ("edge_demo.evaluate",),
+        ("edge_demo.evaluate", "edge_demo.tool_calls"),
         ("edge_demo.server.protocol", "edge_demo.server.worker", "edge_demo.server.page"),
         ("edge_demo.server.http",),
         ("edge_demo.server",),
@@ -143,6 +152,7 @@ FLOORS = {
         ("export.calibrate",),
         ("export.bundle",),
         ("export.choose_formats", "export.open_source"),
+        ("export.embedder",),
         ("export.pipeline",),
         ("export.cli",),
         ("export",),
@@ -321,6 +331,7 @@ def test_export_reads_of_edge_demo_only_the_schema_but_for_verification():
     }
     assert users - of_schema <= {
         "export.bundle.verify",
+        "export.bundle.verify_embedder",
         "export.bundle.report",
         "export.calibrate.sensitivity",
     }
@@ -491,6 +502,7 @@ EDGE_COMMANDS = [
     [],
     ["generate"],
     ["chat"],
+    ["embed"],
     ["bench"],
     ["score"],
     ["compare"],

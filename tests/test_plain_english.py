@@ -19,7 +19,6 @@ SOURCES = sorted(
     for path in (ROOT / package).rglob("*.py")
 )
 LONGEST = 25  # words in a sentence
-OF_OTHERS = ("edge_demo/guard/template.py",)  # words that others wrote, and that must stay
 
 # Each is followed by what says it plainly.
 FORBIDDEN = {
@@ -123,9 +122,13 @@ def _complaints(found: Iterator[tuple[int, str]], path: Path) -> list[str]:
     ]
 
 
+# Others' words, which a model was tuned with: a shorter sentence would be another question.
+QUOTING = {"edge_demo/guard/template.py"}
+
+
 def test_messages_and_help_texts_are_short_and_plain():
-    ours = [path for path in SOURCES if str(path.relative_to(ROOT)) not in OF_OTHERS]
-    complaints = [line for path in ours for line in _complaints(texts(path), path)]
+    own = [path for path in SOURCES if path.relative_to(ROOT).as_posix() not in QUOTING]
+    complaints = [line for path in own for line in _complaints(texts(path), path)]
     assert not complaints, "\n".join(complaints)
 
 

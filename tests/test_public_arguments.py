@@ -281,6 +281,10 @@ SHOWN: dict[str, dict[str, str]] = {
             f"{K}text_embedder.py::test_a_default_prompt_is_used_unless_another_is_asked_for"
         ),
     },
+    "GemmaTextEmbedder.export": {
+        "filepath": f"{K}embedder_export.py::test_a_live_model_is_exported",
+        "format": f"{K}embedder_export.py::test_what_cannot_be_exported_is_said",
+    },
     "GemmaTextEmbedder.from_preset": dict.fromkeys(
         ("preset", "load_weights", "dtype", "sequence_length"), _EMBEDDER
     ),

@@ -19,10 +19,14 @@ from edge_demo.errors import BundleError
 FORMAT = "gemma-keras-bundle"
 FORMAT_VERSION = 5
 # Version 4 lacks what a `ChatTemplate` says beyond Gemma's turns.
-READABLE_VERSIONS = (4, 5)
+# Of bundles that embed texts, which earlier versions of edge-demo would take for generators.
+EMBEDDER_VERSION = 6
+READABLE_VERSIONS = (4, 5, 6)
 MANIFEST = "bundle.json"
 ANY_TARGET = "any"  # of bundles that are made for no processors in particular
 _MAX_MANIFEST = 16 << 20
+GENERATOR, EMBEDDER = "generator", "embedder"  # kinds of bundles
+_MOST_PROMPTS, _LONGEST_PROMPT = 256, 4096  # characters
 _BLOCK_SIZES = (16, 32, 64, 128, 256)
 
 
@@ -190,6 +194,29 @@ class TokenizerSpec:
     chat: ChatTemplate | None
 
 
+@dataclasses.dataclass(frozen=True)
+class EmbedderSpec:
+    """What a bundle that embeds texts says beside its graphs.
+
+    Attributes:
+        dimensions: of a vector.
+        eos: id of the token after a text.
+        pooling: how the tokens of a text become one; only `mean` is known.
+        num_heads: the most query heads of a layer.
+        projections: shapes of the matrices after the pooling, `(in, out)` each.
+        prompts: name of a task to what is put before its texts.
+        default_prompt_name: of the prompt that is used by default, or `None`.
+    """
+
+    dimensions: int
+    eos: int
+    pooling: str
+    num_heads: int
+    projections: tuple[tuple[int, int], ...]
+    prompts: Mapping[str, str]
+    default_prompt_name: str | None
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Reads the manifest of a bundle; checks only its format and version.
 
@@ -212,10 +239,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise BundleError(f"{path} does not describe a {FORMAT}")
     version = manifest.get("format_version")
+    *first, last = map(str, READABLE_VERSIONS)
     if type(version) is not int or version not in READABLE_VERSIONS:
         raise BundleError(
             f"{path} has format version {reprlib.repr(version)}, but this edge-demo reads "
-            f"{' and '.join(map(str, READABLE_VERSIONS))}. Export the bundle again, or "
+            f"{', '.join(first)} and {last}. Export the bundle again, or "
             "install the edge-demo version that matches it"
         )
     return manifest
@@ -298,6 +326,36 @@ def read_embedding(data: Mapping[str, Any]) -> EmbeddingSpec:
     if dtypes != {name: part.dtype for name, part in spec.parts.items()}:
         raise ValueError(f"the parts of an embedding in this format must be {', '.join(dtypes)}")
     return spec
+
+
+def read_embedder(manifest: Mapping[str, Any]) -> EmbedderSpec | None:
+    """The entry about embedding texts; `None` in a bundle that generates text; raises as
+    `read_graph`."""
+    kind = manifest.get("kind", GENERATOR)
+    if kind == GENERATOR:
+        return None
+    if kind != EMBEDDER:
+        raise ValueError(f"the kind of bundle {reprlib.repr(kind)} is not supported")
+    data = manifest["embedder"]
+    prompts, default = data["prompts"], data["default_prompt_name"]
+    if len(prompts) > _MOST_PROMPTS or not all(
+        isinstance(text, str) and len(text) <= _LONGEST_PROMPT
+        for text in (*prompts.keys(), *prompts.values())
+    ):
+        raise ValueError("the prompts are not texts, or are too many or too long")
+    if default is not None and default not in prompts:
+        raise ValueError(f"there is no prompt {reprlib.repr(default)}, the default one")
+    if data["pooling"] != "mean":
+        raise ValueError(f"pooling by {reprlib.repr(data['pooling'])} is not supported")
+    return EmbedderSpec(
+        dimensions=count(data["dimensions"]),
+        eos=index(data["eos"]),
+        pooling=data["pooling"],
+        num_heads=count(data["num_heads"]),
+        projections=tuple((count(wide), count(narrow)) for wide, narrow in data["projections"]),
+        prompts=dict(prompts),
+        default_prompt_name=default,
+    )
 
 
 def read_target(name: Any) -> str:

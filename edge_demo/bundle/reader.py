@@ -18,6 +18,7 @@ from typing import Any
 from edge_demo.bundle.manifest import (
     ANY_TARGET,
     MANIFEST,
+    EmbedderSpec,
     EmbeddingSpec,
     GraphSpec,
     RopeSpec,
@@ -27,6 +28,7 @@ from edge_demo.bundle.manifest import (
     factor,
     index,
     plain_name,
+    read_embedder,
     read_embedding,
     read_graph,
     read_manifest,
@@ -36,7 +38,7 @@ from edge_demo.bundle.manifest import (
     window_length,
 )
 from edge_demo.bundle.verified_files import VerifiedFiles
-from edge_demo.errors import BundleError
+from edge_demo.errors import BundleError, RequestError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Bundle:
         ropes: the rotary tables it needs.
         windows: the sliding windows of layers that store only the last window of keys and values.
         tokenizer: file and ids.
+        embedder: what a bundle says that embeds texts; `None` in one that generates text.
         files: name to (bytes, SHA-256).
         manifest: all of `bundle.json`, for people: plan, provenance, quality, licence.
     """
@@ -76,6 +79,7 @@ class Bundle:
     ropes: tuple[RopeSpec, ...]
     windows: tuple[WindowSpec, ...]
     tokenizer: TokenizerSpec
+    embedder: EmbedderSpec | None
     files: Mapping[str, tuple[int, str]]
     manifest: Mapping[str, Any]
 
@@ -109,6 +113,31 @@ class Bundle:
                 raise BundleError(f"{folder / MANIFEST} uses {name} but does not list it")
         bundle._check_embedding()
         return bundle
+
+    def require_generator(self) -> None:
+        """Raise an error for a bundle that embeds texts.
+
+        Raises:
+            RequestError: it does.
+        """
+        if self.embedder is not None:
+            raise RequestError(
+                f"{self.name} embeds texts and generates none; use edge-demo embed, or "
+                "/v1/embeddings of edge-demo serve"
+            )
+
+    def require_embedder(self) -> EmbedderSpec:
+        """What a bundle says that embeds texts.
+
+        Raises:
+            RequestError: it generates text.
+        """
+        if self.embedder is None:
+            raise RequestError(
+                f"{self.name} generates text and embeds none; give the bundle of an embedder, such "
+                "as EmbeddingGemma's"
+            )
+        return self.embedder
 
     def _check_embedding(self) -> None:
         table, size = self.embedding, self.files[self.weights][0]
@@ -187,6 +216,8 @@ class Bundle:
             dataclasses.asdict(self.embedding),
             self.final_soft_cap,
         ]
+        if self.embedder is not None:
+            facts.append(dataclasses.asdict(self.embedder))
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def verify(self, *, use_memory: bool = True) -> None:
@@ -238,6 +269,7 @@ def _parse(folder: Path, manifest: dict[str, Any]) -> Bundle:
             for w in manifest["windows"]
         ),
         tokenizer=read_tokenizer(manifest["tokenizer"]),
+        embedder=read_embedder(manifest),
         files={
             plain_name(name): (index(entry["bytes"]), str(entry["sha256"]))
             for name, entry in manifest["files"].items()

@@ -119,6 +119,7 @@ def run(arguments: argparse.Namespace) -> int:
     if 0 in arguments.threads:
         raise RequestError("threads must be positive, not 0")
     bundle = Bundle.open(arguments.bundle)
+    bundle.require_generator()
     if arguments.share is not None:
         _check_place(Path(arguments.share))
     report = run_tests(

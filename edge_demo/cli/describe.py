@@ -34,21 +34,19 @@ def _page(bundle: Bundle, verified: bool) -> str:
     model, quality = manifest["model"], manifest.get("quality")
     formats = collections.Counter(_format(entry) for entry in manifest["plan"].values())
     kind = "instruction-tuned" if bundle.tokenizer.chat else "base"
+    if bundle.embedder is not None:
+        kind = "embedder"
     lines = [
         f"{bundle.name}  ({kind}, {model['parameters']:,} parameters)",
         f"  recipe      {bundle.recipe}: "
         + ", ".join(f"{n} tensors {name}" for name, n in formats.most_common())
         + (f"; for --target {bundle.target}" if bundle.target != ANY_TARGET else ""),
-        f"  context     {bundle.context_length:,} tokens, {_kept(bundle)}",
+        *_use(bundle),
         f"  source      {_provenance(manifest.get('provenance', {}))}",
         f"  licence     {manifest['license']['name']}, see {manifest['license']['notice']}",
     ]
     if quality:
-        lines.append(
-            f"  quality     mean KL {quality['mean_kl']:.2g}, same top token "
-            f"{quality['same_top_token']:.1%}, greatest logit difference "
-            f"{quality['max_logit_difference']:.2g}"
-        )
+        lines.append(f"  quality     {_quality(quality, bundle.embedder is not None)}")
         lines.append(f"              {quality['against']}, {quality['tokens']} tokens")
     else:
         lines.append("  quality     not measured")
@@ -56,6 +54,30 @@ def _page(bundle: Bundle, verified: bool) -> str:
     lines.append(f"  files       {megabytes(bundle.num_bytes)} in all ({state})")
     lines += [f"    {name:<24} {size:>14,}" for name, (size, _) in bundle.files.items()]
     return "\n".join(lines)
+
+
+def _use(bundle: Bundle) -> list[str]:
+    """How long a text may be, and what is kept or made of it."""
+    if bundle.embedder is None:
+        return [f"  context     {bundle.context_length:,} tokens, {_kept(bundle)}"]
+    names = ", ".join(sorted(bundle.embedder.prompts)) or "none"
+    return [
+        f"  texts       up to {bundle.context_length:,} tokens, a vector of "
+        f"{bundle.embedder.dimensions:,} numbers for each",
+        f"  prompts     {names}",
+    ]
+
+
+def _quality(quality: dict[str, Any], embeds: bool) -> str:
+    if embeds:
+        return (
+            f"cosine to the reference at least {quality['least_cosine']:.6f}, in the mean "
+            f"{quality['mean_cosine']:.6f}"
+        )
+    return (
+        f"mean KL {quality['mean_kl']:.2g}, same top token {quality['same_top_token']:.1%}, "
+        f"greatest logit difference {quality['max_logit_difference']:.2g}"
+    )
 
 
 def _kept(bundle: Bundle) -> str:

@@ -16,7 +16,7 @@ from edge_demo.bundle.reader import Bundle
 from edge_demo.device import hardware
 from edge_demo.device.memory_limits import MemoryLimit, free_memory, memory_limits
 from edge_demo.device.system_files import read_sizes, read_text
-from edge_demo.engine import memory
+from edge_demo.engine import embedder_memory, memory
 from edge_demo.engine.size_estimates import (
     RECIPES,
     SIZES,
@@ -77,7 +77,30 @@ def _memory_speed(threads: int, free: int | None) -> float | None:
         return None
 
 
+def _judge_embedder(bundle: Bundle, looked: hardware.Device) -> dict[str, Any]:
+    needed, short = embedder_memory.fitting(bundle)
+    longest = embedder_memory.estimate(bundle, bundle.context_length)
+    return {
+        "path": str(bundle.path),
+        "name": bundle.name,
+        "recipe": bundle.recipe,
+        "embeds": True,
+        "needed": needed.resident if short is None else getattr(needed, short.counts),
+        "peak": needed.peak,
+        "tokens_at_once": needed.chunk,
+        "needed_for_longest": longest.resident,
+        "fits": short is None,
+        "fits_for_longest": memory.shortage(longest) is None,
+        "longest": bundle.context_length,
+        "shortage": None if short is None else dataclasses.asdict(short),
+        "disk": _disk(bundle),
+        "advice": _advice(bundle, looked),
+    }
+
+
 def _judge(bundle: Bundle, speed: float | None, looked: hardware.Device) -> dict[str, Any]:
+    if bundle.embedder is not None:
+        return _judge_embedder(bundle, looked)
     graph = bundle.candidates or bundle.engine
     needed, peak, short = _memory(bundle, graph)
     whole, whole_peak, whole_short = _memory(bundle, bundle.engine)
@@ -124,6 +147,8 @@ def _advice(bundle: Bundle, looked: hardware.Device) -> str | None:
             "this processor has no 8-bit dot products and dequantizes these weights for every "
             "token; export int8 with --target armv8.0"
         )
+    if bundle.embedder is not None:
+        return None
     if dot_products and not looked.has_i8mm and bundle.target == ANY_TARGET and bundle.fused:
         return f"with --target {_PI_5} a token of context takes fewer instructions here"
     return None
@@ -296,36 +321,66 @@ def _figure(value: float) -> str:
     return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
 
 
+def _embedder_lines(bundle: dict[str, Any]) -> list[str]:
+    fits = (
+        f"fits: takes {megabytes(bundle['needed'])} for {bundle['tokens_at_once']:,} tokens at "
+        f"once, up to {megabytes(bundle['peak'])} with files"
+    )
+    if not bundle["fits"]:
+        fits = _does_not_fit(bundle)
+    longest = f"a text of {bundle['longest']:,} tokens takes "
+    longest += megabytes(bundle["needed_for_longest"])
+    if bundle["fits"] and not bundle["fits_for_longest"]:
+        longest += ", which does not fit"
+    return [
+        f"{bundle['path']}: {bundle['name']} {bundle['recipe']}, an embedder",
+        f"  memory        {fits}",
+        f"                {longest}",
+        *_last_lines(bundle),
+    ]
+
+
+def _does_not_fit(bundle: dict[str, Any]) -> str:
+    short = bundle["shortage"]
+    return (
+        f"does not fit: takes {megabytes(bundle['needed'])}, {megabytes(short['free'])} is "
+        f"available {short['bound']}"
+    )
+
+
+def _last_lines(bundle: dict[str, Any]) -> list[str]:
+    """How fast its file is read, and advice."""
+    disk = bundle["disk"]
+    read = "unknown"
+    if disk:
+        kept = "" if disk["direct"] else " (perhaps from memory)"
+        read = f"{megabytes(disk['bytes_per_s'])}/s{kept}"
+    advice = [f"  advice        {bundle['advice']}"] if bundle["advice"] else []
+    return [f"  disk          {read}", *advice]
+
+
 def _bundle_lines(bundle: dict[str, Any]) -> list[str]:
+    if bundle.get("embeds"):
+        return _embedder_lines(bundle)
     if bundle["fits"]:
         fits = (
             f"fits: takes {megabytes(bundle['needed'])}, up to {megabytes(bundle['peak'])} with "
             f"files; room for {bundle['longest_context']:,} tokens"
         )
     else:
-        short = bundle["shortage"]
-        fits = (
-            f"does not fit: takes {megabytes(bundle['needed'])}, {megabytes(short['free'])} "
-            f"is available {short['bound']}"
-        )
+        fits = _does_not_fit(bundle)
     whole = f"sampling without --top-k takes {megabytes(bundle['needed_for_all_logits'])}"
     if bundle["fits_for_all_logits"]:
         whole += f", up to {megabytes(bundle['peak_for_all_logits'])} with files"
     elif bundle["fits"]:
         whole += ", which does not fit"
-    disk = bundle["disk"]
-    read = "unknown"
-    if disk:
-        kept = "" if disk["direct"] else " (perhaps from memory)"
-        read = f"{megabytes(disk['bytes_per_s'])}/s{kept}"
     return [
         f"{bundle['path']}: {bundle['name']} {bundle['recipe']}",
         f"  memory        {fits}",
         f"                {whole}",
         f"  decode        {_expected(bundle['tokens_per_s'])}, "
         f"{megabytes(bundle['bytes_per_token'])} read for each",
-        f"  disk          {read}",
-        *([f"  advice        {bundle['advice']}"] if bundle["advice"] else []),
+        *_last_lines(bundle),
     ]
 
 

@@ -36,8 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--refusals",
         action="store_true",
-        help="have the bundle answer instead of judging, and count the answers that begin as "
-        "refusals do",
+        help="the bundle answers instead of judging; count the answers that begin as refusals do",
     )
     guard_options.add_thresholds(parser.add_argument_group("guard"))
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""`edge-demo`: generate, chat, serve, bench, score, compare or inspect a bundle, check the device.
+"""`edge-demo`: generate, chat, embed, serve, measure or inspect a bundle, check the device.
 
 Nothing heavy is imported before it is known that it will be used, so `--help` is quick.
 """
@@ -20,6 +20,7 @@ from edge_demo.cli import (
     chat,
     compare,
     doctor,
+    embed,
     generate,
     guard_eval,
     inspect,
@@ -34,7 +35,7 @@ from edge_demo.errors import INTERRUPTED, EdgeError, RequestError, sentence
 
 # A file each: `TEXT` says what it does, `add_options` what it takes, `run` returns the exit status.
 _COMMANDS = (
-    *(generate, chat, serve, bench, score, compare, guard_eval),
+    *(generate, chat, embed, serve, bench, score, compare, guard_eval),
     *(inspect, doctor, install_service),
 )
 

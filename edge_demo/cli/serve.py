@@ -7,13 +7,14 @@ import ipaddress
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edge_demo.cli import guard_options, options
 from edge_demo.errors import RequestError, sentence
 
 if TYPE_CHECKING:
     from edge_demo.bundle.reader import Bundle
+    from edge_demo.server.http.access import Access
     from edge_demo.server.http.guarding import Guarding
     from edge_demo.server.protocol.vertex import Vertex
     from edge_demo.text.tokenizer import Tokenizer
@@ -127,13 +128,10 @@ def run(arguments: argparse.Namespace) -> int:
     from edge_demo.cli.answering import open_tokenizer
     from edge_demo.cli.terminal import note
     from edge_demo.engine.batch_decoder import check_rows
-    from edge_demo.engine.runner import CandidateEngine, Engine
     from edge_demo.server.http.access import Access, host_names
-    from edge_demo.server.http.app import make_app
     from edge_demo.server.http.serving import listen, url_of
     from edge_demo.server.http.serving import run as serve
     from edge_demo.server.http.watchdog import notify
-    from edge_demo.server.worker.worker import Worker
 
     check_rows(arguments.parallel, "--parallel")
     guard_options.check_guard(arguments)
@@ -141,26 +139,16 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         bundle = Bundle.open(arguments.bundle)
         tokenizer = open_tokenizer(bundle)
-        guarding = _guarding(arguments, bundle, tokenizer)
-        kind = Engine if bundle.candidates is None else CandidateEngine
-        engine = kind(bundle, arguments.threads, 1 + arguments.parallel, arguments.force)
-        worker = Worker(
-            engine,
-            tokenizer,
-            arguments.parallel,
-            arguments.queue,
-            _cache_bytes(arguments.cache_mb),
-            arguments.threads,
-            arguments.force,
-        )
         access = Access(
             keys,
             host_names(host, arguments.allow_host),
             tuple(arguments.cors_origin),
             behind_gateway=vertex is not None,
         )
-        most = min(arguments.max_tokens or bundle.context_length, bundle.context_length)
-        app = make_app(bundle, tokenizer, worker, access, most, vertex, guarding)
+        if bundle.embedder is not None:
+            app = _embedder_app(arguments, bundle, tokenizer, access)
+        else:
+            app = _generator_app(arguments, bundle, tokenizer, access, vertex)
 
         def started() -> None:
             url = url_of(sock)
@@ -191,6 +179,56 @@ def _guarding(
     guard = guard_options.open_guard(arguments, of_guard, several=True)
     on, every = arguments.guard_on, arguments.guard_every
     return Guarding(guard, tokenizer, on, every, arguments.queue)
+
+
+def _generator_app(
+    arguments: argparse.Namespace,
+    bundle: Bundle,
+    tokenizer: Tokenizer,
+    access: Access,
+    vertex: Vertex | None,
+) -> Any:
+    from edge_demo.engine.runner import CandidateEngine, Engine
+    from edge_demo.server.http.app import make_app
+    from edge_demo.server.worker.worker import Worker
+
+    guarding = _guarding(arguments, bundle, tokenizer)
+    kind = Engine if bundle.candidates is None else CandidateEngine
+    engine = kind(bundle, arguments.threads, 1 + arguments.parallel, arguments.force)
+    worker = Worker(
+        engine,
+        tokenizer,
+        arguments.parallel,
+        arguments.queue,
+        _cache_bytes(arguments.cache_mb),
+        arguments.threads,
+        arguments.force,
+    )
+    most = min(arguments.max_tokens or bundle.context_length, bundle.context_length)
+    return make_app(bundle, tokenizer, worker, access, most, vertex, guarding)
+
+
+def _embedder_app(
+    arguments: argparse.Namespace, bundle: Bundle, tokenizer: Tokenizer, access: Access
+) -> Any:
+    from edge_demo.engine.embedder import Embedder
+    from edge_demo.server.http.embedding import make_embedder_app
+    from edge_demo.server.worker.embedding_worker import EmbeddingWorker
+
+    for name, given in (
+        ("--max-tokens", arguments.max_tokens is not None),
+        ("--cache-mb", arguments.cache_mb is not None),
+        ("--vertex", arguments.vertex),
+        ("--guard", arguments.guard is not None),
+    ):
+        if given:
+            raise RequestError(
+                f"{name} is for bundles that generate text, and {bundle.name} embeds texts; "
+                "leave it out"
+            )
+    embedder = Embedder(bundle, arguments.threads, arguments.force)
+    worker = EmbeddingWorker(embedder, arguments.queue)
+    return make_embedder_app(embedder, tokenizer, worker, access)
 
 
 def _cache_bytes(megabytes: int | None) -> int:

@@ -16,13 +16,11 @@ from edge_demo.engine.candidates import Candidates
 from edge_demo.engine.kv_cache import KVCache, Snapshot
 from edge_demo.engine.low_plane import LowPlane
 from edge_demo.engine.prompt_chunks import PromptRun
-from edge_demo.errors import BundleError, RequestError, brief
+from edge_demo.errors import BundleError, RequestError
 
 OnProgress = Callable[[int, int], None]
 
 _SCORE_CHUNK = 64  # 67 MB of logits for a vocabulary of 262 144
-_MOST_THREADS = 1024
-_DTYPES = {"tensor(float)": "float32"} | {f"tensor({n})": n for n in ("int64", "int32", "int8")}
 
 
 class TokenRunner:
@@ -46,7 +44,7 @@ class TokenRunner:
     Raises:
         BundleError: a file has changed, or the graph does not keep its contract.
         EdgeError: there is not enough memory; see `edge_demo.engine.memory`.
-        RequestError: `threads` is out of range.
+        RequestError: `threads` is out of range, or the bundle embeds texts.
     """
 
     def __init__(
@@ -58,10 +56,8 @@ class TokenRunner:
         texts: int = 1,
         force: bool = False,
     ) -> None:
-        if threads is not None and not 1 <= threads <= _MOST_THREADS:
-            raise RequestError(
-                f"threads must be 1 to {_MOST_THREADS:,}, not {brief(f'{threads:,}')}"
-            )
+        bundle.require_generator()
+        sessions.check_threads(threads)
         bundle.verify()
         self._prefill_chunk, in_float = memory.check_fits(bundle, graph, texts, force)
         self.bundle = bundle
@@ -79,21 +75,8 @@ class TokenRunner:
         self._bindings: dict[int, Binding] = {}
 
     def _check_contract(self, session: sessions.Session, graph: GraphSpec) -> None:
-        for found, specs, bound in zip(
-            (session.run.get_inputs(), session.run.get_outputs()),
-            (graph.inputs, graph.outputs),
-            _bound_tensors(self.bundle, self.graph, session.outputs),
-            strict=True,
-        ):
-            has = {(f.name, _DTYPES.get(f.type, f.type), tuple(f.shape)) for f in found}
-            for expected, whose in ((specs, "bundle.json"), (bound, "the engine")):
-                wrong = has ^ {(s.name, s.dtype, s.shape) for s in expected}
-                if wrong:
-                    name = min(name for name, _, _ in wrong)
-                    raise BundleError(
-                        f"{graph.file} does not match {whose}: {name!r} is missing, unexpected "
-                        "or of another type or shape; export the bundle again"
-                    )
+        inputs, outputs = _bound_tensors(self.bundle, self.graph, session.outputs)
+        sessions.check_contract(session.run, graph, inputs, outputs)
 
     @property
     def context_length(self) -> int:

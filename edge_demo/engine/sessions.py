@@ -13,8 +13,10 @@ from edge_demo.bundle.manifest import GraphSpec, TensorSpec
 from edge_demo.bundle.reader import Bundle
 from edge_demo.device.mapped_files import forget_pages
 from edge_demo.engine.float_prompts import graph_in_float
-from edge_demo.errors import BundleError, EdgeError
+from edge_demo.errors import BundleError, EdgeError, RequestError, brief
 
+_MOST_THREADS = 1024
+_DTYPES = {"tensor(float)": "float32"} | {f"tensor({n})": n for n in ("int64", "int32", "int8")}
 _WITH_KLEIDIAI = ("int4",)  # recipes that lose little by one scale for a token's activations
 
 
@@ -88,6 +90,48 @@ def candidates(bundle: Bundle) -> list[TensorSpec]:
         TensorSpec("candidate_high", "float32", shape),
         TensorSpec("candidate_hidden", "float32", hidden),
     ]
+
+
+def check_threads(threads: int | None) -> None:
+    """Raise an error for a number of threads that no operator can have.
+
+    Raises:
+        RequestError: it is out of range.
+    """
+    if threads is not None and not 1 <= threads <= _MOST_THREADS:
+        raise RequestError(f"threads must be 1 to {_MOST_THREADS:,}, not {brief(f'{threads:,}')}")
+
+
+def check_contract(
+    run: ort.InferenceSession,
+    graph: GraphSpec,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+) -> None:
+    """Compare what a loaded graph takes and returns with its bundle and with what it is fed.
+
+    Args:
+        run: the loaded graph.
+        graph: its entry in `bundle.json`.
+        inputs: that the engine feeds.
+        outputs: that the engine reads.
+
+    Raises:
+        BundleError: a tensor is missing, unexpected, or of another type or shape.
+    """
+    for found, specs, bound in (
+        (run.get_inputs(), graph.inputs, inputs),
+        (run.get_outputs(), graph.outputs, outputs),
+    ):
+        has = {(f.name, _DTYPES.get(f.type, f.type), tuple(f.shape)) for f in found}
+        for expected, whose in ((specs, "bundle.json"), (bound, "the engine")):
+            wrong = has ^ {(s.name, s.dtype, s.shape) for s in expected}
+            if wrong:
+                name = min(name for name, _, _ in wrong)
+                raise BundleError(
+                    f"{graph.file} does not match {whose}: {name!r} is missing, unexpected "
+                    "or of another type or shape; export the bundle again"
+                )
 
 
 def _load(

@@ -1,6 +1,6 @@
 """The log of a guard's decisions: JSON lines, without texts unless they are wanted.
 
-A line has no hash of the text either. With a hash, the reader of a log could try likely texts.
+A line has no hash of the text either: who has the log could try texts until one has the hash.
 """
 
 from __future__ import annotations

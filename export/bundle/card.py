@@ -10,11 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from export.bundle import embedder_card
 from export.bundle.base_model import base_model
 from export.bundle.ecosystem import CONFIG_FILE
+from export.bundle.markdown import plain, table
 from export.bundle.svg import bar_chart
 from export.bundle.terms import Terms, terms_of
 from export.formats.formats import Format, rows_and_inputs
+from export.formats.projections import projection_specs
 from export.formats.targets import ANY, TARGETS
 from gemma_keras.checkpoints.names import weight_specs
 from gemma_keras.config import GemmaConfig
@@ -39,12 +42,21 @@ def write_card(
     """
     report = report or {}
     ecosystem = (folder / CONFIG_FILE).exists()
+    quality = manifest.get("quality")
+    if "embedder" in manifest:
+        kind = embedder_card.kind(manifest["embedder"])
+        measured = embedder_card.quality(quality)
+        running = embedder_card.running(manifest["embedder"])
+    else:
+        kind = _kind(manifest)
+        measured = _quality(quality, report)
+        running = _running(manifest, ecosystem)
     sections = [
         _front_matter(manifest, ecosystem),
-        _introduction(manifest),
+        _introduction(manifest, kind),
         _making(manifest),
-        _quality(manifest.get("quality"), report),
-        _running(manifest, ecosystem),
+        measured,
+        running,
         _licence(manifest),
     ]
     if groups := report.get("kl_by_group"):
@@ -74,19 +86,23 @@ def _front_matter(manifest: Mapping[str, Any], ecosystem: bool) -> str:
     tags = ["onnx", "onnxruntime", "gemma", "gemma-keras"]
     tags += ["onnxruntime-genai", "transformers.js"] * ecosystem
     tags += [str(manifest["recipe"])] + ["conversational"] * _tuned(manifest)
-    lines += ["library_name: onnx", "pipeline_tag: text-generation", "tags:"]
+    task = "sentence-similarity" if "embedder" in manifest else "text-generation"
+    lines += ["library_name: onnx", f"pipeline_tag: {task}", "tags:"]
     return "\n".join([*lines, *(f"- {tag}" for tag in tags), "---"])
 
 
-def _introduction(manifest: Mapping[str, Any]) -> str:
-    model = manifest["model"]
-    kind = (
+def _kind(manifest: Mapping[str, Any]) -> str:
+    return (
         "It was tuned to answer in turns, as its chat template writes them."
         if _tuned(manifest)
         else "It is a base model: it continues text, it was not taught to answer."
     )
+
+
+def _introduction(manifest: Mapping[str, Any], kind: str) -> str:
+    model = manifest["model"]
     return (
-        f"# {_plain(model['name'])}, {_plain(manifest['recipe'])}, for onnxruntime\n\n"
+        f"# {plain(model['name'])}, {plain(manifest['recipe'])}, for onnxruntime\n\n"
         f"{model['parameters']:,} parameters, a vocabulary of {model['vocabulary_size']:,}, up to "
         f"{model['context_length']:,} tokens. {kind}"
     )
@@ -94,7 +110,7 @@ def _introduction(manifest: Mapping[str, Any]) -> str:
 
 def _making(manifest: Mapping[str, Any]) -> str:
     source = manifest["provenance"]
-    origin = " ".join(_plain(source[key]) for key in ("format", "file") if key in source)
+    origin = " ".join(plain(source[key]) for key in ("format", "file") if key in source)
     made = f"Made by gemma-keras with the recipe `{manifest['recipe']}` from "
     made += f"{origin or 'a Keras model'}{', held by a Keras model' * bool(source.get('through'))}."
     target = manifest.get("target", ANY)
@@ -106,7 +122,9 @@ def _making(manifest: Mapping[str, Any]) -> str:
         )
     counts: collections.Counter[str] = collections.Counter()
     sizes: collections.Counter[str] = collections.Counter()
-    for spec in weight_specs(_config(manifest)).values():
+    shapes = manifest.get("embedder", {}).get("projections", ())
+    specs = weight_specs(_config(manifest)) | projection_specs(shapes)
+    for spec in specs.values():
         entry = manifest["plan"].get(spec.name)
         fmt = Format(**entry) if entry else Format(32)
         name = _format_name(entry)
@@ -115,7 +133,7 @@ def _making(manifest: Mapping[str, Any]) -> str:
     rows = [
         (name, f"{counts[name]:,}", f"{size / 1e6:,.1f} MB") for name, size in sizes.most_common()
     ]
-    return "## How it was made\n\n" + made + "\n\n" + _table(("stored as", "tensors", "size"), rows)
+    return "## How it was made\n\n" + made + "\n\n" + table(("stored as", "tensors", "size"), rows)
 
 
 def _format_name(entry: Mapping[str, Any] | None) -> str:
@@ -140,12 +158,12 @@ def _quality(quality: Mapping[str, Any] | None, report: Mapping[str, Any]) -> st
                 f"{quality['max_logit_difference']:.2g} ({quality['logit_spread']:.2g})",
             ),
         ]
-        parts.append(f"Over {quality['tokens']:,} tokens, {_plain(quality['against'])}:")
-        parts.append(_table(("", "measured"), rows))
+        parts.append(f"Over {quality['tokens']:,} tokens, {plain(quality['against'])}:")
+        parts.append(table(("", "measured"), rows))
     if comparison := report.get("comparison"):
-        on = f", on {_plain(report['text'])}" if "text" in report else ""
+        on = f", on {plain(report['text'])}" if "text" in report else ""
         parts.append(
-            f"Against {_plain(comparison['reference']['recipe'])}, "
+            f"Against {plain(comparison['reference']['recipe'])}, "
             f"{comparison['windows']:,} windows of {comparison['length']:,} tokens{on}; ± is the "
             "standard error:"
         )
@@ -182,7 +200,7 @@ def _comparison_table(comparison: Mapping[str, Any]) -> str:
         ),
         ("same most likely token", *cells("same_top_token", 3, True)),
     ]
-    return _table(("", "all positions", "second halves"), rows)
+    return table(("", "all positions", "second halves"), rows)
 
 
 def _running(manifest: Mapping[str, Any], ecosystem: bool) -> str:
@@ -265,15 +283,4 @@ def _licence(manifest: Mapping[str, Any]) -> str:
 [{terms.url}](https://{terms.url}). These weights are a Model Derivative of {terms.subject}: whoever
 passes them on has to pass on `{manifest["license"]["notice"]}` and the terms with them, and may use
 them only as the [{terms.policy}](https://{terms.policy_url}) allows. The weights were modified:
-converted to ONNX and stored as {_plain(manifest["recipe"])}."""
-
-
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _plain(text: Any) -> str:
-    """Formats untrusted text from a checkpoint on one line and without markup."""
-    kept = "".join(c if c.isprintable() else " " for c in str(text))
-    return "".join("\\" + c if c in "\\`*_[]<>|#!" else c for c in kept)
+converted to ONNX and stored as {plain(manifest["recipe"])}."""

@@ -48,6 +48,15 @@ class Quality:
     tokens: int
     against: str
 
+    @property
+    def line(self) -> str:
+        """The same for people."""
+        return (
+            f"mean KL {self.mean_kl:.2g} nats, same top token {self.same_top_token:.1%}, "
+            f"greatest logit difference {self.max_logit_difference:.2g} (logits spread "
+            f"{self.logit_spread:.2g}), {self.tokens} tokens, {self.against}"
+        )
+
 
 def compare_logits(reference: np.ndarray, measured: np.ndarray, against: str) -> Quality:
     """Compare two float32 arrays `(positions, vocabulary_size)`."""

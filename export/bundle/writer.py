@@ -13,9 +13,12 @@ from typing import Any
 import sentencepiece
 
 from edge_demo.bundle.manifest import (
+    EMBEDDER,
+    EMBEDDER_VERSION,
     FORMAT,
     FORMAT_VERSION,
     MANIFEST,
+    EmbedderSpec,
     EmbeddingSpec,
     GraphSpec,
     RopeSpec,
@@ -26,6 +29,7 @@ from export.bundle.card import write_card
 from export.bundle.terms import terms_of
 from export.errors import ExportError, ExportRequestError
 from export.formats.formats import Plan, plan_to_json
+from export.formats.projections import projection_count
 from export.formats.targets import ANY
 from export.graph.contract import WEIGHTS_FILE
 from gemma_keras.checkpoints.adapters.write import PeftFiles
@@ -219,6 +223,7 @@ def write_manifest(
     max_context: int,
     report: Mapping[str, Any],
     adapters: Mapping[str, Any],
+    embedder: EmbedderSpec | None = None,
 ) -> None:
     """Write the model card, and `bundle.json` about the files that are then in the folder.
 
@@ -226,14 +231,21 @@ def write_manifest(
         report: `quality` and `rounding` for the manifest, as far as they are known, and more for
             the card; see `export.bundle.card.write_card`.
         adapters: what `write_adapters` returned.
+        embedder: what a bundle says that embeds texts.
     """
     config = checkpoint.config
+    of_kind: dict[str, Any] = {}
+    projections = 0
+    if embedder is not None:
+        of_kind = {"kind": EMBEDDER, "embedder": dataclasses.asdict(embedder)}
+        projections = projection_count(embedder.projections)
     manifest: dict[str, Any] = {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if embedder is None else EMBEDDER_VERSION,
+        **of_kind,
         "model": {
             "name": checkpoint.provenance.get("name", "Gemma"),
-            "parameters": parameter_count(config),
+            "parameters": parameter_count(config) + projections,
             "vocabulary_size": config.vocabulary_size,
             "context_length": max_context,
             "config": config.to_dict(),

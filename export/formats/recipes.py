@@ -39,6 +39,8 @@ class Recipe:
         finer: the format of some matrices instead of `matrices`, by their name within a block.
         most_kl: mean KL divergence from the float model in nats, on the text of the verification,
             beyond which a bundle must be wrong and is not written.
+        most_cosine_distance: the same for an embedder: 1 minus the least cosine of a text's vector
+            to that of the float model.
         kl_budget: for a recipe that chooses formats by measurement, the maximum mean KL divergence
             from the float model in nats; `None` for a fixed recipe.
         calibration: the default calibration text. Calibration balances activations
@@ -49,6 +51,7 @@ class Recipe:
     matrices: Format
     table: Format
     most_kl: float
+    most_cosine_distance: float
     finer: Mapping[str, Format] = dataclasses.field(default_factory=dict)
     kl_budget: float | None = None
     calibration: CalibrationSource = dataclasses.field(default_factory=NoCalibration)
@@ -63,12 +66,20 @@ class Recipe:
 # everywhere; a random model as int8 up to 0.02; a wrong graph whole nats.
 _LOSE_MOST = ("attention.key", "attention.value", "mlp.down")  # for their size
 RECIPES = {
-    "int4": Recipe(INT4, TWO_PLANES, most_kl=2.0, kl_budget=0.033, calibration=SelfWritten()),
+    "int4": Recipe(
+        INT4,
+        TWO_PLANES,
+        most_kl=2.0,
+        most_cosine_distance=0.3,
+        kl_budget=0.033,
+        calibration=SelfWritten(),
+    ),
     # Blocks of 16 in three matrices remove a sixth of the total loss.
     "int8": Recipe(
         INT8,
         dataclasses.replace(TWO_PLANES, block_size=32),
         most_kl=0.1,
+        most_cosine_distance=0.02,
         finer=dict.fromkeys(_LOSE_MOST, _FINE_INT8),
         calibration=OwnPage(),
     ),
@@ -77,6 +88,7 @@ RECIPES = {
         BY_ROWS,
         _TWO_TERMS,
         most_kl=0.2,
+        most_cosine_distance=0.02,
         finer=dict.fromkeys(_LOSE_MOST, _TWO_TERMS),
         calibration=OwnPage(),
     ),
@@ -85,11 +97,12 @@ RECIPES = {
         dataclasses.replace(INT8, block_size=64),
         dataclasses.replace(TWO_PLANES, block_size=32),
         most_kl=0.1,
+        most_cosine_distance=0.02,
         finer={"attention.key": _FINE_INT8, "attention.value": _FINE_INT8, "mlp.down": INT8},
         calibration=OwnPage(),
     ),
-    "fp16": Recipe(Format(16), Format(16), most_kl=1e-3),
-    "fp32": Recipe(Format(32), Format(32), most_kl=1e-5),
+    "fp16": Recipe(Format(16), Format(16), most_kl=1e-3, most_cosine_distance=1e-4),
+    "fp32": Recipe(Format(32), Format(32), most_kl=1e-5, most_cosine_distance=1e-6),
 }
 
 
@@ -106,7 +119,7 @@ def recipe_named(name: str) -> Recipe:
 
 def table_format(config: GemmaConfig) -> Format:
     """Two planes of 4 bits that fit the model's embedding."""
-    return _fitting(TWO_PLANES, config.hidden_dim)
+    return fitting(TWO_PLANES, config.hidden_dim)
 
 
 def plan_for_recipe(recipe: str, config: GemmaConfig) -> dict[str, Format]:
@@ -122,7 +135,7 @@ def plan_for_recipe(recipe: str, config: GemmaConfig) -> dict[str, Format]:
             continue
         width = rows_and_inputs(spec)[1]
         fmt = chosen.table if spec.kind == "table" else chosen.matrix_format(spec.name)
-        plan[spec.name] = _fitting(fmt, width) if fmt.by_rows or spec.kind == "table" else fmt
+        plan[spec.name] = fitting(fmt, width) if fmt.by_rows or spec.kind == "table" else fmt
     _check_table(plan["token_embedding"], config)
     return plan
 
@@ -134,7 +147,7 @@ def in_one_plane(plan: Plan) -> dict[str, Format]:
     }
 
 
-def _fitting(fmt: Format, width: int) -> Format:
+def fitting(fmt: Format, width: int) -> Format:
     """The same with the largest blocks, up to its own, that divide the width; itself if none do."""
     if not fmt.quantized:
         return fmt
@@ -147,7 +160,7 @@ def _fitting(fmt: Format, width: int) -> Format:
 def raised_plan(config: GemmaConfig) -> dict[str, Format]:
     """Returns the format of each matrix for which the 4 bits of `int4` are not enough."""
     return {
-        spec.name: _fitting(_RAISED, rows_and_inputs(spec)[1])
+        spec.name: fitting(_RAISED, rows_and_inputs(spec)[1])
         for spec in weight_specs(config).values()
         if spec.kind == "matrix"
     }

@@ -15,6 +15,9 @@ Three graphs share the same weights:
 * `candidates.onnx` is a variant for generation. It returns only the ids and logits of the few
   hundred most likely tokens, instead of all logits. With a head in two planes it multiplies by the
   high plane; the device may add the low plane for these tokens.
+
+A text embedder has `model.onnx` and `engine.onnx` only. Both return one vector of length 1 for each
+text, and have no keys and values.
 """
 
 from __future__ import annotations
@@ -149,6 +152,33 @@ def candidates_contract(
     else:
         outputs.append(TensorSpec("candidate_logits", "float32", shape))
     return _in_place(config, windows, int8_layers, CANDIDATES_FILE, *outputs)
+
+
+def embedder_interchange_contract(dimensions: int) -> GraphSpec:
+    """The contract of an embedder's `model.onnx`, which takes token ids.
+
+    Args:
+        dimensions: of a vector.
+    """
+    ids = TensorSpec("input_ids", "int64", (_BATCH, "sequence_length"))
+    return _embedder(INTERCHANGE_FILE, ids, dimensions)
+
+
+def embedder_engine_contract(config: GemmaConfig, dimensions: int) -> GraphSpec:
+    """The contract of an embedder's `engine.onnx`, which takes scaled embeddings.
+
+    Args:
+        config: the model's.
+        dimensions: of a vector.
+    """
+    shape = (_BATCH, "sequence_length", config.hidden_dim)
+    return _embedder(ENGINE_FILE, TensorSpec("inputs_embeds", "float32", shape), dimensions)
+
+
+def _embedder(file: str, tokens: TensorSpec, dimensions: int) -> GraphSpec:
+    mask = TensorSpec("attention_mask", "int64", (_BATCH, "sequence_length"))
+    vector = TensorSpec("sentence_embedding", "float32", (_BATCH, dimensions))
+    return GraphSpec(file, inputs=(tokens, mask), outputs=(vector,))
 
 
 def num_candidates(config: GemmaConfig) -> int:

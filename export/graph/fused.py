@@ -7,12 +7,12 @@ Operators of the domain `com.microsoft` are documented in onnxruntime's ContribO
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
-from edge_demo.bundle.manifest import GraphSpec
+from edge_demo.bundle.manifest import GraphSpec, RopeSpec
 from export.formats.formats import Format, Plan, rows_and_inputs
 from export.formats.fused_matrices import fused_matrices, joined_name
 from export.graph import by_rows, one_token
@@ -64,12 +64,14 @@ def build_graph(
         ConfigError: the model is bidirectional, which `GroupQueryAttention` is not.
     """
     config.require_causal("a graph with a key-value cache")
-    return _FusedGraph(
+    return FusedGraph(
         config, plan, weights, contract, max_context, kv_scales or {}, one_token_attention
     ).build()
 
 
-class _FusedGraph(NamedNodes):
+class FusedGraph(NamedNodes):
+    """The graph being built; arguments as `build_graph`."""
+
     def __init__(
         self,
         config: GemmaConfig,
@@ -95,20 +97,32 @@ class _FusedGraph(NamedNodes):
     # --- the model, in order ---
 
     def build(self) -> ir.Model:
-        config = self.config
         tokens = None if self.for_engine else self._without_padding()
         seqlens, total = self._lengths(tokens)
         tables = self._rope_tables()
         presents: list[ir.Value] = []
 
-        residual = self._embedded(tokens)
+        def attention(i: int, layer: LayerSpec, x: ir.Value) -> ir.Value:
+            table = tables[rope_key(layer)]
+            attended, present = self._attention(i, layer, x, table, seqlens, total)
+            presents.extend(present)
+            return attended
+
+        embedded = self._embedded(None if tokens is None else tokens.ids)
+        hidden = self._pick(self._blocks(embedded, attention), tokens)
+        if self.contract.file == CANDIDATES_FILE:
+            return self.model([*self._candidates(hidden), *presents])
+        return self.model([self._cap(self._logits(hidden), "logits"), *presents])
+
+    def _blocks(
+        self, residual: ir.Value, attention: Callable[[int, LayerSpec, ir.Value], ir.Value]
+    ) -> ir.Value:
+        """All blocks and the final norm, `(batch, length, hidden_dim)` in and out."""
+        config = self.config
         normed = self._norm("layers.0.pre_attention_norm", residual)
         for i, layer in enumerate(config.layers):
             name = f"layers.{i}"
-            attended, present = self._attention(
-                i, layer, normed, tables[rope_key(layer)], seqlens, total
-            )
-            presents += present
+            attended = attention(i, layer, normed)
             if layer.post_norms:
                 attended = self._norm(f"{name}.post_attention_norm", attended)
             normed, residual = self._add_and_norm(f"{name}.pre_ffw_norm", attended, residual)
@@ -118,10 +132,7 @@ class _FusedGraph(NamedNodes):
             last = i + 1 == len(config.layers)
             next_norm = "final_norm" if last else f"layers.{i + 1}.pre_attention_norm"
             normed, residual = self._add_and_norm(next_norm, fed, residual)
-        hidden = self._pick(normed, tokens)
-        if self.contract.file == CANDIDATES_FILE:
-            return self.model([*self._candidates(hidden), *presents])
-        return self.model([self._cap(self._logits(hidden), "logits"), *presents])
+        return normed
 
     def _without_padding(self) -> Unpadded:
         return without_padding(
@@ -149,39 +160,42 @@ class _FusedGraph(NamedNodes):
         )
 
     def _rope_tables(self) -> dict[tuple[float, float, int], tuple[ir.Value, ir.Value]]:
-        tables = {}
-        for key, rope in ropes(self.config).items():
-            if self.for_engine:
-                tables[key] = (self.inputs[f"{rope.name}.cos"], self.inputs[f"{rope.name}.sin"])
-                continue
-            # Made from constants, so a runtime computes them once, when it loads the graph.
-            bounds = [
-                self.constant(f"{rope.name}.{part}", np.array(value, np.float32))
-                for part, value in (("start", 0), ("limit", self.max_context), ("step", 1))
-            ]
-            positions = self.op("Range", bounds, f"{rope.name}.positions")
-            axis = self.constant("axis_1", np.array([1], np.int64))
-            column = self.op("Unsqueeze", [positions, axis], f"{rope.name}.column")
-            frequencies = rope.theta ** (-np.arange(rope.dims, dtype=np.float32) / rope.dims)
-            row = self.constant(
-                f"{rope.name}.frequencies", (frequencies / rope.scale)[None].astype(np.float32)
-            )
-            angles = self.op("Mul", [column, row], f"{rope.name}.angles")
-            # By way of float64, so that they are the device's tables to the last bit: one bit is
-            # enough to round an activation the other way, and then other tokens come out.
-            exact = self.op("Cast", [angles], f"{rope.name}.exact", to=int(ir.DataType.DOUBLE))
-            cosines = self.op("Cos", [exact], f"{rope.name}.cos.exact")
-            sines = self.op("Sin", [exact], f"{rope.name}.sin.exact")
-            tables[key] = (
-                self.float32(cosines, f"{rope.name}.cos"),
-                self.float32(sines, f"{rope.name}.sin"),
-            )
-        return tables
+        return {
+            key: (self.inputs[f"{rope.name}.cos"], self.inputs[f"{rope.name}.sin"])
+            if self.for_engine
+            else self._constant_rope_table(rope)
+            for key, rope in ropes(self.config).items()
+        }
 
-    def _embedded(self, tokens: Unpadded | None) -> ir.Value:
-        if tokens is None:
+    def _constant_rope_table(self, rope: RopeSpec) -> tuple[ir.Value, ir.Value]:
+        """Made from constants, so a runtime computes it once, when it loads the graph."""
+        bounds = [
+            self.constant(f"{rope.name}.{part}", np.array(value, np.float32))
+            for part, value in (("start", 0), ("limit", self.max_context), ("step", 1))
+        ]
+        positions = self.op("Range", bounds, f"{rope.name}.positions")
+        axis = self.constant("axis_1", np.array([1], np.int64))
+        column = self.op("Unsqueeze", [positions, axis], f"{rope.name}.column")
+        frequencies = rope.theta ** (-np.arange(rope.dims, dtype=np.float32) / rope.dims)
+        row = self.constant(
+            f"{rope.name}.frequencies", (frequencies / rope.scale)[None].astype(np.float32)
+        )
+        angles = self.op("Mul", [column, row], f"{rope.name}.angles")
+        # By way of float64, so that they are the device's tables to the last bit: one bit is
+        # enough to round an activation the other way, and then other tokens come out.
+        exact = self.op("Cast", [angles], f"{rope.name}.exact", to=int(ir.DataType.DOUBLE))
+        cosines = self.op("Cos", [exact], f"{rope.name}.cos.exact")
+        sines = self.op("Sin", [exact], f"{rope.name}.sin.exact")
+        return (
+            self.float32(cosines, f"{rope.name}.cos"),
+            self.float32(sines, f"{rope.name}.sin"),
+        )
+
+    def _embedded(self, ids: ir.Value | None) -> ir.Value:
+        """Scaled embeddings of ids, `(batch, length, hidden_dim)`; without ids, the device's."""
+        if ids is None:
             return self.inputs["inputs_embeds"]
-        rows = self._rows("token_embedding", tokens.ids, "embedded")
+        rows = self._rows("token_embedding", ids, "embedded")
         scale = self.constant("embedding_scale", np.array(self.config.embedding_scale, np.float32))
         return self.op("Mul", [rows, scale], "embedded.scaled")
 

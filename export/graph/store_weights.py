@@ -11,6 +11,7 @@ from export.errors import ExportError
 from export.formats.formats import Format, Plan, rows_and_inputs
 from export.formats.fused_matrices import fused_matrices, joined_name
 from export.formats.packing import Quantized, stored_tensors
+from export.formats.projections import projection_specs
 from export.formats.round_to_nearest import round_to_nearest, search_scales
 from export.graph.weights_file import WeightsFile
 from gemma_keras.checkpoints.names import WeightSpec, head_table, weight_specs
@@ -28,6 +29,7 @@ def store_weights(
     file: WeightsFile,
     on_progress: Callable[[int, int], None],
     rounded: Callable[[str, Format], Quantized | None] = lambda name, fmt: None,
+    has_head: bool = True,
 ) -> None:
     """Write every weight in its planned format.
 
@@ -48,10 +50,12 @@ def store_weights(
         on_progress: called with (parameters stored so far, all of them).
         rounded: weights that are already quantized, by name and format; the others are rounded to
             nearest.
+        has_head: whether the model makes logits; an embedder does not.
 
     Raises:
         ExportError: a weight does not fit float16, but the plan requires it.
     """
+    head = head_table(config) if has_head else None
     specs = weight_specs(config)
     total = sum(int(np.prod(spec.shape)) for spec in specs.values())
     done = 0
@@ -65,8 +69,8 @@ def store_weights(
     for spec in specs.values():
         if spec.kind == "norm":
             factors = 1 + weights[spec.name]
-            if spec.name == "final_norm" and head_table(config) in columns:
-                factors = factors * columns[head_table(config)]
+            if spec.name == "final_norm" and head in columns:
+                factors = factors * columns[head]
             file.add(spec.name, factors.astype(np.float32))
         elif spec.name in others:
             pass  # with the first of them
@@ -78,6 +82,29 @@ def store_weights(
             _store_float(spec, weights, plan[spec.name], file)
         done += int(np.prod(spec.shape))
         on_progress(done, total)
+
+
+def store_projections(projections: Sequence[np.ndarray], plan: Plan, file: WeightsFile) -> None:
+    """Write an embedder's projections in their planned formats.
+
+    Args:
+        projections: float32 `(in, out)` each, first to last.
+        plan: canonical name to format.
+        file: open for writing.
+
+    Raises:
+        ExportError: a weight does not fit float16, but the plan requires it.
+    """
+    specs = projection_specs([matrix.shape for matrix in projections])
+    for (name, spec), matrix in zip(specs.items(), projections, strict=True):
+        if plan[name].quantized:
+            _store_quantized([spec], {name: matrix}, plan[name], file, _not_yet, None)
+        else:
+            _store_float(spec, {name: matrix}, plan[name], file)
+
+
+def _not_yet(name: str, fmt: Format) -> None:
+    """Nothing is rounded before."""
 
 
 def embedding_spec(config: GemmaConfig, plan: Plan, file: WeightsFile) -> EmbeddingSpec:

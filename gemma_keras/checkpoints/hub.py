@@ -131,9 +131,14 @@ def is_own_preset(path: str | os.PathLike[str]) -> bool:
     return (path / "task.json").exists() and not is_keras_hub_preset(path)
 
 
-def _registered_name(folder: Path) -> str:
-    """Returns the class that a Keras `config.json` names; empty if it names no class."""
-    path = folder / "config.json"
+def is_text_embedder_preset(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder is one that `GemmaTextEmbedder.save_to_preset` wrote."""
+    return _registered_name(Path(path), "task.json") == "gemma_keras>GemmaTextEmbedder"
+
+
+def _registered_name(folder: Path, file: str = "config.json") -> str:
+    """Returns the class that one of Keras's files names; empty if it names no class."""
+    path = folder / file
     try:
         if path.stat().st_size > _MAX_JSON:
             return ""

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_demo.bundle.manifest import FORMAT_VERSION
+from edge_demo.bundle.manifest import EMBEDDER_VERSION, FORMAT_VERSION
 from edge_demo.bundle.reader import Bundle
 from edge_demo.errors import EdgeError
 from tests.edge_demo.bundle_files import (
@@ -53,10 +53,12 @@ def test_a_manifest_that_is_none_is_refused(damaged, content, words):
     assert_refused(damaged, damaged / "bundle.json", words)
 
 
-@pytest.mark.parametrize("version", [0, 3, FORMAT_VERSION + 1, "4", 4.0, None, [4]])
+@pytest.mark.parametrize("version", [0, 3, EMBEDDER_VERSION + 1, "4", 4.0, None, [4]])
 def test_another_version_is_refused_by_number(damaged, version):
     edit_manifest(damaged, lambda m: m.update(format_version=version))
-    assert_refused(damaged, f"version {version!r}", f"reads 4 and {FORMAT_VERSION}")
+    assert_refused(
+        damaged, f"version {version!r}", f"reads 4, {FORMAT_VERSION} and {EMBEDDER_VERSION}"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""A model that looks both ways has no graph of ours: nothing it keeps of a text stays as it is."""
+"""A model that looks both ways generates nothing: nothing it keeps of a text stays as it is.
+
+An embedder is exported as one: see test_embedder.py.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +29,7 @@ WORDS = "needs a model that predicts the next token, but this model has bidirect
 def embedder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("embedder")
     write_tiny_embedder(folder)
+    (folder / "modules.json").unlink()  # of sentence-transformers, which makes it an embedder
     return folder
 
 

@@ -111,3 +111,22 @@ def write_tiny_embedder(folder: Path, **changes: Any):
         matrices.append(random.normal(0, wide**-0.5, (narrow, wide)).astype(np.float32))
         save_file({"linear.weight": matrices[-1]}, folder / name / "model.safetensors")
     return model, tuple(matrices)
+
+
+def by_torch(reference, texts, prompt="", normalize=True, dim=DIM):
+    """Each text on its own: mean, two products, the first numbers, length 1."""
+    import sentencepiece
+    import torch
+
+    transformer, matrices = reference
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=tiny_tokenizer_model())
+    vectors = []
+    for text in texts:
+        ids = [2, *pieces.encode((prompt + text).strip()), 1]
+        with torch.no_grad():
+            x = transformer(torch.tensor([ids])).last_hidden_state[0].mean(dim=0)
+        for matrix in matrices:
+            x = torch.from_numpy(matrix) @ x
+        x = x[:dim]
+        vectors.append(torch.nn.functional.normalize(x, dim=0) if normalize else x)
+    return torch.stack(vectors).numpy()

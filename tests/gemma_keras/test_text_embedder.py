@@ -20,6 +20,7 @@ from tests.gemma_keras.embedder_files import (
     MAX_TOKENS,
     PROMPTS,
     WINDOW,
+    by_torch,
     write_tiny_embedder,
 )
 from tests.models import TEXT, tiny_tokenizer_model
@@ -147,22 +148,6 @@ def test_keras_hub_sees_one_token_fewer_back_in_an_even_window(keras_hub_window,
 
 
 # --- encode --------------------------------------------------------------------------------------
-
-
-def by_torch(reference, texts, prompt="", normalize=True, dim=DIM):
-    """Each text on its own: mean, two products, the first numbers, length 1."""
-    transformer, matrices = reference
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=tiny_tokenizer_model())
-    vectors = []
-    for text in texts:
-        ids = [2, *pieces.encode((prompt + text).strip()), 1]
-        with torch.no_grad():
-            x = transformer(torch.tensor([ids])).last_hidden_state[0].mean(dim=0)
-        for matrix in matrices:
-            x = torch.from_numpy(matrix) @ x
-        x = x[:dim]
-        vectors.append(torch.nn.functional.normalize(x, dim=0) if normalize else x)
-    return torch.stack(vectors).numpy()
 
 
 def test_vectors_are_those_of_plain_torch(model, reference, record_property):

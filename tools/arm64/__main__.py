@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from edge_demo.units import megabytes
-from tools.arm64 import agree, instructions
+from tools.arm64 import agree, instructions, serve
 from tools.arm64.bundles import BUNDLES, BoardBundle, check_made
 from tools.arm64.observe import Observation
 from tools.arm64.user_space import (
@@ -34,7 +34,7 @@ from tools.arm64.user_space import (
     build,
 )
 
-PARTS = ("command", "sample", "tests")
+PARTS = ("command", "server", "sample", "tests")
 # They start a process for nearly every test, which takes minutes there; `check_command` starts one.
 _LEFT_OUT = ("test_commands.py", "test_terminal.py")
 _ONLY_WHERE_EXPORTED = ("keras", "tensorflow", "jax", "torch", "onnx", "gemma_keras", "export")
@@ -90,6 +90,19 @@ def check_command(space: UserSpace, processor: Processor, bundles: Path, check: 
         reports.append(json.loads(done.stdout))
     same = all(reports[0][key] == reports[1][key] for key in ("prompt_ids", "ids", "text"))
     check(same, f"{processor.name}: edge-demo generate says what it says here")
+
+
+def check_server(space: UserSpace, processor: Processor, bundles: Path, check: Checks) -> None:
+    """`edge-demo serve` answers as it does here."""
+    bundle = bundles / "tiny-bundles" / "long-chat"
+    try:
+        here = serve.answers(Path(sys.executable), {}, bundle)
+        there = serve.answers(space.python(processor), space.environment(server=True), bundle)
+    except serve.ServerError as error:
+        check(False, f"{processor.name}: edge-demo serve: {error}")
+        return
+    for name, answer in here.items():
+        check(there[name] == answer, f"{processor.name}: edge-demo serve gives {name} as here")
 
 
 def check_tests(
@@ -220,7 +233,7 @@ def main() -> int:
     try:
         if "sample" in parts:
             check_made(bundles, "test-arm64", wanted)
-        if {"command", "tests"} & set(parts) and not (bundles / "tiny-bundles").exists():
+        if {"command", "server", "tests"} & set(parts) and not (bundles / "tiny-bundles").exists():
             raise SetupError(f"{bundles} holds no tiny-bundles; make test-arm64 makes them")
         space = build(arguments.folder, say)
     except SetupError as error:
@@ -230,6 +243,9 @@ def main() -> int:
         for processor in processors:
             check_instructions(space, processor, check)
             check_command(space, processor, bundles, check)
+    if "server" in parts:
+        for processor in processors:
+            check_server(space, processor, bundles, check)
     if "sample" in parts:
         options = ["--max-tokens", str(arguments.max_tokens)]
         options += ["--positions", str(arguments.positions), "--threads", str(arguments.threads)]

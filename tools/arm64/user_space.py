@@ -21,6 +21,7 @@ import time
 import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 SUITE = "bookworm"  # glibc 2.36 and Python 3.11, as Raspberry Pi OS of the same name
@@ -30,9 +31,18 @@ PACKAGES = ("python3", "libstdc++6")
 # What the tests of `edge_demo` use beside the device's packages; onnx spoils graphs in
 # them, scipy knows what chance allows.
 TEST_PACKAGES = ("pytest", "hypothesis", "filelock", "onnx", "scipy")
+# What a server on a device installs, beside what every device does.
+SERVER_EXTRAS = ("serve", "grammar")
+_EXTRAS = "optional-dependencies"
 # Their version here is their version there, so that the processor is the only difference.
 _SAME_VERSION = ("onnxruntime", "sentencepiece")
-_PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux2014", "manylinux_2_17")
+_PLATFORMS = (
+    "manylinux_2_31",
+    "manylinux_2_28",
+    "manylinux_2_27",
+    "manylinux2014",
+    "manylinux_2_17",
+)
 _CORES = os.cpu_count() or 1  # as many as here: onnxruntime binds its threads to them
 
 
@@ -87,13 +97,15 @@ class UserSpace:
         """The Python of a processor, to be started like any program."""
         return self.folder / processor.name / "python"
 
-    def environment(self, *, tests: bool = False) -> dict[str, str]:
+    def environment(self, *, tests: bool = False, server: bool = False) -> dict[str, str]:
         """What the environment of that Python has to hold beside this process's own.
 
         Args:
             tests: whether what the tests need can be imported, too.
+            server: whether what `edge-demo serve` needs can be.
         """
-        places = [self.folder / "device", *([self.folder / "tests"] if tests else []), ROOT]
+        more = [name for name, wanted in (("tests", tests), ("server", server)) if wanted]
+        places = [*(self.folder / name for name in ("device", *more)), ROOT]
         return {"PYTHONPATH": os.pathsep.join(map(str, places)), "PYTHONNOUSERSITE": "1"}
 
 
@@ -118,6 +130,8 @@ def build(folder: Path, say: Callable[[str], None], qemu: Sequence[str] | None =
     device, tests = _device_requirements(), TEST_PACKAGES
     make(folder / "device", device, lambda new: _install(new, device, say))
     make(folder / "tests", tests, lambda new: _install(new, tests, say))
+    server = tuple(one for extra in SERVER_EXTRAS for one in _project()[_EXTRAS][extra])
+    make(folder / "server", server, lambda new: _install(new, server, say))
     for processor in PROCESSORS:
         root = folder / processor.name
         launcher = _launcher(qemu, root, processor)
@@ -222,7 +236,6 @@ def _mirror(apt_get: str) -> str:
 
 def _device_requirements() -> tuple[str, ...]:
     """What `pyproject.toml` says a device installs, some of it in this environment's version."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     try:
         here = {name: importlib.metadata.version(name) for name in _SAME_VERSION}
     except importlib.metadata.PackageNotFoundError as error:
@@ -231,7 +244,11 @@ def _device_requirements() -> tuple[str, ...]:
             "as make test-arm64 does"
         ) from error
     pinned = tuple(f"{name}=={version}" for name, version in here.items())
-    return (*project["dependencies"], *pinned)
+    return (*_project()["dependencies"], *pinned)
+
+
+def _project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def _install(new: Path, requirements: Iterable[str], say: Callable[[str], None]) -> None:

@@ -74,12 +74,7 @@ class Generating:
             Refusal: the request is for another.
         """
         if name is not None and name != self._bundle.name:
-            raise Refusal(
-                f"there is no model {name[:80]!r} here; there is {self._bundle.name!r}",
-                404,
-                "model_not_found",
-                "model",
-            )
+            raise Refusal.of_model(name, self._bundle.name)
 
     def encode(self, prompt: Prompt) -> tuple[list[int], int]:
         """The tokens of a prompt, and how many of the first other prompts may begin with too.

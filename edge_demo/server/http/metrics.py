@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from edge_demo.device.memory_limits import rss_bytes
 from edge_demo.guard.decisions import Guard
+from edge_demo.server.worker.embedding_worker import EmbeddingWorker
 from edge_demo.server.worker.worker import Worker
 
 _COUNTERS = {
@@ -20,6 +21,13 @@ _COUNTERS = {
     "cached_tokens": "Tokens of prompts that had been run before.",
     "completion_tokens": "Tokens generated.",
 }
+_EMBEDDING_COUNTERS = {
+    "requests": "Requests for vectors that were begun.",
+    "refused": "Requests refused because too many were waiting.",
+    "failures": "Times the engine failed.",
+    "texts": "Texts embedded.",
+    "prompt_tokens": "Tokens of texts.",
+}
 _GAUGES = {
     "waiting": "Prompts that wait.",
     "reading": "Prompts that are being run.",
@@ -28,9 +36,15 @@ _GAUGES = {
     "cache_bytes": "Bytes of keys and values kept of earlier prompts.",
     "cache_entries": "Prompts whose keys and values are kept.",
 }
+_EMBEDDING_GAUGES = {
+    "waiting": "Requests that wait.",
+    "running": "Requests whose texts are being embedded.",
+}
 
 
-def metrics(worker: Worker, unknown_fields: int, guard: Guard | None = None) -> str:
+def metrics(
+    worker: Worker | EmbeddingWorker, unknown_fields: int, guard: Guard | None = None
+) -> str:
     """All numbers as Prometheus reads them.
 
     Args:
@@ -38,12 +52,15 @@ def metrics(worker: Worker, unknown_fields: int, guard: Guard | None = None) -> 
         unknown_fields: of all requests so far.
         guard: whose decisions are counted.
     """
+    embeds = isinstance(worker, EmbeddingWorker)
+    counters = _EMBEDDING_COUNTERS if embeds else _COUNTERS
+    gauges = _EMBEDDING_GAUGES if embeds else _GAUGES
     lines = []
-    for name, text in _COUNTERS.items():
+    for name, text in counters.items():
         lines += _metric(f"{name}_total", "counter", text, worker.counts[name])
     text = "Unknown fields of requests."
     lines += _metric("unknown_fields_total", "counter", text, unknown_fields)
-    for name, text in _GAUGES.items():
+    for name, text in gauges.items():
         lines += _metric(name, "gauge", text, worker.state[name])
     lines += _metric("resident_bytes", "gauge", "Resident memory.", rss_bytes())
     if guard is not None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import socket
 from collections.abc import Callable
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from edge_demo.errors import RequestError, sentence
 
 _KEEP_ALIVE_S = 15
+_HEADERS_S = 30.0  # for a client to send the lines before a body
 _BACKLOG = 64
 _CONNECTIONS = 256
 
@@ -51,16 +55,9 @@ def url_of(sock: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def run(app: Starlette, sock: socket.socket, drain_s: int, on_start: Callable[[], None]) -> None:
-    """Serve until SIGTERM or Ctrl-C; answers that have begun are finished.
-
-    Args:
-        app: to serve.
-        sock: that listens.
-        drain_s: seconds after which unfinished answers are given up.
-        on_start: called when requests can come.
-    """
-    config = uvicorn.Config(
+def config_of(app: Starlette, drain_s: int) -> uvicorn.Config:
+    """How uvicorn serves an application; arguments as of `run`."""
+    return uvicorn.Config(
         app,
         log_level="critical",
         access_log=False,
@@ -71,13 +68,60 @@ def run(app: Starlette, sock: socket.socket, drain_s: int, on_start: Callable[[]
         server_header=False,
         date_header=False,
         ws="none",
+        http=_Connection,
     )
+
+
+def run(app: Starlette, sock: socket.socket, drain_s: int, on_start: Callable[[], None]) -> None:
+    """Serve until SIGTERM or Ctrl-C; answers that have begun are finished.
+
+    Args:
+        app: to serve.
+        sock: that listens.
+        drain_s: seconds after which unfinished answers are given up.
+        on_start: called when requests can come.
+    """
     # uvicorn raises the signal again at the end; a server that was asked to end has not failed.
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
-        _Server(config, on_start).run(sockets=[sock])
+        _Server(config_of(app, drain_s), on_start).run(sockets=[sock])
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+class _Connection(H11Protocol):
+    """A connection that is closed where a request's first lines do not come."""
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self._due: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """As uvicorn's."""
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """As uvicorn's."""
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """As uvicorn's."""
+        super().connection_lost(exc)
+        self._forget()
+
+    def _watch(self) -> None:
+        """Limit the time of reading the first lines, and of nothing else."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._forget()
+        elif self._due is None:
+            self._due = self.loop.call_later(_HEADERS_S, self.transport.close)
+
+    def _forget(self) -> None:
+        if self._due is not None:
+            self._due.cancel()
+            self._due = None
 
 
 class _Server(uvicorn.Server):

@@ -10,6 +10,7 @@ import contextlib
 import os
 import socket
 
+from edge_demo.server.worker.embedding_worker import EmbeddingWorker
 from edge_demo.server.worker.worker import Worker
 
 
@@ -34,7 +35,7 @@ def period_s() -> float | None:
     return int(microseconds) / 3e6
 
 
-async def keep_alive(worker: Worker) -> None:
+async def keep_alive(worker: Worker | EmbeddingWorker) -> None:
     """Give signs of life until cancelled, as long as the worker makes progress."""
     period = period_s()
     if period is None:

@@ -27,6 +27,17 @@ class Refusal(Exception):
         self.code = code
         self.param = param
 
+    @classmethod
+    def of_model(cls, asked: str, there: str) -> Refusal:
+        """Returns the refusal of a model that is not here.
+
+        Args:
+            asked: its name.
+            there: the name of the one that is.
+        """
+        message = f"there is no model {asked[:80]!r} here; there is {there!r}"
+        return cls(message, 404, "model_not_found", "model")
+
     @property
     def body(self) -> dict[str, Any]:
         """The object that is sent."""

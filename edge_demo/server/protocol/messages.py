@@ -2,7 +2,7 @@
 
 Gemma's template knows a user and a model who take turns. Messages of one role that follow each
 other are one turn, with a blank line between them. System and developer messages come first.
-What tools return is told in a user's turn.
+What tools return stands in a user's turn.
 """
 
 from __future__ import annotations

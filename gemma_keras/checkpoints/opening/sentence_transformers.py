@@ -22,7 +22,7 @@ import numpy as np
 
 from gemma_keras.checkpoints.adapters.find import find_adapter
 from gemma_keras.checkpoints.hf.reader import opened, read_safetensors_folder
-from gemma_keras.checkpoints.hub import local_or_downloaded
+from gemma_keras.checkpoints.hub import hf_name, local_or_downloaded
 from gemma_keras.checkpoints.json_files import read_json, read_json_value
 from gemma_keras.checkpoints.source import Checkpoint
 from gemma_keras.errors import CheckpointError, ConfigError
@@ -61,6 +61,17 @@ class EmbedderCheckpoint:
     max_tokens: int
     prompts: Mapping[str, str]
     default_prompt_name: str | None
+
+
+def is_embedder(source: str | os.PathLike[str]) -> bool:
+    """Whether it is a folder in this layout, or the name of one; it is then downloaded.
+
+    Raises:
+        CheckpointError: it cannot be downloaded.
+    """
+    if not Path(source).exists() and hf_name(source) is None:
+        return False
+    return (local_or_downloaded(source, "") / MODULES_FILE).is_file()
 
 
 def open_embedder(source: str | os.PathLike[str]) -> EmbedderCheckpoint:
