@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import math
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,10 +96,11 @@ def _guard(
 
     bundle = Bundle.open(arguments.bundle)
     judge, thresholds = guard_options.open_judge(arguments, bundle)
-    progress, found = Progress("text"), []
+    progress, found, begin = Progress("text"), [], time.perf_counter()
     for number, text in enumerate(texts, start=1):
         found.append(judge.probabilities(text.prompt, text.response))
         progress(number, len(texts))
+    seconds = time.perf_counter() - begin
     unsafe = [text.unsafe for text in texts]
     refused = [any(p[name] >= t for name, t in thresholds.items()) for p in found]
     scores = [max(p.values()) for p in found]
@@ -113,6 +115,7 @@ def _guard(
             name: misses.area_under_roc([p[name] for p in found], unsafe) for name in thresholds
         },
         "tokens": dataclasses.asdict(judge.counts),
+        "seconds": seconds,
         "by_threshold": [
             {"threshold": t} | _numbers(misses.Counts.of([s >= t for s in scores], unsafe))
             for t in _THRESHOLDS
@@ -222,7 +225,7 @@ def _lines_of_guard(report: Mapping[str, Any]) -> Iterator[str]:
     tokens = report["tokens"]
     yield (
         f"tokens        {tokens['texts']:,} of texts, {tokens['policies']:,} of policies, "
-        f"{tokens['reused']:,} reused"
+        f"{tokens['reused']:,} reused; {report['seconds'] / report['texts']:.2f} s a text"
     )
     yield f"\n{'threshold':<12}{'misses':>10}{'over-refusal':>15}{'precision':>12}{'F1':>8}"
     for row in (*report["by_threshold"], report["best"]):

@@ -183,6 +183,7 @@ def test_a_guard_is_measured(run_json, tiny_guard, file, tmp_path):
     assert report["by_type"]["harmless"]["unsafe"] == 0
     half = next(row for row in report["by_threshold"] if row["threshold"] == 0.5)
     assert half["f1"] == Counts.of([s >= 0.5 for s in scores], unsafe).f1
+    assert report["tokens"]["texts"] == judge.counts.texts and report["seconds"] > 0
     assert report["best"]["f1"] >= max(row["f1"] or 0 for row in report["by_threshold"])
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["prompt"] for row in rows] == [text.prompt for text in texts]
