@@ -166,12 +166,16 @@ class Rows:
             row.job.tell(Failed(error))
             return False
 
-    def catch_up(self, engine: Engine | CandidateEngine) -> None:
+    def catch_up(self, engine: Engine | CandidateEngine) -> bool:
         """Run tokens that a grammar has forced at once, in place of one after another.
 
         Args:
             engine: of the same bundle, which holds nothing that is needed.
+
+        Returns:
+            Whether the engine now holds a text of these answers.
         """
+        used = False
         for place, row in enumerate(self._rows):
             *forced, last = row.pending
             if len(forced) < _FEWEST_AT_ONCE or row.job.cancelled:
@@ -181,6 +185,8 @@ class Rows:
             engine.add(forced)
             self._decoder.put(place, engine.snapshot())
             row.pending = [last]
+            used = True
+        return used
 
     def fail(self, error: Exception) -> None:
         """End all answers."""

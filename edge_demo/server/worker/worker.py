@@ -337,8 +337,9 @@ class Worker:
     def _answer(self) -> None:
         """Add a token to each answer."""
         for rows in {id(r): r for r in (self._of_candidates, self._of_all) if r}.values():
-            if self._reading is None:  # else the engine holds a part of a prompt
-                rows.catch_up(self._engine)
+            # While a prompt is read, the engine holds a part of it.
+            if self._reading is None and rows.catch_up(self._engine):
+                self._engine.rewind(0)  # that text may be of another namespace
             self.counts["completion_tokens"] += rows.step()
 
     def _fail(self, error: Exception) -> None:

@@ -271,6 +271,25 @@ def test_a_prompt_that_does_not_fit_is_refused_at_once(tiny_bundles, started):
     assert len(full.completion.ids) == 1 and full.completion.finish_reason == "context"
 
 
+def test_what_was_run_for_a_form_is_of_its_namespace(tiny_bundles, started):
+    path = tiny_bundles / "long-chat"
+    worker, bundle = started(path, rows=2, cache=0), Bundle.open(path)
+    grammars = Grammars(Tokenizer(bundle), bundle.vocabulary_size)
+    grammar = grammars.compile(GrammarSource("regex", "[a-z]{60}" + "X" * 400))
+    secret = job(text(200), tokens=600, grammar=grammar, sampler=Sampler(1.0, seed=1))
+    secret.namespace = "one key"
+    worker.submit(secret)
+    assert secret.tell.first.wait(60)
+    other = job(text(3, 1), tokens=2, namespace="another key")
+    worker.submit(other)  # now the engine is the other's
+    finish(secret, other)
+    assert secret.completion.text.endswith("X" * 400)
+    curious = job([*secret.ids, *secret.completion.ids], tokens=2, namespace="another key")
+    worker.submit(curious)
+    finish(curious)
+    assert curious.completion.reused_tokens == 0
+
+
 def test_all_logits_are_read_where_candidates_do_not_suffice(tiny_bundles, started):
     path = tiny_bundles / "gemma3-fp32"
     worker = started(path)
@@ -368,7 +387,7 @@ def test_a_reader_who_is_too_slow_gets_an_error_and_the_row_is_free(
 
     async def stream():
         answer = Answer("1", 0, "chat", "fp", [Choice(0)])
-        run = generating._Run(answer, False, worker, Tokenizer(worker._engine.bundle))
+        run = generating._Run(answer, False, worker, Tokenizer(worker._engine.bundle), [])
         run.jobs.append(Job(text(9), Sampler(), 200, run.teller(0)))
         worker.submit(*run.jobs)
         while not run.jobs[0].cancelled:  # nobody reads
