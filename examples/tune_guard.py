@@ -37,8 +37,8 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="the bundle's folder, which must not exist")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--rank", type=int, default=8, help="of LoRA; 0 tunes all weights")
-    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
-    parser.add_argument("--batch-size", type=int, default=1, help="of rows of 512 tokens")
+    parser.add_argument("--learning-rate", type=float, default=5e-4)
+    parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--recipe", default="int8", help="of the bundle")
     arguments = parser.parse_args()
     if arguments.out.exists():
@@ -55,14 +55,12 @@ def main() -> None:
     )
     if arguments.rank:
         model.enable_lora(rank=arguments.rank, targets="all-linear")
-    # About as many steps as there will be, at four letters a token. Later ones are small.
-    tokens = sum(len(row["prompt"]) for row in rows) // 4
-    steps = arguments.epochs * max(20, tokens // (512 * arguments.batch_size))
+    steps = arguments.epochs * len(rows) // arguments.batch_size
     rate = keras.optimizers.schedules.CosineDecay(
         0.0, steps, alpha=0.05, warmup_target=arguments.learning_rate, warmup_steps=steps // 20
     )
     model.compile(optimizer=keras.optimizers.Adam(rate, clipnorm=1.0))
-    model.fit(rows, epochs=arguments.epochs, batch_size=arguments.batch_size, pack=True)
+    model.fit(rows, epochs=arguments.epochs, batch_size=arguments.batch_size, verbose=2)
     model.export(arguments.out, format="onnx", recipe=arguments.recipe)
 
 

@@ -30,7 +30,7 @@ _SIZES: dict[str, Any] = {
 }
 _PIECES = 1000
 _TUNING = (
-    *("--rank=0", "--learning-rate=3e-3", "--batch-size=5", "--recipe=fp32"),
+    *("--rank=0", "--learning-rate=3e-3", "--batch-size=16", "--recipe=fp32"),
     "--epochs=6",  # more of them learn the texts by heart
 )
 
