@@ -47,6 +47,7 @@ TOOLS = [
     for name, properties in PARAMETERS.items()
 ]
 MOST_ROUNDS = 4
+MOST_TOKENS = 200
 
 
 def main() -> None:
@@ -62,9 +63,17 @@ def main() -> None:
     choice = "required"  # a model of 270M parameters would rather talk
     for _ in range(MOST_ROUNDS):
         answer = client.chat.completions.create(
-            model=model, messages=messages, tools=TOOLS, tool_choice=choice, temperature=0
+            model=model,
+            messages=messages,
+            tools=TOOLS,
+            tool_choice=choice,
+            temperature=0,
+            max_tokens=MOST_TOKENS,
         )
         message = answer.choices[0].message
+        if answer.choices[0].finish_reason == "length":  # a call may be cut
+            print(f"no end after {MOST_TOKENS} tokens: {message.content}")
+            return
         messages.append(message)
         if not message.tool_calls:
             print(message.content)

@@ -342,7 +342,13 @@ def test_show_says_what_there_is(chat):
     tokens = whole[:-opening]
     shown = here.type("/show")
     assert f"context   {len(tokens)} of 128 tokens" in shown
-    for part in ("instruction-tuned", "Be kind.", "1 message and 1 answer", "top-k 7", " MB"):
+    for part in (
+        "instruction-tuned",
+        "Be kind.",
+        "1 message and 1 answer",
+        "top-k 7",
+        "memory    ",
+    ):
         assert part in shown
 
 
@@ -518,7 +524,7 @@ def test_each_answer_has_a_line_of_figures(chat):
     used = len(here.generator.tokenizer.encode_chat(here.session.turns[:-1])) + 4
     assert re.match(
         rf"\[length\] 4 tokens · first token \d+\.\d s · \d+ tokens/s · {used} of 128 context · "
-        r"\d+ cached · \d+ MB( · \d+ °C)?\n$",
+        r"\d+ cached · [\d.]+ [MG]B( · \d+ °C)?\n$",
         says,
     )
 
