@@ -2,8 +2,8 @@
 
     python -m benchmarks.embedder FOLDER
 
-Real weights need a licence that is not given here; size and speed do not depend on them, quality
-does. The tokenizer is that of the sample. Each run on the device is a process of its own.
+Size and speed do not depend on the weights, quality does. The tokenizer is Gemma's, from the preset
+`sample`. Each measurement runs in a new process.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ norm scales and soft caps that matter, a norm epsilon that is nobody's default.
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -165,11 +166,22 @@ CHATML_JINJA = (
 
 def tiny_tokenizer_model(vocabulary_size: int = VOCABULARY_SIZE) -> bytes:
     """A SentencePiece model with Gemma's conventions; up to 480 pieces."""
+    return train_tokenizer(_SENTENCES, vocabulary_size, split_digits=True)
+
+
+def train_tokenizer(sentences: Iterable[str], vocabulary_size: int, **more: Any) -> bytes:
+    """A SentencePiece model with Gemma's conventions.
+
+    Args:
+        sentences: to learn from.
+        vocabulary_size: in pieces.
+        more: settings of SentencePiece's trainer.
+    """
     import sentencepiece
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(_SENTENCES),
+        sentence_iterator=iter(sentences),
         model_writer=model,
         model_type="bpe",
         vocab_size=vocabulary_size,
@@ -178,7 +190,6 @@ def tiny_tokenizer_model(vocabulary_size: int = VOCABULARY_SIZE) -> bytes:
         normalization_rule_name="identity",
         add_dummy_prefix=False,
         remove_extra_whitespaces=False,
-        split_digits=True,
         pad_id=0,
         eos_id=1,
         bos_id=2,
@@ -187,9 +198,9 @@ def tiny_tokenizer_model(vocabulary_size: int = VOCABULARY_SIZE) -> bytes:
         eos_piece="<eos>",
         bos_piece="<bos>",
         unk_piece="<unk>",
-        user_defined_symbols=[],
         num_threads=1,
         minloglevel=2,
+        **more,
     )
     return model.getvalue()
 

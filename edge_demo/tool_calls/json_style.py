@@ -4,8 +4,8 @@ The words are those of "Function calling with Gemma" (ai.google.dev/gemma/docs/c
 function-calling), in its JSON form. Several calls are a list, which is our addition. Results
 stand in a block named `tool_output`, as Google's examples for Gemma 3 have them.
 
-A grammar lets the model write either a text or calls of the tools that it has. So what begins
-as a call is one.
+A grammar lets the model write either a text or calls of the tools that it may call. A text may
+not begin with `{"name": "` and a tool's name, so what begins as a call is one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ _SEVERAL = (
 _ALONE = "You SHOULD NOT include any other text in the response if you call a function\n"
 # As `edge_demo.text.grammar` has answers of JSON written.
 _GUIDANCE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-_NO_CALL = r"""/(?s:.*)/ & ~/\s*(```[a-z_]*\n)?\s*(\[\s*)?\{\s*"name"(?s:.*)/"""
 
 
 def instructions(offer: Offer) -> str:
@@ -61,7 +60,7 @@ def result_text(result: Result) -> str:
     try:
         json.loads(result.content)
         content = result.content
-    except ValueError:
+    except (ValueError, RecursionError):
         content = json.dumps(result.content, ensure_ascii=False)
     return f'```tool_output\n{{"name": {json.dumps(result.name)}, "result": {content}}}\n```'
 
@@ -87,7 +86,7 @@ def grammar(offer: Offer, answer: GrammarSource | None = None) -> GrammarSource:
     rules = []
     fences = "|".join(fence[3:-1] for fence in FENCES)
     for number, tool in enumerate(offer.allowed):
-        schema = {"type": "object", **tool.parameters, "x-guidance": _GUIDANCE}
+        schema = {**tool.parameters, "x-guidance": _GUIDANCE}
         begin = head(tool.name)
         rules += [
             f"args_{number}: %json {json.dumps(schema, ensure_ascii=False)}",
@@ -112,8 +111,17 @@ def grammar(offer: Offer, answer: GrammarSource | None = None) -> GrammarSource:
         start = "start: calls"
     else:
         start = "start: calls | TEXT"
-        rules.append(f"TEXT: {_NO_CALL}")
+        rules.append(f"TEXT: {_no_call(offer)}")
     return GrammarSource("lark", "\n".join([start, *rules]) + "\n", json=True)
+
+
+def _no_call(offer: Offer) -> str:
+    """Any text but one that begins as a call, of a tool or of what has a tool's form."""
+    names = "|".join(tool.name for tool in offer.tools)  # which have no special characters
+    begin = r"""\s*(```[a-z_]*\n)?\s*(\[\s*)?\{\s*"name"\s*:\s*"""
+    of_a_tool = rf'~/{begin}"({names})"(?s:.*)/'
+    of_its_form = rf'~/{begin}"[^"]*"\s*,\s*"parameters"(?s:.*)/'
+    return f"/(?s:.*)/ & {of_a_tool} & {of_its_form}"
 
 
 def _calls_or_json(offer: Offer, answer: GrammarSource) -> GrammarSource:

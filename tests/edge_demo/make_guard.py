@@ -7,7 +7,6 @@ them is held out, for tests to judge.
 from __future__ import annotations
 
 import csv
-import io
 import os
 import runpy
 import sys
@@ -77,37 +76,18 @@ def main(folder: Path) -> None:
 
 def _tokenizer(texts: list[dict[str, str]], rows: list[dict[str, str]]) -> bytes:
     """A SentencePiece model with Gemma's conventions and its tokens of turns."""
-    import sentencepiece
-
     from edge_demo.guard.template import END, START
+    from tests.models import train_tokenizer
 
     sentences = [line[key] for line in texts for key in ("prompt", "response") if line[key]]
     # some rows for the words of policies, whose repetition must not crowd out the others
     sentences += [part for row in rows[:8] for part in row["prompt"].split("\n") if part]
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([*sentences, "Yes", "No"] * 4),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=_PIECES,
-        byte_fallback=True,
-        character_coverage=1.0,
-        normalization_rule_name="identity",
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        pad_id=0,
-        eos_id=1,
-        bos_id=2,
-        unk_id=3,
-        pad_piece="<pad>",
-        eos_piece="<eos>",
-        bos_piece="<bos>",
+    return train_tokenizer(
+        [*sentences, "Yes", "No"] * 4,
+        _PIECES,
         control_symbols=[START, END],
         user_defined_symbols=["Yes", "No", "\n"],
-        num_threads=1,
-        minloglevel=2,
     )
-    return model.getvalue()
 
 
 if __name__ == "__main__":

@@ -60,14 +60,10 @@ def make_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        worker.start()
-        # The table for grammars takes seconds; whoever needs it first would wait for it.
-        threading.Thread(target=_prepare, args=(generating.grammars,), daemon=True).start()
-        alive = asyncio.create_task(watchdog.keep_alive(worker))
-        yield
-        watchdog.notify("STOPPING=1")
-        alive.cancel()
-        await asyncio.to_thread(worker.close)
+        async with watchdog.working(worker):
+            # The table for grammars takes seconds; whoever needs it first would wait for it.
+            threading.Thread(target=_prepare, args=(generating.grammars,), daemon=True).start()
+            yield
         if guarding is not None:
             await asyncio.to_thread(guarding.close)
 

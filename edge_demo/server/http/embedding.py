@@ -29,7 +29,7 @@ from edge_demo.server.protocol.embeddings import (
 )
 from edge_demo.server.protocol.errors import Refusal
 from edge_demo.server.worker.embedding_worker import EmbeddingJob, EmbeddingWorker
-from edge_demo.server.worker.worker import BusyError, ClosedError
+from edge_demo.server.worker.owner import BusyError, ClosedError
 from edge_demo.text.embedding import EmbeddingTokens, check_dimensions, cut
 from edge_demo.text.tokenizer import Tokenizer
 
@@ -53,12 +53,8 @@ def make_embedder_app(
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        worker.start()
-        alive = asyncio.create_task(watchdog.keep_alive(worker))
-        yield
-        watchdog.notify("STOPPING=1")
-        alive.cancel()
-        await asyncio.to_thread(worker.close)
+        async with watchdog.working(worker):
+            yield
 
     async def generate(request: Request) -> Response:
         await read_json(request)

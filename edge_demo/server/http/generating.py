@@ -29,7 +29,8 @@ from edge_demo.server.protocol.calls import SaidSoFar
 from edge_demo.server.protocol.errors import Refusal
 from edge_demo.server.protocol.request import GenerateRequest, Prompt
 from edge_demo.server.worker.job import Ended, Event, Failed, Job, Piece, Reading
-from edge_demo.server.worker.worker import BusyError, ClosedError, Worker
+from edge_demo.server.worker.owner import BusyError, ClosedError
+from edge_demo.server.worker.worker import Worker
 from edge_demo.text.grammar import Grammar, Grammars, GrammarSource
 from edge_demo.text.log_probabilities import TokenLogProb
 from edge_demo.text.tokenizer import Tokenizer

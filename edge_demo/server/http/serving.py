@@ -96,7 +96,7 @@ class _Connection(H11Protocol):
         super().__init__(*args, **more)
         self._due: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:
         """As uvicorn's."""
         super().connection_made(transport)
         self._watch()

@@ -1,4 +1,4 @@
-"""Tells systemd that the server is ready, alive or ending: `sd_notify(3)` and its watchdog.
+"""Starts and ends the worker, and tells systemd of it: `sd_notify(3)` and its watchdog.
 
 Without systemd nothing is sent. A message is a datagram to the socket in `NOTIFY_SOCKET`.
 """
@@ -9,9 +9,9 @@ import asyncio
 import contextlib
 import os
 import socket
+from collections.abc import AsyncIterator
 
-from edge_demo.server.worker.embedding_worker import EmbeddingWorker
-from edge_demo.server.worker.worker import Worker
+from edge_demo.server.worker.owner import EngineOwner
 
 
 def notify(state: str) -> None:
@@ -35,7 +35,7 @@ def period_s() -> float | None:
     return int(microseconds) / 3e6
 
 
-async def keep_alive(worker: Worker | EmbeddingWorker) -> None:
+async def keep_alive(worker: EngineOwner) -> None:
     """Give signs of life until cancelled, as long as the worker makes progress."""
     period = period_s()
     if period is None:
@@ -44,3 +44,16 @@ async def keep_alive(worker: Worker | EmbeddingWorker) -> None:
         if worker.alive and worker.stalled_s < 3 * period:
             notify("WATCHDOG=1")
         await asyncio.sleep(period)
+
+
+@contextlib.asynccontextmanager
+async def working(worker: EngineOwner) -> AsyncIterator[None]:
+    """Start a worker, watch it, and end it when its jobs have ended."""
+    worker.start()
+    alive = asyncio.create_task(keep_alive(worker))
+    try:
+        yield
+    finally:
+        notify("STOPPING=1")
+        alive.cancel()
+        await asyncio.to_thread(worker.close)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection
 from typing import Any
@@ -10,6 +11,7 @@ from edge_demo.errors import brief
 from edge_demo.server.protocol.errors import Refusal
 
 _SHOWN = 80  # characters of a wrong value
+_MOST_LEVELS = 64  # of a schema
 
 
 class Fields:
@@ -115,6 +117,21 @@ class Fields:
         value = self.any(name)
         return None if value is None else Fields(value, self.where(name))
 
+    def schema(self, name: str, most: int) -> dict[str, Any] | None:
+        """A JSON schema of at most so many characters, which is not nested deep."""
+        value = self.any(name)
+        if value is None:
+            return None
+        where = self.where(name)
+        if not isinstance(value, dict):
+            raise self.wrong(name, "a JSON schema, an object")
+        if _deeper(value, _MOST_LEVELS):
+            raise Refusal(f"{where} has over {_MOST_LEVELS} levels", param=where)
+        size = len(json.dumps(value, ensure_ascii=False))
+        if size > most:
+            raise Refusal(f"{where} has {size:,} characters; the limit is {most:,}", param=where)
+        return value
+
     def ignore(self, names: Collection[str]) -> None:
         """Accept fields that say nothing to this server."""
         self._read.update(names)
@@ -130,3 +147,18 @@ class Fields:
     def unknown(self) -> int:
         """How many fields nobody has asked for."""
         return len(self._value.keys() - self._read)
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    """Whether lists and objects stand in each other more often than so."""
+    found = [value]
+    for _ in range(levels):
+        found = [
+            inner
+            for one in found
+            for inner in (one.values() if isinstance(one, dict) else one)
+            if isinstance(inner, dict | list)
+        ]
+        if not found:
+            return False
+    return True

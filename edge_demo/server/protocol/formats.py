@@ -56,15 +56,10 @@ def _read(fields: Fields, name: str) -> GrammarSource | None:
         return _ANY_OBJECT
     if kind == "json_schema":
         inner = form.inner("json_schema") or form  # a response has it without the object between
-        schema = inner.any("schema")
-        if not isinstance(schema, dict):
+        schema = inner.schema("schema", LONGEST)
+        if schema is None:
             raise inner.wrong("schema", "a JSON schema")
         text = json.dumps(schema, ensure_ascii=False)
-        if len(text) > LONGEST:
-            where = inner.where("schema")
-            raise Refusal(
-                f"{where} has {len(text):,} characters; the limit is {LONGEST:,}", param=where
-            )
         return GrammarSource("json_schema", text)
     text = form.text(kind, LONGEST)
     if not text:

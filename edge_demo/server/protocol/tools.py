@@ -62,13 +62,12 @@ def _tool(fields: Fields, flat: bool) -> Tool:
     function = fields if flat else fields.inner("function")
     if function is None:
         raise fields.wrong("function", "an object with a name")
-    parameters = function.any("parameters")
-    if parameters is None:
-        parameters = _NO_ARGUMENTS
-    if not isinstance(parameters, dict) or parameters.get("type", "object") != "object":
+    parameters = function.schema("parameters", LONGEST) or _NO_ARGUMENTS
+    if parameters.get("type", "object") != "object":
         raise function.wrong("parameters", "the JSON schema of an object")
     function.flag("strict")  # they always are
-    return Tool(_name(function), function.text("description", LONGEST) or "", parameters)
+    description = function.text("description", LONGEST) or ""
+    return Tool(_name(function), description, {"type": "object", **parameters})
 
 
 def _name(fields: Fields) -> str:

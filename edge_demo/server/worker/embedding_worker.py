@@ -6,14 +6,13 @@ So a request of thousands of texts does not keep one of a single text waiting.
 from __future__ import annotations
 
 import collections
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from edge_demo.engine.embedder import Embedder
-from edge_demo.server.worker.worker import BusyError, ClosedError
+from edge_demo.server.worker.owner import BusyError, EngineOwner
 
 
 class EmbeddingJob:
@@ -41,11 +40,20 @@ class _Running:
 
     def __init__(self, job: EmbeddingJob, embedder: Embedder) -> None:
         self.job = job
-        self.vectors = np.empty((len(job.rows), embedder.spec.dimensions), np.float32)
         self.steps: Iterator[tuple[list[int], np.ndarray]] = embedder.in_steps(job.rows)
+        self._embedder = embedder
+        self._vectors: np.ndarray | None = None
+
+    @property
+    def vectors(self) -> np.ndarray:
+        """Of all rows; made when the first come."""
+        if self._vectors is None:
+            shape = len(self.job.rows), self._embedder.spec.dimensions
+            self._vectors = np.empty(shape, np.float32)
+        return self._vectors
 
 
-class EmbeddingWorker:
+class EmbeddingWorker(EngineOwner):
     """Answers jobs on one embedder.
 
     Args:
@@ -57,21 +65,14 @@ class EmbeddingWorker:
     """
 
     def __init__(self, embedder: Embedder, queue: int) -> None:
+        super().__init__("embedder")
         self._embedder = embedder
         self._queue = queue
         self._waiting: collections.deque[EmbeddingJob] = collections.deque()
         self._running: collections.deque[_Running] = collections.deque()
-        self._changed = threading.Condition()
-        self._closing = False
-        self._since = 0.0  # when the present step began
         self.counts: dict[str, int] = dict.fromkeys(
             ("requests", "refused", "failures", "texts", "prompt_tokens"), 0
         )
-        self._thread = threading.Thread(target=self._work, name="embedder", daemon=True)
-
-    def start(self) -> None:
-        """Begin to work."""
-        self._thread.start()
 
     def submit(self, job: EmbeddingJob) -> None:
         """Let a job wait for its turn.
@@ -83,8 +84,7 @@ class EmbeddingWorker:
         """
         self._embedder.check(job.rows)
         with self._changed:
-            if self._closing or not self._thread.is_alive():
-                raise ClosedError
+            self._check_open()
             if len(self._waiting) + len(self._running) >= self._queue:
                 self.counts["refused"] += 1
                 raise BusyError
@@ -97,24 +97,6 @@ class EmbeddingWorker:
             job.cancelled = True
             if job in self._waiting:
                 self._waiting.remove(job)
-
-    def close(self) -> None:
-        """End when all jobs have ended."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
-        if self._thread.ident is not None:
-            self._thread.join()
-
-    @property
-    def alive(self) -> bool:
-        """Whether it works."""
-        return self._thread.is_alive()
-
-    @property
-    def stalled_s(self) -> float:
-        """Seconds since it began its present batch; 0 while it has nothing to do."""
-        return time.monotonic() - self._since if self._since else 0.0
 
     @property
     def state(self) -> dict[str, int]:
@@ -147,15 +129,15 @@ class EmbeddingWorker:
         if not job.cancelled:
             try:
                 step = next(running.steps, None)
+                if step is not None:
+                    running.vectors[step[0]] = step[1]
             except Exception as error:  # such as onnxruntime's, out of memory: the next may fit
                 self.counts["failures"] += 1
                 found = error
             else:
                 if step is not None:
-                    members, vectors = step
-                    running.vectors[members] = vectors
-                    self.counts["texts"] += len(members)
-                    self.counts["prompt_tokens"] += sum(len(job.rows[i]) for i in members)
+                    self.counts["texts"] += len(step[0])
+                    self.counts["prompt_tokens"] += sum(len(job.rows[i]) for i in step[0])
                     self._running.rotate(-1)
                     return
                 found = running.vectors

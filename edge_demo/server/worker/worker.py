@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import functools
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -21,19 +20,12 @@ from edge_demo.engine.prompt_chunks import UNIT
 from edge_demo.engine.runner import CandidateEngine, Engine
 from edge_demo.errors import EdgeError, RequestError
 from edge_demo.server.worker.job import Failed, Job, Reading
+from edge_demo.server.worker.owner import BusyError, EngineOwner
 from edge_demo.server.worker.rows import Rows
 from edge_demo.text.generator import candidates_suffice
 from edge_demo.text.tokenizer import Tokenizer
 
 _FEWEST_KEPT = UNIT  # tokens of a prompt that is worth to be kept
-
-
-class BusyError(Exception):
-    """Too many requests wait already."""
-
-
-class ClosedError(Exception):
-    """The worker takes no more requests."""
 
 
 class _Reading:
@@ -53,7 +45,7 @@ class _Beginning(NamedTuple):
     make: Callable[[], list[int]]
 
 
-class Worker:
+class Worker(EngineOwner):
     """Answers jobs on one engine.
 
     Args:
@@ -79,6 +71,7 @@ class Worker:
         threads: int | None = None,
         force: bool = False,
     ) -> None:
+        super().__init__("engine")
         self._engine = engine
         self._tokenizer = tokenizer
         self._most = rows
@@ -93,9 +86,6 @@ class Worker:
         self._reading: _Reading | None = None
         self._beginnings: collections.deque[_Beginning] = collections.deque(maxlen=rows)
         self._ahead: Iterator[int] | None = None  # a beginning that is being run
-        self._changed = threading.Condition()
-        self._closing = False
-        self._since = 0.0  # when the present step began
         self.counts: dict[str, int] = dict.fromkeys(
             (
                 *("requests", "refused", "failures"),
@@ -103,11 +93,6 @@ class Worker:
             ),
             0,
         )
-        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
-
-    def start(self) -> None:
-        """Begin to work."""
-        self._thread.start()
 
     def submit(self, *jobs: Job) -> None:
         """Let jobs wait for their turn, all of them or none.
@@ -124,8 +109,7 @@ class Worker:
         for job in jobs:
             self._engine.check(job.ids)
         with self._changed:
-            if self._closing or not self._thread.is_alive():
-                raise ClosedError
+            self._check_open()
             if len(self._waiting) + len(jobs) > self._queue:
                 self.counts["refused"] += len(jobs)
                 raise BusyError
@@ -139,24 +123,6 @@ class Worker:
                 job.cancelled = True
                 if job in self._waiting:  # its place in the queue is another's
                     self._waiting.remove(job)
-
-    def close(self) -> None:
-        """End when all jobs have ended."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
-        if self._thread.ident is not None:
-            self._thread.join()
-
-    @property
-    def alive(self) -> bool:
-        """Whether it works."""
-        return self._thread.is_alive()
-
-    @property
-    def stalled_s(self) -> float:
-        """Seconds since it began its present step; 0 while it has nothing to do."""
-        return time.monotonic() - self._since if self._since else 0.0
 
     @property
     def state(self) -> dict[str, int]:

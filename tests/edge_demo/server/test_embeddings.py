@@ -21,7 +21,7 @@ from edge_demo.server.http.embedding import Embedding
 from edge_demo.server.protocol.embeddings import MOST_INPUTS, embeddings_body, read_embeddings
 from edge_demo.server.protocol.errors import Refusal
 from edge_demo.server.worker.embedding_worker import EmbeddingJob, EmbeddingWorker
-from edge_demo.server.worker.worker import BusyError, ClosedError
+from edge_demo.server.worker.owner import BusyError, ClosedError
 from edge_demo.text.embedding import EmbeddingTokens, cut
 from edge_demo.text.tokenizer import Tokenizer
 from tests.edge_demo.server.conftest import serving

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -23,6 +24,7 @@ HELLO = [{"role": "user", "content": "Hello"}]
 
 
 ADD = [{"type": "function", "function": {"name": "add", "description": "Adds."}}]
+DEEP = functools.reduce(lambda inner, _: {"not": inner}, range(65), {})
 MUL = {"type": "function", "function": {"name": "mul", "parameters": {"type": "object"}}}
 
 
@@ -88,6 +90,8 @@ def test_null_is_as_good_as_absent(name):
         {"tools": [{"type": "function", "function": {"name": "a"}}] * 2},
         {"tools": [{"type": "function", "function": {"name": "a"}}] * 129},
         {"tools": [{"type": "function", "function": {"name": "a", "parameters": {"x": "y" * 70000}}}]},
+        {"tools": [{"type": "function", "function": {"name": "a", "parameters": DEEP}}]},
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": DEEP}}},
         {"tools": ADD, "tool_choice": "perhaps"}, {"tools": ADD, "tool_choice": {"type": "x"}},
         {"tools": ADD, "tool_choice": {"type": "function", "function": {"name": "sub"}}},
         {"tools": ADD, "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto"}}},
@@ -145,6 +149,18 @@ def test_a_choice_of_tools(choice, allowed, required, several):
     assert found.settings.grammar.is_json
     one = chat(tools=[*ADD, MUL], tool_choice=choice, parallel_tool_calls=False)
     assert not one.offer.several
+
+
+def test_arguments_are_an_object_also_beside_a_form():
+    bare = {"type": "function", "function": {"name": "a", "parameters": {"title": "A"}}}
+    form = {"type": "json_schema", "json_schema": {"schema": {"type": "integer"}}}
+    found = chat(tools=[bare], response_format=form).settings.grammar
+    assert json.loads(found.text)["$defs"]["tool_0"] == {"type": "object", "title": "A"}
+
+
+def test_a_deep_result_is_text():
+    messages = [*CALL_MESSAGES[:-1], {**CALL_MESSAGES[-1], "content": "[" * 100_000}]
+    assert chat(messages=messages).prompts[0].turns[-1][1].count("[") == 100_000
 
 
 def test_no_tools_may_be_called():

@@ -22,7 +22,8 @@ from edge_demo.server.http import generating
 from edge_demo.server.protocol.answer import Answer, Choice
 from edge_demo.server.protocol.chat import ChatForm
 from edge_demo.server.worker.job import Ended, Failed, Job, Piece, Reading
-from edge_demo.server.worker.worker import BusyError, ClosedError, Worker
+from edge_demo.server.worker.owner import BusyError, ClosedError
+from edge_demo.server.worker.worker import Worker
 from edge_demo.text.generator import Generator
 from edge_demo.text.grammar import Grammars, GrammarSource
 from edge_demo.text.logit_bias import LogitBias

@@ -87,6 +87,8 @@ ANSWERS = [
     ('```json\n{"x": 1}\n```', []),
     ("```python\nprint()\n```", []),
     ('I call {"name": "weather"}', []),
+    ('[{"name": "Ada", "age": 36}]', []),
+    ('{"name": "weathering", "parts": 2}', []),
     (PARIS, [P]),
     (NINE, [N]),
     (f"[{PARIS}]", [P]),
@@ -113,6 +115,8 @@ def test_answers_are_a_text_or_calls(text, calls, allows):
     [
         '{"name": "rain", "parameters": {}}',
         '{"name":"weather"}',
+        '{"name": "rain", "parameters": 3}',
+        '{"name": "weather", "age": 3}',
         '{ "name": "weather", "parameters": {"city": "Paris"}}',
         '{"name": "weather", "parameters": {"town": "Paris"}}',
         '{"name": "weather", "parameters": {"city": "A very long name"}}',
