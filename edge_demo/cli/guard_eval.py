@@ -62,12 +62,12 @@ def run(arguments: argparse.Namespace) -> int:
     _check(arguments)
     texts = read_labelled(arguments.file, read_text(arguments.file))[: arguments.limit]
     report, rows = (_refusals if arguments.refusals else _guard)(arguments, texts)
-    if arguments.out is not None:
-        _write(arguments.out, texts, rows)
     if arguments.json:
         print(as_json(report))
     else:
         print("\n".join(_lines(report)))
+    if arguments.out is not None:  # last: what was measured is shown, also where the disk is full
+        _write(arguments.out, texts, rows)
     return 0
 
 

@@ -213,6 +213,15 @@ def test_a_models_own_refusals_are_counted(run_json, tiny_bundles, file, tmp_pat
     assert "auc" not in report and report["max_tokens"] == 4
 
 
+def test_what_was_measured_is_shown_where_the_file_cannot_be_written(
+    run, tiny_bundles, file, tmp_path
+):
+    options = ("--refusals", "--max-tokens", 4, "--limit", 12, "--out", tmp_path)
+    status, out, err = run("guard-eval", tiny_bundles / "chat", file, *options)
+    assert status == 1 and err.count("\n") == 1 and "is not a regular file" in err
+    assert out.startswith("12 texts of ")
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
