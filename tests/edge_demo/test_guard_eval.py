@@ -218,7 +218,7 @@ def test_what_was_measured_is_shown_where_the_file_cannot_be_written(
 ):
     options = ("--refusals", "--max-tokens", 4, "--limit", 12, "--out", tmp_path)
     status, out, err = run("guard-eval", tiny_bundles / "chat", file, *options)
-    assert status == 1 and err.count("\n") == 1 and "is not a regular file" in err
+    assert status == 1 and err.count("\n") == 1 and "Is a directory" in err
     assert out.startswith("12 texts of ")
 
 
