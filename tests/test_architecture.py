@@ -503,9 +503,11 @@ EDGE_COMMANDS = [
     ["generate"],
     ["chat"],
     ["embed"],
+    ["serve"],
     ["bench"],
     ["score"],
     ["compare"],
+    ["guard-eval"],
     ["inspect"],
     ["doctor"],
 ]

@@ -37,6 +37,9 @@ sys.exit(cli.main(sys.argv[1:]))
 ARGUMENTS = {
     "generate": ["x", "--prompt", "p"],
     "chat": ["x", "--prompt", "p"],
+    "embed": ["x", "text"],
+    "serve": ["x", "--port", "0"],
+    "guard-eval": ["x", "examples/guard_prompts.csv"],
     "bench": ["x"],
     "score": ["x", "--text", "README.md"],
     "compare": ["x", "y", "--text", "README.md"],

@@ -257,21 +257,24 @@ def test_a_guard_on_one_side_leaves_the_other(tiny_bundles, tiny_guard, tmp_path
     assert "bread" not in line and "book" not in line
 
 
-def test_a_stream_comes_in_parts_that_were_judged(tiny_bundles, tiny_guard, tiny_server, tmp_path):
-    wanted = {"max_tokens": 30, "seed": 4, "temperature": 0.8}
+def test_a_stream_comes_in_parts_that_were_judged(tiny_bundles, tiny_guard, tmp_path):
+    # long, so that it outlasts several judgments on any machine
+    wanted = {"max_tokens": 150, "seed": 4, "temperature": 0.8}
     log = ("--guard-log", str(tmp_path / "log"), "--guard-log-text")
     options = ("--guard", str(tiny_guard), "--guard-threshold", "1", "--guard-every", "4")
-    with serving(tmp_path, tiny_bundles / "chat", *options, *log) as server:
+    bundle = tiny_bundles / "long-chat"
+    with serving(tmp_path, bundle, *options, *log) as server:
         found, _ = events(server.ask("Hello", **wanted, stream=True))
+    with serving(tmp_path, bundle) as server:
+        alone = server.ask("Hello", **wanted).json()["choices"][0]["message"]["content"]
     lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     judged = [x["response"] for x in lines if x["on"] == "output"]
-    assert len(judged) > 3
+    assert len(judged) > 1  # as many as the machine has time for; test_guarding.py counts them
     shown = ""
     for chunk in found:
         shown += said([chunk])
         # of what is shown, all is within a text that was judged
         assert any(text.startswith(shown) for text in judged)
-    alone = tiny_server.ask("Hello", **wanted).json()["choices"][0]["message"]["content"]
     assert shown == judged[-1] == alone
 
 
